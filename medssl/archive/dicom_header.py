@@ -1,0 +1,209 @@
+"""Read the DICOM tags that the index and the volume reader need, and where the pixels start.
+
+Values are taken from pydicom's raw elements and converted here: that is faster than pydicom's value classes, never
+raises on a malformed value, and keeps pydicom's warnings, which quote UIDs, out of the terminal.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from medssl.errors import ImageError
+
+Header = dict[str, Any]
+
+# name -> (tag, kind). Kinds: text, texts (backslash-separated), number, numbers, integer (text or binary).
+TAGS: dict[str, tuple[int, str]] = {
+    "image_type": (0x00080008, "texts"),
+    "sop_class_uid": (0x00080016, "text"),
+    "sop_instance_uid": (0x00080018, "text"),
+    "acquisition_time": (0x00080032, "text"),
+    "content_time": (0x00080033, "text"),
+    "modality": (0x00080060, "text"),
+    "manufacturer": (0x00080070, "text"),
+    "series_description": (0x0008103E, "text"),
+    "patient_id": (0x00100020, "text"),
+    "issuer": (0x00100021, "text"),
+    "birth_date": (0x00100030, "text"),
+    "sex": (0x00100040, "text"),
+    "body_part": (0x00180015, "text"),
+    "slice_thickness": (0x00180050, "number"),
+    "kvp": (0x00180060, "number"),
+    "repetition_time": (0x00180080, "number"),
+    "echo_time": (0x00180081, "number"),
+    "inversion_time": (0x00180082, "number"),
+    "echo_number": (0x00180086, "integer"),
+    "field_strength": (0x00180087, "number"),
+    "gantry_tilt": (0x00181120, "number"),
+    "trigger_time": (0x00181060, "number"),
+    "patient_position": (0x00185100, "text"),
+    "b_value": (0x00189087, "number"),
+    "study_uid": (0x0020000D, "text"),
+    "series_uid": (0x0020000E, "text"),
+    "acquisition_number": (0x00200012, "integer"),
+    "instance_number": (0x00200013, "integer"),
+    "position": (0x00200032, "numbers"),
+    "orientation": (0x00200037, "numbers"),
+    "frame_of_reference_uid": (0x00200052, "text"),
+    "temporal_position": (0x00200100, "integer"),
+    "n_temporal_positions": (0x00200105, "integer"),
+    "samples_per_pixel": (0x00280002, "integer"),
+    "photometric": (0x00280004, "text"),
+    "n_frames": (0x00280008, "integer"),
+    "rows": (0x00280010, "integer"),
+    "columns": (0x00280011, "integer"),
+    "pixel_spacing": (0x00280030, "numbers"),
+    "bits_allocated": (0x00280100, "integer"),
+    "bits_stored": (0x00280101, "integer"),
+    "pixel_representation": (0x00280103, "integer"),
+    "padding": (0x00280120, "binary"),
+    "padding_limit": (0x00280121, "binary"),
+    "intercept": (0x00281052, "number"),
+    "slope": (0x00281053, "number"),
+    "rescale_type": (0x00281054, "text"),
+    "lossy": (0x00282110, "text"),
+}
+READ_KEYS = (
+    "image_type", "sop_class_uid", "modality", "instance_number", "position", "orientation", "samples_per_pixel",
+    "photometric", "n_frames", "rows", "columns", "pixel_spacing", "bits_allocated", "bits_stored",
+    "pixel_representation", "padding", "padding_limit", "intercept", "slope", "rescale_type",
+)  # fmt: skip
+"""What reading a volume needs."""
+
+UNCOMPRESSED = {
+    "1.2.840.10008.1.2": "implicit_le",
+    "1.2.840.10008.1.2.1": "explicit_le",
+    "1.2.840.10008.1.2.2": "explicit_be",
+    "1.2.840.10008.1.2.1.99": "deflated",
+}
+COMPRESSED = {
+    "1.2.840.10008.1.2.4.50": "jpeg_baseline",
+    "1.2.840.10008.1.2.4.51": "jpeg_extended",
+    "1.2.840.10008.1.2.4.57": "jpeg_lossless",
+    "1.2.840.10008.1.2.4.70": "jpeg_lossless",
+    "1.2.840.10008.1.2.4.80": "jpeg_ls",
+    "1.2.840.10008.1.2.4.81": "jpeg_ls_near",
+    "1.2.840.10008.1.2.4.90": "jpeg2000_lossless",
+    "1.2.840.10008.1.2.4.91": "jpeg2000",
+    "1.2.840.10008.1.2.4.201": "htj2k_lossless",
+    "1.2.840.10008.1.2.4.202": "htj2k_lossless",
+    "1.2.840.10008.1.2.4.203": "htj2k",
+    "1.2.840.10008.1.2.5": "rle",
+}
+LOSSY_SYNTAXES = frozenset({"jpeg_baseline", "jpeg_extended", "jpeg_ls_near"})
+ITK_SYNTAXES = frozenset(
+    {"jpeg_baseline", "jpeg_extended", "jpeg_lossless", "jpeg_ls", "jpeg2000_lossless", "jpeg2000", "rle"}
+)
+"""Syntaxes that the GDCM inside SimpleITK decodes, in case pydicom has no plug-in for them."""
+
+
+def syntax_name(uid: str) -> str:
+    """Return the closed-vocabulary name of a transfer syntax."""
+    return UNCOMPRESSED.get(uid) or COMPRESSED.get(uid) or "other"
+
+
+def read_header(path: Path, keys: Iterable[str] = tuple(TAGS)) -> Header:
+    """Read one DICOM file up to its pixel data.
+
+    Args:
+        path: The file.
+        keys: Names from `TAGS`.
+
+    Returns:
+        name -> value for the tags present (a malformed value counts as absent), and `syntax`, `file_bytes`,
+        `pixel_offset` and `pixel_length`: where the pixel bytes start and how many there are. `pixel_offset` is None
+        when there are no pixel data or when they cannot be addressed in the file (deflated); `pixel_length` is None
+        for encapsulated (compressed) pixels.
+
+    Raises:
+        ImageError: `unreadable`: the data set cannot be parsed.
+    """
+    import pydicom
+
+    wanted = {name: TAGS[name] for name in keys}
+    with open(path, "rb") as handle:
+        try:
+            dataset = pydicom.dcmread(
+                handle, stop_before_pixels=True, force=True, specific_tags=[tag for tag, _ in wanted.values()]
+            )
+            header: Header = {}
+            for name, (tag, kind) in wanted.items():
+                value = _convert(dataset, tag, kind)
+                if value is not None:
+                    header[name] = value
+            syntax = str(dataset.file_meta.get("TransferSyntaxUID", "") or "") if hasattr(dataset, "file_meta") else ""
+            implicit, little = dataset.original_encoding
+        except Exception as err:
+            # pydicom raises many classes on malformed files; all mean the same here, and none of their texts is safe
+            # to show.
+            raise ImageError(
+                "unreadable",
+                f"DICOM header cannot be parsed ({type(err).__name__}); copy the file again from its source",
+            ) from err
+        if not syntax:
+            syntax = "1.2.840.10008.1.2" if implicit else ("1.2.840.10008.1.2.1" if little else "1.2.840.10008.1.2.2")
+        header["syntax"] = syntax
+        header["file_bytes"] = os.fstat(handle.fileno()).st_size
+        header["pixel_offset"], header["pixel_length"] = None, None
+        if UNCOMPRESSED.get(syntax) == "deflated":
+            return header
+        tag_bytes = handle.read(12)
+        order = "<" if little else ">"
+        if len(tag_bytes) == 12 and struct.unpack_from(f"{order}HH", tag_bytes) == (0x7FE0, 0x0010):
+            size = 8 if implicit else 12
+            length = struct.unpack_from(f"{order}I", tag_bytes, size - 4)[0]
+            header["pixel_offset"] = handle.tell() - 12 + size
+            header["pixel_length"] = None if length == 0xFFFFFFFF else length
+    return header
+
+
+def _convert(dataset: Any, tag: int, kind: str) -> Any:
+    if tag not in dataset:
+        return None
+    element = dataset.get_item(tag)
+    value = element.value
+    if value is None:
+        return None
+    if not isinstance(value, bytes):  # already converted by pydicom, for instance in a deflated file
+        value = "\\".join(str(part) for part in value) if not isinstance(value, str | int | float) else str(value)
+        raw = value.encode("latin-1", "replace")
+        binary = False
+    else:
+        raw = value
+        binary = kind in ("integer", "binary") and (
+            element.VR in ("US", "SS") or (element.VR in (None, "UN") and _is_binary(tag))
+        )
+        binary = binary or kind == "binary"
+    try:
+        return _parse(raw, kind, binary, "<" if getattr(element, "is_little_endian", True) else ">", element.VR)
+    except (ValueError, struct.error, OverflowError):
+        return None
+
+
+def _is_binary(tag: int) -> bool:
+    return tag in (0x00280002, 0x00280010, 0x00280011, 0x00280100, 0x00280101, 0x00280103)
+
+
+def _parse(raw: bytes, kind: str, binary: bool, order: str, vr: str | None) -> Any:
+    if binary:
+        if kind == "binary":  # US or SS: the reader, who knows the pixel representation, decides
+            return struct.unpack_from(f"{order}H", raw)[0] if len(raw) >= 2 else int(raw.decode())
+        return struct.unpack_from(f"{order}{'h' if vr == 'SS' else 'H'}", raw)[0]
+    if vr == "FD":
+        return struct.unpack_from(f"{order}d", raw)[0]
+    text = raw.decode("latin-1").strip(" \0")
+    if kind == "text":
+        return text or None
+    if kind == "texts":
+        return [part.strip() for part in text.split("\\")] if text else None
+    values = [float(part) for part in text.split("\\") if part.strip()]
+    if not values or not all(math.isfinite(value) for value in values):
+        return None
+    if kind == "numbers":
+        return values
+    return values[0] if kind == "number" else int(values[0])

@@ -1,0 +1,88 @@
+"""Computed tomography in Hounsfield units.
+
+HU are taken from DICOM with rescale type HU or none and the role of a source or reformatted image. NIfTI, NRRD and
+MetaImage cannot say what their values are: they are taken for HU, flagged `hu_assumed`, and refused when no value is
+negative, because every CT field of view holds air or fat below zero while shifted (offset 1024) or windowed copies do
+not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medssl.archive.dicom_series import role_of
+from medssl.domains.base import build_sample, named
+from medssl.domains.statistics import above
+from medssl.domains.volume_files import RawVolume, read_volume
+from medssl.errors import ImageError
+from medssl.types import Sample
+
+AIR_HU = -1024
+"""What voxels outside the reconstruction circle are set to; they are invalid in any case."""
+BODY_HU = -500.0
+"""Between air with lung (below about -600) and fat (about -100): the body without its lungs and without air."""
+
+
+class CT:
+    """Reads CT volumes; the foreground is what lies above `body_hu`.
+
+    Args:
+        body_hu: Lower limit of the foreground in HU.
+    """
+
+    name = "ct"
+    version = 1
+
+    def __init__(self, body_hu: float = BODY_HU) -> None:
+        self.body_hu = float(body_hu)
+
+    def params(self) -> dict[str, Any]:
+        """Return the arguments."""
+        return {"body_hu": self.body_hu}
+
+    def read(self, files: Sequence[Path], *, series_id: str) -> Sample:
+        """Read one CT volume.
+
+        Raises:
+            ImageError: Another modality (`no_domain`), values that are not HU (`not_hu`), a role such as localiser or
+                derived map, or anything that `read_volume` refuses.
+        """
+        try:
+            raw = read_volume(files)
+            flags = _check(raw)
+            if raw.valid is not None and raw.array.dtype != np.uint8:
+                raw.array[~raw.valid] = AIR_HU
+            mask = above(raw.array, self.body_hu, raw.valid)
+            if not mask.any():
+                mask = np.ones(raw.array.shape, dtype=bool) if raw.valid is None else raw.valid.copy()
+        except ImageError as err:
+            raise named(err, series_id) from err
+        return build_sample(raw, mask, series_id=series_id, domain=self.name, units="HU", flags=flags)
+
+    def foreground(self, sample: Sample) -> np.ndarray:
+        """Return voxels above `body_hu`, (X, Y, Z) bool."""
+        return above(sample.image[0], self.body_hu, sample.valid)
+
+
+def _check(raw: RawVolume) -> tuple[str, ...]:
+    if raw.modality not in ("CT", "unknown"):
+        raise ImageError("no_domain", "not a CT in the domain ct, which takes CT; change the recipe's query")
+    if raw.modality == "CT":
+        role = role_of(raw.image_type)
+        if role not in ("source", "reformat"):
+            raise ImageError(role, f"a CT image of the role {role}; source and reformat are accepted; leave it out")
+        if raw.units != "HU":
+            raise ImageError(
+                "not_hu", "CT with a rescale type other than HU; Hounsfield units are needed; leave it out"
+            )
+        return ()
+    if float(raw.array.min()) >= 0:
+        raise ImageError(
+            "not_hu",
+            "no value is below zero, so these are not Hounsfield units; convert the image to HU (air near -1000)",
+        )
+    return ("hu_assumed",)

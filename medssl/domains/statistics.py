@@ -1,0 +1,189 @@
+"""Foreground, intensity statistics and foreground points of a volume.
+
+All of them work on slabs and on a histogram, never on a floating-point copy of the volume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from medssl.seeding import counter_rng
+
+QUANTILES: dict[str, float] = {"p00_5": 0.005, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99_5": 0.995}
+SLAB_VOXELS = 4 << 20
+OTSU_BINS = 256
+SAMPLE_VOXELS = 2_000_000
+
+
+def slabs(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield slices along the first axis that hold about `SLAB_VOXELS` voxels each."""
+    step = max(1, SLAB_VOXELS // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(shape[0], start + step))
+
+
+def sample(array: np.ndarray, n: int = SAMPLE_VOXELS) -> tuple[slice, ...]:
+    """Return a strided grid of at most about n voxels, every voxel when there are fewer: deterministic, no copy."""
+    stride = 1
+    while np.prod([-(-size // stride) for size in array.shape]) > n:
+        stride += 1
+    return tuple(slice(None, None, stride) for _ in array.shape)
+
+
+def otsu_threshold(values: np.ndarray) -> float:
+    """Return the threshold that separates two classes with the largest between-class variance.
+
+    Reference: Otsu, IEEE Trans. SMC 1979, eq. 18, on a histogram of 256 bins between the 0.5th and the 99.5th
+    percentile, so that a few bright vessels or metal do not squeeze everything else into one bin.
+
+    Args:
+        values: Any shape, finite.
+    """
+    low, high = np.quantile(values, [0.005, 0.995])
+    if high <= low:
+        low, high = float(values.min()), float(values.max())
+    counts, edges = np.histogram(np.clip(values, low, high), bins=OTSU_BINS, range=(float(low), float(high)))
+    centres = (edges[:-1] + edges[1:]) / 2
+    weight = np.cumsum(counts)
+    total = np.cumsum(counts * centres)
+    below, above = weight[:-1], weight[-1] - weight[:-1]
+    usable = (below > 0) & (above > 0)
+    gap = np.where(usable, total[:-1] / np.maximum(below, 1) - (total[-1] - total[:-1]) / np.maximum(above, 1), 0.0)
+    return float(edges[1:-1][np.argmax(below * above * gap**2)])
+
+
+def foreground(array: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+    """Return the body in an image of arbitrary intensity units: voxels above the Otsu threshold.
+
+    A threshold is enough for where statistics and crops should look; it is not a segmentation.
+
+    Args:
+        array: (X, Y, Z).
+        valid: (X, Y, Z) bool, False is never foreground; None when everything is valid.
+
+    Returns:
+        (X, Y, Z) bool, never empty for an image with two values among its valid voxels.
+    """
+    grid = sample(array)
+    values = array[grid]
+    if valid is not None:
+        values = values[valid[grid]]
+    if values.size < 1000:
+        values = array if valid is None else array[valid]
+    mask = above(array, otsu_threshold(values.ravel()), valid)
+    if not mask.any():
+        mask = above(array, float(values.min()), valid)
+    return mask
+
+
+def above(array: np.ndarray, threshold: float, valid: np.ndarray | None = None) -> np.ndarray:
+    """Return valid voxels above a threshold as (X, Y, Z) bool."""
+    # A Python number keeps the comparison in the array's own dtype; for integers the floor gives the same answer.
+    mask = np.greater(array, float(threshold) if array.dtype == np.float32 else int(np.floor(threshold)))
+    if valid is not None:
+        np.logical_and(mask, valid, out=mask)
+    return mask
+
+
+def intensity_stats(array: np.ndarray, mask: np.ndarray, valid: np.ndarray | None = None) -> dict[str, float]:
+    """Return statistics of the foreground; nothing is applied to the image.
+
+    Integers are counted value by value, so that quantiles are exact. Float images take mean and standard deviation
+    from all foreground voxels and quantiles from a strided sample of at most two million of them.
+
+    Args:
+        array: (X, Y, Z) uint8, int16 or float32.
+        mask: (X, Y, Z) bool foreground with at least one voxel.
+        valid: (X, Y, Z) bool or None; the denominator of the fraction.
+
+    Returns:
+        `mean`, `std`, `p00_5`, `p05`, `p50`, `p95`, `p99_5`, `min`, `max` of the foreground and `foreground_fraction`
+        of valid voxels.
+    """
+    count = int(np.count_nonzero(mask))
+    total = array.size if valid is None else int(np.count_nonzero(valid))
+    if array.dtype == np.float32:
+        stats = _float_stats(array, mask, count)
+    else:
+        stats = _counted_stats(array, mask)
+    stats["foreground_fraction"] = count / max(1, total)
+    return stats
+
+
+def _counted_stats(array: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    offset = 0 if array.dtype == np.uint8 else 32768
+    counts = np.zeros(256 if offset == 0 else 65536, dtype=np.int64)
+    for part in slabs(array.shape):
+        values = array[part][mask[part]]
+        counts += np.bincount(values.astype(np.int32) + offset, minlength=counts.size)
+    levels = np.flatnonzero(counts)
+    weights = counts[levels].astype(np.float64)
+    values = (levels - offset).astype(np.float64)
+    n = weights.sum()
+    mean = float(weights @ values / n)
+    std = float(np.sqrt(weights @ (values - mean) ** 2 / n))
+    ends = np.cumsum(counts[levels])
+    stats = {"mean": mean, "std": std, "min": float(values[0]), "max": float(values[-1])}
+    for name, q in QUANTILES.items():
+        # numpy's linear rule: rank q * (n - 1), interpolated between the two neighbours.
+        rank = q * (int(n) - 1)
+        below = values[np.searchsorted(ends, int(np.floor(rank)), side="right")]
+        upper = values[np.searchsorted(ends, int(np.ceil(rank)), side="right")]
+        stats[name] = float(below + (upper - below) * (rank - np.floor(rank)))
+    return stats
+
+
+def _float_stats(array: np.ndarray, mask: np.ndarray, count: int) -> dict[str, float]:
+    total, low, high = 0.0, np.inf, -np.inf
+    for part in slabs(array.shape):
+        values = array[part][mask[part]]
+        if values.size:
+            total += float(values.sum(dtype=np.float64))
+            low, high = min(low, float(values.min())), max(high, float(values.max()))
+    mean = total / count
+    squares = sum(
+        float(np.square(array[part][mask[part]] - mean, dtype=np.float64).sum()) for part in slabs(array.shape)
+    )
+    grid = sample(array)
+    kept = array[grid][mask[grid]]
+    if kept.size < min(count, 100_000):
+        kept = array[mask]
+    stats = {"mean": mean, "std": float(np.sqrt(squares / count)), "min": low, "max": high}
+    quantiles = np.quantile(kept, list(QUANTILES.values()))
+    return {**stats, **{name: float(value) for name, value in zip(QUANTILES, quantiles)}}
+
+
+def foreground_points(mask: np.ndarray, n: int = 512) -> np.ndarray:
+    """Return up to n foreground voxels, spread evenly at random over the foreground, the same on every run.
+
+    Args:
+        mask: (X, Y, Z) bool, every axis shorter than 65536.
+        n: Number wanted.
+
+    Returns:
+        (K, 3) uint16 voxel indices in C order; all foreground voxels when there are at most n.
+    """
+    per_row = np.count_nonzero(mask, axis=2)  # (X, Y)
+    ends = np.cumsum(per_row.ravel())
+    total = int(ends[-1])
+    if total <= n:
+        return np.argwhere(mask).astype(np.uint16)
+    # One point per equal share of the foreground, at a random place within it.
+    edges = np.linspace(0, total, n + 1)
+    ranks = np.minimum(
+        (edges[:-1] + counter_rng("foreground", total).random(n) * np.diff(edges)).astype(np.int64), total - 1
+    )
+    rows = np.searchsorted(ends, ranks, side="right")
+    points = np.empty((n, 3), dtype=np.uint16)
+    for i, (row, rank) in enumerate(zip(rows, ranks)):
+        x, y = divmod(int(row), mask.shape[1])
+        before = int(ends[row]) - int(per_row[x, y])
+        points[i] = x, y, np.flatnonzero(mask[x, y])[rank - before]
+    return points
+
+
+def rounded(stats: Mapping[str, float]) -> dict[str, float]:
+    """Return statistics as plain floats with 9 significant digits, so that their JSON text is the same everywhere."""
+    return {name: float(f"{value:.9g}") for name, value in stats.items()}

@@ -1,0 +1,48 @@
+"""Loading saved tensors back into an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from medssl.encoders.base import Encoder
+from medssl.errors import WeightsError
+from medssl.layers.pos_embed import resize_positions
+
+POSITIONS = "patch_embedding.position_embeddings"
+
+
+def load_into(encoder: Encoder, state: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Load the tensors of a part into `encoder.net`, strictly but for what the part does not hold (a decoder).
+
+    Args:
+        encoder: Built from the manifest, possibly with another `image_size`.
+        state: Tensors of the part.
+        manifest: Its manifest.
+
+    Raises:
+        WeightsError: A tensor is missing, unknown or of another shape; nothing has been loaded then.
+    """
+    own = encoder.net.state_dict()
+    given = dict(state)
+    if POSITIONS in given and given[POSITIONS].shape != own[POSITIONS].shape:
+        old = [n // p for n, p in zip(manifest["encoder"]["args"]["image_size"], encoder.patch_size)]
+        new = [n // p for n, p in zip(encoder.config()["args"]["image_size"], encoder.patch_size)]
+        given[POSITIONS] = resize_positions(given[POSITIONS], old, new)
+    group = tuple(encoder.key_groups[manifest["part"]])
+    wanted = {name for name in own if name.startswith(group)}
+    faults = [f"missing {name}" for name in sorted(wanted - given.keys())]
+    faults += [f"unexpected {name}" for name in sorted(given.keys() - own.keys())]
+    faults += [
+        f"{name} has shape {tuple(given[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in sorted(given.keys() & own.keys())
+        if given[name].shape != own[name].shape
+    ]
+    if faults:
+        raise WeightsError(
+            f"weights of {manifest['encoder']['name']} do not fit {encoder.name}: {len(faults)} fault(s), first {faults[0]}; "
+            "build the encoder with the arguments in the manifest"
+        )
+    encoder.net.load_state_dict(given, strict=False)

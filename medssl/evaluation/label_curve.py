@@ -1,0 +1,316 @@
+"""The label curve: what pretraining is worth with n labelled volumes, over seeds, beside the scratch twin.
+
+A cell is one fine-tuning run (number of labels, seed, arm). Cells are computed one by one and each is kept when it is
+done, so that a
+curve that was killed continues where it stopped. Two questions are answered by two curves in two folders: speed (a
+    short budget for
+both arms) and quality (the plateau of scratch).
+
+    out/label_curve.json               what the cells have in common; a folder never mixes two settings
+    out/cells/<arm>_n<labels>_s<seed>/ the folder of that run; its results.json comes last and says that the cell is
+    done out/summary.json, out/table.md     rewritten after every cell
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medssl.errors import RequestError
+from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
+from medssl.evaluation.cohort import Cohort
+from medssl.evaluation.finetune import FinetuneResult, FinetuneSettings, Pretrained, finetune, with_encoder
+from medssl.evaluation.volumes import CaseReader
+from medssl.weights import write_atomic
+
+log = logging.getLogger(__name__)
+
+SCRATCH = "scratch"
+UNUSED_SETTINGS = ("device", "figures", "predictions", "log_every", "val_every", "val_cases")  # change no score
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning run of the curve."""
+
+    arm: str
+    labels: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        return f"{self.arm}_n{self.labels}_s{self.seed}"
+
+
+def label_curve(
+    cohort: Cohort,
+    settings: FinetuneSettings,
+    out: Path,
+    *,
+    arms: Mapping[str, Pretrained | None],
+    counts: Sequence[int],
+    seeds: Sequence[int],
+    on_cell: Callable[[int, int, Cell, FinetuneResult], None] | None = None,
+    on_step: Callable[[int, int, Mapping[str, float]], None] | None = None,
+) -> dict[str, Any]:
+    """Compute the cells that are missing, then summarise.
+
+    Args:
+        cohort: The labelled set; the same first n training cases for every arm and seed.
+        settings: Shared by all cells.
+        out: Folder, created when missing.
+        arms: Name to weights; `scratch` to None is the twin that differences are taken against.
+        counts: Numbers of labelled training cases.
+        seeds: Seeds; the same for every arm, so that cells are pairs.
+        on_cell: Called with (cells done, cells, cell, result) after each.
+        on_step: Passed on to `finetune`.
+
+    Returns:
+        The summary, see `summarise`.
+
+    Raises:
+        RequestError: The folder holds cells of other settings, or the request is empty or unnamed.
+    """
+    out = Path(out)
+    cells = plan(arms, counts, seeds)
+    cohort.first(max(counts))  # too many labels asked for: say so before the first hour, not after it
+    if SCRATCH in arms and settings.encoder is None:
+        named = next((weights for weights in arms.values() if weights is not None), None)
+        if named is not None:
+            settings = with_encoder(settings, named)
+    claim(out, cohort, settings, arms)
+    reader = CaseReader(settings.domain)
+    for number, cell in enumerate(cells, start=1):
+        folder = out / "cells" / cell.name
+        result = read_cell(folder)
+        if result is None:
+            result = finetune(
+                cohort,
+                settings,
+                folder,
+                labels=cell.labels,
+                seed=cell.seed,
+                weights=arms[cell.arm],
+                arm=cell.arm,
+                reader=reader,
+                on_step=on_step,
+            )
+        write_summary(out, cells)
+        if on_cell is not None:
+            on_cell(number, len(cells), cell, result)
+    return write_summary(out, cells)
+
+
+def plan(arms: Mapping[str, Any], counts: Sequence[int], seeds: Sequence[int]) -> list[Cell]:
+    """Return the cells, seeds outermost, so that an interrupted curve has whole pairs of early seeds.
+
+    Raises:
+        RequestError: There is nothing to do, something is named twice, or an arm's name cannot be a folder.
+    """
+    for what, values in (("arms", list(arms)), ("counts", list(counts)), ("seeds", list(seeds))):
+        if not values or len(set(values)) < len(values):
+            found = ", ".join(map(str, values)) or "none"
+            raise RequestError(f"label curve: {what}: {found}; give at least one, none twice; correct the list")
+    bad = [arm for arm in arms if not re.fullmatch(r"[A-Za-z0-9.-]+", arm)]
+    if bad:
+        raise RequestError(f'label curve: arm "{bad[0]}"; letters, digits, dots and hyphens; rename it')
+    return [Cell(arm, count, seed) for seed in seeds for count in counts for arm in arms]
+
+
+def claim(
+    out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[str, Pretrained | None]
+) -> dict[str, Any]:
+    """Write what the cells of a folder have in common, or check it against what is there.
+
+    New arms may join later; known ones must have the same weights.
+
+    Raises:
+        RequestError: The folder belongs to another cohort, other settings, or other weights of the same name.
+    """
+    path = out / "label_curve.json"
+    weights = {arm: None if w is None else str(w.manifest.get("weights_hash")) for arm, w in arms.items()}
+    values = json.loads(json.dumps(asdict(settings)))
+    shared = {"cohort": cohort.name, "cohort_digest": cohort.digest(), "settings": values, "weights": weights}
+    if path.is_file():
+        known = json.loads(path.read_text())
+        faults = []
+        if known["cohort_digest"] != shared["cohort_digest"]:
+            faults.append("another cohort or split")
+        names = sorted({*known["settings"], *values} - set(UNUSED_SETTINGS))
+        changed = [name for name in names if known["settings"].get(name) != values.get(name)]
+        faults += [f"{name} {known['settings'].get(name)} (now {values.get(name)})" for name in changed]
+        faults += [
+            f"other weights for arm {arm}" for arm in weights if known["weights"].get(arm, weights[arm]) != weights[arm]
+        ]
+        if faults:
+            raise RequestError(
+                f"{out} holds cells computed with {'; '.join(faults)}; cells of one folder share everything but "
+                "labels, seed and arm; choose another folder, or remove this one"
+            )
+        shared["weights"] = {**known["weights"], **weights}
+    write_atomic(path, json.dumps(shared, indent=1).encode())
+    return shared
+
+
+def read_cell(folder: Path) -> FinetuneResult | None:
+    """Return a finished cell; None when it was not started, or cut short."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return None
+    return FinetuneResult.from_json(json.loads(path.read_text()))
+
+
+def write_summary(out: Path, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Summarise the finished cells of a plan into `summary.json` and `table.md`."""
+    results = [result for cell in cells if (result := read_cell(out / "cells" / cell.name)) is not None]
+    summary = summarise(results)
+    summary["cells"] = {"planned": len(cells), "done": len(results)}
+    summary["shared"] = json.loads((out / "label_curve.json").read_text())
+    write_atomic(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+    write_atomic(out / "table.md", (markdown(summary) + "\n").encode())
+    return summary
+
+
+def summarise(results: Sequence[FinetuneResult]) -> dict[str, Any]:
+    """Return means with intervals per (labels, arm), and the paired differences to scratch per labels.
+
+    A patient's score is the mean over structures, then over seeds; intervals come from a bootstrap over test patients.
+    They say
+    how far the mean could move with other patients, not with other seeds or other training cases: the spread over seeds
+        is given
+    beside them.
+
+    Returns:
+        `rows`: labels, arm, seeds, dice, low, high, seed_spread (largest minus smallest seed mean), seed_means,
+        structures {name: mean}, hd95_mm {name: mean}, seconds (mean). `differences`: labels, arm, against, seeds (those
+        both have), difference, low, high, seed_differences. All Dice as fractions.
+    """
+    rows, differences = [], []
+    for labels in sorted({result.labels for result in results}):
+        groups: dict[str, dict[int, FinetuneResult]] = {}
+        for result in results:
+            if result.labels == labels:
+                groups.setdefault(result.arm, {})[result.seed] = result
+        rows += [_row(labels, arm, by_seed) for arm, by_seed in groups.items()]
+        twins = groups.get(SCRATCH, {})
+        for arm, by_seed in groups.items():
+            common = sorted(set(by_seed) & set(twins))
+            if arm != SCRATCH and common:
+                pair = [[by_seed[s] for s in common], [twins[s] for s in common]]
+                differences.append(_difference(labels, arm, common, *pair))
+    return {"metric": "mean Dice over structures", "rows": rows, "differences": differences}
+
+
+def _row(labels: int, arm: str, by_seed: Mapping[int, FinetuneResult]) -> dict[str, Any]:
+    seeds = sorted(by_seed)
+    runs = [by_seed[seed] for seed in seeds]
+    table, patients = score_table(runs)
+    mean, low, high = bootstrap_interval(table.mean(axis=0), patients)
+    seed_means = table.mean(axis=1)
+    names = runs[0].structures
+    return {
+        "labels": labels,
+        "arm": arm,
+        "seeds": seeds,
+        "n_test": len(patients),
+        "dice": mean,
+        "low": _plain(low),
+        "high": _plain(high),
+        "seed_spread": float(seed_means.max() - seed_means.min()),
+        "seed_means": [float(v) for v in seed_means],
+        "structures": {name: _plain(float(np.mean([run.mean("dice")[name] for run in runs]))) for name in names},
+        "hd95_mm": {name: _plain(float(np.mean([run.mean("hd95_mm")[name] for run in runs]))) for name in names},
+        "seconds": float(np.mean([run.seconds["train"] for run in runs])),
+    }
+
+
+def _difference(
+    labels: int, arm: str, seeds: list[int], runs: Sequence[FinetuneResult], twins: Sequence[FinetuneResult]
+) -> dict[str, Any]:
+    a, patients = score_table(runs)
+    b, _ = score_table(twins)
+    value, low, high = paired_bootstrap(a.mean(axis=0), b.mean(axis=0), patients)
+    return {
+        "labels": labels,
+        "arm": arm,
+        "against": SCRATCH,
+        "seeds": seeds,
+        "difference": value,
+        "low": _plain(low),
+        "high": _plain(high),
+        "seed_differences": [float(v) for v in a.mean(axis=1) - b.mean(axis=1)],
+    }
+
+
+def score_table(runs: Sequence[FinetuneResult]) -> tuple[np.ndarray, list[str]]:
+    """Return mean Dice (runs, cases) and the patient of each case, cases in one order.
+
+    Cases without any structure in label and prediction are left out.
+
+    Raises:
+        RequestError: The runs were scored on different cases.
+    """
+    order = [case.id for case in runs[0].cases]
+    rows = []
+    for run in runs:
+        by_id = {case.id: case for case in run.cases}
+        if set(by_id) != set(order):
+            raise RequestError(
+                "label curve: cells were scored on different test cases; one table needs the same; "
+                "remove the cells and run again"
+            )
+        rows.append([by_id[name].mean_dice for name in order])
+    table = np.array(rows, dtype=np.float64)
+    kept = np.flatnonzero(np.isfinite(table).all(axis=0))
+    return table[:, kept], [runs[0].cases[i].patient for i in kept]
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """Render a summary as two Markdown tables; Dice in points (0 to 100), differences in points."""
+    lines = [
+        "| labels | arm | Dice (95 % interval) | seeds | spread over seeds | per structure | HD95 mm | s/cell |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in summary["rows"]:
+        structures = ", ".join(f"{name} {_points(value)}" for name, value in row["structures"].items())
+        distances = ", ".join(f"{name} {_number(value)}" for name, value in row["hd95_mm"].items())
+        lines.append(
+            f"| {row['labels']} | {row['arm']} | "
+            f"{_points(row['dice'])} ({_points(row['low'])} to {_points(row['high'])}) | {len(row['seeds'])} | "
+            f"{_points(row['seed_spread'])} | {structures} | {distances} | {row['seconds']:.0f} |"
+        )
+    if summary["differences"]:
+        lines += ["", "| labels | difference | Dice points (95 % interval) | per seed |", "|---|---|---|---|"]
+    for row in summary["differences"]:
+        per_seed = ", ".join(f"{100 * v:+.1f}" for v in row["seed_differences"])
+        interval = f"{_signed(row['low'])} to {_signed(row['high'])}"
+        lines.append(
+            f"| {row['labels']} | {row['arm']} - {row['against']} | {_signed(row['difference'])} ({interval}) | "
+            f"{per_seed} |"
+        )
+    return "\n".join(lines)
+
+
+def _plain(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

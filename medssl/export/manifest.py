@@ -1,0 +1,160 @@
+"""What an export says about itself, and what it must not carry out of the house."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from medssl.errors import WeightsError
+from medssl.weights import find_part, load_part
+
+# Everything else (seeds, host facts, notes of a run) stays in the run folder.
+KEPT = (
+    "format_version",
+    "part",
+    "encoder",
+    "library",
+    "key_groups",
+    "domain",
+    "modality",
+    "spacing_mm",
+    "axis_order",
+    "token_order",
+    "intensity",
+    "channels",
+    "patch_size",
+    "image_size",
+    "licence",
+    "authors",
+    "copyright",
+    "data_cards",
+    "step",
+    "recipe_hash",
+    "items_hash",
+    "weights_hash",
+    "versions",
+)
+AXIS_ORDER = "XYZ-RAS"  # what MONAI delivers too, so no kernel is permuted on the way
+
+
+@dataclass
+class Weights:
+    """What is exported.
+
+    Args:
+        state: Encoder tensors under the stock network's keys.
+        manifest: Manifest of the encoder.
+        decoder: Decoder tensors under the stock network's keys; empty unless they were asked for.
+        decoder_manifest: Manifest of the decoder.
+    """
+
+    state: dict[str, Tensor]
+    manifest: dict[str, Any]
+    decoder: dict[str, Tensor] = field(default_factory=dict)
+    decoder_manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """Arguments of the encoder."""
+        return dict(self.manifest["encoder"]["args"])
+
+
+def read_weights(path: Path, *, decoder: bool = False, tag: str = "last") -> Weights:
+    """Load the encoder, and its decoder where asked for.
+
+    Args:
+        path: Run folder, its `weights` folder, or the encoder's safetensors file.
+        decoder: Whether to load the part `decoder` too.
+        tag: `last` or `best`.
+
+    Raises:
+        WeightsError: There are no such weights, they are damaged, the part is no encoder, or the run has no decoder.
+    """
+    state, manifest = load_part(path, tag=tag)
+    if manifest["part"] == "decoder":
+        raise WeightsError(f"{path} is a decoder; an export needs the encoder: give encoder.safetensors or the run folder")
+    if manifest["axis_order"] != AXIS_ORDER:
+        raise WeightsError(
+            f"{path} has axis order {manifest['axis_order']}; exports are written for {AXIS_ORDER}; "
+            "save the weights again with this medssl"
+        )
+    weights = Weights(state, manifest)
+    if decoder:
+        file = find_part(path, "decoder", tag)
+        if not file.is_file():
+            raise WeightsError(
+                f"{path} has no decoder; only networks that pretrain one (segresnet3d) write it; export without the decoder"
+            )
+        weights.decoder, weights.decoder_manifest = load_part(file)
+    return weights
+
+
+def exported_manifest(manifest: Mapping[str, Any], *, to: str, **facts: Any) -> dict[str, Any]:
+    """Return the manifest of an export: what a user of the weights needs, and nothing about the run's machine.
+
+    Args:
+        manifest: Manifest of the part.
+        to: Name of the export.
+        facts: What this export adds, under `export`.
+    """
+    import monai
+    import torch
+
+    from medssl import __version__
+
+    versions = {"medssl": __version__, "monai": monai.__version__, "torch": torch.__version__}
+    kept = {key: manifest[key] for key in KEPT if key in manifest}
+    return {**kept, "export": {"to": to, "versions": versions, **facts}}
+
+
+def require_library(manifest: Mapping[str, Any], library: str, to: str) -> None:
+    """Raise WeightsError unless the weights are those of a stock class.
+
+    Args:
+        manifest: Manifest of the encoder.
+        library: Stock class the export takes, for instance `monai.ViT`.
+        to: Name of the export.
+    """
+    found = manifest["library"]
+    if found != library:
+        raise WeightsError(
+            f"export to {to}: the weights are of encoder {manifest['encoder']['name']} ({found}); {to} takes {library}; "
+            f"export to {', '.join(FITTING.get(found, ('safetensors',)))} instead"
+        )
+
+
+FITTING = {
+    "monai.ViT": ("safetensors", "unetr", "monai-bundle"),
+    "monai.SegResNet": ("safetensors", "segresnet", "monai-bundle"),
+}
+
+
+def window_of(intensity: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the intensity window (lo, hi) of a manifest, None when it has none.
+
+    Args:
+        intensity: `{"normalize": {"window": [lo, hi]}}`, or `{"normalize": name, "window": [lo, hi] or None}`.
+    """
+    normalize = intensity.get("normalize")
+    window = normalize.get("window") if isinstance(normalize, Mapping) else intensity.get("window")
+    return None if window is None else (float(window[0]), float(window[1]))
+
+
+def normalization_of(intensity: Mapping[str, Any]) -> str:
+    """Return `zscore`, `percentile`, `window` or `none`.
+
+    Raises:
+        WeightsError: The manifest names another normalisation.
+    """
+    normalize = intensity.get("normalize", "none")
+    name = "window" if isinstance(normalize, Mapping) and "window" in normalize else normalize
+    if name not in ("zscore", "percentile", "window", "none"):
+        raise WeightsError(
+            f"the manifest names the normalisation {name!r}; a bundle can write zscore, percentile, window and none; "
+            "export to safetensors instead"
+        )
+    return str(name)

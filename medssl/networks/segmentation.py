@@ -1,0 +1,311 @@
+"""Stock MONAI segmentation networks around an encoder, and the strict loading of pretrained weights into them.
+
+Nothing is loaded partially in silence: every encoder tensor of the network must be in the file under its own name and
+with its own shape. The one adaptation is a learned position table, which is resized trilinearly when the crop of the
+task differs from that of the pretraining.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from medssl.errors import RequestError, WeightsError
+from medssl.layers.pos_embed import resize_positions
+
+UNETR_PATCH = 16  # both are fixed inside MONAI's UNETR
+UNETR_LAYERS = 12
+POSITIONS = "patch_embedding.position_embeddings"
+UNUSED = (
+    "norm_cross_attn"  # in every MONAI ViT block since 1.4, on no path without cross attention; older files lack it
+)
+
+Network: TypeAlias = nn.Module
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """How a pretrained part met the network.
+
+    Args:
+        matched: Tensors of the network that were filled from the weights.
+        missing: Encoder tensors of the network that the weights lack; only parameters that no path uses may be.
+        unexpected: Tensors of the weights that the network does not know; always 0 after a successful load.
+        resized: Position tables that were interpolated to the crop of the task (counted in `matched` too).
+        fresh: Tensors that keep their random start: head, and the decoder where none was given.
+    """
+
+    matched: int
+    missing: int
+    unexpected: int
+    resized: int
+    fresh: int
+
+
+def build_unetr(
+    *,
+    encoder: Mapping[str, Any],
+    out_channels: int,
+    image_size: Sequence[int],
+    feature_size: int = 16,
+    norm_name: str = "instance",
+    dropout_rate: float = 0.0,
+) -> Network:
+    """Build MONAI's UNETR around the ViT that an encoder manifest describes.
+
+    Args:
+        encoder: `{"name": "vit3d", "args": {...}}`; patch size 16 and 12 layers, which UNETR fixes.
+        out_channels: Classes including background.
+        image_size: Crop (X, Y, Z) in voxels, multiples of 16. It may differ from the crop of the pretraining.
+        feature_size: Filters of the finest decoder scale.
+        norm_name: Normalisation of the decoder.
+        dropout_rate: Between 0 and 1.
+
+    Raises:
+        RequestError: The encoder cannot sit in a UNETR, or the crop does not divide.
+
+    Reference:
+        Hatamizadeh et al. 2022, "UNETR: Transformers for 3D Medical Image Segmentation"; MONAI 1.6
+        `networks/nets/unetr.py`.
+    """
+    from monai.networks.nets import UNETR
+
+    args = encoder_args(encoder, "vit3d", "unetr")
+    patch = args.get("patch_size", UNETR_PATCH)
+    patch = (patch,) * 3 if isinstance(patch, int) else tuple(patch)
+    layers = int(args.get("num_layers", UNETR_LAYERS))
+    if patch != (UNETR_PATCH,) * 3 or layers != UNETR_LAYERS:
+        raise RequestError(
+            f"network unetr: the encoder has patch size {'x'.join(map(str, patch))} and {layers} layers; MONAI's "
+            f"UNETR is fixed to patch size {UNETR_PATCH} and {UNETR_LAYERS} layers; pretrain a vit3d of that form, or "
+            "fine-tune a segresnet"
+        )
+    size = check_crop("unetr", image_size, UNETR_PATCH)
+    hidden = int(args.get("hidden_size", 768))
+    network: Any = UNETR(
+        in_channels=int(args.get("in_channels", 1)),
+        out_channels=out_channels,
+        img_size=size,
+        feature_size=feature_size,
+        hidden_size=hidden,
+        mlp_dim=int(args.get("mlp_dim") or 4 * hidden),
+        num_heads=int(args.get("num_heads", 12)),
+        proj_type="conv",
+        norm_name=norm_name,
+        res_block=True,
+        dropout_rate=dropout_rate,
+        spatial_dims=3,
+    )
+    for block in network.vit.blocks:
+        for parameter in block.norm_cross_attn.parameters():
+            parameter.requires_grad_(False)
+        block.attn.use_flash_attention = True  # torch's fused attention: same parameters, same result up to rounding
+    return network  # type: ignore[no-any-return]
+
+
+def build_segresnet(
+    *,
+    encoder: Mapping[str, Any],
+    out_channels: int,
+    image_size: Sequence[int] | None = None,
+    dropout_prob: float | None = None,
+) -> Network:
+    """Build MONAI's SegResNet with the encoder that a manifest describes.
+
+    Args:
+        encoder: `{"name": "segresnet3d", "args": {...}}`.
+        out_channels: Classes including background.
+        image_size: Crop (X, Y, Z) in voxels, checked against the strides; None skips the check (any size runs).
+        dropout_prob: Dropout after the first convolution; None has none.
+
+    Raises:
+        RequestError: The encoder is another one, or the crop does not divide.
+
+    Reference:
+        Myronenko 2018, "3D MRI brain tumor segmentation using autoencoder regularization"; MONAI 1.6
+        `networks/nets/segresnet.py`.
+    """
+    from monai.networks.nets import SegResNet
+
+    args = encoder_args(encoder, "segresnet3d", "segresnet")
+    blocks_down = tuple(args.get("blocks_down", (1, 2, 2, 4)))
+    if image_size is not None:
+        check_crop("segresnet", image_size, 2 ** (len(blocks_down) - 1))
+    network: Network = SegResNet(
+        spatial_dims=3,
+        init_filters=int(args.get("init_filters", 16)),
+        in_channels=int(args.get("in_channels", 1)),
+        out_channels=out_channels,
+        blocks_down=blocks_down,
+        blocks_up=tuple(args.get("blocks_up", (1, 1, 1))),
+        dropout_prob=dropout_prob,
+    )
+    return network
+
+
+def encoder_args(encoder: Mapping[str, Any], wanted: str, network: str) -> dict[str, Any]:
+    """Return the encoder's arguments after checking that it is the one this network is built around."""
+    name = encoder.get("name")
+    if name != wanted:
+        fits = {"vit3d": "unetr", "segresnet3d": "segresnet"}.get(str(name))
+        advice = f'choose network "{fits}"' if fits else f"choose an encoder {wanted}"
+        raise RequestError(f'network {network}: the encoder is "{name}"; it is built around {wanted}; {advice}')
+    return dict(encoder.get("args", {}))
+
+
+def check_crop(network: str, image_size: Sequence[int], divisor: int) -> tuple[int, int, int]:
+    """Return the crop as a tuple of three, or say which multiple is needed."""
+    size = tuple(int(n) for n in image_size)
+    if len(size) != 3 or any(n < divisor or n % divisor for n in size):
+        nearest = "x".join(str(max(divisor, -(-n // divisor) * divisor)) for n in size)
+        raise RequestError(
+            f"network {network}: crop {'x'.join(map(str, size))} voxels; every axis must be a multiple of {divisor}; "
+            f"use {nearest}"
+        )
+    return size[0], size[1], size[2]
+
+
+def load_pretrained(
+    network: Network,
+    state: Mapping[str, Tensor],
+    manifest: Mapping[str, Any],
+    *,
+    decoder_state: Mapping[str, Tensor] | None = None,
+) -> LoadReport:
+    """Fill the encoder of a network, and optionally the decoder of a SegResNet, with pretrained tensors.
+
+    Nothing of the network is changed unless everything fits.
+
+    Args:
+        network: Result of `build_unetr` or `build_segresnet`.
+        state: Encoder tensors under the stock network's own keys. Keys of the manifest's other key groups are ignored.
+        manifest: Manifest of the weights: `library`, `key_groups`, `image_size` and `patch_size` for position tables.
+        decoder_state: Tensors `up_samples.*` and `up_layers.*` of a SegResNet; None leaves the decoder as it is.
+
+    Raises:
+        WeightsError: Another kind of network, other input channels, or any name or shape that does not match.
+    """
+    library, prefix, encoder_keys, decoder_keys = _plan(network)
+    found = manifest.get("library", library)
+    if found != library:
+        name = dict(manifest.get("encoder", {})).get("name", found)
+        fits = {"monai.ViT": "unetr", "monai.SegResNet": "segresnet"}.get(str(found), "the one they were made for")
+        raise WeightsError(
+            f"the weights are of {found} (encoder {name}); this network needs {library}; choose network {fits}"
+        )
+    own = network.state_dict()
+    wanted = {key.removeprefix(prefix): key for key in own if key.startswith(encoder_keys)}
+    other = tuple(
+        key for group, keys in dict(manifest.get("key_groups", {})).items() if group != "encoder" for key in keys
+    )
+    given = {key: tensor for key, tensor in state.items() if not (other and key.startswith(other))}
+    _check_channels(given, own, wanted)
+    given, resized = _fit_positions(given, own, wanted, manifest, tuple(getattr(network, "feat_size", ())))
+    filled, missing = _match("encoder", given, own, wanted)
+    if decoder_state is not None:
+        if not decoder_keys:
+            raise WeightsError(
+                "decoder weights were given, but only a SegResNet takes a pretrained decoder, this is a "
+                f"{type(network).__name__}; transfer the encoder alone"
+            )
+        part, _ = _match("decoder", decoder_state, own, {key: key for key in own if key.startswith(decoder_keys)})
+        filled.update(part)
+    network.load_state_dict(filled, strict=False)
+    return LoadReport(
+        matched=len(filled),
+        missing=missing,
+        unexpected=0,
+        resized=resized,
+        fresh=len(own) - len(filled) - missing,
+    )
+
+
+def encoder_parameters(network: Network) -> set[str]:
+    """Return the names of the parameters that belong to the pretrainable encoder."""
+    _, _, keys, _ = _plan(network)
+    return {name for name, _ in network.named_parameters() if name.startswith(keys)}
+
+
+def _plan(network: Network) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
+    """Return library name, prefix of encoder keys in the network, encoder keys and decoder keys (with prefix)."""
+    kind = type(network).__name__
+    if kind == "UNETR":
+        return "monai.ViT", "vit.", ("vit.",), ()
+    if kind == "SegResNet":
+        return "monai.SegResNet", "", ("convInit.", "down_layers."), ("up_samples.", "up_layers.")
+    raise WeightsError(f"pretrained weights for a {kind}: only UNETR and SegResNet are known; build one of these")
+
+
+def _check_channels(given: Mapping[str, Tensor], own: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
+    for key in ("patch_embedding.patch_embeddings.weight", "convInit.conv.weight"):
+        if key in wanted and key in given and given[key].ndim == own[wanted[key]].ndim:
+            have, need = given[key].shape[1], own[wanted[key]].shape[1]
+            if have != need:
+                raise WeightsError(
+                    f"the weights take {have} input channel(s), the network has {need}; channels are not adapted; "
+                    f"give images of {have} channel(s), or pretrain with {need}"
+                )
+
+
+def _fit_positions(
+    given: dict[str, Tensor],
+    own: Mapping[str, Tensor],
+    wanted: Mapping[str, str],
+    manifest: Mapping[str, Any],
+    new_grid: tuple[int, ...],
+) -> tuple[dict[str, Tensor], int]:
+    """Resize a learned position table to the network's token grid, in the token order of `medssl.layers.tokens`."""
+    if POSITIONS not in given or POSITIONS not in wanted:
+        return given, 0
+    table, target = given[POSITIONS], own[wanted[POSITIONS]]
+    args = dict(dict(manifest.get("encoder", {})).get("args", {}))
+    size = manifest.get("image_size") or args.get("image_size")
+    patch = manifest.get("patch_size") or args.get("patch_size", UNETR_PATCH)
+    patch = (patch,) * 3 if isinstance(patch, int) else tuple(patch)
+    if size is None:
+        if table.shape == target.shape:
+            return given, 0
+        raise WeightsError(
+            f"the position table has {table.shape[1]} tokens, the network {target.shape[1]}, and the manifest has no "
+            "image_size to say how they lie; save the weights again with this medssl"
+        )
+    old_grid = tuple(int(n) // int(p) for n, p in zip(size, patch))
+    if prod(old_grid) != table.shape[1] or table.shape[2] != target.shape[2]:
+        return given, 0  # a shape error that `_match` reports by name
+    if old_grid == new_grid:
+        return given, 0
+    return {**given, POSITIONS: resize_positions(table, old_grid, new_grid)}, 1
+
+
+def _match(
+    part: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor], wanted: Mapping[str, str]
+) -> tuple[dict[str, Tensor], int]:
+    """Return the tensors under the network's names and the number of unused ones that are absent; else fail."""
+    absent = [key for key in wanted if key not in given]
+    missing = [key for key in absent if UNUSED not in key]
+    unexpected = [key for key in given if key not in wanted]
+    shapes = [
+        f"{key} {tuple(given[key].shape)} instead of {tuple(own[name].shape)}"
+        for key, name in wanted.items()
+        if key in given and given[key].shape != own[name].shape
+    ]
+    faults = [
+        f"{len(keys)} {kind} ({_few(keys)})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if faults:
+        raise WeightsError(
+            f"{part} weights do not fit the network: {'; '.join(faults)}; every tensor must match by name and shape; "
+            "build the network from the arguments in the manifest of these weights"
+        )
+    return {name: given[key] for key, name in wanted.items() if key in given}, len(absent)
+
+
+def _few(keys: Sequence[str], count: int = 3) -> str:
+    more = f", and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more

@@ -1,0 +1,343 @@
+"""Recipes: YAML in, validated models out. This module knows names and types; `build` knows the classes behind them.
+
+A fault is one sentence that starts with the dotted path of the key, and all faults of a recipe are reported together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from medssl.errors import RecipeError, near
+
+REQUIRED_MARK = "???"  # as in `index: ???`: the user must give it on the command line
+
+
+class Node(BaseModel):
+    """Base of all sections: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Component(BaseModel):
+    """A registered name and the arguments of its constructor, side by side in the YAML."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The arguments without the name."""
+        return dict(self.model_extra or {})
+
+
+def _component(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+ComponentField = Annotated[Component, BeforeValidator(_component)]
+
+
+class SourceSection(Node):
+    """One source: an index query, how to read it, how to draw from it, and what views to make."""
+
+    index: str = Field(description="Archive folder made by `medssl index`")
+    where: str = Field("split not in ('val', 'test')", description="SQL condition on the index; rows it cannot decide are counted and left out")
+    domain: ComponentField = Field(description="mri or ct")
+    sampler: ComponentField = Field(default_factory=lambda: Component(name="crops"))
+    views: dict[str, Any] = Field(description="Arguments of the views: size, spacing_mm, normalize, flip, ..., mask")
+    store: str | None = Field(None, description="Store folder; default ARCHIVE/store")
+    weight: float = Field(1.0, gt=0, description="Relative frequency of steps that use this source")
+
+
+class ScheduleSection(Node):
+    """Learning rate over the steps of a stage."""
+
+    name: Literal["cosine", "constant_anneal"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    final_lr: float = Field(0.0, ge=0)
+    anneal_steps: int = Field(0, ge=0, description="constant_anneal: the last steps, from lr to final_lr by a half cosine")
+
+
+class OptimSection(Node):
+    """AdamW or SGD; norms, biases, position tables and mask tokens are never decayed."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(3e-4, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    layer_decay: float | None = Field(None, gt=0, le=1, description="Learning-rate factor per layer below the last one")
+    lr_scales: dict[str, float] = Field(default_factory=dict, description="Name pattern -> factor; 0 freezes, gradients still flow")
+    clip_grad: float | None = Field(1.0, gt=0)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+
+
+class StageSection(Node):
+    """A run is a list of stages; each has its own optimiser."""
+
+    name: str = "main"
+    steps: int = Field(gt=0)
+    loss_weights: dict[str, float] = Field(default_factory=dict)
+    train: list[str] = Field(default_factory=lambda: ["*"], description="Patterns of parameter names that are trained")
+    optim: OptimSection | None = None
+
+
+class TrainSection(Node):
+    """How the loop runs. `batch` is over all processes, so one recipe means one training whatever the machine."""
+
+    steps: int = Field(1000, gt=0)
+    batch: int = Field(4, gt=0, description="Items per optimiser step, over all processes and micro-steps")
+    micro_batch: int | None = Field(None, gt=0, description="Items per forward pass and process; default batch / processes")
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    workers: int = Field(2, ge=0, description="Threads that read ahead")
+    compile: bool = False
+    checkpoint_blocks: bool = False
+    checkpoint_every: int = Field(500, gt=0)
+    keep_checkpoints: int = Field(2, ge=1)
+    log_every: int = Field(10, gt=0)
+    monitor_every: int = Field(200, gt=0)
+    monitor_items: int = Field(32, ge=0, description="Items embedded for the monitors; 0 turns them off")
+
+
+class ProbeSection(Node):
+    """A live probe: kNN and ridge on frozen features of `val` patients."""
+
+    every: int = Field(500, gt=0)
+    table: str = Field(description="CSV with a column that names the image file and one with the target")
+    file_column: str = "file"
+    target: str = Field(description="Column with the target")
+    task: Literal["regression", "classification"] = "regression"
+    where: str = "split = 'val'"
+    max_items: int = Field(200, gt=3)
+    k: int = Field(5, gt=0)
+
+
+class ExportSection(Node):
+    """What is written into the manifest of the weights."""
+
+    licence: str = "unknown"
+
+
+class PretrainRecipe(Node):
+    """A pretraining run. `data`, `views` and `encoder` are short for one source named `main` and one encoder named `encoder`."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    sources: dict[str, SourceSection]
+    encoders: dict[str, ComponentField]
+    objective: ComponentField
+    optim: OptimSection = Field(default_factory=OptimSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    stages: list[StageSection] = Field(default_factory=list)
+    probes: dict[str, ProbeSection] = Field(default_factory=dict)
+    export: ExportSection = Field(default_factory=ExportSection)
+    out: str = Field("runs/pretrain", description="Run folder")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping):
+            return raw
+        raw = dict(raw)
+        if "data" in raw and "sources" not in raw:
+            source = dict(raw.pop("data") or {})
+            if "views" in raw:
+                source["views"] = raw.pop("views")
+            raw["sources"] = {"main": source}
+        if "encoder" in raw and "encoders" not in raw:
+            raw["encoders"] = {"encoder": raw.pop("encoder")}
+        return raw
+
+    def resolved_stages(self) -> list[StageSection]:
+        """Return the stages, one made of `train.steps` when none is listed, each with an optimiser."""
+        stages = self.stages or [StageSection(steps=self.train.steps)]
+        return [stage.model_copy(update={"optim": stage.optim or self.optim}) for stage in stages]
+
+
+class CohortSection(Node):
+    """A labelled cohort: a folder with images/ labels/ split.csv, a Decathlon JSON, an nnU-Net raw folder, or a CSV."""
+
+    path: str
+    domain: ComponentField = Field(default_factory=lambda: Component(name="mri"))
+
+
+class FinetuneRecipe(Node):
+    """Fine-tuning of a MONAI segmentation network, with its matched scratch twin."""
+
+    kind: Literal["finetune"] = "finetune"
+    cohort: CohortSection
+    network: Literal["unetr", "segresnet"]
+    encoder: dict[str, Any] = Field(default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of FinetuneSettings")
+    labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
+    out: str = "runs/finetune"
+
+
+class EvaluateRecipe(Node):
+    """Frozen probes of weights on a labelled table, beside their controls."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    source: SourceSection
+    table: str
+    file_column: str = "file"
+    target: str
+    task: Literal["regression", "classification"] = "regression"
+    k: list[int] = Field(default_factory=lambda: [1, 5, 20])
+    seed: int = 0
+    batch: int = Field(4, gt=0)
+    out: str = "runs/evaluate"
+
+
+Recipe_ = PretrainRecipe | FinetuneRecipe | EvaluateRecipe
+KINDS: dict[str, type[Node]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "evaluate": EvaluateRecipe}
+
+
+class Recipe:
+    """Loading, overriding, hashing and dumping of recipes of any kind."""
+
+    @staticmethod
+    def load(path: Path | str, overrides: Sequence[str] = ()) -> Any:
+        """Read a YAML recipe, apply `key=value` overrides, validate.
+
+        Args:
+            path: YAML file.
+            overrides: Dotted assignments such as `train.steps=100`; values are YAML.
+
+        Returns:
+            A `PretrainRecipe`, `FinetuneRecipe` or `EvaluateRecipe`.
+
+        Raises:
+            RecipeError: With every fault found.
+        """
+        return Recipe.parse(apply_overrides(read_yaml(path), overrides))
+
+    @staticmethod
+    def parse(raw: Mapping[str, Any]) -> Any:
+        """Validate a dictionary; see `load`."""
+        kind = raw.get("kind", "pretrain")
+        if kind not in KINDS:
+            raise RecipeError([f'kind: "{kind}" is unknown{near(str(kind), KINDS)}; accepted: {", ".join(KINDS)}'])
+        faults = [f"{path}: required; give {path}=VALUE on the command line or in the recipe" for path in marked(raw)]
+        try:
+            recipe = KINDS[kind].model_validate(raw)
+        except ValidationError as err:
+            raise RecipeError(faults + [fault(KINDS[kind], error) for error in err.errors()]) from None
+        if faults:
+            raise RecipeError(faults)
+        return recipe
+
+    @staticmethod
+    def dump(recipe: Node) -> str:
+        """Return the resolved recipe as YAML."""
+        return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+
+    @staticmethod
+    def hash(recipe: Node) -> str:
+        """Return a digest of everything but the output folder."""
+        content = {key: value for key, value in recipe.model_dump(mode="json").items() if key != "out"}
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number, as people write it; YAML 1.1 wants 1.0e-4."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML without running anything it holds."""
+    return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """Read a YAML mapping; RecipeError says what is wrong with the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError([f"{path}: no such recipe; `medssl recipe ls` lists those that come with medssl"])
+    try:
+        raw = parse_yaml(path.read_text())
+    except yaml.YAMLError as err:
+        raise RecipeError([f"{path}: not valid YAML ({' '.join(str(err).split())})"]) from err
+    if not isinstance(raw, dict):
+        raise RecipeError([f"{path}: a recipe is a YAML mapping of sections; found {type(raw).__name__}"])
+    return raw
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return a copy of `raw` with dotted `key=value` assignments applied; values are parsed as YAML."""
+    result: dict[str, Any] = json.loads(json.dumps(raw))
+    faults = []
+    for item in overrides:
+        path, sign, text = item.partition("=")
+        if not sign or not path:
+            faults.append(f'"{item}": an override is written key=value, for instance train.steps=100')
+            continue
+        node = result
+        *parents, last = path.split(".")
+        for name in parents:
+            child = node.setdefault(name, {})
+            if not isinstance(child, dict):
+                child = node[name] = {"name": child} if isinstance(child, str) else {}
+            node = child
+        node[last] = parse_yaml(text)
+    if faults:
+        raise RecipeError(faults)
+    return result
+
+
+def marked(raw: Any, path: str = "") -> list[str]:
+    """Return the dotted paths whose value is still `???`."""
+    if raw == REQUIRED_MARK:
+        return [path]
+    if isinstance(raw, Mapping):
+        return [found for key, value in raw.items() for found in marked(value, f"{path}.{key}" if path else str(key))]
+    return []
+
+
+def fault(model: type[Node], error: Any) -> str:
+    """Turn one pydantic error into a sentence that starts with the dotted path."""
+    location = tuple(part for part in error["loc"] if not str(part).startswith("function-"))
+    path = ".".join(str(part) for part in location)
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return f"{path}: unknown key{near(str(location[-1]), known_keys(model, location[:-1]))}"
+    if kind == "missing":
+        return f"{path}: required and missing"
+    if kind.endswith(("_type", "_parsing")):
+        return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}; found {error['input']!r}"
+    return f"{path}: {error['msg']}; found {error['input']!r}"
+
+
+def known_keys(model: type[Node], location: Sequence[Any]) -> list[str]:
+    """Return the keys that are allowed at a place in a recipe."""
+    here: Any = model
+    for part in location:
+        if not (isinstance(here, type) and issubclass(here, BaseModel)):
+            return []
+        name = str(part)
+        if name not in here.model_fields:  # an entry of a dict of sections: same model
+            continue
+        here = _section_of(here.model_fields[name].annotation)
+    keys = list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+    return keys + (["data", "views", "encoder"] if here is PretrainRecipe else [])
+
+
+def _section_of(annotation: Any) -> Any:
+    """Return the model inside an annotation such as `dict[str, SourceSection]` or `OptimSection | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_of(argument)
+        if found is not None:
+            return found
+    return None

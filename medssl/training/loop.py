@@ -1,0 +1,645 @@
+"""The training loop: visible, one path for one process, DDP and FSDP.
+
+The loop knows protocols only (`types.Objective`, `types.Source`). What happens in a step, in order:
+
+1. views of all micro-steps are made, so that denominators can be summed over micro-steps and ranks before the first forward;
+2. for each micro-step: the global generator is reseeded by (seed, step, micro-step, rank), forward, backward;
+3. gradients are clipped, the optimiser steps, teachers move, `objective.after_step` runs;
+4. metrics, monitors and probes, checkpoint, signals.
+
+Everything a step needs is a pure function of (seed, step), so a resumed run needs no generator state.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medssl.errors import CheckpointError, MedsslError, RequestError, TrainingStopped
+from medssl.seeding import counter_rng, derive_seed
+from medssl.training import checkpoint, distributed
+from medssl.training.distributed import World
+from medssl.training.ema import update_ema
+from medssl.training.monitors import check_finite
+from medssl.training.optim import OptimSettings, build_optimiser, carry_moments, layer_scales, parameter_groups, set_lr
+from medssl.training.run_folder import RunFolder
+from medssl.training.schedules import schedule_value
+from medssl.types import DrawKey, Part, ProbeCallback, Source, StepContext, Views
+from medssl.weights import save_part, write_atomic
+
+StepCallback = Callable[[int, int, Mapping[str, float]], None]
+Embedder = Callable[[Mapping[str, nn.Module], str], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Args:
+        name: For logs and checkpoints.
+        steps: Optimiser steps.
+        optim: Its optimiser.
+        train: Patterns of parameter names that are trained.
+        loss_weights: Passed to the objective.
+    """
+
+    name: str
+    steps: int
+    optim: OptimSettings
+    train: Sequence[str] = ("*",)
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How the loop runs; see `recipe.TrainSection`.
+
+    Args:
+        batch: Items per optimiser step over all processes and micro-steps.
+        micro_batch: Items per forward pass and process; None means batch / processes.
+        seed: Seed of everything.
+        precision: `fp32` or `bf16` (autocast).
+        strategy: `auto`, `ddp` or `fsdp`.
+        workers: Threads that read ahead.
+        compile: Compile each encoder block.
+        checkpoint_blocks: Activation checkpointing of encoder blocks.
+        checkpoint_every: Steps between checkpoints.
+        keep_checkpoints: How many to keep.
+        log_every: Steps between lines of metrics.jsonl.
+    """
+
+    batch: int = 4
+    micro_batch: int | None = None
+    seed: int = 0
+    precision: str = "fp32"
+    strategy: str = "auto"
+    workers: int = 2
+    compile: bool = False
+    checkpoint_blocks: bool = False
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+    def micro_steps(self, world_size: int) -> tuple[int, int]:
+        """Return (micro-steps, items per micro-step and rank).
+
+        Raises:
+            RequestError: The batch cannot be shared out evenly.
+        """
+        micro = self.micro_batch or max(self.batch // world_size, 1)
+        if self.batch % (micro * world_size):
+            raise RequestError(
+                f"train.batch={self.batch} cannot be shared by {world_size} process(es) with micro_batch {micro}; "
+                f"choose a batch that is a multiple of {micro * world_size}"
+            )
+        return self.batch // (micro * world_size), micro
+
+
+@dataclass(frozen=True)
+class Callback:
+    """Something that looks at frozen parts every so many steps, for instance a live probe.
+
+    Args:
+        every: Steps between calls; it also runs after the last step.
+        call: (step, {part: module in eval mode}) -> metrics. Runs on rank 0. May raise TrainingStopped.
+    """
+
+    every: int
+    call: ProbeCallback
+
+
+def pick_source(sources: Mapping[str, Source], seed: int, step: int) -> Source:
+    """Choose the source of a step: it depends on (seed, step) alone, so that all ranks agree."""
+    names = list(sources)
+    if len(names) == 1:
+        return sources[names[0]]
+    weights = [sources[name].weight for name in names]
+    total = sum(weights)
+    draw = counter_rng(seed, step, "source").choice(len(names), p=[w / total for w in weights])
+    return sources[names[int(draw)]]
+
+
+def batch_keys(seed: int, step: int, micro_step: int, micro: int, world: World) -> list[DrawKey]:
+    """Return the draw keys of one micro-batch on this rank; positions run over ranks and micro-steps."""
+    first = (micro_step * world.size + world.rank) * micro
+    return [DrawKey(seed, step, first + i) for i in range(micro)]
+
+
+class Prefetcher:
+    """Reads the micro-batches of coming steps in threads. Reading is a pure function of the step, so a resumed run reads the same.
+
+    Args:
+        sources: Name -> source.
+        settings: The loop's settings.
+        world: This process.
+        last: First step that is not run.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], settings: LoopSettings, world: World, last: int) -> None:
+        self.sources = sources
+        self.settings = settings
+        self.world = world
+        self.last = last
+        self.micro_steps, self.micro = settings.micro_steps(world.size)
+        self.pool = ThreadPoolExecutor(max(settings.workers, 1), thread_name_prefix="medssl-read")
+        self.ahead: dict[int, list[Future[Any]]] = {}
+
+    def _submit(self, step: int) -> None:
+        if step < self.last and step not in self.ahead:
+            source = pick_source(self.sources, self.settings.seed, step)
+            self.ahead[step] = [
+                self.pool.submit(source.fetch, batch_keys(self.settings.seed, step, m, self.micro, self.world))
+                for m in range(self.micro_steps)
+            ]
+
+    def get(self, step: int) -> tuple[Source, list[Any]]:
+        """Return the source and what it fetched for each micro-step."""
+        depth = 2 if self.settings.workers else 0
+        for later in range(step, step + depth + 1):
+            self._submit(later)
+        fetched = [future.result() for future in self.ahead.pop(step)]
+        return pick_source(self.sources, self.settings.seed, step), fetched
+
+    def close(self) -> None:
+        """Drop what was read ahead."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Engine:
+    """One stage's objective, wrapped, with its optimiser.
+
+    Args:
+        objective: The bare objective.
+        stage: The stage.
+        settings: The loop's settings.
+        world: This process.
+        find_unused: True exactly when there are several sources.
+        encoders: The encoders inside the objective, whose `blocks` are sharded, compiled and checkpointed.
+        frozen: Names of parameters that no stage may thaw.
+        first: False in later stages: blocks are compiled already, and an FSDP-sharded objective cannot be unwrapped and is used again.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        stage: Stage,
+        settings: LoopSettings,
+        world: World,
+        *,
+        find_unused: bool,
+        encoders: Sequence[Any],
+        frozen: set[str],
+        first: bool,
+    ) -> None:
+        self.objective = objective
+        self.stage = stage
+        self.strategy = distributed.choose_strategy(settings.strategy, world)
+        blocks = [block for encoder in encoders for block in encoder.blocks]
+        set_trainable(objective, stage.train, frozen)
+        if first:
+            for encoder in encoders:
+                encoder.checkpoint_blocks = settings.checkpoint_blocks
+            if settings.compile:
+                for block in blocks:
+                    block.compile()
+        if self.strategy == "fsdp" and not first:
+            self.model: nn.Module = objective
+        else:
+            self.model = distributed.wrap(objective, self.strategy, world, blocks=blocks, find_unused=find_unused)
+        scales = self._layer_scales(encoders, stage.optim)
+        groups = parameter_groups(objective.named_parameters(), stage.optim, scales)
+        if not groups:
+            raise RequestError(f"stage {stage.name}: train patterns {list(stage.train)} match no trainable parameter")
+        self.optimiser = build_optimiser(groups, stage.optim)
+        self.seen_sources: set[str] = set()
+        self.without_gradient = {n for n, p in objective.named_parameters() if p.requires_grad}
+
+    def _layer_scales(self, encoders: Sequence[Any], optim: OptimSettings) -> dict[str, float] | None:
+        if optim.layer_decay is None:
+            return None
+        modules = {id(module): name for name, module in self.objective.named_modules()}
+        scales: dict[str, float] = {}
+        for encoder in encoders:
+            prefixes = {modules[id(block)] + ".": i + 1 for i, block in enumerate(encoder.blocks)}
+            root = modules[id(encoder)] + "."
+            names = [n for n, _ in self.objective.named_parameters() if n.startswith(root)]
+            depth = len(prefixes) + 1
+            stem = {n: 0 for n in names if not n.startswith(tuple(prefixes)) and ".norm." not in n[len(root) - 1 :]}
+            scales.update(layer_scales(names, {**prefixes, **stem}, depth, optim.layer_decay))
+        return scales
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters in the optimiser."""
+        return [p for group in self.optimiser.param_groups for p in group["params"]]
+
+    def note_gradients(self, source: Source, sources: Mapping[str, Source]) -> None:
+        """Remember which parameters received a gradient; once all sources were seen, one without stops the run by name."""
+        if not self.without_gradient:
+            return
+        grads = {n for n, p in self.objective.named_parameters() if p.grad is not None}
+        self.without_gradient -= grads
+        self.seen_sources.add(source.name)
+        if self.without_gradient and self.seen_sources == set(sources):
+            names = sorted(self.without_gradient)
+            raise TrainingStopped(
+                f"stage {self.stage.name}: {len(names)} trainable parameter(s) got no gradient from any source, first {names[0]}; "
+                "set requires_grad False where no path uses a parameter, or leave it out of the stage's train patterns"
+            )
+
+
+def frozen_names(objective: nn.Module) -> set[str]:
+    """Names of parameters that are frozen by construction (teachers, parameters no path uses); no stage thaws them."""
+    return {name for name, parameter in objective.named_parameters() if not parameter.requires_grad}
+
+
+def set_trainable(objective: nn.Module, patterns: Sequence[str], frozen: set[str]) -> None:
+    """Set requires_grad by name patterns."""
+    for name, parameter in objective.named_parameters():
+        wanted = name not in frozen and any(fnmatchcase(name, pattern) for pattern in patterns)
+        parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def stop_signals(state: dict[str, bool]) -> Any:
+    """Set state["stop"] on SIGTERM or SIGUSR1, and put the old handlers back afterwards."""
+    previous: dict[int, Any] = {}
+
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        state["stop"] = True
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        try:
+            previous[number] = signal.signal(number, handler)
+        except ValueError:  # not in the main thread: nothing to catch
+            continue
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+class PartKeeper:
+    """Makes full, unwrapped copies of the exported parts, for probes and for `weights/`.
+
+    Must be built before wrapping: the copies keep the plain modules.
+    """
+
+    def __init__(self, objective: Any) -> None:
+        self.parts: dict[str, Part] = objective.exported() if hasattr(objective, "exported") else {}
+        names = {id(module): name for name, module in objective.named_modules()}
+        self.prefixes = {name: names[id(part.module)] + "." for name, part in self.parts.items()}
+        self.copies: dict[str, nn.Module] = {}
+        made: dict[int, nn.Module] = {}
+        for name, part in self.parts.items():
+            if id(part.module) not in made:
+                made[id(part.module)] = copy.deepcopy(part.module).eval().requires_grad_(False)
+            self.copies[name] = made[id(part.module)]
+
+    def gather(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the parts as plain modules in eval mode with the current weights. All ranks must call."""
+        state = checkpoint.gathered_state(model)
+        for name, module in self.copies.items():
+            prefix = self.prefixes[name]
+            module.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+            module.eval()
+        return self.copies
+
+    def write(self, copies: Mapping[str, nn.Module], folder: Any, facts: Mapping[str, Any]) -> None:
+        """Write every part as safetensors with its manifest."""
+        for name, part in self.parts.items():
+            state = {
+                key[len(part.prefix) :]: value
+                for key, value in copies[name].state_dict().items()
+                if key.startswith(part.prefix) and (part.keys is None or key[len(part.prefix) :].startswith(part.keys))
+            }
+            save_part(folder, name, state, {**part.manifest, **facts})
+
+
+def train(
+    objective: Any,
+    sources: Mapping[str, Source],
+    *,
+    stages: Sequence[Stage],
+    settings: LoopSettings,
+    run: RunFolder,
+    world: World,
+    encoders: Sequence[Any],
+    callbacks: Sequence[Callback] = (),
+    manifest: Mapping[str, Any] | None = None,
+    items_hash: str = "",
+    resume: bool = False,
+    on_step: StepCallback | None = None,
+    embedder: Embedder | None = None,
+) -> str:
+    """Train an objective; see the module's docstring.
+
+    Args:
+        objective: Bare module, already on `world.device`.
+        sources: Name -> source.
+        stages: At least one.
+        settings: See `LoopSettings`.
+        run: Where everything is written; already created.
+        world: This process.
+        encoders: Encoders inside the objective.
+        callbacks: Monitors and probes.
+        manifest: Facts that every weight manifest carries (spacing, intensity, licence, hashes).
+        items_hash: Hash of items.parquet; a checkpoint of another table is refused.
+        resume: Continue from the newest checkpoint.
+        embedder: ({part: module}, source name) -> (ids, features) in id order with evaluation views, for `objective.on_epoch`.
+        on_step: Called on rank 0 after each logged step with (steps done, steps in all, metrics).
+
+    Returns:
+        `finished` or `interrupted` (a signal came, everything is saved).
+
+    Raises:
+        TrainingStopped: A monitor stopped the run.
+        CheckpointError: The checkpoint belongs to another items table or seed, or is cut short.
+        StoreError: The disk is full.
+    """
+    total = sum(stage.steps for stage in stages)
+    start, newest = _resume_point(run, settings, items_hash, world) if resume else (0, None)
+    keeper = PartKeeper(objective)
+    frozen = frozen_names(objective)
+    prefetcher = Prefetcher(sources, settings, world, total)
+    flags = {"stop": False}
+    engine: Engine | None = None
+    first = 0
+    _state(run, world, "running")
+    try:
+        with stop_signals(flags):
+            for index, stage in enumerate(stages):
+                last = first + stage.steps
+                if start < last or (index == len(stages) - 1):
+                    old = engine.optimiser if engine else None
+                    engine = Engine(
+                        objective,
+                        stage,
+                        settings,
+                        world,
+                        find_unused=len(sources) > 1,
+                        encoders=encoders,
+                        frozen=frozen,
+                        first=engine is None,
+                    )
+                    if old is not None:
+                        carry_moments(old, engine.optimiser)
+                    if newest is not None and start < last:
+                        checkpoint.load(newest, engine.model, engine.optimiser, world)
+                        newest = None
+                    steps = _Steps(
+                        engine, sources, settings, run, world, keeper, prefetcher, callbacks, manifest or {}, items_hash, total, on_step,
+                        embedder,
+                    )
+                    if steps.run(max(start, first), first, last, index, flags):
+                        _state(run, world, "interrupted")
+                        return "interrupted"
+                first = last
+        _state(run, world, "finished")
+        return "finished"
+    except MedsslError as err:
+        _state(run, world, "failed", str(err))
+        raise
+    finally:
+        prefetcher.close()
+
+
+def _state(run: RunFolder, world: World, status: str, message: str = "") -> None:
+    if world.is_main:
+        try:
+            run.update(status=status, message=message)
+        except MedsslError:  # the disk may be full: the error that led here matters more
+            if status != "failed":
+                raise
+
+
+def _resume_point(run: RunFolder, settings: LoopSettings, items_hash: str, world: World) -> tuple[int, Any]:
+    """Find the newest checkpoint and check that it belongs to this run."""
+    folders = checkpoint.step_folders(run.checkpoints)
+    if not folders:
+        return 0, None
+    meta = checkpoint.read_meta(folders[-1])
+    if meta["items_hash"] != items_hash:
+        raise CheckpointError(
+            f"{folders[-1]} was made with another items table (hash {meta['items_hash'][:8]}, now {items_hash[:8]}): ids would mean other "
+            "images; restore the archive, or start a new run and give it these weights"
+        )
+    for name in ("seed", "batch"):
+        if meta[name] != getattr(settings, name):
+            raise CheckpointError(
+                f"{folders[-1]} was made with train.{name}={meta[name]}, now {getattr(settings, name)}; resume with the recipe of the run"
+            )
+    if world.is_main:
+        run.truncate_metrics(meta["step"])
+    return int(meta["step"]), folders[-1]
+
+
+class _Steps:
+    """The steps of one stage; split from `train` so that each piece can be read on its own."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sources: Mapping[str, Source],
+        settings: LoopSettings,
+        run: RunFolder,
+        world: World,
+        keeper: PartKeeper,
+        prefetcher: Prefetcher,
+        callbacks: Sequence[Callback],
+        manifest: Mapping[str, Any],
+        items_hash: str,
+        total: int,
+        on_step: StepCallback | None,
+        embedder: Embedder | None,
+    ) -> None:
+        self.engine = engine
+        self.sources = sources
+        self.settings = settings
+        self.run_folder = run
+        self.world = world
+        self.keeper = keeper
+        self.prefetcher = prefetcher
+        self.callbacks = callbacks
+        self.manifest = manifest
+        self.items_hash = items_hash
+        self.total = total
+        self.on_step = on_step
+        self.embedder = embedder
+        self.items = sum(len(source) for source in sources.values())
+        self.saved_at = -1
+
+    def run(self, start: int, first: int, last: int, stage_index: int, flags: Mapping[str, bool]) -> bool:
+        """Run steps start..last-1; True when a signal stopped them (everything is saved then)."""
+        waited = worked = 0.0
+        timed = 0
+        for step in range(start, last):
+            begin = time.perf_counter()
+            self.epoch(step, stage_index)
+            source, fetched = self.prefetcher.get(step)
+            waited += time.perf_counter() - begin
+            metrics = self.step(step, first, stage_index, source, fetched)
+            worked += time.perf_counter() - begin
+            timed += 1
+            done = step + 1
+            stop = distributed.any_rank(flags["stop"], self.world)
+            due = done % self.settings.checkpoint_every == 0 or done == last or stop
+            if done % self.settings.log_every == 0 or due or step == start:
+                reduced = self.reduce(metrics)
+                check_finite(reduced["loss"], reduced["grad_norm"], step)
+                reduced["data_wait"] = waited / max(worked, 1e-9)
+                reduced["seconds_per_step"] = worked / timed
+                waited, worked, timed = 0.0, 0.0, 0
+                self.log(done, reduced)
+            self.callback(done, done == self.total)
+            if due:
+                self.save(done, stage_index)
+            if stop and done < self.total:
+                return True
+        return False
+
+    def step(self, step: int, first: int, stage_index: int, source: Source, fetched: Sequence[Any]) -> dict[str, Tensor | float]:
+        """One optimiser step; returns metrics that still live on the device."""
+        engine, settings, world = self.engine, self.settings, self.world
+        optim = engine.stage.optim
+        lr = schedule_value(
+            optim.schedule, step - first, engine.stage.steps, optim.lr, optim.final_lr, optim.warmup_steps, optim.anneal_steps
+        )
+        set_lr(engine.optimiser, lr)
+        views = [source.views(item, world.device) for item in fetched]
+        micro_steps = len(views)
+        ctx = StepContext(
+            step=step,
+            epoch=step * settings.batch // max(self.items, 1),
+            stage=stage_index,
+            seed=settings.seed,
+            rank=world.rank,
+            world_size=world.size,
+            micro_steps=micro_steps,
+            schedules={"lr": lr, **self.schedules(step)},
+            totals=self.totals(views),
+            loss_weights=engine.stage.loss_weights,
+        )
+        engine.model.train()
+        sums: dict[str, Tensor] = {}
+        for micro, batch in enumerate(views):
+            torch.manual_seed(derive_seed(settings.seed, step, micro, world.rank))
+            with distributed.gradient_sync(engine.model, engine.strategy, micro == micro_steps - 1), self.autocast():
+                parts = engine.model(batch, ctx)
+                (parts["loss"] / micro_steps).backward()
+            for name, value in parts.items():
+                sums[name] = sums.get(name, torch.zeros((), device=world.device)) + value.detach().float() / micro_steps
+        engine.note_gradients(source, self.sources)
+        limit = optim.clip_grad if optim.clip_grad is not None else float("inf")
+        grad_norm = distributed.full(nn.utils.clip_grad_norm_(engine.parameters(), limit))
+        engine.optimiser.step()
+        engine.optimiser.zero_grad(set_to_none=True)
+        self.after(ctx)
+        return {**sums, "grad_norm": grad_norm.detach(), "lr": lr}
+
+    def epoch(self, step: int, stage_index: int) -> None:
+        """At the first step of an epoch, let the objective look at the features of all items (k-means and the like)."""
+        objective: Any = self.engine.objective
+        epoch, into = divmod(step * self.settings.batch, max(self.items, 1))
+        if into >= self.settings.batch or self.embedder is None or not hasattr(objective, "on_epoch"):
+            return
+        copies = self.keeper.gather(self.engine.model)
+        ctx = StepContext(step=step, epoch=epoch, stage=stage_index, seed=self.settings.seed, rank=self.world.rank, world_size=self.world.size)
+        embedder = self.embedder
+        objective.on_epoch(ctx, lambda name: embedder(copies, name))
+
+    def schedules(self, step: int) -> dict[str, float]:
+        """Values of the objective's own schedules (teacher momentum and the like) at a step of the run."""
+        named = getattr(self.engine.objective, "schedules", None)
+        return named(step, self.total) if named else {}
+
+    def totals(self, views: Sequence[Views]) -> dict[str, float]:
+        """Sum the objective's denominators over micro-steps and ranks."""
+        if not hasattr(self.engine.objective, "denominators"):
+            return {}
+        with torch.no_grad():
+            counts = [self.engine.objective.denominators(batch) for batch in views]  # type: ignore[operator]
+        return distributed.sum_over_ranks({name: sum(c[name].double() for c in counts) for name in counts[0]}, self.world)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast to bfloat16, or nothing."""
+        if self.settings.precision == "bf16":
+            return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def after(self, ctx: StepContext) -> None:
+        """Move teachers, then let the objective do its bookkeeping."""
+        objective: Any = self.engine.objective
+        if hasattr(objective, "ema_pairs"):
+            for student, teacher, schedule in objective.ema_pairs():
+                update_ema(student, teacher, ctx.schedules[schedule])
+        if hasattr(objective, "after_step"):
+            objective.after_step(ctx)
+
+    def reduce(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Average losses over ranks; gradient norm and rate are equal on all."""
+        summed = distributed.sum_over_ranks(metrics, self.world)
+        return {name: value / self.world.size for name, value in summed.items()}
+
+    def log(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Write one line of metrics and tell the caller."""
+        if self.world.is_main:
+            self.run_folder.log({"step": done, **metrics})
+            if self.on_step:
+                self.on_step(done, self.total, metrics)
+
+    def callback(self, done: int, at_end: bool) -> None:
+        """Run the monitors and probes that are due, on rank 0, on frozen copies."""
+        due = [callback for callback in self.callbacks if done % callback.every == 0 or at_end]
+        if not due:
+            return
+        copies = self.keeper.gather(self.engine.model)
+        metrics: dict[str, float] = {}
+        problem: str | None = None
+        if self.world.is_main:
+            try:
+                for callback in due:
+                    metrics.update(callback.call(done, copies))
+            except TrainingStopped as err:
+                problem = str(err)
+        problem = distributed.broadcast(problem, self.world)
+        self.log(done, metrics)
+        if problem:
+            self.save(done, -1)
+            raise TrainingStopped(problem)
+
+    def save(self, done: int, stage_index: int) -> None:
+        """Write a checkpoint and the weights."""
+        if self.saved_at == done:
+            return
+        meta = {
+            "stage": stage_index,
+            "stage_name": self.engine.stage.name,
+            "items_hash": self.items_hash,
+            "seed": self.settings.seed,
+            "batch": self.settings.batch,
+            "world_size": self.world.size,
+        }
+        checkpoint.save(
+            self.run_folder.checkpoints, done, self.engine.model, self.engine.optimiser, meta, self.settings.keep_checkpoints, self.world
+        )
+        copies = self.keeper.gather(self.engine.model)
+        if self.world.is_main and copies:
+            facts = {**self.manifest, "step": done, "items_hash": self.items_hash, "seed": self.settings.seed}
+            self.keeper.write(copies, self.run_folder.weights / "last", facts)
+            index = {"default": next(iter(copies)), "parts": sorted(copies)}
+            write_atomic(self.run_folder.weights / "index.json", json.dumps(index).encode())
+        self.saved_at = done
+        distributed.barrier(self.world)

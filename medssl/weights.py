@@ -1,0 +1,174 @@
+"""Weights on disk: one safetensors file per part and a JSON manifest beside it. Nothing here reads a pickle.
+
+    weights/index.json                      {"default": "encoder", "parts": [...]}
+    weights/last/encoder.safetensors        tensors under the stock network's own keys
+    weights/last/encoder.json               the manifest, see `REQUIRED`
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medssl.errors import StoreError, WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+REQUIRED = ("format_version", "part", "encoder", "library", "axis_order", "channels", "weights_hash")
+
+
+def tensors_hash(state: Mapping[str, Tensor]) -> str:
+    """Return a hex digest of names, dtypes, shapes and bytes, independent of the file format and of the order of keys."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(dtype=_byte_type()).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _byte_type() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file aside, flush it to disk and rename it into place; on failure nothing is left behind.
+
+    Raises:
+        StoreError: The disk is full or the folder cannot be written; what was there before is untouched.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, path)
+    except OSError as err:
+        aside.unlink(missing_ok=True)
+        raise disk_error(err, path) from err
+
+
+def disk_error(err: OSError, path: Path) -> StoreError:
+    """Turn an OSError met while writing `path` into a sentence that says what to do."""
+    if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StoreError(
+            f"the disk is full while writing {path.name} in {path.parent}; what was written before is complete and safe; "
+            "free some space (or raise the quota) and run the same command again"
+        )
+    if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StoreError(
+            f"no permission to write {path.name} in {path.parent}; nothing was written there; "
+            "choose another folder or change its permissions"
+        )
+    return StoreError(f"cannot write {path.name} in {path.parent} ({err.strerror}); nothing was left half-written")
+
+
+def save_part(folder: Path, name: str, state: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Path:
+    """Write `<name>.safetensors` and `<name>.json` into a folder, each atomically, tensors first.
+
+    Args:
+        folder: Created when missing.
+        name: Part name, for instance `encoder`.
+        state: Tensors under the stock network's keys; shared storages are copied.
+        manifest: See `REQUIRED`; `format_version`, `part` and `weights_hash` are filled in here.
+
+    Returns:
+        Path of the safetensors file.
+    """
+    from safetensors.torch import save
+
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    full = {**manifest, "format_version": FORMAT_VERSION, "part": name, "weights_hash": tensors_hash(tensors)}
+    text = json.dumps(full, indent=2, sort_keys=True)
+    path = Path(folder) / f"{name}.safetensors"
+    write_atomic(path, save(tensors, metadata={"medssl": json.dumps(full, sort_keys=True)}))
+    write_atomic(path.with_suffix(".json"), text.encode())
+    return path
+
+
+def find_part(path: Path | str, part: str | None = None, tag: str = "last") -> Path:
+    """Return the safetensors file that a user's path means.
+
+    Args:
+        path: A `.safetensors` file, a run folder, or its `weights` folder.
+        part: Part name; None takes the default that `weights/index.json` names.
+        tag: `last` or `best`.
+
+    Raises:
+        WeightsError: There are no such weights.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise WeightsError(
+                f"{path} is not a safetensors file; medssl opens no pickles (.pt, .pth, .ckpt): "
+                "give a .safetensors file or a run folder"
+            )
+        return path.with_name(f"{part}.safetensors") if part and path.stem != part else path
+    for folder in (path / "weights", path):
+        index = folder / "index.json"
+        if index.is_file():
+            name = part or json.loads(index.read_text())["default"]
+            found = folder / tag / f"{name}.safetensors"
+            if found.is_file():
+                return found
+            have = sorted(str(p.relative_to(folder)) for p in folder.glob("*/*.safetensors"))
+            raise WeightsError(f"{folder} has no {tag}/{name}.safetensors; it has {', '.join(have) or 'no weights'}")
+    raise WeightsError(
+        f"no weights at {path}: expected a .safetensors file or a run folder that holds weights/index.json "
+        "(a run writes them when it saves its first checkpoint)"
+    )
+
+
+def load_part(path: Path | str, part: str | None = None, tag: str = "last") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and manifest; the tensors are checked against the hash in the manifest.
+
+    Args:
+        path: See `find_part`.
+        part: See `find_part`.
+        tag: See `find_part`.
+
+    Raises:
+        WeightsError: The file is missing, cut short, has no manifest, or does not match its manifest.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = find_part(path, part, tag)
+    try:
+        with safe_open(str(file), framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            state = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as err:
+        raise WeightsError(
+            f"{file} cannot be read ({err}): it is cut short or not safetensors; copy it again, or save it again from its run"
+        ) from err
+    sidecar = file.with_suffix(".json")
+    text = sidecar.read_text() if sidecar.is_file() else metadata.get("medssl", "")
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as err:
+        raise WeightsError(
+            f"{file} has no readable manifest; expected {sidecar.name} beside it, as every medssl run and export writes; "
+            "weights of other projects come in through an import"
+        ) from err
+    missing = [key for key in REQUIRED if key not in manifest]
+    if missing:
+        raise WeightsError(f"the manifest of {file} lacks {', '.join(missing)}; save the weights again with this medssl")
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise WeightsError(
+            f"{file} has format version {manifest['format_version']}, this medssl reads up to {FORMAT_VERSION}: update medssl"
+        )
+    if tensors_hash(state) != manifest["weights_hash"]:
+        raise WeightsError(f"{file} does not match the hash in its manifest: one of the two was changed; copy both again")
+    return state, manifest
