@@ -10,18 +10,36 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from medssl.api import cache, evaluate, finetune, label_curve, pretrain
     from medssl.archive.index import index
-    from medssl.build import load_encoder, pretrain
+    from medssl.build import load_encoder
+    from medssl.export import export_weights
     from medssl.recipe import Recipe
 
-__all__ = ["Recipe", "__version__", "index", "load_encoder", "pretrain"]
-
 _HOME = {
-    "index": "medssl.archive.index",
-    "pretrain": "medssl.build",
-    "load_encoder": "medssl.build",
     "Recipe": "medssl.recipe",
+    "cache": "medssl.api",
+    "evaluate": "medssl.api",
+    "export_weights": "medssl.export",
+    "finetune": "medssl.api",
+    "index": "medssl.archive.index",
+    "label_curve": "medssl.api",
+    "load_encoder": "medssl.build",
+    "pretrain": "medssl.api",
 }
+
+__all__ = [
+    "Recipe",
+    "__version__",
+    "cache",
+    "evaluate",
+    "export_weights",
+    "finetune",
+    "index",
+    "label_curve",
+    "load_encoder",
+    "pretrain",
+]
 
 
 def __getattr__(name: str) -> Any:

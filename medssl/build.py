@@ -59,6 +59,7 @@ def component_faults(path: str, kind: str, component: Component, given: Iterable
 
 def view_faults(path: str, views: Mapping[str, Any]) -> list[str]:
     """Check the arguments of the views, their values included."""
+    views = {"size": 16, **views} if path == "source.views" else views  # evaluation takes the size from the weights
     faults = argument_faults(path, VolumeViews, views, given=("name", "count"))
     if faults:
         return faults
@@ -99,11 +100,15 @@ def crop_faults(recipe: PretrainRecipe) -> list[str]:
             patch = lookup("encoder", encoder.name).divisor(encoder.args)
             place = "encoder" if len(recipe.encoders) == 1 else f"encoders.{name}"
             if any(n % p for n, p in zip(views.size, patch)):
-                faults.append(f"{place}: patch {patch} does not divide {path}.size {views.size}; choose sizes that are multiples of it")
+                faults.append(
+                    f"{place}: patch {patch} does not divide {path}.size {views.size}; choose sizes that are multiples of it"
+                )
             if recipe.objective.name == "mae" and views.mask_grid != tuple(n // p for n, p in zip(views.size, patch)):
                 faults.append(f"{path}.mask.cell: objective mae drops tokens, so a mask cell must be one patch: cell={list(patch)}")
         if recipe.objective.name.startswith("mae") and views.mask_grid is None:
-            faults.append(f"{path}.mask: required by objective {recipe.objective.name}; for instance mask: {{ratio: 0.75, cell: 16}}")
+            faults.append(
+                f"{path}.mask: required by objective {recipe.objective.name}; for instance mask: {{ratio: 0.75, cell: 16}}"
+            )
     return faults
 
 
@@ -281,7 +286,7 @@ def select_rows(source: SourceSection, domain_name: str, archive: Archive, where
     """
     condition = where or source.where
     rows = archive.select(condition)
-    usable = [r for r in rows if r.domain == domain_name and r.kind == "volume" and r.status != "rejected"]
+    usable = [r for r in rows if r.domain in (domain_name, "unknown") and r.kind == "volume" and r.status != "rejected"]
     if not usable:
         raise RequestError(
             f"the selection is empty: {condition!r} matches {len(rows)} of {len(archive.select(None))} series in {source.index}, "
@@ -304,7 +309,9 @@ def fill_shelf(name: str, source: SourceSection, where: str | None = None, on_pr
     kept = [row for row in rows if row.series_id not in summary.failed]
     if not kept:
         reasons = sorted({reason for reason, _ in summary.failed.values()})
-        raise RequestError(f"source {name}: none of {len(rows)} volumes could be cached ({', '.join(reasons)}); nothing to train on")
+        raise RequestError(
+            f"source {name}: none of {len(rows)} volumes could be cached ({', '.join(reasons)}); nothing to train on"
+        )
     return Shelf(name, archive, kept, domain, StoreReader(folder), summary)
 
 

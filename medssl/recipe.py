@@ -49,7 +49,9 @@ class SourceSection(Node):
     """One source: an index query, how to read it, how to draw from it, and what views to make."""
 
     index: str = Field(description="Archive folder made by `medssl index`")
-    where: str = Field("split not in ('val', 'test')", description="SQL condition on the index; rows it cannot decide are counted and left out")
+    where: str = Field(
+        "split not in ('val', 'test')", description="SQL condition on the index; rows it cannot decide are counted and left out"
+    )
     domain: ComponentField = Field(description="mri or ct")
     sampler: ComponentField = Field(default_factory=lambda: Component(name="crops"))
     views: dict[str, Any] = Field(description="Arguments of the views: size, spacing_mm, normalize, flip, ..., mask")
@@ -77,7 +79,7 @@ class OptimSection(Node):
     layer_decay: float | None = Field(None, gt=0, le=1, description="Learning-rate factor per layer below the last one")
     lr_scales: dict[str, float] = Field(default_factory=dict, description="Name pattern -> factor; 0 freezes, gradients still flow")
     clip_grad: float | None = Field(1.0, gt=0)
-    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    schedule: ScheduleSection = ScheduleSection()
 
 
 class StageSection(Node):
@@ -106,6 +108,7 @@ class TrainSection(Node):
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(10, gt=0)
     monitor_every: int = Field(200, gt=0)
+    tensorboard: bool = Field(True, description="Event files in RUN/tensorboard")
     monitor_items: int = Field(32, ge=0, description="Items embedded for the monitors; 0 turns them off")
 
 
@@ -135,11 +138,11 @@ class PretrainRecipe(Node):
     sources: dict[str, SourceSection]
     encoders: dict[str, ComponentField]
     objective: ComponentField
-    optim: OptimSection = Field(default_factory=OptimSection)
-    train: TrainSection = Field(default_factory=TrainSection)
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
     stages: list[StageSection] = Field(default_factory=list)
     probes: dict[str, ProbeSection] = Field(default_factory=dict)
-    export: ExportSection = Field(default_factory=ExportSection)
+    export: ExportSection = ExportSection()
     out: str = Field("runs/pretrain", description="Run folder")
 
     @model_validator(mode="before")
@@ -176,7 +179,9 @@ class FinetuneRecipe(Node):
     kind: Literal["finetune"] = "finetune"
     cohort: CohortSection
     network: Literal["unetr", "segresnet"]
-    encoder: dict[str, Any] = Field(default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own")
+    encoder: dict[str, Any] = Field(
+        default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of FinetuneSettings")
     labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
     out: str = "runs/finetune"
@@ -186,7 +191,7 @@ class EvaluateRecipe(Node):
     """Frozen probes of weights on a labelled table, beside their controls."""
 
     kind: Literal["evaluate"] = "evaluate"
-    source: SourceSection
+    source: SourceSection = Field(description="views may be {}: size, spacing and normalisation then come from the weights")
     table: str
     file_column: str = "file"
     target: str
@@ -251,7 +256,9 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number, as people write it; YAML 1.1 wants 1.0e-4."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def parse_yaml(text: str) -> Any:

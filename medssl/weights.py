@@ -1,8 +1,8 @@
 """Weights on disk: one safetensors file per part and a JSON manifest beside it. Nothing here reads a pickle.
 
-    weights/index.json                      {"default": "encoder", "parts": [...]}
-    weights/last/encoder.safetensors        tensors under the stock network's own keys
-    weights/last/encoder.json               the manifest, see `REQUIRED`
+weights/index.json                      {"default": "encoder", "parts": [...]}
+weights/last/encoder.safetensors        tensors under the stock network's own keys
+weights/last/encoder.json               the manifest, see `REQUIRED`
 """
 
 from __future__ import annotations

@@ -96,9 +96,7 @@ COMPRESSED = {
     "1.2.840.10008.1.2.5": "rle",
 }
 LOSSY_SYNTAXES = frozenset({"jpeg_baseline", "jpeg_extended", "jpeg_ls_near"})
-ITK_SYNTAXES = frozenset(
-    {"jpeg_baseline", "jpeg_extended", "jpeg_lossless", "jpeg_ls", "jpeg2000_lossless", "jpeg2000", "rle"}
-)
+ITK_SYNTAXES = frozenset({"jpeg_baseline", "jpeg_extended", "jpeg_lossless", "jpeg_ls", "jpeg2000_lossless", "jpeg2000", "rle"})
 """Syntaxes that the GDCM inside SimpleITK decodes, in case pydicom has no plug-in for them."""
 
 
@@ -175,9 +173,7 @@ def _convert(dataset: Any, tag: int, kind: str) -> Any:
         binary = False
     else:
         raw = value
-        binary = kind in ("integer", "binary") and (
-            element.VR in ("US", "SS") or (element.VR in (None, "UN") and _is_binary(tag))
-        )
+        binary = kind in ("integer", "binary") and (element.VR in ("US", "SS") or (element.VR in (None, "UN") and _is_binary(tag)))
         binary = binary or kind == "binary"
     try:
         return _parse(raw, kind, binary, "<" if getattr(element, "is_little_endian", True) else ">", element.VR)
@@ -207,3 +203,18 @@ def _parse(raw: bytes, kind: str, binary: bool, order: str, vr: str | None) -> A
     if kind == "numbers":
         return values
     return values[0] if kind == "number" else int(values[0])
+
+
+def find_decoder(syntax: str) -> str:
+    """Return what decodes a transfer syntax here: `pydicom`, `itk` (inside SimpleITK), or `none`."""
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import UID
+
+    if syntax in UNCOMPRESSED:
+        return "pydicom"
+    try:
+        if get_decoder(UID(syntax)).is_available:
+            return "pydicom"
+    except NotImplementedError:
+        pass
+    return "itk" if syntax_name(syntax) in ITK_SYNTAXES else "none"

@@ -31,8 +31,8 @@ SPLIT_TAGS = (
 
 MAPS = frozenset(
     {
-        "ADC", "FA", "TRACEW", "TRACE", "CBF", "CBV", "MTT", "TTP", "TMAX", "PERFUSION", "T1_MAP", "T2_MAP", "T2STAR_MAP",
-        "SUBTRACTION", "SUBTRACT", "PHASE_MAP", "FIELD_MAP", "EFV", "IODINE", "SEGMENTATION", "DOSE",
+        "ADC", "FA", "TRACEW", "TRACE", "CBF", "CBV", "MTT", "TTP", "TMAX", "PERFUSION", "T1_MAP", "T2_MAP",
+        "T2STAR_MAP", "SUBTRACTION", "SUBTRACT", "PHASE_MAP", "FIELD_MAP", "EFV", "IODINE", "SEGMENTATION", "DOSE",
     }
 )  # fmt: skip
 """ImageType values that name a map computed from other images."""
@@ -83,9 +83,7 @@ class SliceGroup:
     n_volumes: int = 1
 
 
-def slice_geometry(
-    positions: np.ndarray, orientation: Sequence[float], pixel_spacing: Sequence[float] | None
-) -> SliceGeometry:
+def slice_geometry(positions: np.ndarray, orientation: Sequence[float], pixel_spacing: Sequence[float] | None) -> SliceGeometry:
     """Order slices along their normal and check that they form a regular, orthogonal grid.
 
     Args:
@@ -221,10 +219,7 @@ def _volumes(
     flags: tuple[str, ...] = (flag,)
     if stated > 1 and stated != len(parts) and (tag == "visit" or tag.endswith(("position", "time"))):
         flags = (flag, "temporal_mismatch")
-    return [
-        _group(headers, part, flags=flags, split_by=tag, volume_index=k, n_volumes=len(parts))
-        for k, part in enumerate(parts)
-    ]
+    return [_group(headers, part, flags=flags, split_by=tag, volume_index=k, n_volumes=len(parts)) for k, part in enumerate(parts)]
 
 
 def _visits(headers: Sequence[Mapping[str, Any]], members: Sequence[int]) -> list[list[int]] | None:
@@ -241,17 +236,15 @@ def _visits(headers: Sequence[Mapping[str, Any]], members: Sequence[int]) -> lis
     counts = {len(place) for place in places}
     if len(counts) > 1:
         return None
-    columns = [
-        sorted((members[i] for i in place), key=lambda i: int(headers[i]["instance_number"])) for place in places
-    ]
+    columns = [sorted((members[i] for i in place), key=lambda i: int(headers[i]["instance_number"])) for place in places]
     return [[column[k] for column in columns] for k in range(counts.pop())]
 
 
 def role_of(image_type: Sequence[str], sop_class_uid: str = "") -> str:
-    """Return the role of an image from ImageType (0008,0008): source, localiser, reformat, mip, derived_map or
-    screenshot.
+    """Return the role of an image from ImageType (0008,0008).
 
-    DERIVED alone does not make a map: converters write it on everything.
+    One of source, localiser, reformat, mip, derived_map, screenshot. DERIVED alone does not make a map: converters
+    write it on everything.
     """
     values = {part.upper() for value in image_type for part in (value, *value.replace("/", " ").split())}
     if sop_class_uid.startswith("1.2.840.10008.5.1.4.1.1.7") or {"SCREEN", "SCREENSHOT", "CAPTURE"} & values:

@@ -100,11 +100,7 @@ def sniff(head: bytes) -> str:
     if b"NDims" in text and (b"ElementType" in head or b"ElementDataFile" in head or b"ObjectType" in text):
         return "metaimage"
     # DICOM without a preamble starts with a data element of group 0002 or 0008, in either byte order.
-    if (
-        len(head) >= 8
-        and (head[:2] in (b"\x02\0", b"\x08\0") or head[:2] in (b"\0\x02", b"\0\x08"))
-        and _plausible(head)
-    ):
+    if len(head) >= 8 and (head[:2] in (b"\x02\0", b"\x08\0") or head[:2] in (b"\0\x02", b"\0\x08")) and _plausible(head):
         return "dicom"
     return "other"
 
@@ -150,9 +146,7 @@ def read_volume_header(path: Path, kind: str, head: bytes) -> VolumeHeader:
     except (ValueError, KeyError, IndexError, struct.error, OverflowError) as err:
         if isinstance(err, ImageError):
             raise
-        raise ImageError(
-            "unreadable", f"{kind} header cannot be parsed ({type(err).__name__}); write the file again"
-        ) from err
+        raise ImageError("unreadable", f"{kind} header cannot be parsed ({type(err).__name__}); write the file again") from err
 
 
 def parse_nifti(head: bytes) -> Any:
@@ -205,9 +199,7 @@ def _nifti(path: Path, kind: str, head: bytes) -> VolumeHeader:
     scalar = dtype.kind in "iuf" and dtype.itemsize <= 8
     affine, flags = nifti_geometry(header)
     if bytes(header["magic"].tobytes())[:2] == b"ni":
-        raise ImageError(
-            "unsupported_format", "NIfTI header with a separate .img file; store it as one .nii or .nii.gz"
-        )
+        raise ImageError("unsupported_format", "NIfTI header with a separate .img file; store it as one .nii or .nii.gz")
     expected = int(header["vox_offset"]) + int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize
     if kind == "nifti_gz":
         _check_gzip(path, expected)
@@ -245,9 +237,7 @@ def is_orthogonal(affine: np.ndarray, tolerance: float = 0.01) -> bool:
 
 def _check_size(size: int, expected: int) -> None:
     if size < expected:
-        raise ImageError(
-            "truncated", f"{size} bytes where the header promises {expected}; copy the file again from its source"
-        )
+        raise ImageError("truncated", f"{size} bytes where the header promises {expected}; copy the file again from its source")
 
 
 def _check_gzip(path: Path, expected: int) -> None:
@@ -298,12 +288,8 @@ def _nrrd(path: Path) -> VolumeHeader:
     shape = tuple(int(n) for n in fields["sizes"].split())
     dtype = _NRRD_TYPES.get(fields["type"].lower())
     kinds = fields.get("kinds", "").lower().split()
-    if len(shape) > 3 and any(
-        kind.endswith(("vector", "color", "matrix")) or kind in ("list", "rgb-color") for kind in kinds
-    ):
-        return VolumeHeader(
-            "nrrd", shape, dtype or "other", None, reason="not_scalar" if "list" not in kinds else "not_3d"
-        )
+    if len(shape) > 3 and any(kind.endswith(("vector", "color", "matrix")) or kind in ("list", "rgb-color") for kind in kinds):
+        return VolumeHeader("nrrd", shape, dtype or "other", None, reason="not_scalar" if "list" not in kinds else "not_3d")
     affine, flags = _nrrd_geometry(fields)
     data = fields.get("data file", fields.get("datafile", ""))
     names = tuple(data.split()[:1]) if data and not data.startswith("LIST") else ()

@@ -32,9 +32,7 @@ class IdKey:
 
     def __init__(self, secret: bytes) -> None:
         if len(secret) < 16:
-            raise RequestError(
-                f"id key of {len(secret)} bytes; 16 or more are needed: make one with `openssl rand -hex 32`"
-            )
+            raise RequestError(f"id key of {len(secret)} bytes; 16 or more are needed: make one with `openssl rand -hex 32`")
         self._secret = secret
 
     @property
@@ -73,9 +71,7 @@ def load_key(path: Path) -> IdKey:
             f"id key {path}: {err.strerror}; give the path of an existing key, or leave the option out to have one made"
         ) from err
     if stat.S_IMODE(mode) & 0o077:
-        raise RequestError(
-            f"id key {path}: mode {stat.S_IMODE(mode):04o}; only the owner may read it: run `chmod 600` on it"
-        )
+        raise RequestError(f"id key {path}: mode {stat.S_IMODE(mode):04o}; only the owner may read it: run `chmod 600` on it")
     return IdKey(secret)
 
 

@@ -50,9 +50,7 @@ class Domain(Protocol):
         ...
 
 
-def build_sample(
-    raw: RawVolume, mask: np.ndarray, *, series_id: str, domain: str, units: str, flags: Sequence[str] = ()
-) -> Sample:
+def build_sample(raw: RawVolume, mask: np.ndarray, *, series_id: str, domain: str, units: str, flags: Sequence[str] = ()) -> Sample:
     """Put a raw volume and its foreground into a `Sample`.
 
     Args:

@@ -76,13 +76,11 @@ def _check(raw: RawVolume) -> tuple[str, ...]:
         if role not in ("source", "reformat"):
             raise ImageError(role, f"a CT image of the role {role}; source and reformat are accepted; leave it out")
         if raw.units != "HU":
-            raise ImageError(
-                "not_hu", "CT with a rescale type other than HU; Hounsfield units are needed; leave it out"
-            )
+            raise ImageError("not_hu", "CT with a rescale type other than HU; HU are needed; leave it out")
         return ()
     if float(raw.array.min()) >= 0:
         raise ImageError(
             "not_hu",
-            "no value is below zero, so these are not Hounsfield units; convert the image to HU (air near -1000)",
+            "no value is below zero, so these are not HU; convert the image to HU (air near -1000)",
         )
     return ("hu_assumed",)

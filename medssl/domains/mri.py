@@ -20,7 +20,7 @@ from medssl.types import Sample
 
 
 class MRI:
-    """Reads MR volumes; the foreground is what lies above the Otsu threshold."""
+    """Reads MR volumes; the foreground is the body (see `statistics.foreground`)."""
 
     name = "mri"
     version = 1
@@ -48,7 +48,7 @@ class MRI:
         return build_sample(raw, mask, series_id=series_id, domain=self.name, units="arbitrary")
 
     def foreground(self, sample: Sample) -> np.ndarray:
-        """Return voxels above the Otsu threshold, (X, Y, Z) bool."""
+        """Return the body, (X, Y, Z) bool."""
         return foreground(sample.image[0], sample.valid)
 
 

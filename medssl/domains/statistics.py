@@ -14,6 +14,12 @@ from medssl.seeding import counter_rng
 QUANTILES: dict[str, float] = {"p00_5": 0.005, "p05": 0.05, "p50": 0.5, "p95": 0.95, "p99_5": 0.995}
 SLAB_VOXELS = 4 << 20
 OTSU_BINS = 256
+AIR_SHARE = 0.25
+"""Share of the brighter class's median up to which the darker class counts as air.
+
+Measured: whole-body and head MR 0.00 to 0.06, crops inside the head or the breast 0.39 to 0.55 (Decathlon hippocampus,
+studyforrest, niivue, TotalSegmentator, pyradiomics).
+"""
 SAMPLE_VOXELS = 2_000_000
 
 
@@ -48,40 +54,65 @@ def otsu_threshold(values: np.ndarray) -> float:
     centres = (edges[:-1] + edges[1:]) / 2
     weight = np.cumsum(counts)
     total = np.cumsum(counts * centres)
-    below, above = weight[:-1], weight[-1] - weight[:-1]
+    below, above = weight[:-1].astype(np.float64), (weight[-1] - weight[:-1]).astype(np.float64)
     usable = (below > 0) & (above > 0)
     gap = np.where(usable, total[:-1] / np.maximum(below, 1) - (total[-1] - total[:-1]) / np.maximum(above, 1), 0.0)
-    return float(edges[1:-1][np.argmax(below * above * gap**2)])
+    score = below * above * gap**2
+    # Empty bins between the classes leave a plateau: its middle is the safest threshold.
+    best = edges[1:-1][score >= score.max() * (1 - 1e-12)]
+    return float((best[0] + best[-1]) / 2)
+
+
+def body_threshold(values: np.ndarray) -> float:
+    """Return the intensity above which voxels are body in an image without units; minus infinity when there is no air.
+
+    The Otsu threshold parts air from bright tissue; the body threshold lies halfway from there down to the median of
+    the darker class, so that dark tissue (fluid, cortical bone) stays in. A crop without air, told by a darker class
+    that is brighter than `AIR_SHARE` of the brighter one, is all body.
+
+    Args:
+        values: Any shape, finite, two different values at least.
+    """
+    threshold = otsu_threshold(values)
+    dark, bright = values[values <= threshold], values[values > threshold]
+    if dark.size == 0 or bright.size == 0:
+        return -np.inf
+    low, high = float(np.median(dark)), float(np.median(bright))
+    floor = min(0.0, float(np.quantile(values, 0.005)))
+    if low - floor > AIR_SHARE * (high - floor):
+        return -np.inf
+    return (low + threshold) / 2
 
 
 def foreground(array: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
-    """Return the body in an image of arbitrary intensity units: voxels above the Otsu threshold.
+    """Return the body in an image of arbitrary intensity units (see `body_threshold`).
 
-    A threshold is enough for where statistics and crops should look; it is not a segmentation.
+    Enough for where statistics and crops should look; it is not a segmentation.
 
     Args:
-        array: (X, Y, Z).
+        array: (X, Y, Z) with two values at least among its valid voxels.
         valid: (X, Y, Z) bool, False is never foreground; None when everything is valid.
 
     Returns:
-        (X, Y, Z) bool, never empty for an image with two values among its valid voxels.
+        (X, Y, Z) bool with at least one True.
     """
     grid = sample(array)
     values = array[grid]
     if valid is not None:
         values = values[valid[grid]]
-    if values.size < 1000:
+    if values.size < 1000 or values.min() == values.max():
         values = array if valid is None else array[valid]
-    mask = above(array, otsu_threshold(values.ravel()), valid)
+    threshold = body_threshold(values.ravel())
+    mask = above(array, threshold, valid) if np.isfinite(threshold) else np.zeros(array.shape, dtype=bool)
     if not mask.any():
-        mask = above(array, float(values.min()), valid)
+        mask = np.ones(array.shape, dtype=bool) if valid is None else valid.copy()
     return mask
 
 
 def above(array: np.ndarray, threshold: float, valid: np.ndarray | None = None) -> np.ndarray:
     """Return valid voxels above a threshold as (X, Y, Z) bool."""
     # A Python number keeps the comparison in the array's own dtype; for integers the floor gives the same answer.
-    mask = np.greater(array, float(threshold) if array.dtype == np.float32 else int(np.floor(threshold)))
+    mask: np.ndarray = np.greater(array, float(threshold) if array.dtype == np.float32 else int(np.floor(threshold)))
     if valid is not None:
         np.logical_and(mask, valid, out=mask)
     return mask
@@ -143,9 +174,7 @@ def _float_stats(array: np.ndarray, mask: np.ndarray, count: int) -> dict[str, f
             total += float(values.sum(dtype=np.float64))
             low, high = min(low, float(values.min())), max(high, float(values.max()))
     mean = total / count
-    squares = sum(
-        float(np.square(array[part][mask[part]] - mean, dtype=np.float64).sum()) for part in slabs(array.shape)
-    )
+    squares = sum(float(np.square(array[part][mask[part]] - mean, dtype=np.float64).sum()) for part in slabs(array.shape))
     grid = sample(array)
     kept = array[grid][mask[grid]]
     if kept.size < min(count, 100_000):
@@ -172,9 +201,7 @@ def foreground_points(mask: np.ndarray, n: int = 512) -> np.ndarray:
         return np.argwhere(mask).astype(np.uint16)
     # One point per equal share of the foreground, at a random place within it.
     edges = np.linspace(0, total, n + 1)
-    ranks = np.minimum(
-        (edges[:-1] + counter_rng("foreground", total).random(n) * np.diff(edges)).astype(np.int64), total - 1
-    )
+    ranks = np.minimum((edges[:-1] + counter_rng("foreground", total).random(n) * np.diff(edges)).astype(np.int64), total - 1)
     rows = np.searchsorted(ends, ranks, side="right")
     points = np.empty((n, 3), dtype=np.uint16)
     for i, (row, rank) in enumerate(zip(rows, ranks)):

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from medssl.archive.dicom_header import (
-    ITK_SYNTAXES,
     LOSSY_SYNTAXES,
     READ_KEYS,
     UNCOMPRESSED,
     Header,
+    find_decoder,
     read_header,
     syntax_name,
 )
@@ -118,9 +118,7 @@ def read_label(file: Path, like: Any) -> np.ndarray:
     if array.dtype == np.float32:
         whole = np.rint(array)
         if volume.valid is not None or not np.array_equal(whole, array):
-            raise ImageError(
-                "unsupported_pixels", f"label {file.name}: values are not whole numbers; export labels as integers"
-            )
+            raise ImageError("unsupported_pixels", f"label {file.name}: values are not whole numbers; export labels as integers")
         array = whole.astype(np.int32)
     affine, shape = _grid(like)
     if array.shape != shape:
@@ -195,10 +193,7 @@ class _Stack:
     def _widen(self, start: int, slab: np.ndarray) -> None:
         low, high = float(slab.min()), float(slab.max())
         whole = slab.dtype.kind in "iub" or (
-            self.array.dtype != np.float32
-            and low >= -32768
-            and high <= 32767
-            and bool(np.array_equal(np.rint(slab), slab))
+            self.array.dtype != np.float32 and low >= -32768 and high <= 32767 and bool(np.array_equal(np.rint(slab), slab))
         )
         if self.array.dtype != np.float32:
             if not whole or low < -32768 or high > 32767:
@@ -428,7 +423,7 @@ def _padding(header: Header) -> tuple[int, int] | None:
     value = header.get("padding")
     if value is None or (value == 0 and header.get("modality") != "CT"):
         return None
-    words = [int(value), int(header.get("padding_limit", value))]
+    words = [int(value), int(header.get("padding_limit") or value)]
     if header.get("pixel_representation") and int(header["bits_allocated"]) == 16:
         words = [(word ^ 0x8000) - 0x8000 for word in words]
     return min(words), max(words)
@@ -569,21 +564,6 @@ def _decoder(header: Header) -> Callable[[Path], tuple[np.ndarray, bool]]:
         return np.asarray(dataset.pixel_array), False
 
     return through_pydicom
-
-
-def find_decoder(syntax: str) -> str:
-    """Return what decodes a transfer syntax here: `pydicom`, `itk` (inside SimpleITK), or `none`."""
-    from pydicom.pixels import get_decoder
-    from pydicom.uid import UID
-
-    if syntax in UNCOMPRESSED:
-        return "pydicom"
-    try:
-        if get_decoder(UID(syntax)).is_available:
-            return "pydicom"
-    except NotImplementedError:
-        pass
-    return "itk" if syntax_name(syntax) in ITK_SYNTAXES else "none"
 
 
 def _itk_slice(path: Path) -> np.ndarray:

@@ -102,9 +102,7 @@ def paired_bootstrap(
 def _check_values(values: np.ndarray, draws: int, level: float) -> None:
     if len(values) == 0 or not np.isfinite(values).all():
         found = "no values" if len(values) == 0 else f"{int((~np.isfinite(values)).sum())} values that are not finite"
-        raise RequestError(
-            f"bootstrap: {found}; it needs one finite number or more; leave such images out and count them"
-        )
+        raise RequestError(f"bootstrap: {found}; it needs one finite number or more; leave such images out and count them")
     if draws < 1 or not 0 < level < 1:
         raise RequestError(f"bootstrap: draws {draws}, level {level}; give 1 draw or more and a level between 0 and 1")
 

@@ -22,9 +22,7 @@ def random_init(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
         build: Builds the encoder of the run, on the CPU, with its own initialisation.
         seed: Seed of the weights.
     """
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # constructors of torch and MONAI modules draw from the global generator only
+    with torch.random.fork_rng(devices=[]):  # constructors of torch and MONAI modules draw from the global generator only
         torch.manual_seed(derive_seed(seed, "random_init"))
         return build()
 
@@ -41,9 +39,7 @@ def small_images(images: Tensor, size: int = 8) -> Tensor:
     """
     pool = {2: nn.functional.adaptive_avg_pool2d, 3: nn.functional.adaptive_avg_pool3d}.get(images.ndim - 2)
     if pool is None:
-        raise RequestError(
-            f"small_images: a batch of shape {tuple(images.shape)}; it takes (B, C, H, W) or (B, C, X, Y, Z)"
-        )
+        raise RequestError(f"small_images: a batch of shape {tuple(images.shape)}; it takes (B, C, H, W) or (B, C, X, Y, Z)")
     return pool(images.float(), size).flatten(1)
 
 

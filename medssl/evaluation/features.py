@@ -67,9 +67,7 @@ def embed(encoder: nn.Module, batches: Iterable[Batch]) -> tuple[np.ndarray, lis
     with evaluation_mode(encoder), torch.autocast(parameter.device.type, enabled=False):
         for images, batch_ids in batches:
             if len(images) != len(batch_ids):
-                raise RequestError(
-                    f"embed: {len(images)} images and {len(batch_ids)} ids in one batch; give one id per image"
-                )
+                raise RequestError(f"embed: {len(images)} images and {len(batch_ids)} ids in one batch; give one id per image")
             output = encoder.forward_features(images.to(parameter.device, parameter.dtype))  # type: ignore[operator]
             parts.append(output.pooled.float().cpu().numpy())
             ids.extend(batch_ids)

@@ -74,9 +74,7 @@ def ridge_path(x: np.ndarray, y: np.ndarray, alphas: Sequence[float]) -> list[tu
     return path
 
 
-def logistic_path(
-    x: np.ndarray, y: np.ndarray, alphas: Sequence[float], *, classes: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def logistic_path(x: np.ndarray, y: np.ndarray, alphas: Sequence[float], *, classes: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Fit multinomial logistic regression for several penalties, strongest first, each from the one before.
 
     Minimises the mean cross-entropy + alpha / 2 * |W|^2 with L-BFGS in float64; biases are not penalised. The optimum
@@ -237,9 +235,7 @@ def linear_probe(
     return score_rows(name, "linear", values, predictions, groups, task=task, draws=draws, seed=seed)
 
 
-def _fit_path(
-    features: np.ndarray, targets: np.ndarray, task: Task, alphas: Sequence[float], classes: int
-) -> list[LinearModel]:
+def _fit_path(features: np.ndarray, targets: np.ndarray, task: Task, alphas: Sequence[float], classes: int) -> list[LinearModel]:
     mean, scale = features.mean(axis=0), features.std(axis=0)
     # a constant feature has a rounding-error deviation, not exactly 0; it must not be blown up to unit size
     scale = np.where(scale > 1e-10 * (1 + np.abs(mean)), scale, 1.0)
@@ -248,9 +244,7 @@ def _fit_path(
         path = ridge_path(x, targets.astype(np.float64), alphas)
     else:
         path = logistic_path(x, targets, alphas, classes=classes)
-    return [
-        LinearModel(mean, scale, weight, bias, alpha, task) for (weight, bias), alpha in zip(path, alphas, strict=True)
-    ]
+    return [LinearModel(mean, scale, weight, bias, alpha, task) for (weight, bias), alpha in zip(path, alphas, strict=True)]
 
 
 def _merit(rows: np.ndarray, task: Task) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -29,9 +30,7 @@ def dice(prediction: np.ndarray, label: np.ndarray, structures: Iterable[int]) -
     return scores
 
 
-def hd95_mm(
-    prediction: np.ndarray, label: np.ndarray, structures: Iterable[int], spacing_mm: Sequence[float]
-) -> dict[int, float]:
+def hd95_mm(prediction: np.ndarray, label: np.ndarray, structures: Iterable[int], spacing_mm: Sequence[float]) -> dict[int, float]:
     """Return the symmetric 95th percentile Hausdorff distance between surfaces per structure, through MONAI.
 
     The surface of a mask is its voxels with a face neighbour outside; of the two directed 95th percentiles the larger
@@ -66,9 +65,12 @@ def hd95_mm(
         else:
             box = _bounding_box(p | t)
             pair = [torch.from_numpy(np.ascontiguousarray(m[box]))[None, None] for m in (p, t)]
-            distance = compute_hausdorff_distance(
-                pair[0], pair[1], include_background=True, percentile=95, spacing=tuple(float(s) for s in spacing_mm)
-            )
+            with warnings.catch_warnings():
+                # MONAI 1.5 to 1.6 warns about an argument that it passes to itself
+                warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+                distance = compute_hausdorff_distance(
+                    pair[0], pair[1], include_background=True, percentile=95, spacing=[float(s) for s in spacing_mm]
+                )
             scores[structure] = float(distance)
     return scores
 

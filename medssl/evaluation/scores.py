@@ -115,9 +115,7 @@ def check_features(features: np.ndarray, targets: np.ndarray, groups: Sequence[s
         raise RequestError(f"probe: {found}; it needs (N, E) features, N targets and N groups (or None)")
     if not np.isfinite(features).all():
         bad = int((~np.isfinite(features).all(axis=1)).sum())
-        raise RequestError(
-            f"probe: features of {bad} images are not finite; leave them out, or look for a NaN in the run"
-        )
+        raise RequestError(f"probe: features of {bad} images are not finite; leave them out, or look for a NaN in the run")
     if np.asarray(targets).dtype.kind == "f" and not np.isfinite(targets).all():
         bad = int((~np.isfinite(targets)).sum())
         raise RequestError(f"probe: {bad} targets are not finite; leave out the images without a label")

@@ -199,9 +199,7 @@ class TrainingCrops:
         else:
             start = low + u * (high - low)
         start = np.rint(start / spacing) * spacing
-        return Box(
-            (float(start[0]), float(start[1]), float(start[2])), (float(size[0]), float(size[1]), float(size[2]))
-        )
+        return Box((float(start[0]), float(start[1]), float(start[2])), (float(size[0]), float(size[1]), float(size[2])))
 
 
 def cut(array: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Exports: `medssl.export.write.export_weights(weights, to, out)`."""

@@ -173,4 +173,3 @@ class MAE(nn.Module):
     def exported(self) -> dict[str, Part]:
         """The encoder alone: the decoder of an MAE is thrown away."""
         return {"encoder": self.encoder.part("encoder")}
-

@@ -166,9 +166,7 @@ def _level(
     return box, level
 
 
-def draw_phantom(
-    seed: int, *, size: Size = (64, 56, 48), small_kidney: bool | None = None, fatty: bool | None = None
-) -> Phantom:
+def draw_phantom(seed: int, *, size: Size = (64, 56, 48), small_kidney: bool | None = None, fatty: bool | None = None) -> Phantom:
     """Draw one torso; equal arguments give equal voxels.
 
     Args:
@@ -180,9 +178,7 @@ def draw_phantom(
     from scipy.ndimage import gaussian_filter
 
     if min(size) < 16:
-        raise ValueError(
-            f"phantom size {tuple(size)}: at least 16 voxels are needed along each axis; choose a larger size"
-        )
+        raise ValueError(f"phantom size {tuple(size)}: at least 16 voxels are needed along each axis; choose a larger size")
     rng = counter_rng("phantom", seed)
     chance = rng.random(2) < 0.5
     small_kidney = bool(chance[0]) if small_kidney is None else small_kidney
@@ -283,9 +279,7 @@ def _signal(
     return np.where(radius < 1, signal, np.float32(0.01)).astype(np.float32)
 
 
-def phantom_volume(
-    seed: int, *, size: Size = (64, 56, 48)
-) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
+def phantom_volume(seed: int, *, size: Size = (64, 56, 48)) -> tuple[np.ndarray, np.ndarray, tuple[float, float, float]]:
     """Return image (X, Y, Z) float32, labels (X, Y, Z) uint8 (`ORGAN_NAMES`) and spacing in mm of one torso.
 
     Args:

@@ -122,9 +122,7 @@ def _write_patients(
     as_dicom = np.zeros(patients, bool)
     n_dicom = round(patients * parameters["dicom_fraction"])
     as_dicom[counter_rng("phantom_cohort", seed, "format").permutation(patients)[:n_dicom]] = True
-    split = dict.fromkeys(order[:n_test].tolist(), "test") | dict.fromkeys(
-        order[n_test : n_test + n_val].tolist(), "val"
-    )
+    split = dict.fromkeys(order[:n_test].tolist(), "test") | dict.fromkeys(order[n_test : n_test + n_val].tolist(), "val")
     rank = {int(patient): k for k, patient in enumerate(order[n_test + n_val :], start=1)}
 
     rows = []

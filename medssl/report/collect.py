@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from medssl.errors import RequestError
-from medssl.report.figures import PLANES, Cut, busiest_slices, cut_volume, structure_weight
+from medssl.report.figures import Cut, busiest_slices, cut_volume, structure_weight
 
 Json = dict[str, Any]
 
@@ -42,11 +42,13 @@ class Segmentation:
 
     Args:
         arm: `scratch`, or the name of the weights.
+        group: Number of labels and seed of the run; arms are compared inside a group.
         structures: Names of the label values from 1.
         cases: In file order.
     """
 
     arm: str
+    group: tuple[str, ...]
     structures: list[str]
     cases: list[PicturedCase]
 
@@ -139,7 +141,8 @@ def _sort_in(path: Path, found: Leftovers, with_images: bool) -> None:
     elif path.name == "evaluate.json":
         content = _json(path, found)
         if content:
-            found.evaluations += _rows(content.get("rows"), path, found)
+            rows = _rows(content.get("rows"), path, found)
+            found.evaluations += [{"target": content.get("target"), **row} for row in rows]
             found.notes += [str(note) for note in _as_list(content.get("notes"))]
     elif path.name == "demo.json":
         found.demo = _json(path, found) or found.demo
@@ -151,16 +154,15 @@ def _sort_in(path: Path, found: Leftovers, with_images: bool) -> None:
             found.caches.append(content)
         elif content and "rows" in content:
             rows, differences = (_rows(content.get(key), path, found) for key in ("rows", "differences"))
-            found.curves.append({**content, "rows": rows, "differences": differences})
+            found.curves.append({**content, "name": path.parent.name, "rows": rows, "differences": differences})
     elif with_images and path.name == "reconstruction.npz":
         arrays = _arrays(path, found)
         if arrays and _one_shape(arrays, ("input", "output", "mask"), path, found):
             found.reconstructions.append(arrays)
     elif with_images and path.name == "segmentation.npz":
         arrays = _arrays(path, found)
-        cases = _cases_of_slices(arrays) or (_cases_of_volumes(arrays, path, found) if arrays else [])
-        if cases:
-            found.segmentations.append(Segmentation(_arm(path, found), _structures(arrays), cases))
+        if arrays and _one_shape(arrays, ("image", "label", "prediction"), path, found):
+            found.segmentations.append(_pictures(arrays, _result_beside(path, found), path))
 
 
 def _shown(path: Path, found: Leftovers) -> str:
@@ -205,9 +207,7 @@ def _json_lines(path: Path, found: Leftovers) -> list[Json]:
             broken.append(number)
     if broken:
         why = "the last line is cut short" if broken == [len(lines)] else f"the first is line {broken[0]}"
-        found.faults.append(
-            f"{_shown(path, found)}: {len(broken)} of {len(lines)} lines are not JSON objects ({why}); left out."
-        )
+        found.faults.append(f"{_shown(path, found)}: {len(broken)} of {len(lines)} lines are not JSON objects ({why}); left out.")
     return rows
 
 
@@ -231,18 +231,12 @@ def _manifest(run_folder: Path, found: Leftovers) -> Json:
     return (_json(path, found) or {}) if path.is_file() else {}
 
 
-def _arm(path: Path, found: Leftovers) -> str:
-    """Return which arm a segmentation belongs to: from the results beside it, else from its folder's name."""
-    for folder in (path.parent, path.parent.parent):
-        beside = folder / "results.json"
-        if folder != found.root.parent and beside.is_file():
-            try:
-                arm = json.loads(beside.read_text(encoding="utf-8")).get("arm")
-            except (OSError, ValueError, AttributeError):
-                arm = None
-            if arm:
-                return str(arm)
-    return next((name for name in ("pretrained", "scratch") if name in str(path.relative_to(found.root))), "prediction")
+def _result_beside(path: Path, found: Leftovers) -> Json:
+    """Return the fine-tuning result that a figures file belongs to; its own faults are noted where it is read."""
+    beside = path.parent.parent / "results.json"
+    if not beside.is_file() or not beside.is_relative_to(found.root):
+        return {}
+    return _json(beside, Leftovers(found.root)) or {}
 
 
 def _arrays(path: Path, found: Leftovers) -> dict[str, np.ndarray]:
@@ -279,10 +273,6 @@ def _one_shape(arrays: dict[str, np.ndarray], needed: tuple[str, ...], path: Pat
     return True
 
 
-def _structures(arrays: dict[str, np.ndarray]) -> list[str]:
-    return [str(name) for name in arrays.get("structures", arrays.get("names", np.array([], dtype=str))).ravel()]
-
-
 def _case_dice(arrays: dict[str, np.ndarray], i: int) -> float | None:
     """Return the mean Dice of case i from `dice` (N,) or (N, S)."""
     dice = arrays.get("dice")
@@ -301,34 +291,20 @@ def spacing_of(arrays: dict[str, np.ndarray], i: int) -> tuple[float, float, flo
     return float(one[0]), float(one[1]), float(one[2])
 
 
-def _cases_of_volumes(arrays: dict[str, np.ndarray], path: Path, found: Leftovers) -> list[PicturedCase]:
-    """Read `image`, `label`, `prediction` (N, X, Y, Z)."""
-    if not _one_shape(arrays, ("image", "label", "prediction"), path, found):
-        return []
+def _pictures(arrays: dict[str, np.ndarray], result: Json, path: Path) -> Segmentation:
+    """Cut `image`, `label`, `prediction` (N, X, Y, Z) of one fine-tuning run where the structures are."""
     cases = []
     for i, (image, label, prediction) in enumerate(zip(arrays["image"], arrays["label"], arrays["prediction"])):
         slices = busiest_slices(structure_weight(label))
         cuts = cut_volume(image, {"label": label, "prediction": prediction}, spacing_of(arrays, i), slices)
         cases.append(PicturedCase(cuts, _case_dice(arrays, i)))
-    return cases
-
-
-def _cases_of_slices(arrays: dict[str, np.ndarray]) -> list[PicturedCase]:
-    """Read `case{i}_{plane}_image`, `_label`, `_prediction` (A, B) and `_spacing_mm` (2,), from fine-tuning."""
-    cases: list[PicturedCase] = []
-    while True:
-        cuts = {}
-        for plane in PLANES:
-            start = f"case{len(cases)}_{plane}_"
-            image, label, prediction = (arrays.get(start + name) for name in ("image", "label", "prediction"))
-            if image is None or label is None or prediction is None or image.ndim != 2:
-                continue
-            if image.shape == label.shape == prediction.shape:
-                across, down = np.broadcast_to(arrays.get(start + "spacing_mm", np.ones(2)), 2)
-                cuts[plane] = Cut(image, {"label": label, "prediction": prediction}, (float(across), float(down)))
-        if not cuts:
-            return cases
-        cases.append(PicturedCase(cuts, _case_dice(arrays, len(cases))))
+    by_name = next((name for name in ("pretrained", "scratch") if name in path.parts), "prediction")
+    return Segmentation(
+        arm=str(result.get("arm") or by_name),
+        group=tuple(str(result.get(key, "")) for key in ("labels", "seed")),
+        structures=[str(name) for name in arrays.get("structures", np.array([], dtype=str)).ravel()],
+        cases=cases,
+    )
 
 
 def number(value: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""From scores to the headline: pretrained against scratch, with intervals by patient and a sentence that claims no more."""
+"""From scores to the headline: pretrained against scratch, intervals by patient, and a sentence that claims no more."""
 
 from __future__ import annotations
 
@@ -60,15 +60,19 @@ def verdict(line: Comparison) -> str:
     difference = line.difference
     if difference.value is None:
         return f"No paired difference{where}: one of the two arms is missing."
-    size = f"{difference.value * 100:+.1f} Dice points"
+    size = f"{_points(difference.value)} Dice points"
     if difference.low is None or difference.high is None:
         return f"{size}{where}, without an interval: no conclusion."
-    interval = f"{size}{where} (95 % interval {difference.low * 100:+.1f} to {difference.high * 100:+.1f})"
+    interval = f"{size}{where} (95 % interval {_points(difference.low)} to {_points(difference.high)})"
     if difference.low > 0:
         return f"Pretraining helped: {interval}."
     if difference.high < 0:
         return f"Pretraining hurt: {interval}."
     return f"No difference shown: {interval} includes zero."
+
+
+def _points(dice: float) -> str:
+    return f"{dice * 100:+.1f}".replace("-", "−")
 
 
 def bootstrap_mean(values: Sequence[float], patients: Sequence[str], name: str) -> Estimate:
@@ -194,26 +198,38 @@ def from_curves(curves: Sequence[Json]) -> list[Comparison]:
     """Read the rows and differences of label curves."""
     lines = []
     for curve in curves:
-        differences = {str(row.get("labels")): row for row in curve["differences"]}
         by_labels: dict[str, dict[str, Json]] = defaultdict(dict)
         for row in curve["rows"]:
             by_labels[str(row.get("labels"))][str(row.get("arm", "pretrained"))] = row
+        network = _network_of_curve(curve)
+        name = " ".join(part for part in (network, str(curve.get("name") or "") if len(curves) > 1 else "") if part)
         for labels, arms in sorted(by_labels.items(), key=lambda item: _by_labels(("", item[0]))):
-            for arm in [name for name in arms if name != "scratch"] or ["pretrained"]:
-                row = differences.get(labels, {})
+            for arm in [key for key in arms if key != "scratch"] or ["pretrained"]:
+                difference: Json = next(
+                    (row for row in curve["differences"] if str(row.get("labels")) == labels and str(row.get("arm", arm)) == arm),
+                    {},
+                )
+                row = arms.get(arm) or arms.get("scratch") or {}
+                seeds = difference.get("seeds", row.get("seeds", curve.get("seeds")))
                 lines.append(
                     Comparison(
-                        network=str(curve.get("network") or ""),
+                        network=name,
                         labels=labels,
                         arm=arm,
                         scratch=_of_row(arms.get("scratch", {}), "dice"),
                         pretrained=_of_row(arms.get(arm, {}), "dice"),
-                        difference=_of_row(row, "difference"),
-                        seeds=_count(row.get("seeds", curve.get("seeds"))),
+                        difference=_of_row(difference, "difference"),
+                        seeds=_count(seeds),
                         n_test=_count(row.get("n_test", curve.get("n_test"))),
                     )
                 )
     return lines
+
+
+def _network_of_curve(curve: Json) -> str:
+    """Return the network that all cells of a curve share."""
+    shared = curve.get("shared")
+    return network_of({**curve, **shared} if isinstance(shared, Mapping) else curve)
 
 
 def _of_row(row: Mapping[str, Any], key: str) -> Estimate:
@@ -244,9 +260,7 @@ def from_table(table: Any) -> list[Comparison]:
         by_network: dict[str, list[Json]] = defaultdict(list)
         for row in rows:
             by_network[str(row.get("network") or "")].append(row)
-        curves = [
-            {"network": name, "rows": part, "differences": _differences(part)} for name, part in by_network.items()
-        ]
+        curves = [{"network": name, "rows": part, "differences": _differences(part)} for name, part in by_network.items()]
         return from_curves(curves)
     if not rows or not all("scratch" in row and "pretrained" in row for row in rows):
         return []
@@ -268,6 +282,4 @@ def from_table(table: Any) -> list[Comparison]:
 def _differences(rows: Sequence[Json]) -> list[Json]:
     """Return the rows of a per-arm table that carry the paired difference."""
     keys = ("difference", "difference_interval", "difference_low", "difference_high", "seeds", "n_test")
-    return [
-        {"labels": row.get("labels"), **{k: row[k] for k in keys if k in row}} for row in rows if "difference" in row
-    ]
+    return [{"labels": row.get("labels"), **{k: row[k] for k in keys if k in row}} for row in rows if "difference" in row]

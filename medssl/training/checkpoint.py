@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 from medssl.errors import CheckpointError
@@ -87,7 +88,9 @@ def _write(aside: Path, model: nn.Module, optimiser: Optimizer, world: World) ->
     state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimiser)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one process without a process group is what we mean
-        dcp.save(state, checkpoint_id=str(aside), no_dist=world.size == 1)
+        dcp_save(state, checkpoint_id=str(aside),
+            no_dist=world.size == 1,
+        )
 
 
 def _os_error(err: BaseException) -> OSError | None:
@@ -131,11 +134,13 @@ def load(path: Path, model: nn.Module, optimiser: Optimizer, world: World) -> No
     Raises:
         CheckpointError: A file is missing or cut short; nothing has been changed on disk.
     """
-    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimiser)}
+    state: dict[str, Any] = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimiser)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(state, checkpoint_id=str(path), no_dist=world.size == 1)
+            dcp_load(state, checkpoint_id=str(path),
+                no_dist=world.size == 1,
+            )
     except Exception as err:
         raise CheckpointError(
             f"{path} cannot be read ({type(err).__name__}): it is cut short or was changed; "

@@ -141,7 +141,7 @@ def wrap(objective: nn.Module, strategy: str, world: World, *, blocks: Iterable[
 def gradient_sync(model: nn.Module, strategy: str, last: bool) -> AbstractContextManager[Any]:
     """Return a context in which gradients are exchanged only in the last micro-step."""
     if strategy == "ddp" and not last:
-        return model.no_sync()  # type: ignore[no-any-return, operator]
+        return model.no_sync()
     if strategy == "fsdp":
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
     return nullcontext()

@@ -20,8 +20,8 @@ def update_ema(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
     """
     for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
         mine.lerp_(theirs.detach().to(mine.dtype), 1.0 - momentum)
-    for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
-        if mine.is_floating_point():
-            mine.lerp_(theirs.to(mine.dtype), 1.0 - momentum)
+    for kept, new in zip(teacher.buffers(), student.buffers(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(new.to(kept.dtype), 1.0 - momentum)
         else:
-            mine.copy_(theirs)
+            kept.copy_(new)

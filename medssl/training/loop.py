@@ -279,9 +279,9 @@ def stop_signals(state: dict[str, bool]) -> Any:
     def handler(_number: int, _frame: FrameType | None) -> None:
         state["stop"] = True
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for caught in (signal.SIGTERM, signal.SIGUSR1):
         try:
-            previous[number] = signal.signal(number, handler)
+            previous[caught] = signal.signal(caught, handler)
         except ValueError:  # not in the main thread: nothing to catch
             continue
     try:
@@ -400,7 +400,18 @@ def train(
                         checkpoint.load(newest, engine.model, engine.optimiser, world)
                         newest = None
                     steps = _Steps(
-                        engine, sources, settings, run, world, keeper, prefetcher, callbacks, manifest or {}, items_hash, total, on_step,
+                        engine,
+                        sources,
+                        settings,
+                        run,
+                        world,
+                        keeper,
+                        prefetcher,
+                        callbacks,
+                        manifest or {},
+                        items_hash,
+                        total,
+                        on_step,
                         embedder,
                     )
                     if steps.run(max(start, first), first, last, index, flags):
@@ -556,7 +567,9 @@ class _Steps:
         if into >= self.settings.batch or self.embedder is None or not hasattr(objective, "on_epoch"):
             return
         copies = self.keeper.gather(self.engine.model)
-        ctx = StepContext(step=step, epoch=epoch, stage=stage_index, seed=self.settings.seed, rank=self.world.rank, world_size=self.world.size)
+        ctx = StepContext(
+            step=step, epoch=epoch, stage=stage_index, seed=self.settings.seed, rank=self.world.rank, world_size=self.world.size
+        )
         embedder = self.embedder
         objective.on_epoch(ctx, lambda name: embedder(copies, name))
 
@@ -633,7 +646,13 @@ class _Steps:
             "world_size": self.world.size,
         }
         checkpoint.save(
-            self.run_folder.checkpoints, done, self.engine.model, self.engine.optimiser, meta, self.settings.keep_checkpoints, self.world
+            self.run_folder.checkpoints,
+            done,
+            self.engine.model,
+            self.engine.optimiser,
+            meta,
+            self.settings.keep_checkpoints,
+            self.world,
         )
         copies = self.keeper.gather(self.engine.model)
         if self.world.is_main and copies:

@@ -40,9 +40,7 @@ def triple(name: str, value: Any, **limits: Any) -> Triple:
     """Return three checked numbers, one per axis; a single number serves all axes."""
     values = list(value) if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str) else [value] * 3
     if len(values) != 3:
-        raise RequestError(
-            f"{name}: found {value!r}; accepted is one number, or three (X, Y, Z); change {name} of the view"
-        )
+        raise RequestError(f"{name}: found {value!r}; accepted is one number, or three (X, Y, Z); change {name} of the view")
     x, y, z = (number(name, item, **limits) for item in values)
     return x, y, z
 
@@ -57,16 +55,12 @@ def positive_range(name: str, value: Any) -> tuple[float, float]:
     raise RequestError(f"{name}: found {value!r}; accepted is [lo, hi] with 0 < lo <= hi; change {name} of the view")
 
 
-def field_options(
-    name: str, value: Mapping[str, float] | None, defaults: Mapping[str, float]
-) -> dict[str, float] | None:
+def field_options(name: str, value: Mapping[str, float] | None, defaults: Mapping[str, float]) -> dict[str, float] | None:
     """Return the options of a random field with defaults filled in; None when it is off."""
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise RequestError(
-            f"{name}: found {value!r}; accepted is a mapping with {', '.join(defaults)}, or null; change {name}"
-        )
+        raise RequestError(f"{name}: found {value!r}; accepted is a mapping with {', '.join(defaults)}, or null; change {name}")
     known_keys(name, value, defaults)
     options = {**defaults, **value}
     options["amplitude"] = number(f"{name}.amplitude", options["amplitude"], low=0)
@@ -79,8 +73,7 @@ def known_keys(name: str, value: Mapping[str, Any], known: Mapping[str, Any] | S
     for key in value:
         if key not in known:
             raise RequestError(
-                f"{name}.{key}: unknown key{near(str(key), known)}; accepted are {', '.join(known)}; "
-                "remove or rename it"
+                f"{name}.{key}: unknown key{near(str(key), known)}; accepted are {', '.join(known)}; remove or rename it"
             )
 
 
@@ -105,9 +98,7 @@ def mask_options(value: Any, size: tuple[int, int, int]) -> tuple[float, tuple[i
     if value is None:
         return 0.0, None
     if not isinstance(value, Mapping) or "ratio" not in value or "cell" not in value:
-        raise RequestError(
-            f"mask: found {value!r}; accepted is {{ratio: 0.75, cell: 16}}, or null; change mask of the view"
-        )
+        raise RequestError(f"mask: found {value!r}; accepted is {{ratio: 0.75, cell: 16}}, or null; change mask of the view")
     known_keys("mask", value, ("ratio", "cell"))
     ratio = number("mask.ratio", value["ratio"], low=0, high=1)
     if ratio == 1:

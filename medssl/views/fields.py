@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 CANVAS = 1.5  # canvas side over view side: opposite faces of the view are then 0.5 sides apart on the torus
-MAX_SIGMA = (
-    3.0  # a component never moves a voxel further than this many standard deviations, so that the margin is finite
-)
+MAX_SIGMA = 3.0  # a component never moves a voxel further than this many standard deviations, so that the margin is finite
 MIN_JACOBIAN = 0.1
 _SHRINK = 0.85  # factor per try while a displacement folds
 
@@ -58,23 +58,36 @@ def gaussian_field(
         (count, X, Y, Z) float32, each with mean 0 and standard deviation 1 over the canvas.
     """
     device = generator.device
-    axes = [torch.fft.fftfreq(n, d=s, device=device) for n, s in zip(shape, spacing_mm)]
-    axes[-1] = torch.fft.rfftfreq(shape[-1], d=spacing_mm[-1], device=device)
-    k2 = axes[0][:, None, None].square() + axes[1][None, :, None].square() + axes[2][None, None, :].square()
-    k2[0, 0, 0] = torch.inf  # no constant part: 1 / inf = 0
-    k2 = k2 / k2.min()  # units drop out with the standardisation; small numbers stay inside float32
-    gain = k2.pow(-exponent / 4)
-    for axis, (k, s) in enumerate(zip(axes, spacing_mm)):
-        if interpolated[axis]:
-            gain = gain / torch.sinc(k * s).square().view([-1 if a == axis else 1 for a in range(3)])
+    gain = _gain(tuple(shape), tuple(spacing_mm), exponent, tuple(interpolated), device)
     noise = torch.randn(count, *shape, generator=generator, device=device)
-    spectrum = torch.fft.rfftn(noise, dim=(1, 2, 3)) * gain
-    field: Tensor = torch.fft.irfftn(spectrum, s=tuple(shape), dim=(1, 2, 3))
-    # One axis after the other: each sum is then short and inside one thread, and equal bits come out on any number of
-    # threads.
-    variance = field.square().mean(-1).mean(-1).mean(-1)
-    std: Tensor = variance.sqrt().clamp_min(1e-12)
-    return field.div_(std.view(-1, 1, 1, 1))
+    if device.type == "cpu":
+        # numpy's transform runs on one thread. torch's gives other bits on other numbers of threads for some shapes.
+        spectrum = np.fft.rfftn(noise.numpy(), axes=(1, 2, 3)) * gain.numpy()
+        waves = np.fft.irfftn(spectrum, s=tuple(shape), axes=(1, 2, 3))
+        return torch.from_numpy((waves / waves.std(axis=(1, 2, 3), keepdims=True)).astype(np.float32, copy=False))
+    field: Tensor = torch.fft.irfftn(torch.fft.rfftn(noise, dim=(1, 2, 3)) * gain, s=tuple(shape), dim=(1, 2, 3))
+    return field / field.std(dim=(1, 2, 3), correction=0, keepdim=True)
+
+
+@lru_cache(maxsize=64)
+def _gain(
+    shape: tuple[int, ...],
+    spacing_mm: tuple[float, ...],
+    exponent: float,
+    interpolated: tuple[bool, ...],
+    device: torch.device,
+) -> Tensor:
+    """Return |k|^(-exponent / 2) on the half spectrum of a real transform, 0 at k = 0, in arbitrary units."""
+    axes = [np.fft.fftfreq(n, d=s) for n, s in zip(shape, spacing_mm)]
+    axes[-1] = np.fft.rfftfreq(shape[-1], d=spacing_mm[-1])
+    columns = [k.reshape([-1 if a == axis else 1 for a in range(3)]) for axis, k in enumerate(axes)]
+    k2 = columns[0] ** 2 + columns[1] ** 2 + columns[2] ** 2
+    k2[0, 0, 0] = np.inf
+    gain = (k2 / k2.min()) ** (-exponent / 4)
+    for k, s, linear in zip(columns, spacing_mm, interpolated):
+        if linear:
+            gain = gain / np.sinc(k * s) ** 2
+    return torch.from_numpy(gain.astype(np.float32)).to(device)
 
 
 def field_nodes(

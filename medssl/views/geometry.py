@@ -170,17 +170,38 @@ def inside(grid: Tensor) -> Tensor:
     return (grid.abs() <= 1).all(dim=0)
 
 
-def surely_inside(
-    half_mm: Sequence[float], matrix: np.ndarray, centre_mm: np.ndarray, source_size_mm: np.ndarray
-) -> bool:
-    """Return True when every position of a view lies inside the source, from its parameters alone.
+def grid_to_mm(grid: Tensor, source_shape: Sequence[int], source_spacing_mm: Sequence[float], origin_mm: np.ndarray) -> Tensor:
+    """Turn grid positions into item millimetres.
 
     Args:
-        half_mm: Half edges of the block of voxel centres, largest displacement included.
+        grid: (3, *size), from `sampling_grid`.
+        source_shape: Source size in voxels.
+        source_spacing_mm: Source voxel size.
+        origin_mm: (3,) outer corner of the source's voxel 0 in the item's axes.
+
+    Returns:
+        (3, *size) float32, mm.
+    """
+    half = np.asarray(source_shape) * np.asarray(source_spacing_mm, dtype=np.float64) / 2
+    packed = torch.from_numpy(np.stack([half, origin_mm + half]).astype(np.float32)).to(grid.device)
+    return grid * packed[0].view(3, 1, 1, 1) + packed[1].view(3, 1, 1, 1)
+
+
+def touched_voxels(
+    half_mm: Sequence[float], *, matrix: np.ndarray, centre_mm: np.ndarray, spacing_mm: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the block of source voxels that holds every position of a view and one voxel more on each side.
+
+    Args:
+        half_mm: Half edges of the block of voxel centres of the view, largest displacement included.
         matrix: R S F.
         centre_mm: View centre, from the source's outer lower corner.
-        source_size_mm: Edge lengths of the source.
+        spacing_mm: Source voxel size.
+
+    Returns:
+        First voxel and the one after the last, (3,) int64 each; may lie outside the source.
     """
     reach = np.abs(matrix) @ np.asarray(half_mm, dtype=np.float64)
-    tiny = 1e-6 * source_size_mm
-    return bool(np.all(centre_mm - reach >= -tiny) and np.all(centre_mm + reach <= source_size_mm + tiny))
+    low = np.floor((centre_mm - reach) / spacing_mm + 1e-6) - 1
+    high = np.ceil((centre_mm + reach) / spacing_mm - 1e-6) + 1
+    return low.astype(np.int64), high.astype(np.int64)

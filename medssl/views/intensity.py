@@ -37,9 +37,7 @@ class Normalization:
     pivot: float
 
 
-def normalization(
-    name: str, window: tuple[float, float] | None, stats: Mapping[str, float], item: int
-) -> Normalization:
+def normalization(name: str, window: tuple[float, float] | None, stats: Mapping[str, float], item: int) -> Normalization:
     """Return the normalisation of one item.
 
     `zscore`: (x - mean) / std. `percentile`: p00_5..p99_5 to [0, 1], clipped. `window`: lo..hi to [0, 1], clipped.

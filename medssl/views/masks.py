@@ -27,9 +27,7 @@ def block_mask(grid: Sequence[int], ratio: float, rng: np.random.Generator) -> n
         replacement. The count is the same for all views, so that visible tokens of a batch stack without padding.
     """
     if not 0 <= ratio < 1:
-        raise RequestError(
-            f"mask ratio {ratio}; accepted is 0 <= ratio < 1; set the share of hidden cells, for instance 0.75"
-        )
+        raise RequestError(f"mask ratio {ratio}; accepted is 0 <= ratio < 1; set the share of hidden cells, for instance 0.75")
     n = math.prod(grid)
     mask = np.zeros(n, dtype=bool)
     mask[rng.permutation(n)[: int(ratio * n)]] = True

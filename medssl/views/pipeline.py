@@ -133,21 +133,27 @@ class VolumeViews:
         x, y, z = (n * s for n, s in zip(self.size, self.view_spacing_mm(spacing_mm)))
         return x, y, z
 
-    def margin_mm(self, spacing_mm: Sequence[float]) -> Triple:
+    def margin_mm(self, spacing_mm: Sequence[float], key: DrawKey | None = None) -> Triple:
         """Return what the reader must fetch beyond the box on each side, so that no view leaves what was fetched.
 
-        Zero without rotation, scale, warp and change of spacing. Otherwise it holds the largest rotation, scale and
-        displacement that can be drawn, and one voxel of the item for interpolation.
+        Zero without rotation, scale, warp and change of spacing. Otherwise it holds the rotations, scales and displacements that can be
+        drawn, and one voxel of the item for interpolation.
 
         Args:
             spacing_mm: Voxel size of the item.
+            key: With a key, the margin that the views of this draw need, which is much less to read; without, the margin of any draw.
         """
         spacing = self.view_spacing_mm(spacing_mm)
         moving = any(self.rotate_deg) or self.scale != (1.0, 1.0) or self.warp is not None
         if not moving and _same_spacing(spacing, spacing_mm):
             return (0.0, 0.0, 0.0)
-        amplitude = 0.0 if self.warp is None else self.warp["amplitude"]
-        reach = geometry.reach_mm(self._half_mm(spacing, amplitude), self.rotate_deg, self.scale[1])
+        if key is None:
+            amplitude = 0.0 if self.warp is None else self.warp["amplitude"]
+            reach = geometry.reach_mm(self._half_mm(spacing, amplitude), self.rotate_deg, self.scale[1])
+        else:
+            drawn = [self.draw(key, v) for v in range(self.count)]
+            each = [np.abs(_matrix(view)) @ self._half_mm(spacing, _amplitude(view["warp"])) for view in drawn]
+            reach = np.max(each, axis=0).tolist()
         x, y, z = (max(0.0, r - n * s / 2) + float(own) for r, n, s, own in zip(reach, self.size, spacing, spacing_mm))
         return x, y, z
 
@@ -242,9 +248,7 @@ class VolumeViews:
         out["positions_mm"] = centre[:, None].repeat(1, len(params[0]), 1)
         return out
 
-    def batch(
-        self, crops: Sequence[Crop], device: torch.device | str
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    def batch(self, crops: Sequence[Crop], device: torch.device | str) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
         """Draw and apply `count` views of each crop.
 
         Returns:
@@ -270,20 +274,16 @@ class VolumeViews:
     def _view(self, source: _Source, view: Mapping[str, Any], points: bool) -> dict[str, Tensor]:
         """Make one view."""
         start = self._voxel_start(source.crop, view)
-        grid = None
-        if start is None or points:
-            grid = self._grid(source, view)
-        if start is None:
-            assert grid is not None
-            out = self._interpolate(source, view, grid)
-        else:
+        out: dict[str, Tensor] = {}
+        if start is not None:
             out = self._cut(source, start, view["flip"])
-        if points:
-            assert grid is not None
-            crop, column = source.crop, (3, 1, 1, 1)
-            half = torch.from_numpy((source.size_mm / 2).astype(np.float32)).to(source.device)
-            origin = torch.tensor(crop.origin_mm, dtype=torch.float32, device=source.device)
-            out["points_mm"] = (grid + 1) * half.view(column) + origin.view(column)
+        if start is None or points:
+            piece = self._piece(source, view)
+            grid = self._grid(source.crop, piece, view)
+            if start is None:
+                out = self._interpolate(piece, grid)
+            if points:
+                out["points_mm"] = geometry.grid_to_mm(grid, piece.image.shape[1:], source.crop.spacing_mm, piece.origin_mm)
         self._intensities_(out[self.name], out["valid"], source, view)
         return out
 
@@ -324,9 +324,25 @@ class VolumeViews:
             out = {key: value.flip(axes) for key, value in out.items()}
         return out
 
-    def _grid(self, source: _Source, view: Mapping[str, Any]) -> Tensor:
-        """Return the sampling grid of a view, (3, *size)."""
+    def _piece(self, source: _Source, view: Mapping[str, Any]) -> _Piece:
+        """Return the part of a crop that one view touches: the crop was fetched for the largest view that can be drawn."""
         crop = source.crop
+        spacing, origin = np.asarray(crop.spacing_mm, dtype=np.float64), np.asarray(crop.origin_mm, dtype=np.float64)
+        low, high = geometry.touched_voxels(
+            self._half_mm(self.view_spacing_mm(crop.spacing_mm), _amplitude(view["warp"])),
+            matrix=_matrix(view),
+            centre_mm=_centre_mm(crop.box) - origin,
+            spacing_mm=spacing,
+        )
+        shape = np.asarray(crop.valid.shape)
+        first = np.clip(low, 0, shape - 1)
+        last = np.clip(high, first + 1, shape)
+        return source.piece(
+            tuple(slice(i, j) for i, j in zip(first.tolist(), last.tolist())), bool((low < 0).any() or (high > shape).any())
+        )
+
+    def _grid(self, crop: Crop, piece: _Piece, view: Mapping[str, Any]) -> Tensor:
+        """Return where the voxels of a view lie in a piece, (3, *size)."""
         spacing = self.view_spacing_mm(crop.spacing_mm)
         nodes = None
         if _amplitude(view["warp"]) > 0:
@@ -336,37 +352,31 @@ class VolumeViews:
                 spacing,
                 amplitude=warp["amplitude"],
                 exponent=warp["exponent"],
-                generator=_generator(warp["seed"], source.device),
+                generator=_generator(warp["seed"], piece.image.device),
             )
         return geometry.sampling_grid(
             self.size,
             spacing,
-            matrix=geometry.view_matrix(view["flip"], view["rotate_deg"], view["scale"]),
-            centre_mm=_centre_mm(crop.box) - np.asarray(crop.origin_mm),
-            source_shape=crop.valid.shape,
+            matrix=_matrix(view),
+            centre_mm=_centre_mm(crop.box) - piece.origin_mm,
+            source_shape=piece.image.shape[1:],
             source_spacing_mm=crop.spacing_mm,
             displacement=nodes,
-            device=source.device,
+            device=piece.image.device,
         )
 
-    def _interpolate(self, source: _Source, view: Mapping[str, Any], grid: Tensor) -> dict[str, Tensor]:
+    def _interpolate(self, piece: _Piece, grid: Tensor) -> dict[str, Tensor]:
         """Interpolate image, valid and labels at the positions of a grid."""
-        out = {self.name: geometry.sample(source.filled(), grid, "bilinear")}
-        crop = source.crop
-        if not source.all_valid:
-            out["valid"] = geometry.sample(source.valid[None].float(), grid, "nearest")[0] > 0.5
-        elif geometry.surely_inside(
-            self._half_mm(self.view_spacing_mm(crop.spacing_mm), _amplitude(view["warp"])),
-            geometry.view_matrix(view["flip"], view["rotate_deg"], view["scale"]),
-            _centre_mm(crop.box) - np.asarray(crop.origin_mm),
-            source.size_mm,
-        ):
-            out["valid"] = torch.ones(self.size, dtype=torch.bool, device=source.device)
-        else:
+        out = {self.name: geometry.sample(piece.image, grid, "bilinear")}
+        if piece.valid is not None:
+            out["valid"] = geometry.sample(piece.valid[None].float(), grid, "nearest")[0] > 0.5
+        elif piece.clipped:
             out["valid"] = geometry.inside(grid)
-        if source.labels is not None:
+        else:
+            out["valid"] = torch.ones(self.size, dtype=torch.bool, device=grid.device)
+        if piece.labels is not None:
             # float32 holds every label up to 2^24; nearest copies values, so they come back whole
-            out["labels"] = geometry.sample(source.labels[None].float(), grid, "nearest")[0].long()
+            out["labels"] = geometry.sample(piece.labels[None].float(), grid, "nearest")[0].long()
         return out
 
     def _intensities_(self, x: Tensor, valid: Tensor, source: _Source, view: Mapping[str, Any]) -> None:
@@ -424,27 +434,44 @@ class VolumeViews:
             raise RequestError(f"found {len(labels)} label maps for {len(crops)} crops; give one per crop")
 
 
+@dataclass
+class _Piece:
+    """What a view is interpolated from.
+
+    Args:
+        image: (C, *n) float32, padding at its raw stand-in: interpolation then gives no false edge.
+        valid: (*n) bool; None when all is valid.
+        labels: (*n) integer, or None.
+        origin_mm: (3,) outer corner of its voxel 0 in the item's axes.
+        clipped: Whether the view reaches beyond what was fetched.
+    """
+
+    image: Tensor
+    valid: Tensor | None
+    labels: Tensor | None
+    origin_mm: np.ndarray
+    clipped: bool
+
+
 class _Source:
     """One crop on the device, shared by its views."""
 
-    def __init__(
-        self, crop: Crop, how: intensity.Normalization, labels: np.ndarray | None, device: torch.device
-    ) -> None:
+    def __init__(self, crop: Crop, how: intensity.Normalization, labels: np.ndarray | None, device: torch.device) -> None:
         self.crop, self.how, self.device = crop, how, device
         self.image = _to_device(crop.image, device)
         self.valid = _to_device(crop.valid, device)
         self.labels = None if labels is None else _to_device(labels, device)
-        self.all_valid = bool(crop.valid.all())
-        self.size_mm = np.asarray(crop.valid.shape) * np.asarray(crop.spacing_mm, dtype=np.float64)
-        self._filled: Tensor | None = None
 
-    def filled(self) -> Tensor:
-        """Return the crop as float32, padding at its raw stand-in: interpolation then gives no false edge."""
-        if self._filled is None:
-            self._filled = self.image.float()
-            if not self.all_valid:
-                self._filled = self._filled.masked_fill(~self.valid, self.how.padding_raw)
-        return self._filled
+    def piece(self, at: tuple[slice, ...], clipped: bool) -> _Piece:
+        """Return a part of the crop, ready for interpolation."""
+        image = self.image[(slice(None), *at)].float()
+        valid = None if self.crop.valid[at].all() else self.valid[at]  # asked on the CPU: no wait for the device
+        if valid is not None:
+            image = image.masked_fill(~valid, self.how.padding_raw)
+        labels = None if self.labels is None else self.labels[at]
+        first = np.array([s.start for s in at])
+        origin = np.asarray(self.crop.origin_mm) + first * np.asarray(self.crop.spacing_mm, dtype=np.float64)
+        return _Piece(image, valid, labels, origin, clipped)
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -461,6 +488,10 @@ def _generator(seed: int, device: torch.device) -> torch.Generator:
 
 def _centre_mm(box: Box) -> np.ndarray:
     return np.asarray(box.start_mm, dtype=np.float64) + np.asarray(box.size_mm, dtype=np.float64) / 2
+
+
+def _matrix(view: Mapping[str, Any]) -> np.ndarray:
+    return geometry.view_matrix(view["flip"], view["rotate_deg"], view["scale"])
 
 
 def _amplitude(field: Mapping[str, Any] | None) -> float:

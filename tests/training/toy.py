@@ -1,6 +1,6 @@
 """A toy run of the real loop: tiny MAE on random volumes, startable as a program for the tests that kill or distribute it.
 
-    python -m tests.training.toy OUT [steps] [--resume] [--strategy ddp|fsdp] [--kill-at N] [--signal-at N] [--micro M]
+python -m tests.training.toy OUT [steps] [--resume] [--strategy ddp|fsdp] [--kill-at N] [--signal-at N] [--micro M]
 """
 
 from __future__ import annotations

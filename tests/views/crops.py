@@ -22,12 +22,14 @@ def make_crop(
     key: DrawKey | None = None,
     stats: Mapping[str, float] | None = None,
     item: int = 0,
+    tight: bool = False,
 ) -> Crop:
-    """Fetch box and margin of a (C, X, Y, Z) volume, rounded outwards to voxels, zero-padded with valid False."""
+    """Fetch box and margin (`tight`: of this draw only) of a (C, X, Y, Z) volume, rounded outwards to voxels, zero-padded with valid False."""
     spacing = np.asarray(spacing_mm, dtype=float)
     size = np.asarray(views.box_size_mm(spacing_mm))
     centre = np.asarray(volume.shape[1:]) * spacing / 2 if centre_mm is None else np.asarray(centre_mm, dtype=float)
-    margin = np.asarray(views.margin_mm(spacing_mm))
+    key = DrawKey(1, 2, 3) if key is None else key
+    margin = np.asarray(views.margin_mm(spacing_mm, key if tight else None))
     low = np.floor((centre - size / 2 - margin) / spacing + 1e-6).astype(int)
     high = np.ceil((centre + size / 2 + margin) / spacing - 1e-6).astype(int)
     image = np.zeros((volume.shape[0], *(high - low)), dtype=volume.dtype)
@@ -44,7 +46,7 @@ def make_crop(
         origin_mm=tuple(low * spacing),
         box=Box(tuple((centre - size / 2).tolist()), tuple(size.tolist())),
         stats=NO_STATS if stats is None else stats,
-        key=DrawKey(1, 2, 3) if key is None else key,
+        key=key,
         id=item,
     )
 

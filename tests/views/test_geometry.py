@@ -47,9 +47,7 @@ def test_sampling__equals_a_plain_loop_on_an_anisotropic_source() -> None:
     out = sample(torch.from_numpy(source)[None], grid, "bilinear")[0].numpy()
     for index in np.ndindex(*size):
         offset = (np.asarray(index) + 0.5 - np.asarray(size) / 2) * out_spacing
-        position = centre + matrix @ (
-            offset + u[(slice(None), *index)]
-        )  # views below 32 voxels have a node at every voxel
+        position = centre + matrix @ (offset + u[(slice(None), *index)])  # views below 32 voxels have a node at every voxel
         assert out[index] == pytest.approx(loop_trilinear(source, position / spacing - 0.5), abs=2e-5)
     assert bool(inside(grid).all())
 

@@ -41,9 +41,7 @@ def test_constant_item__becomes_finite() -> None:
 
 
 def test_normalization__names_missing_statistics() -> None:
-    with pytest.raises(
-        RequestError, match=r"item 7: no statistics std, min, p00_5 \(found: mean\).*needs.*store again"
-    ):
+    with pytest.raises(RequestError, match=r"item 7: no statistics std, min, p00_5 \(found: mean\).*needs.*store again"):
         normalization("zscore", None, {"mean": 1.0}, 7)
 
 

@@ -1,0 +1,615 @@
+"""What a user can do, as plain functions; the command line prints around them. Nothing here prints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from medssl import build
+from medssl.errors import RequestError
+from medssl.evaluation.controls import control_features
+from medssl.evaluation.features import embed, probe_table
+from medssl.evaluation.knn import knn_probe
+from medssl.evaluation.linear_probe import linear_probe
+from medssl.recipe import EvaluateRecipe, PretrainRecipe, ProbeSection, Recipe, SourceSection
+from medssl.sampling.items import Item, items_hash
+from medssl.sampling.items import write as write_items
+from medssl.sampling.source import ImageSource
+from medssl.training import distributed
+from medssl.training.loop import Callback, train
+from medssl.training.monitors import CollapseMonitor, feature_monitors
+from medssl.training.run_folder import RunFolder, facts_of_machine, now
+from medssl.views.pipeline import VolumeViews
+from medssl.weights import find_part, load_part, write_atomic
+
+Progress = Callable[[int, int], None]
+StepProgress = Callable[[int, int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Outcome of `pretrain`.
+
+    Args:
+        path: The run folder.
+        status: `finished` or `interrupted`.
+        items: Volumes trained on.
+        failed: series_id -> (reason, message) of volumes that could not be used.
+    """
+
+    path: Path
+    status: str
+    items: int
+    failed: Mapping[str, tuple[str, str]]
+
+
+def load_recipe(recipe: Any, overrides: Sequence[str] = (), kind: str | None = None) -> Any:
+    """Return a validated recipe from a path, a run folder, or a recipe object.
+
+    Args:
+        recipe: YAML path, run folder (its resolved recipe), or a loaded recipe.
+        overrides: `key=value` assignments; only for paths.
+        kind: Kind that the caller needs.
+
+    Raises:
+        RecipeError: The recipe has faults.
+        RequestError: It is of another kind.
+    """
+    if isinstance(recipe, str | Path):
+        path = Path(recipe)
+        if path.is_dir():
+            path = path / "recipe.yaml"
+        recipe = Recipe.load(path, overrides)
+    if kind and recipe.kind != kind:
+        raise RequestError(f"this is a {recipe.kind} recipe; `medssl {kind}` needs one with kind: {kind}")
+    build.check(recipe)
+    return recipe
+
+
+def cache(recipe: Any, overrides: Sequence[str] = (), on_progress: Progress | None = None) -> dict[str, Any]:
+    """Write the stores that a recipe needs; what is there already is left alone.
+
+    Returns:
+        Per source: written, present, failed {series_id: (reason, message)}, store.
+    """
+    recipe = load_recipe(recipe, overrides)
+    sources = {"source": recipe.source} if isinstance(recipe, EvaluateRecipe) else getattr(recipe, "sources", {})
+    if not sources:
+        raise RequestError("this recipe needs no store: fine-tuning reads its cohort directly")
+    result = {}
+    for name, section in sources.items():
+        shelf = build.fill_shelf(name, section, on_progress=on_progress)
+        done = shelf.summary
+        folder = str(build.store_folder(section, shelf.domain))
+        result[name] = {"written": done.written, "present": done.present, "failed": done.failed, "store": folder}
+    return result
+
+
+def pretrain(
+    recipe: Any,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    on_cache: Progress | None = None,
+    on_step: StepProgress | None = None,
+) -> RunResult:
+    """Pretrain an encoder; everything goes into the recipe's run folder (`out`).
+
+    Args:
+        recipe: YAML path, run folder, or loaded `PretrainRecipe`.
+        overrides: `key=value` assignments.
+        resume: Continue the run in `out` from its newest checkpoint; start it when there is none.
+        on_cache: Called with (volumes done, volumes in all) while the store is filled.
+        on_step: Called on rank 0 with (steps done, steps in all, metrics) at every logged step.
+
+    Raises:
+        RequestError: The recipe or the data do not allow the run; nothing was written to `out`.
+        TrainingStopped: A monitor stopped the run.
+        StoreError: The disk is full; the last checkpoint is safe.
+        CheckpointError: `--resume` met a checkpoint of another run or one cut short.
+    """
+    recipe = load_recipe(recipe, overrides, kind="pretrain")
+    settings = build.loop_settings(recipe)
+    settings.micro_steps(distributed.environment()[1])
+    run = RunFolder(recipe.out)
+    if run.exists():
+        _check_resume(run, recipe, resume)
+    world = distributed.start()
+    shelves = _fill(recipe, world, on_cache)
+    items = build.freeze_items(shelves, recipe.sources)
+    fingerprint = items_hash(items)
+    failed = {series: why for shelf in shelves for series, why in shelf.summary.failed.items()}
+    probes = [build_probe(name, probe, recipe, shelves) for name, probe in recipe.probes.items()]
+    if world.is_main and not run.exists():
+        run.create(Recipe.dump(recipe), _run_facts(recipe, items, failed, world.size))
+        write_items(items, run.items)
+    distributed.barrier(world)
+    objective, encoders = build.build_objective(recipe)
+    objective.to(world.device)
+    sources = {
+        shelf.name: build.training_source(shelf, recipe.sources[shelf.name], items, recipe.train.batch) for shelf in shelves
+    }
+    for source in sources.values():
+        _check_specs(objective, source)
+    monitor = build_monitor(recipe, shelves[0])
+    with _tensorboard(run, recipe, world) as board:
+        status = train(
+            objective,
+            sources,
+            stages=build.build_stages(recipe),
+            settings=settings,
+            run=run,
+            world=world,
+            encoders=encoders,
+            callbacks=[*monitor, *probes],
+            manifest=manifest_facts(recipe, shelves),
+            items_hash=fingerprint,
+            resume=resume,
+            on_step=_both(board, on_step),
+            embedder=build_embedder(sources, shelves, recipe),
+        )
+    if world.is_main and status == "finished":
+        run.update(finished=now())
+        if distributed.choose_strategy(recipe.train.strategy, world) != "fsdp":  # a sharded objective has no whole forward on one rank
+            write_reconstructions(objective, next(iter(sources.values())), run, world.device)
+    return RunResult(run.path, status, len(items), failed)
+
+
+def _check_resume(run: RunFolder, recipe: PretrainRecipe, resume: bool) -> None:
+    if not resume:
+        raise RequestError(f"{run.path} already holds a run; continue it with --resume, or give another folder with out=PATH")
+    before = Recipe.load(run.path / "recipe.yaml")
+    if Recipe.hash(before) != Recipe.hash(recipe):
+        raise RequestError(
+            f"the recipe differs from the one in {run.path}/recipe.yaml, and a resumed run must be the same run; "
+            f"use `medssl pretrain {run.path} --resume`, or start a new run with out=PATH"
+        )
+
+
+def _fill(recipe: PretrainRecipe, world: distributed.World, on_cache: Progress | None) -> list[build.Shelf]:
+    """Fill the stores on rank 0 first; the others then find everything present."""
+    progress = on_cache if world.is_main else None
+    if not world.is_main:
+        distributed.barrier(world)
+    shelves = [build.fill_shelf(name, section, on_progress=progress) for name, section in recipe.sources.items()]
+    if world.is_main:
+        distributed.barrier(world)
+    return shelves
+
+
+def _check_specs(objective: Any, source: ImageSource) -> None:
+    spec = source.view_maker.spec  # type: ignore[attr-defined]
+    wanted = objective.view_specs.get(source.view_maker.name)
+    if wanted is None or tuple(wanted.size) != tuple(spec.size):
+        raise RequestError(
+            f"source {source.name} makes views {source.view_maker.name} of {spec.size}, the objective wants "
+            f"{ {name: s.size for name, s in objective.view_specs.items()} }; give all sources the same views"
+        )
+
+
+def _run_facts(recipe: PretrainRecipe, items: Sequence[Item], failed: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    reasons: dict[str, int] = {}
+    for reason, _ in failed.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return {
+        **facts_of_machine(),
+        "kind": "pretrain",
+        "recipe_hash": Recipe.hash(recipe),
+        "seed": recipe.train.seed,
+        "world_size": world_size,
+        "items": {"used": len(items), "patients": len({item.patient_id for item in items}), "failed": reasons},
+        "items_hash": items_hash(items),
+    }
+
+
+def manifest_facts(recipe: PretrainRecipe, shelves: Sequence[build.Shelf]) -> dict[str, Any]:
+    """Return what every weights manifest says about the run, besides the encoder itself."""
+    section = next(iter(recipe.sources.values()))
+    views = VolumeViews(**section.views)
+    spacings = [shelf.reader.record(row.series_id).spacing_mm for shelf in shelves for row in shelf.rows]
+    facts = facts_of_machine()
+    return {
+        "spacing_mm": list(views.spacing_mm) if views.spacing_mm else [float(v) for v in np.median(spacings, axis=0)],
+        "spacing_source": "views" if views.spacing_mm else "median of the items",
+        "image_size": list(views.size),
+        "intensity": {"normalize": section.views.get("normalize", "zscore")},
+        "domains": sorted({shelf.domain.name for shelf in shelves}),
+        "licence": recipe.export.licence,
+        "data_cards": [],
+        "objective": recipe.objective.name,
+        "recipe_hash": Recipe.hash(recipe),
+        "versions": facts["versions"],
+        "git": facts["git"],
+        "run": {"seed": recipe.train.seed, "steps": sum(stage.steps for stage in recipe.resolved_stages())},
+    }
+
+
+def build_monitor(recipe: PretrainRecipe, shelf: build.Shelf) -> list[Callback]:
+    """Return the collapse monitor: features of the middle of the first items, seen twice (plain and augmented)."""
+    count = min(recipe.train.monitor_items, len(shelf.rows))
+    if count < 2:
+        return []
+    section = recipe.sources[shelf.name]
+    series = [row.series_id for row in shelf.rows[:count]]
+    plain = build.evaluation_source("monitor", shelf, section, series)
+    augmented_views = VolumeViews(**{key: value for key, value in section.views.items() if key != "mask"})
+    augmented = build.evaluation_source("monitor", shelf, section, series, augmented_views)
+    collapse = CollapseMonitor()
+
+    def look(step: int, parts: Mapping[str, nn.Module]) -> Mapping[str, float]:
+        encoder = parts.get("encoder")
+        if encoder is None:
+            return {}
+        device = next(encoder.parameters()).device
+        first, _ = embed(encoder, build.images_and_ids(plain, device))
+        second, _ = embed(encoder, build.images_and_ids(augmented, device))
+        metrics = feature_monitors(torch.from_numpy(first), torch.from_numpy(second))
+        collapse.check(metrics, step)
+        return metrics
+
+    return [Callback(recipe.train.monitor_every, look)]
+
+
+def build_probe(name: str, probe: ProbeSection, recipe: PretrainRecipe, shelves: Sequence[build.Shelf]) -> Callback:
+    """Return a live probe on `val` patients that no source trains on; their labels reach neither loss nor schedule.
+
+    Raises:
+        LeakageError: A probe patient is in the pretraining data.
+        RequestError: There are too few labelled items.
+    """
+    source_name, section = next(iter(recipe.sources.items()))
+    shelf = build.fill_shelf(f"probe {name}", section, where=probe.where)
+    for trained in shelves:
+        build.refuse_leakage(trained.rows, shelf.rows, f"probe {name}")
+    targets, series, groups = labelled_rows(shelf, probe.table, probe.file_column, probe.target, probe.task, probe.max_items)
+    source = build.evaluation_source(source_name, shelf, section, series)
+
+    def look(_step: int, parts: Mapping[str, nn.Module]) -> Mapping[str, float]:
+        encoder = parts["encoder"]
+        features, _ = embed(encoder, build.images_and_ids(source, next(encoder.parameters()).device))
+        rows = linear_probe(features, targets, groups, task=probe.task, draws=1) + knn_probe(
+            features, targets, groups, task=probe.task, k=probe.k, draws=1
+        )
+        return {f"probe/{name}/{row['probe']}_{row['metric']}": row["value"] for row in rows if row["value"] is not None}
+
+    return Callback(probe.every, look)
+
+
+def labelled_rows(
+    shelf: build.Shelf, table: str, file_column: str, target: str, task: str, limit: int | None = None
+) -> tuple[np.ndarray, list[str], list[str] | None]:
+    """Return (targets, series ids, patients) of the labelled rows of a shelf; patients is None when they are unknown."""
+    found = build.read_targets(table, file_column, target, shelf)
+    rows = [row for row in shelf.rows if row.series_id in found][:limit]
+    texts = [found[row.series_id] for row in rows]
+    if task == "regression":
+        try:
+            targets = np.asarray([float(text) for text in texts])
+        except ValueError as err:
+            raise RequestError(f"column {target} holds text, and regression needs numbers; set task: classification") from err
+    else:
+        targets = np.asarray(texts)
+    patients = [row.patient_id for row in rows]
+    known = not any("patient_unknown" in row.quality_flags for row in rows)
+    return targets, [row.series_id for row in rows], patients if known else None
+
+
+def build_embedder(sources: Mapping[str, ImageSource], shelves: Sequence[build.Shelf], recipe: PretrainRecipe) -> Any:
+    """Return ({part: module}, source name) -> (ids, features), for objectives that look at all items once an epoch."""
+    by_name = {shelf.name: shelf for shelf in shelves}
+
+    def embedder(parts: Mapping[str, nn.Module], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = sorted(sources[name].series)
+        series = [sources[name].series[item] for item in ids]
+        source = build.evaluation_source(name, by_name[name], recipe.sources[name], series)
+        encoder = parts["encoder"]
+        features, _ = embed(encoder, build.images_and_ids(source, next(encoder.parameters()).device))
+        return torch.tensor(ids), torch.from_numpy(features)
+
+    return embedder
+
+
+class _Board:
+    """TensorBoard writer that is closed whatever happens; a no-op on other ranks."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.writer: Any = None
+
+    def __enter__(self) -> _Board:
+        if self.folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def __call__(self, done: int, _total: int, metrics: Mapping[str, float]) -> None:
+        if self.writer is not None:
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, done)
+
+
+def _tensorboard(run: RunFolder, recipe: PretrainRecipe, world: distributed.World) -> _Board:
+    return _Board(run.path / "tensorboard" if recipe.train.tensorboard and world.is_main else None)
+
+
+def _both(board: _Board, on_step: StepProgress | None) -> StepProgress:
+    def call(done: int, total: int, metrics: Mapping[str, float]) -> None:
+        board(done, total, metrics)
+        if on_step:
+            on_step(done, total, metrics)
+
+    return call
+
+
+def write_reconstructions(objective: Any, source: ImageSource, run: RunFolder, device: torch.device, count: int = 3) -> None:
+    """Leave a few reconstructions in figures/reconstruction.npz for the report, when the objective can make them."""
+    if not hasattr(objective, "reconstruct"):
+        return
+    from medssl.types import DrawKey
+
+    keys = [DrawKey(source_seed(run), 10**9, place) for place in range(count)]  # a step that no run reaches
+    views = source.views(source.fetch(keys), device)
+    objective.eval()
+    pictures = {name: value.float().cpu().numpy() for name, value in objective.reconstruct(views).items()}
+    arrays = {name: pictures[name][:, 0].astype(np.float32) for name in ("input", "masked", "output")}
+    arrays["mask"] = pictures["mask"] > 0
+    arrays["spacing_mm"] = views.meta.spacing_mm[source.view_maker.name][:, 0].numpy()
+    save_npz(run.figures / "reconstruction.npz", arrays)
+
+
+def source_seed(run: RunFolder) -> int:
+    """Return the seed in run.json."""
+    return int(run.read().get("seed", 0))
+
+
+def save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to a compressed .npz atomically."""
+    import io
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomic(path, buffer.getvalue())
+
+
+def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on_cache: Progress | None = None) -> dict[str, Any]:
+    """Probe frozen features of weights on a labelled table, beside the controls.
+
+    Args:
+        recipe: YAML path or `EvaluateRecipe`.
+        weights: Run folder or safetensors file.
+        overrides: `key=value` assignments.
+        on_cache: Progress of filling the store.
+
+    Returns:
+        What `evaluate.json` in `out` holds: `rows` {name, probe, metric, value, low, high, n_images, n_patients, by}, and the facts.
+    """
+    recipe = load_recipe(recipe, overrides, kind="evaluate")
+    started = time.perf_counter()
+    encoder = build.load_encoder(weights)
+    _, manifest = load_part(weights)
+    section = evaluation_section(recipe, manifest)
+    shelf = build.fill_shelf("source", section, on_progress=on_cache)
+    refuse_pretraining_patients(weights, shelf)
+    targets, series, groups = labelled_rows(shelf, recipe.table, recipe.file_column, recipe.target, recipe.task)
+    source = build.evaluation_source("source", shelf, section, series)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def batches() -> Any:
+        return build.images_and_ids(source, device, recipe.batch)
+
+    features, _ = embed(encoder.to(device), batches())
+    controls = control_features(lambda: build.build_encoder(manifest["encoder"]), batches, seed=recipe.seed, device=device)
+    rows = probe_table(features, controls, targets, groups, task=recipe.task, k=recipe.k[0], seed=recipe.seed)
+    for k in recipe.k[1:]:
+        for name, values in {"encoder": features, **controls}.items():
+            rows += knn_probe(values, targets, groups, task=recipe.task, name=name, k=k, seed=recipe.seed)
+    result = {
+        "kind": "evaluate",
+        "target": recipe.target,
+        "task": recipe.task,
+        "seed": recipe.seed,
+        "weights_hash": manifest["weights_hash"],
+        "rows": rows,
+        "seconds": time.perf_counter() - started,
+        **facts_of_machine(),
+    }
+    write_atomic(Path(recipe.out) / "evaluate.json", json.dumps(result, indent=1).encode())
+    return result
+
+
+def evaluation_section(recipe: EvaluateRecipe, manifest: Mapping[str, Any]) -> SourceSection:
+    """Return the recipe's source with the views of the weights (size, spacing, normalisation) where the recipe names none."""
+    views = {"size": manifest["image_size"], "normalize": manifest["intensity"]["normalize"], **recipe.source.views}
+    if manifest.get("spacing_source") == "views":
+        views.setdefault("spacing_mm", manifest["spacing_mm"])
+    return recipe.source.model_copy(update={"views": views})
+
+
+def refuse_pretraining_patients(weights: Path | str, shelf: build.Shelf) -> None:
+    """Refuse an evaluation on patients that the weights have seen, as far as the run folder is at hand.
+
+    Raises:
+        LeakageError: A patient is on both sides.
+    """
+    from medssl.sampling.items import read as read_items
+
+    table = run_of(weights) / "items.parquet"
+    if not table.is_file():
+        return
+    seen = {item.patient_id for item in read_items(table)}
+    both = seen & {row.patient_id for row in shelf.rows}
+    if both:
+        from medssl.errors import LeakageError
+
+        raise LeakageError(
+            f"{len(both)} of {len(shelf.rows)} selected series belong to patients that the weights were pretrained on; "
+            "select others (for instance source.where=\"split = 'val'\"): numbers on seen patients flatter the weights"
+        )
+
+
+def run_of(weights: Path | str) -> Path:
+    """Return the run folder that weights lie in (which may not exist, for an exported file)."""
+    file = find_part(weights)
+    return file.parent.parent.parent
+
+
+def finetune(
+    recipe: Any,
+    weights: Path | str | None,
+    overrides: Sequence[str] = (),
+    *,
+    seed: int = 0,
+    twin: bool = False,
+    on_step: StepProgress | None = None,
+) -> dict[str, Any]:
+    """Fine-tune a MONAI segmentation network, and its matched scratch twin when asked.
+
+    Args:
+        recipe: YAML path or `FinetuneRecipe`.
+        weights: Run folder or safetensors file; None or "scratch" trains from scratch.
+        overrides: `key=value` assignments.
+        seed: Seed of start weights and draws.
+        twin: Also train from scratch with everything else equal, and report the paired difference.
+        on_step: Progress.
+
+    Returns:
+        The summary of a one-cell label curve: `rows` and `differences`; details lie in `out/cells/`.
+    """
+    return label_curve(recipe, weights, overrides, counts=None, seeds=[seed], twin=twin, on_step=on_step)
+
+
+def label_curve(
+    recipe: Any,
+    weights: Path | str | None,
+    overrides: Sequence[str] = (),
+    *,
+    counts: Sequence[int] | None,
+    seeds: Sequence[int],
+    twin: bool = True,
+    on_cell: Any = None,
+    on_step: StepProgress | None = None,
+) -> dict[str, Any]:
+    """Compute label-curve cells (labels x seed x arm) that are missing, then summarise; see `evaluation.label_curve`.
+
+    Args:
+        recipe: YAML path or `FinetuneRecipe`.
+        weights: Run folder or safetensors file; None or "scratch" trains from scratch.
+        overrides: `key=value` assignments.
+        counts: Numbers of labelled volumes; None takes the recipe's `labels`.
+        seeds: Seeds.
+        twin: Also train the scratch twin of every cell.
+        on_cell: Called with (cells done, cells in all, cell, result).
+        on_step: Progress within a cell.
+    """
+    from medssl.evaluation import label_curve as curve
+    from medssl.evaluation.cohort import Cohort
+    from medssl.evaluation.finetune import open_weights
+
+    recipe = load_recipe(recipe, overrides, kind="finetune")
+    settings = build.finetune_settings(recipe)
+    cohort = Cohort.load(recipe.cohort.path)
+    arms: dict[str, Any] = {}
+    if weights is not None and str(weights) != "scratch":
+        refuse_pretraining_images(weights, cohort)
+        arms["pretrained"] = open_weights(weights, transfer=settings.transfer)
+    if twin or not arms:
+        arms["scratch"] = None
+    if counts is None:
+        counts = [recipe.labels or len(cohort.split("train"))]
+    return curve.label_curve(
+        cohort, settings, Path(recipe.out), arms=arms, counts=counts, seeds=seeds, on_cell=on_cell, on_step=on_step
+    )
+
+
+def refuse_pretraining_images(weights: Path | str, cohort: Any) -> None:
+    """Refuse a test set whose image files the weights were pretrained on, as far as run folder and archive are at hand.
+
+    Files are compared by content, so that renamed copies are found.
+
+    Raises:
+        LeakageError: A test image was pretrained on.
+    """
+    run = run_of(weights)
+    if not (run / "recipe.yaml").is_file():
+        return
+    from medssl.archive.table import Archive
+    from medssl.errors import LeakageError
+    from medssl.sampling.items import read as read_items
+
+    recipe = Recipe.load(run / "recipe.yaml")
+    seen: set[str] = set()
+    items = read_items(run / "items.parquet")
+    for name, section in recipe.sources.items():
+        if not Path(section.index).is_dir():
+            continue
+        archive = Archive.open(Path(section.index))
+        for item in items:
+            if item.source == name:
+                seen.update(archive.digests(item.series_id))
+    test = [case for case in cohort.cases if case.split == "test"]
+    both = [case for case in test if seen & set(file_digests(case.image))]
+    if both:
+        raise LeakageError(
+            f"{len(both)} of {len(test)} test images were used for pretraining (same file content); pretrain on an index whose "
+            "split leaves them out (`medssl index --splits`), or choose other test cases"
+        )
+
+
+def file_digests(image: Path) -> list[str]:
+    """Return the content digests of an image file, or of all files of a DICOM folder, as the archive computes them."""
+    from medssl.archive.index import file_digest
+
+    files = sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else [image]
+    return [file_digest(path) for path in files]
+
+
+def list_runs(folder: Path | str) -> list[dict[str, Any]]:
+    """Return one row per run folder below a folder, newest first."""
+    rows = []
+    for path in Path(folder).rglob("run.json"):
+        facts = json.loads(path.read_text())
+        last = _last_metrics(path.parent / "metrics.jsonl")
+        rows.append(
+            {
+                "run": str(path.parent),
+                "kind": facts.get("kind", ""),
+                "status": facts.get("status", ""),
+                "started": facts.get("started", ""),
+                "step": last.get("step"),
+                "loss": last.get("loss"),
+                "seed": facts.get("seed"),
+            }
+        )
+    return sorted(rows, key=lambda row: str(row["started"]), reverse=True)
+
+
+def _last_metrics(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    lines = [json.loads(line) for line in path.read_text().splitlines() if '"loss"' in line]
+    return lines[-1] if lines else {}
+
+
+__all__ = [
+    "RunResult",
+    "cache",
+    "evaluate",
+    "finetune",
+    "label_curve",
+    "list_runs",
+    "load_recipe",
+    "pretrain",
+]

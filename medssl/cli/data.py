@@ -1,0 +1,75 @@
+"""index, cache, archive."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medssl.cli import show
+
+archive_app = typer.Typer(help="Look into an archive index.", no_args_is_help=True)
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
+
+
+def index(
+    sources: Annotated[list[Path], typer.Argument(help="Folders or files to scan.")],
+    out: Annotated[Path, typer.Option("--out", help="Archive folder to write; run again to add what is new or changed.")],
+    site: Annotated[str, typer.Option(help="Your name for where the images come from.")] = "unknown",
+    splits: Annotated[Path | None, typer.Option(help="CSV with file,split[,patient]: which image is train, val or test.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="Your secret key for pseudonymous ids; made in OUT/private when absent.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+    json: Json = False,
+) -> None:
+    """Scan folders into one table: every file is accounted for, nothing is copied."""
+    from medssl.archive.index import index as run
+
+    with show.progress("index", quiet=json) as update:
+        summary = run(sources, out, site=site, splits=splits, key_file=key_file, workers=workers, on_progress=update)
+    lines = [f"{summary.n_files_seen} files seen, {summary.n_files_used} used in {summary.n_series} series; index in {out}"]
+    lines += [f"  {count:>5}  {reason}" for reason, count in sorted(summary.reasons.items())]
+    show.result(asdict(summary), json, "\n".join(lines))
+
+
+def cache(
+    recipe: Annotated[Path, typer.Argument(help="Recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value changes.")] = None,
+    json: Json = False,
+) -> None:
+    """Write the chunked store that a recipe needs (pretrain does it when it is missing)."""
+    from medssl import api
+
+    with show.progress("cache", quiet=json) as update:
+        done = api.cache(recipe, overrides or [], on_progress=update)
+    lines = []
+    for name, facts in done.items():
+        lines.append(f"{name}: {facts['written']} written, {facts['present']} present, {len(facts['failed'])} failed; {facts['store']}")
+        lines += show.failures(facts["failed"])
+    show.result(done, json, "\n".join(lines))
+
+
+@archive_app.command("ls")
+def archive_ls(
+    archive: Annotated[Path, typer.Argument(help="Archive folder.")],
+    where: Annotated[str | None, typer.Option(help="SQL condition, for instance \"modality = 'MR' and n_slices > 32\".")] = None,
+    limit: Annotated[int, typer.Option(help="Rows to show.")] = 20,
+    json: Json = False,
+) -> None:
+    """List series of an index."""
+    from medssl.archive.table import Archive
+
+    rows = Archive.open(archive).select(where)
+    columns = ("series_id", "modality", "domain", "shape", "spacing_mm", "split", "status")
+    cells = [[_short(getattr(row, name)) for name in columns] for row in rows[:limit]]
+    more = f"\n... {len(rows) - limit} more (--limit)" if len(rows) > limit else ""
+    show.result([asdict(row) for row in rows], json, f"{show.table(cells, columns)}{more}\n{len(rows)} series")
+
+
+def _short(value: object) -> str:
+    if isinstance(value, str) and len(value) == 32:
+        return value[:8]
+    if isinstance(value, tuple | list):
+        return "x".join(f"{v:g}" for v in value)
+    return str(value)

@@ -1,0 +1,65 @@
+"""evaluate, export, report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medssl.cli import show
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
+
+
+def evaluate(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value changes.")] = None,
+    weights: Annotated[Path, typer.Option("--weights", help="Run folder or safetensors file.")] = Path(),
+    json: Json = False,
+) -> None:
+    """Probe frozen features with kNN and a linear probe, beside the controls."""
+    from medssl import api
+
+    with show.progress("cache", quiet=json) as update:
+        done = api.evaluate(recipe, weights, overrides or [], on_cache=update)
+    rows = [
+        [r["name"], r["probe"], r["metric"], _number(r["value"]), f"{_number(r['low'])} to {_number(r['high'])}", r["n_images"], r["by"]]
+        for r in done["rows"]
+    ]
+    show.result(done, json, show.table(rows, ["features", "probe", "metric", "value", "95 % interval", "images", "by"]))
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder or safetensors file.")],
+    to: Annotated[str, typer.Option("--to", help="safetensors, unetr, segresnet or monai-bundle.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    json: Json = False,
+) -> None:
+    """Write weights in the layout of another library, reload them there and compare features before saying done."""
+    from medssl.export import export_weights
+
+    done = export_weights(run, to, out)
+    text = (
+        f"{to}: {done.matched} tensors matched, {len(done.missing)} missing, {len(done.unexpected)} unexpected; "
+        f"features equal within {done.max_feature_difference:.1e}\n" + "\n".join(str(path) for path in done.files)
+    )
+    show.result(asdict(done), json, text)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder or demo folder.")],
+    out: Annotated[Path | None, typer.Option("--out", help="HTML file; default RUN/report.html.")] = None,
+    with_images: Annotated[bool, typer.Option(help="Include pictures of patients: a private page.")] = True,
+    json: Json = False,
+) -> None:
+    """Draw one self-contained HTML page."""
+    from medssl.report.page import report as draw
+
+    path = draw(run, out or run / "report.html", with_images=with_images)
+    show.result({"report": str(path)}, json, str(path))
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"

@@ -1,0 +1,95 @@
+"""The words of a bundle: licence note and README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from medssl.export.manifest import normalization_of, window_of
+
+
+def weights_licence_text(manifest: dict[str, Any], name: str) -> str:
+    """Return `LICENSE`: the licence that the run's recipe names for the weights."""
+    licence = manifest.get("licence") or "unknown"
+    if licence == "unknown":
+        return (
+            f"Licence of the weights of {name}: not stated by their owner.\n\n"
+            "Without a licence nobody but the owner may pass them on. Set `export.licence` in the recipe and export again.\n"
+        )
+    return (
+        f"Licence of the weights of {name}: {licence}\n\n"
+        f"SPDX-License-Identifier: {licence}\n\nThe full text is published under that identifier at https://spdx.org/licenses/. "
+        "The terms of the data sets behind the weights are in docs/data_license.txt.\n"
+    )
+
+
+def readme_text(manifest: dict[str, Any], *, name: str, window: Sequence[int], stride: Sequence[int], features: int) -> str:
+    """Return `docs/README.md`.
+
+    Args:
+        manifest: Manifest of the export.
+        name: Name of the bundle.
+        window: Size (X, Y, Z) of the sliding window, voxels.
+        stride: Voxels per feature along X, Y, Z.
+        features: Channels of the feature map.
+    """
+    spacing = manifest.get("spacing_mm")
+    grid = "its own voxel size" if spacing is None else f"{' x '.join(f'{float(s):g}' for s in spacing)} mm (trilinear)"
+    medssl_version, library = manifest["export"]["versions"]["medssl"], manifest["library"]
+    coarser, at_least = " x ".join(map(str, stride)), " x ".join(map(str, window))
+    return f"""# {name}
+
+The encoder `{manifest["encoder"]["name"]}` ({library}), pretrained with medssl {medssl_version} without labels, as a MONAI bundle.
+It needs MONAI and the packages named in `configs/metadata.json`; it does not need medssl. Made for research: initialising
+networks and computing features. Not for diagnostic use.
+
+## Use
+
+```
+python -m monai.bundle run --config_file configs/inference.json --bundle_root . --dataset_dir IMAGES --output_dir FEATURES
+```
+
+`IMAGES` is a folder of NIfTI images. Each becomes `<image>_features.nii.gz`: {features} channels (last axis) on a grid
+{coarser} times coarser than the resampled image, with the affine of that grid, so that it overlays on the image.
+Its mean over the grid is the image's feature vector.
+
+The tensors in `models/model.pt` have the names of the stock network: `monai.networks.nets.{library.split(".")[-1]}` takes them
+too (`load_state_dict`; a SegResNet keeps its own decoder, so `strict=False` there).
+
+## Preprocessing
+
+1. Axes to RAS, X Y Z.
+2. {_normalisation_sentence(manifest)}
+3. Resampling to {grid}.
+4. Padding at the far ends to whole patches and at least one window of {at_least} voxels, with the darkest value.
+
+The network then slides over the image in windows of that size.
+
+This repeats what medssl does with these exceptions: voxels that medssl excludes (NaN, DICOM padding, the corner outside a CT
+reconstruction circle) take part in the statistics here; images that medssl refuses (no spacing, a CT that is not in Hounsfield
+units) are not refused here; and statistics are computed in float64.
+
+## Checks, without a network
+
+```
+python -m monai.bundle verify_metadata --meta_file configs/metadata.json --filepath docs/metadata_schema.json
+python -m monai.bundle verify_net_in_out --net_id network_def --meta_file configs/metadata.json --config_file configs/inference.json
+```
+
+`verify_metadata` skips its download when the schema file exists; `docs/metadata_schema.json` checks the mandatory fields of MONAI's
+bundle specification. Delete it to have MONAI's own schema downloaded.
+"""
+
+
+def _normalisation_sentence(manifest: dict[str, Any]) -> str:
+    intensity = manifest.get("intensity") or {}
+    domain = manifest.get("domain")
+    name = domain.get("name") if isinstance(domain, dict) else domain
+    body = "of the body (above the limit of the CT domain in HU)" if name == "ct" else "of the body (above a threshold between air and tissue, after Otsu)"
+    window = window_of(intensity)
+    return {
+        "zscore": f"Intensities: (x - mean) / std of the voxels {body}.",
+        "percentile": f"Intensities: the 0.5th to 99.5th percentile of the voxels {body} become 0 to 1, clipped after resampling.",
+        "window": f"Intensities: {window[0]:g} to {window[1]:g} become 0 to 1, clipped after resampling." if window else "",
+        "none": "Intensities are left as they are.",
+    }[normalization_of(intensity)]

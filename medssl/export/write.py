@@ -1,0 +1,113 @@
+"""Export weights under a name that users know; nothing counts, and nothing is left, before the reload check has passed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from medssl.errors import RequestError, near
+from medssl.export import monai_bundle, segresnet, unetr
+from medssl.export.manifest import Weights, exported_manifest, read_weights
+from medssl.export.verify import ExportReport, compare, random_image, require_equal, source_encoder
+from medssl.weights import disk_error, load_part, save_part
+
+EXPORTS = ("safetensors", "unetr", "segresnet", "monai-bundle")
+WITH_DECODER = ("safetensors", "segresnet")
+
+
+def export_weights(weights_path: Path, to: str, out: Path, *, decoder: bool = False, tag: str = "last") -> ExportReport:
+    """Write an encoder in another form, load what was written into the stock network, and compare features.
+
+    Everything is written into a folder beside `out` that takes its name once all checks have passed.
+
+    Args:
+        weights_path: Run folder, its `weights` folder, or the encoder's safetensors file.
+        to: One of `EXPORTS`.
+        out: Folder to create; it must not exist, or be empty.
+        decoder: Whether to add a pretrained decoder (`safetensors` and `segresnet` only). The default leaves it out.
+        tag: `last` or `best`.
+
+    Returns:
+        Files, matched and missing keys of the stock network, and the largest difference of features.
+
+    Raises:
+        RequestError: An unknown name, a decoder where none fits, or `out` is taken.
+        WeightsError: The weights are missing, damaged or of an encoder that the form does not take, or the check failed.
+        StoreError: The disk is full, or the folder cannot be written.
+    """
+    out = Path(out)
+    if to not in EXPORTS:
+        raise RequestError(f'export: unknown form "{to}"{near(to, EXPORTS)}; known: {", ".join(EXPORTS)}')
+    if decoder and to not in WITH_DECODER:
+        raise RequestError(f"export to {to} holds the encoder only; a decoder goes with {' or '.join(WITH_DECODER)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"export: {out} exists and is not an empty folder; choose another one, or remove it first")
+    weights = read_weights(Path(weights_path), decoder=decoder, tag=tag)
+    aside = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        report = _writer(to, out.name)(aside, weights)
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    except OSError as err:
+        raise disk_error(err, out) from err
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return replace(report, files=tuple(out / path.relative_to(aside) for path in report.files))
+
+
+def _writer(to: str, name: str) -> Callable[[Path, Weights], ExportReport]:
+    writers: dict[str, Callable[[Path, Weights], ExportReport]] = {
+        "safetensors": write_safetensors,
+        "unetr": unetr.write,
+        "segresnet": segresnet.write,
+        "monai-bundle": lambda folder, weights: monai_bundle.write(folder, weights, name=name),
+    }
+    return writers[to]
+
+
+def write_safetensors(folder: Path, weights: Weights) -> ExportReport:
+    """Write `encoder.safetensors` and `.json` (and those of the decoder) for use with medssl, without the rest of the run.
+
+    Args:
+        folder: Existing, empty.
+        weights: Of any encoder.
+
+    Raises:
+        WeightsError: The weights do not fit the encoder that their manifest names.
+    """
+    source = source_encoder(weights)
+    files: list[Path] = []
+    parts = {"encoder": (weights.state, weights.manifest), "decoder": (weights.decoder, weights.decoder_manifest)}
+    reloaded = Weights({}, {})
+    for name, (state, manifest) in parts.items():
+        if not state:
+            continue
+        path = save_part(folder, name, state, exported_manifest(manifest, to="safetensors"))
+        files += [path, path.with_suffix(".json")]
+        found, found_manifest = load_part(path)
+        require_equal(found, state, path.name)
+        if name == "encoder":
+            reloaded = Weights(found, found_manifest)
+        else:
+            reloaded.decoder, reloaded.decoder_manifest = found, found_manifest
+    encoder = source_encoder(reloaded)
+    size = weights.args.get("image_size") or [2 * p for p in source.patch_size]
+    image = random_image(source.in_channels, size)
+    with torch.no_grad():
+        pairs = [(encoder.forward_features(image).tokens, source.forward_features(image).tokens)]
+    matched = {*reloaded.state, *reloaded.decoder}
+    return ExportReport(
+        files=tuple(files),
+        matched=tuple(sorted(matched)),
+        missing=tuple(sorted(set(source.net.state_dict()) - matched)),
+        unexpected=(),
+        max_feature_difference=compare(pairs, "safetensors"),
+    )

@@ -1,0 +1,797 @@
+"""One self-contained HTML page from what runs left behind: no scripts, nothing fetched, readable on paper.
+
+Everything a file says is escaped. Paths, links, host and user names are left out, cases are numbered instead of named,
+and without `with_images` no patient's image is even read.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medssl.errors import RequestError
+from medssl.report import figures
+from medssl.report.collect import Json, Leftovers, Segmentation, collect, number, spacing_of
+from medssl.report.headline import (
+    Comparison,
+    Estimate,
+    comparisons,
+    group_results,
+    network_of,
+    scores_of,
+    verdict,
+)
+from medssl.weights import write_atomic
+
+log = logging.getLogger(__name__)
+
+MAX_CASES = 3  # pictured per section: a page is read, not scrolled
+
+# What of run.json may be shown. Host, user, paths and command lines are not among it.
+_RUN_KEYS = {
+    "status": "status",
+    "message": "message",
+    "name": "recipe",
+    "recipe": "recipe",
+    "recipe_name": "recipe",
+    "recipe_hash": "recipe hash",
+    "objective": "objective",
+    "encoder": "encoder",
+    "parameters": "parameters",
+    "seed": "seed",
+    "steps": "steps",
+    "step": "steps done",
+    "steps_done": "steps done",
+    "started": "started",
+    "finished": "finished",
+    "ended": "finished",
+    "seconds": "time",
+    "world_size": "processes",
+    "strategy": "strategy",
+    "precision": "precision",
+    "git": "git commit",
+    "hardware": "hardware",
+    "versions": "versions",
+}
+_MANIFEST_KEYS = {
+    "objective": "objective",
+    "encoder": "encoder",
+    "run": "run",
+    "image_size": "crop",
+    "patch_size": "patch",
+    "spacing_mm": "spacing (mm)",
+    "intensity": "intensity",
+    "step": "step",
+    "licence": "licence",
+    "weights_hash": "weights hash",
+    "recipe_hash": "recipe hash",
+}
+_PRIVATE_KEYS = {"host", "hostname", "node", "user", "username", "home", "cwd", "argv", "command", "path", "pid", "ip"}
+_CONTROLS = ("random", "pixel", "intensity", "atlas", "scratch", "chance", "majority")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Args:
+        id: Anchor.
+        title: Heading, plain text.
+        body: HTML, already escaped.
+    """
+
+    id: str
+    title: str
+    body: str
+
+
+def report(run: Path, out: Path, *, with_images: bool = True) -> Path:
+    """Write one HTML page about a run, an archive, or a demo folder that holds several results; return its path.
+
+    Args:
+        run: Folder with any of run.json, metrics.jsonl, figures/, weights/, results.json, evaluate.json, summary.json and
+            demo.json, up to five levels deep. What is missing is said on the page; what is broken is listed at its top.
+        out: File to write; replaced at once when the page is complete.
+        with_images: Whether to show images of patients. Such a page is private (mode 0600); one without is made to share.
+
+    Raises:
+        RequestError: `run` is no folder, or `out` is one.
+        StoreError: The page cannot be written.
+    """
+    run, out = Path(run), Path(out)
+    if out.is_dir():
+        raise RequestError(f"{out}: is a folder; name the HTML file to write, for instance {out / 'report.html'}")
+    found = collect(run, with_images=with_images)
+    for fault in found.faults:
+        log.warning("report: %s", fault)
+    write_atomic(out, render(found, with_images=with_images).encode())
+    os.chmod(out, 0o600 if with_images else 0o644)
+    return out
+
+
+def render(found: Leftovers, *, with_images: bool) -> str:
+    """Return the page as text."""
+    lines = comparisons(found)
+    sections = [
+        Section("result", "Result", _result(found, lines)),
+        Section("ran", "What ran", _what_ran(found)),
+        Section("curves", "Loss and monitors", _curves(found)),
+        Section("reconstructions", "Reconstructions", _reconstructions(found, with_images)),
+        Section("segmentation", "Segmentation", _segmentation(found, with_images)),
+        Section("probes", "Probes and controls", _probes(found)),
+        Section("data", "Data", _data(found)),
+        Section("caveats", "Before you use this", _caveats(found, lines, with_images)),
+    ]
+    nav = " ".join(f'<a href="#{part.id}">{text(part.title)}</a>' for part in sections)
+    body = "\n".join(f'<section id="{s.id}">\n<h2>{text(s.title)}</h2>\n{s.body}\n</section>' for s in sections)
+    privacy = "Private: shows images of patients." if with_images else "Without images of patients."
+    about = [plain(found.manifest[key]) for key in ("objective", "encoder") if found.manifest.get(key)]
+    subject = f": {', '.join(about)}" if about else ""
+    return _PAGE.format(subject=subject, style=_STYLE, nav=nav, body=_faults(found) + body, privacy=privacy)
+
+
+_LINK = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://\S*")
+_PATH = re.compile(r"""(?<![\w.)])(?:~?/|[A-Za-z]:[\\/]|\\\\)[^\s"'<>),;]+""")
+
+
+def text(value: Any) -> str:
+    """Return a value as escaped text, with every absolute path and link replaced."""
+    words = _PATH.sub("(path)", _LINK.sub("(link)", str(value)))
+    return html.escape(words, quote=True)
+
+
+def decimal(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
+    """Return a number with a true minus sign, or a dash when there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    written = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    return written.replace("-", "−")
+
+
+def plain(value: Any) -> str:
+    """Return any JSON value as short escaped text."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return text(f"{value:.4g}").replace("-", "−")
+    if isinstance(value, Mapping):
+        if "name" in value:  # a component of a recipe
+            inner = plain(value.get("args") or {k: v for k, v in value.items() if k not in ("name", "args")})
+            return f"{text(value['name'])} ({inner})" if inner else text(value["name"])
+        parts = [f"{text(k)} {plain(v)}" for k, v in value.items() if v is not None and str(k).lower() not in _PRIVATE_KEYS]
+        return ", ".join(parts)
+    if isinstance(value, (list, tuple)):
+        if value and all(isinstance(v, (int, float)) for v in value):
+            return " × ".join(plain(v) for v in value)
+        return ", ".join(plain(v) for v in value)
+    return text(value)
+
+
+def duration(seconds: Any) -> str:
+    """Return seconds as a person would say them."""
+    value = number(seconds)
+    if value is None:
+        return "–"
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes = round(value / 60, 1)
+    return f"{int(value // 60)} min {int(value % 60)} s" if minutes < 60 else f"{value / 3600:.1f} h"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "", numeric: bool = True) -> str:
+    """Return a table; cells are HTML already, the first column is its row's heading."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    lines = []
+    for row in rows:
+        first, *rest = row
+        lines.append(f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>")
+    kind = ' class="numbers"' if numeric else ""
+    said = f"<caption>{caption}</caption>" if caption else ""
+    return f'<div class="wide"><table{kind}>{said}<thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def absent(what: str, how: str) -> str:
+    """Return the sentence for a part that is not there."""
+    return f'<p class="absent">{what} {how}</p>'
+
+
+def image(png: bytes, alt: str, *, dark: bytes | None = None, caption: str = "") -> str:
+    """Return a figure whose PNG is inside the page, with another one for dark screens when given."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    width = round(int.from_bytes(png[16:20], "big") * 96 / figures.DPI)  # of the PNG header, in CSS pixels
+    inner = f'<img src="{source}" width="{width}" alt="{html.escape(alt, quote=True)}">'
+    if dark is not None:
+        other = f"data:image/png;base64,{base64.b64encode(dark).decode()}"
+        query = "screen and (prefers-color-scheme: dark)"
+        inner = f'<picture><source media="{query}" srcset="{other}">{inner}</picture>'
+    said = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f"<figure>{inner}{said}</figure>"
+
+
+def charts(
+    parts: Sequence[figures.Chart], alt: str, caption: str = "", *, columns: int = 3, panel: tuple[float, float] = (3.3, 2.3)
+) -> str:
+    """Return charts drawn for light and for dark screens."""
+    light, dark = (figures.charts_png(parts, theme, columns=columns, panel=panel) for theme in (figures.LIGHT, figures.DARK))
+    return image(light, alt, dark=dark, caption=caption)
+
+
+def _faults(found: Leftovers) -> str:
+    if not found.faults:
+        return ""
+    items = "".join(f"<li>{text(fault)}</li>" for fault in found.faults)
+    return f'<div class="fault" role="alert"><strong>Not everything could be read</strong><ul>{items}</ul></div>\n'
+
+
+def _estimate(estimate: Estimate, *, sign: bool = False) -> str:
+    if estimate.value is None:
+        return "–"
+    value = decimal(estimate.value, sign=sign)
+    if estimate.low is None or estimate.high is None:
+        return f"{value} <small>(no interval)</small>"
+    return f"{value} <small>({decimal(estimate.low, sign=sign)} to {decimal(estimate.high, sign=sign)})</small>"
+
+
+def interval_svg(marks: Sequence[tuple[str, Estimate]], low: float, high: float) -> str:
+    """Return a small drawing of estimates with their intervals on a common scale.
+
+    Args:
+        marks: (CSS class, estimate), drawn from top to bottom.
+        low: Value at the left end.
+        high: Value at the right end.
+    """
+    width, step = 180.0, 11.0
+    span = max(high - low, 1e-9)
+
+    def place(value: float) -> str:
+        return f"{4 + (min(max(value, low), high) - low) / span * (width - 8):.1f}"
+
+    shapes = []
+    for k, (kind, estimate) in enumerate(marks):
+        if estimate.value is None:
+            continue
+        y = f"{step * (k + 0.5):.1f}"
+        if estimate.low is not None and estimate.high is not None:
+            x1, x2 = place(estimate.low), place(estimate.high)
+            shapes.append(f'<line class="{kind}" x1="{x1}" x2="{x2}" y1="{y}" y2="{y}"/>')
+        shapes.append(f'<circle class="{kind}" cx="{place(estimate.value)}" cy="{y}" r="3.4"/>')
+    height = step * len(marks)
+    size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
+    return f'<svg class="intervals" aria-hidden="true" {size}>{"".join(shapes)}</svg>'
+
+
+def _span(estimates: Iterable[Estimate]) -> tuple[float, float]:
+    ends = [v for e in estimates for v in (e.value, e.low, e.high) if v is not None]
+    if not ends:
+        return 0.0, 1.0
+    margin = 0.05 * (max(ends) - min(ends)) or 0.05
+    return min(ends) - margin, max(ends) + margin
+
+
+def _result(found: Leftovers, lines: Sequence[Comparison]) -> str:
+    """Headline table and verdicts."""
+    raw = found.demo.get("table")
+    if not lines and not raw:
+        how = "Run <code>medssl finetune</code> with the weights and with <code>--weights scratch</code>."
+        return absent("No segmentation result was found in this folder.", how)
+    if not lines:
+        return f"<pre>{text(raw)}</pre>" if isinstance(raw, str) else _as_it_stands(raw)
+    first, *others = (text(verdict(line)) for line in lines[:6])
+    sentences = f'<p class="verdict">{first}</p>' + "".join(f"<p>{sentence}</p>" for sentence in others)
+    low, high = _span(e for line in lines for e in (line.scratch, line.pretrained))
+    several_arms = len({line.arm for line in lines}) > 1
+    rows = []
+    for line in lines:
+        name = " ".join(part for part in (text(line.network), text(line.arm) if several_arms else "") if part)
+        rows.append(
+            [
+                name or "segmentation",
+                text(line.labels) or "–",
+                _estimate(line.scratch),
+                _estimate(line.pretrained),
+                f"<b>{_estimate(line.difference, sign=True)}</b>",
+                interval_svg([("scratch", line.scratch), ("pretrained", line.pretrained)], low, high),
+                plain(line.seeds),
+                plain(line.n_test),
+            ]
+        )
+    scale = f"<br><small>{decimal(low, 2)} … {decimal(high, 2)}</small>"
+    drawing = f'<span class="key scratch">scratch</span> <span class="key pretrained">pretrained</span>{scale}'
+    head = ["network", "labels", "scratch", "pretrained", "difference", drawing, "seeds", "test cases"]
+    caption = (
+        "Mean Dice over structures and test cases (1 = perfect overlap). Brackets: 95 % bootstrap interval, drawn by "
+        "patient. The difference is paired: the same test cases, the same number of steps."
+    )
+    parts = [sentences, table(head, rows, caption=caption), _label_curves(found), _structures(found)]
+    return "\n".join(part for part in parts if part)
+
+
+def _as_it_stands(raw: Any) -> str:
+    """Print a table whose columns the page does not know."""
+    rows = [row for row in raw if isinstance(row, dict)] if isinstance(raw, list) else []
+    if not rows:
+        return absent("demo.json holds a table in a form that this page does not know.", "Its raw numbers are in that file.")
+    columns = list(dict.fromkeys(key for row in rows for key in row if str(key).lower() not in _PRIVATE_KEYS))
+    return table([text(c) for c in columns], [[plain(row.get(c)) for c in columns] for row in rows])
+
+
+def _label_curves(found: Leftovers) -> str:
+    parts = []
+    for curve in found.curves:
+        arms: dict[str, list[Json]] = {}
+        for row in curve["rows"]:
+            if number(row.get("labels")) is not None and number(row.get("dice")) is not None:
+                arms.setdefault(str(row.get("arm", "")), []).append(row)
+        lines = []
+        for k, (arm, rows) in enumerate(sorted(arms.items(), key=lambda item: item[0] == "scratch")):
+            rows.sort(key=lambda row: float(row["labels"]))
+            columns = {key: np.array([_or_nan(row.get(key)) for row in rows]) for key in ("labels", "dice", "low", "high")}
+            colour = 1 if arm == "scratch" else (0, 2, 3, 4)[k % 4]
+            lines.append(figures.Line(arm, columns["labels"], columns["dice"], columns["low"], columns["high"], colour))
+        if lines and len(lines[0].x) > 1:
+            chart = figures.Chart("mean Dice on test", lines, x_label="labelled training cases", log_x=True)
+            parts.append(charts([chart], "Label curve: mean Dice against labelled cases", columns=1, panel=(5.4, 3.0)))
+    return "".join(parts)
+
+
+def _structures(found: Leftovers) -> str:
+    """Return Dice and HD95 per structure, one table for each network and number of labels."""
+    parts = []
+    for (network, labels), arms in group_results(found.results).items():
+        names = next((r.get("structures") for group in arms.values() for r in group if r.get("structures")), None)
+        if not isinstance(names, list) or not names:
+            continue
+        order = sorted(arms, key=lambda arm: arm != "scratch")
+        rows = []
+        for k, name in enumerate(names):
+            cells = [text(str(name).replace("_", " "))]
+            for metric, digits in (("dice", 3), ("hd95_mm", 1)):
+                for arm in order:
+                    mean, missing = _structure_mean(arms[arm], names, k, metric)
+                    note = f" <small>({missing} without)</small>" if missing and metric == "hd95_mm" else ""
+                    cells.append(decimal(mean, digits) + note)
+            rows.append(cells)
+        head = ["structure", *(f"Dice {text(arm)}" for arm in order), *(f"HD95 mm {text(arm)}" for arm in order)]
+        where = " at ".join(part for part in (text(network), f"{text(labels)} labels") if part)
+        caption = (
+            f"Per structure, {where}. HD95: 95th percentile of surface distances, lower is better; a case in which a "
+            "structure was not found has none."
+        )
+        parts.append(table(head, rows, caption=caption))
+    if len(parts) > 1:
+        return f"<details><summary>Per structure ({len(parts)} tables)</summary>{''.join(parts)}</details>"
+    return "".join(parts)
+
+
+def _structure_mean(results: Sequence[Json], names: Sequence[Any], k: int, metric: str) -> tuple[float | None, int]:
+    """Return the mean score of structure k over cases and seeds, and how many cases have none."""
+    values, missing = [], 0
+    for result in results:
+        for case in result.get("cases") or []:
+            scores = scores_of(case, [str(name) for name in names], metric) if isinstance(case, Mapping) else []
+            value = scores[k] if k < len(scores) else None
+            if value is None:
+                missing += 1
+            else:
+                values.append(value)
+    return (float(np.mean(values)) if values else None), missing
+
+
+def _or_nan(value: Any) -> float:
+    found = number(value)
+    return math.nan if found is None else found
+
+
+def _what_ran(found: Leftovers) -> str:
+    parts = []
+    rows = _facts(found.run, _RUN_KEYS)
+    if found.metrics and not {"steps", "steps done"} & {name for name, _ in rows}:
+        last = max((_or_nan(row.get("step")) for row in found.metrics), default=math.nan)
+        rows += [("steps done", plain(int(last)))] if math.isfinite(last) else []
+    if rows:
+        parts.append(table(["pretraining", ""], rows, numeric=False))
+    else:
+        parts.append(absent("No run.json was found.", "<code>medssl pretrain</code> writes one; settings are unknown."))
+    weights = _facts(found.manifest, _MANIFEST_KEYS)
+    if weights:
+        parts.append(table(["weights", ""], weights, numeric=False))
+    settings = _finetuning(found)
+    if settings:
+        parts.append(settings)
+    stages = found.demo.get("timings") or found.demo.get("seconds")
+    if isinstance(stages, Mapping):
+        rows = [(text(name), duration(seconds)) for name, seconds in stages.items()]
+        parts.append(table(["stage", "time"], rows, numeric=False))
+    notes = "".join(f"<p>{text(note)}</p>" for note in found.notes)
+    return f'<div class="columns">{"".join(parts)}</div>{notes}'
+
+
+def _facts(source: Json, known: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return (name, HTML) of the known keys that are there, the first spelling of a name winning."""
+    rows: dict[str, str] = {}
+    for key, name in known.items():
+        value = source.get(key)
+        if value in (None, "", {}, []) or name in rows or (key == "message" and source.get("status") == "finished"):
+            continue
+        if key == "recipe" and isinstance(value, Mapping):  # a whole recipe names sources by path
+            value = value.get("name")
+            if not value:
+                continue
+        rows[name] = duration(value) if key == "seconds" else plain(value)
+    return list(rows.items())
+
+
+def _finetuning(found: Leftovers) -> str:
+    if not found.results:
+        return ""
+    first = found.results[0]
+    settings = _mapping(first.get("settings"))
+    wanted = ("steps", "batch", "lr", "encoder_lr_scale", "freeze_steps", "transfer", "crop", "normalize", "precision")
+    merged = {**{key: settings.get(key) for key in wanted}, **{k: first[k] for k in ("steps",) if k in first}}
+    rows = [("network", plain(network_of(first)))] if network_of(first) else []
+    rows += [(text(key.replace("_", " ")), plain(value)) for key, value in merged.items() if value is not None]
+    arms = sorted({str(result.get("arm", "unknown")) for result in found.results})
+    seeds = sorted({str(result.get("seed", "–")) for result in found.results})
+    rows += [("runs", f"{len(found.results)} ({', '.join(map(text, arms))})"), ("seeds", ", ".join(map(text, seeds)))]
+    return table(["fine-tuning", ""], rows, numeric=False)
+
+
+def _curves(found: Leftovers) -> str:
+    parts = []
+    if found.metrics:
+        steps = np.array([_or_nan(row.get("step", k)) for k, row in enumerate(found.metrics)])
+        keys = list(dict.fromkeys(key for row in found.metrics for key in row if key != "step"))
+        columns = {key: np.array([_or_nan(row.get(key)) for row in found.metrics]) for key in keys}
+        # A key is a curve when it ever held a number, or when it should have (null stands for NaN).
+        losses = [key for key in keys if key == "loss" or key.endswith("/loss") or key.startswith("loss/")]
+        holes = sum(int(row.get("loss", 0) is None or _infinite(row.get("loss"))) for row in found.metrics)
+        drawn = {key: column for key, column in columns.items() if np.isfinite(column).any()}
+        for group, alt in (
+            (losses, "Loss against step"),
+            ([key for key in keys if key.startswith("probe/")], "Live probes against step"),
+            ([key for key in keys if key not in losses and not key.startswith("probe/")], "Monitors against step"),
+        ):
+            shown = [key for key in group if key in drawn][:12]
+            if not shown:
+                continue
+            panel = (5.4, 2.8) if len(shown) == 1 else (3.3, 2.2)
+            caption = ""
+            if alt.startswith("Loss") and holes:
+                caption = f'<span class="warn">{holes} of {len(found.metrics)} logged losses were not finite (gaps).</span>'
+            parts.append(charts([_chart(key, steps, drawn[key]) for key in shown], alt, caption, panel=panel))
+        if holes == len(found.metrics):
+            parts.append('<p class="warn">No logged loss was finite.</p>')
+    else:
+        parts.append(absent("No metrics.jsonl was found.", "<code>medssl pretrain</code> writes one."))
+    parts.append(_finetune_curves(found))
+    return "".join(parts)
+
+
+def _infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _chart(key: str, steps: np.ndarray, values: np.ndarray) -> figures.Chart:
+    there = np.isfinite(steps) & (np.isfinite(values) | (key == "loss"))
+    name = key.removeprefix("monitor/").replace("probe/", "probe ").replace("_", " ")
+    return figures.Chart(name, [figures.Line("", steps[there], values[there])], smooth=True)
+
+
+def _finetune_curves(found: Leftovers) -> str:
+    """Return the fine-tuning losses and validation Dice of both arms, so that a plateau can be seen."""
+    panels: dict[str, list[figures.Line]] = {}
+    seen: set[tuple[str, str]] = set()
+    for result in found.results:
+        curve = [row for row in result.get("curve") or [] if isinstance(row, dict)]
+        arm = str(result.get("arm", "unknown"))
+        where = " at ".join(part for part in (network_of(result), f"{result.get('labels', '?')} labels") if part)
+        if (where, arm) in seen:  # further seeds would only thicken the lines
+            continue
+        seen.add((where, arm))
+        for key, title in (("loss", "fine-tuning loss"), ("val_dice", "validation Dice"), ("dice", "validation Dice")):
+            points = [(_or_nan(row.get("step")), _mean_of(row.get(key))) for row in curve]
+            points = [(step, value) for step, value in points if math.isfinite(step) and math.isfinite(value)]
+            if len(points) > 1:
+                x, y = (np.array(part) for part in zip(*points))
+                lines = panels.setdefault(f"{title}, {where}", [])
+                lines.append(figures.Line(arm, x, y, colour=1 if arm == "scratch" else (0, 2, 3)[len(lines) % 3]))
+    if not panels:
+        return ""
+    parts = [figures.Chart(title, lines, smooth=True) for title, lines in list(panels.items())[:12]]
+    return charts(parts, "Fine-tuning: loss and validation Dice against step", "Fine-tuning, first seed of each arm.")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _mean_of(value: Any) -> float:
+    """Return a number, or the mean of the numbers in name -> value."""
+    if isinstance(value, Mapping):
+        kept = [v for v in map(number, value.values()) if v is not None]
+        return float(np.mean(kept)) if kept else math.nan
+    return _or_nan(value)
+
+
+def _no_images() -> str:
+    return absent("Left out.", "This page was made without images of patients, so that it can be shared.")
+
+
+def _reconstructions(found: Leftovers, with_images: bool) -> str:
+    if not with_images:
+        return _no_images()
+    parts: list[str] = []
+    for arrays in found.reconstructions:
+        for i in range(len(arrays["input"])):
+            if len(parts) == MAX_CASES:
+                break
+            shown, hidden, output = arrays["input"][i], arrays["mask"][i].astype(bool), arrays["output"][i]
+            share = f"{100 * hidden.mean():.0f} % hidden"
+            error = hidden_error(shown, hidden, output)
+            said = (
+                ""
+                if error is None
+                else f"; error where hidden {decimal(error, 2)} of the variance there (1 = no better than the mean)"
+            )
+            png = figures.reconstruction_png(shown, hidden, output, spacing_of(arrays, i))
+            caption = f"Volume {len(parts) + 1}: {share}{said}."
+            parts.append(image(png, f"Input, masked input, completed image and error in three planes, {share}", caption=caption))
+    if not parts:
+        return absent("No figures/reconstruction.npz was found.", "<code>medssl pretrain</code> writes one at its end.")
+    lead = (
+        "Blue blocks were hidden. “Completed” keeps what was visible and shows the output where it was hidden: the loss "
+        "looks nowhere else. Error: blue too dark, orange too bright. Right of the patient is on the left."
+    )
+    return f"<p>{lead}</p>" + "".join(parts)
+
+
+def hidden_error(shown: np.ndarray, hidden: np.ndarray, output: np.ndarray) -> float | None:
+    """Return the mean squared error at hidden voxels over the variance of the input there; None when undefined.
+
+    Args:
+        shown: (X, Y, Z) input.
+        hidden: (X, Y, Z) bool.
+        output: (X, Y, Z) prediction.
+    """
+    truth, guess = shown[hidden].astype(np.float64), output[hidden].astype(np.float64)
+    if truth.size == 0 or not np.isfinite(guess).all() or truth.var() <= 0:
+        return None
+    return float(((guess - truth) ** 2).mean() / truth.var())
+
+
+def _segmentation(found: Leftovers, with_images: bool) -> str:
+    if not with_images:
+        return _no_images()
+    arms = _one_group(found.segmentations)
+    cases = _paired_cases(arms)
+    if not cases:
+        return absent("No figures/segmentation.npz was found.", "<code>medssl finetune</code> writes one.")
+    parts: list[str] = []
+    for cuts, structures, dice in cases[:MAX_CASES]:
+        said = ", ".join(f"{text(arm)} {decimal(value, 2)}" for arm, value in dice.items() if value is not None)
+        caption = f"Test case {len(parts) + 1}" + (f": mean Dice {said}." if said else ".")
+        alt = f"Label and predictions over the image in three planes: {', '.join(dice)}"
+        parts.append(image(figures.segmentation_png(cuts, structures), alt, caption=caption))
+    labels, seed = (text(word) for word in arms[0].group)
+    of = f"Fine-tuned with {labels} labelled cases, seed {seed}. " if labels else ""
+    lead = f"{of}The first test cases in the order of the cohort, not chosen by their result."
+    return f"<p>{lead}</p>" + "".join(parts)
+
+
+def _one_group(found: Sequence[Segmentation]) -> list[Segmentation]:
+    """Return the runs of one number of labels and one seed: where most arms are, then the first in the folder."""
+    groups: dict[tuple[str, ...], dict[str, Segmentation]] = {}
+    for part in found:
+        groups.setdefault(part.group, {}).setdefault(part.arm, part)
+    best = max(groups.values(), key=len, default={})
+    return sorted(best.values(), key=lambda part: part.arm != "scratch")
+
+
+def _paired_cases(
+    arms: Sequence[Segmentation],
+) -> list[tuple[dict[str, figures.Cut], list[str], dict[str, float | None]]]:
+    """Put the arms of the same test case side by side: cuts with one map per arm, structures, Dice per arm."""
+    cases: list[tuple[dict[str, figures.Cut], list[str], dict[str, float | None]]] = []
+    for part in arms:
+        names = part.structures or [f"structure {k}" for k in range(1, 1 + _largest(part))]
+        for case in part.cases:
+            known = next((c for c in cases if part.arm not in c[2] and _same_image(c[0], case.cuts)), None)
+            if known is None:
+                maps = {plane: {"label": cut.maps["label"]} for plane, cut in case.cuts.items()}
+                known = ({p: figures.Cut(c.image, maps[p], c.spacing_mm) for p, c in case.cuts.items()}, names, {})
+                cases.append(known)
+            cuts, _, dice = known
+            for plane, cut in case.cuts.items():
+                old = cuts[plane]
+                cuts[plane] = figures.Cut(old.image, {**old.maps, part.arm: cut.maps["prediction"]}, old.spacing_mm)
+            dice[part.arm] = case.dice
+    return cases
+
+
+def _largest(part: Segmentation) -> int:
+    return max((int(labels.max()) for case in part.cases for cut in case.cuts.values() for labels in cut.maps.values()), default=0)
+
+
+def _same_image(a: Mapping[str, figures.Cut], b: Mapping[str, figures.Cut]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[p].image, b[p].image, equal_nan=True) for p in a)
+
+
+def _probes(found: Leftovers) -> str:
+    if not found.evaluations:
+        return absent(
+            "No evaluate.json was found.", "<code>medssl evaluate</code> writes kNN and linear probes with their controls."
+        )
+    groups: dict[tuple[str, str, str], list[Json]] = {}
+    for row in found.evaluations:
+        about = (str(row.get("target") or row.get("task") or ""), str(row.get("probe") or ""), str(row.get("metric") or ""))
+        groups.setdefault(about, []).append(row)
+    parts = []
+    for about, rows in groups.items():
+        estimates = [Estimate(*(number(row.get(key)) for key in ("value", "low", "high"))) for row in rows]
+        low, high = _span(estimates)
+        cells = []
+        for row, estimate in zip(rows, estimates):
+            control = any(word in str(row.get("name", "")).lower() for word in _CONTROLS)
+            name = text(row.get("name", "–")) + (' <small class="tag">control</small>' if control else "")
+            kind = "scratch" if control else "pretrained"
+            drawing = interval_svg([(kind, estimate)], low, high)
+            counts = [plain(row.get("n_images")), plain(row.get("n_patients"))]
+            cells.append([name, _estimate(estimate), drawing, *counts])
+        scale = f"<small>{decimal(low, 2)} … {decimal(high, 2)}</small>"
+        caption = ", ".join(text(part.replace("_", " ")) for part in about if part)
+        by_image = any(row.get("by") == "image" for row in rows)
+        caption += ". Intervals by image: no patients are known." if by_image else ". Intervals by patient."
+        parts.append(table(["features", "value", scale, "images", "patients"], cells, caption=caption))
+    if not any(word in str(row.get("name", "")).lower() for row in found.evaluations for word in _CONTROLS):
+        parts.append('<p class="warn">No control is among these rows: compare with random weights before reading them.</p>')
+    return "".join(parts)
+
+
+def _data(found: Leftovers) -> str:
+    parts = []
+    for summary in found.archives:
+        reasons = _mapping(summary.get("reasons"))
+        rows = [("files seen", plain(summary.get("n_files_seen"))), ("files used", plain(summary.get("n_files_used")))]
+        rows += [(f"left out: {text(name).replace('_', ' ')}", plain(count)) for name, count in reasons.items()]
+        rows.append(("image series", plain(summary.get("n_series"))))
+        for key in ("domains", "splits"):
+            if _mapping(summary.get(key)):
+                rows.append((key, plain(summary[key])))
+        parts.append(table(["index", ""], rows, numeric=False))
+        total = [number(v) for v in (summary.get("n_files_used"), *reasons.values())]
+        seen = number(summary.get("n_files_seen"))
+        if seen is not None and None not in total and sum(v for v in total if v is not None) != seen:
+            parts.append('<p class="warn">Files used and files left out do not add up to files seen: index again.</p>')
+    items = _mapping(found.run.get("items"))
+    if items:
+        rows = [
+            (f"volumes {key}" if key == "used" else text(key), plain(items[key])) for key in ("used", "patients") if key in items
+        ]
+        rows += [(f"failed: {text(name).replace('_', ' ')}", plain(count)) for name, count in _mapping(items.get("failed")).items()]
+        parts.append(table(["pretraining", ""], rows, numeric=False))
+    for cache in found.caches:
+        failed = _mapping(cache.get("failed"))
+        counts: dict[str, int] = {}
+        for reason in failed.values():
+            name = str(reason[0]) if isinstance(reason, (list, tuple)) and reason else str(reason)
+            counts[name] = counts.get(name, 0) + 1
+        rows = [(key, plain(cache.get(key))) for key in ("written", "present")]
+        rows += [(f"failed: {text(name).replace('_', ' ')}", plain(count)) for name, count in counts.items()]
+        parts.append(table(["store", ""], rows, numeric=False))
+    for key in ("index", "cache", "data", "cohort"):
+        value = found.demo.get(key)
+        if isinstance(value, Mapping):
+            rows = [(text(str(k).replace("_", " ")), plain(v)) for k, v in value.items() if str(k).lower() not in _PRIVATE_KEYS]
+            parts.append(table([key, ""], rows, numeric=False))
+    if not parts:
+        return absent("No index or store summary was found.", "Counts of files used and left out are unknown to this page.")
+    return f'<div class="columns">{"".join(parts)}</div>'
+
+
+def _caveats(found: Leftovers, lines: Sequence[Comparison], with_images: bool) -> str:
+    said = [
+        "Research only. Nothing here was tested for diagnosis, and no number here is a claim about patients elsewhere.",
+        "Intervals describe chance among these test patients. They know nothing of other scanners, sites or readers.",
+    ]
+    few = min((line.n_test for line in lines if line.n_test), default=None)
+    if few is not None and few < 20:
+        said.append(f"Only {few} test cases: a difference of one or two Dice points cannot be seen with so few.")
+    if lines and all((line.seeds or 1) < 3 for line in lines):
+        said.append("Fewer than 3 training seeds: with few labels the seed alone can move Dice by more than the method.")
+    status = found.run.get("status")
+    if status and status not in ("finished", "done"):
+        said.append(f"The pretraining run is not finished (status: {status}); what came after it used what there was.")
+    if any(result.get("overlap") or result.get("leakage") for result in [*found.results, *found.evaluations]):
+        said.append("Patients or images are in both pretraining and test data; the result was asked for all the same.")
+    said.append(
+        "Runs, stores and weights are pseudonymised personal data unless their source was public or generated."
+        + (" This page shows images of patients: keep it where those images may be." if with_images else "")
+    )
+    return "<ul>" + "".join(f"<li>{text(line)}</li>" for line in said) + "</ul>"
+
+
+_STYLE = """
+:root{--bg:#fff;--ink:#1d2430;--soft:#5a6472;--rule:#dfe3e8;--panel:#f5f7f9;--accent:#0b62a8;--other:#c2540a;
+ --warn:#8a4b00;--warnbg:#fff4e2}
+@media screen and (prefers-color-scheme:dark){:root{--bg:#14181e;--ink:#e4e8ee;--soft:#9aa5b3;--rule:#333b46;
+ --panel:#1c222a;--accent:#6cb8f5;--other:#f5a25d;--warn:#ffc46b;--warnbg:#33260f}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main,header,footer{max-width:1080px;margin:0 auto;padding:0 24px}
+header{padding-top:26px}
+h1{font-size:25px;margin:0 0 2px}
+h2{font-size:19px;margin:0 0 10px;padding-top:18px;border-top:1px solid var(--rule)}
+nav{margin:12px 0 18px;font-size:14px}nav a{margin-right:14px;white-space:nowrap}
+a{color:var(--accent);text-decoration:none}a:hover{text-decoration:underline}
+section{margin:0 0 26px}
+.lead,.absent,figcaption,caption,small{color:var(--soft)}
+#result p{margin:0 0 4px}
+#result .verdict{font-size:18px;font-weight:600;margin:0 0 6px}
+#result .wide{margin-top:14px}
+.fault,.warn{color:var(--warn)}
+.fault{background:var(--warnbg);border:1px solid var(--warn);border-radius:6px;padding:10px 16px;margin:0 0 20px}
+.fault ul{margin:4px 0;padding-left:20px}
+.wide{overflow-x:auto;margin:0 0 14px}
+table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
+caption{caption-side:bottom;text-align:left;padding-top:6px;font-size:13px}
+th,td{padding:5px 14px 5px 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top;font-weight:400}
+thead th{color:var(--soft);font-size:13px;vertical-align:bottom}
+table.numbers tbody th{font-weight:600}
+table.numbers td{white-space:nowrap}
+table:not(.numbers) tbody th{color:var(--soft);white-space:nowrap}
+table:not(.numbers) td{overflow-wrap:anywhere}
+.columns{columns:3 300px;column-gap:34px}
+.columns .wide{break-inside:avoid}
+.columns table{width:100%}
+figure{margin:0 0 18px}
+figure img{max-width:100%;height:auto;display:block}
+figcaption{font-size:13px;margin-top:4px}
+svg.intervals{display:block;margin-top:1px}
+svg line{stroke-width:2;stroke:currentColor}svg circle{fill:currentColor}
+svg .scratch,.key.scratch{color:var(--other)}svg .pretrained,.key.pretrained{color:var(--accent)}
+.key::before{content:"●";margin-right:4px}
+.tag{border:1px solid var(--rule);border-radius:8px;padding:0 6px;font-weight:400}
+code{font:13px ui-monospace,Menlo,Consolas,monospace;background:var(--panel);padding:1px 4px;border-radius:3px}
+details summary{cursor:pointer;color:var(--accent)}
+footer{color:var(--soft);font-size:13px;padding-bottom:28px}
+@media print{nav{display:none}main,header,footer{max-width:none;padding:0}body{font-size:12px}
+ figure,tr,.verdict{break-inside:avoid}h2{break-after:avoid}.wide{overflow:visible}@page{margin:14mm}}
+"""
+
+# The policy makes the browser itself refuse any request, should a string ever slip through.
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>medssl report</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>medssl report{subject}</h1>
+<div class="lead">Self-supervised pretraining, and what it was worth. Research only, not for diagnosis. {privacy}</div>
+<nav aria-label="Sections">{nav}</nav>
+</header>
+<main>
+{body}
+</main>
+<footer>Made by medssl from the files of one folder. This page requests nothing and runs no scripts.</footer>
+</body>
+</html>
+"""

@@ -1,0 +1,155 @@
+"""Read boxes and whole items from the store.
+
+A reader holds a path and a cache of records, nothing else: every read opens its file, decodes the chunks it touches
+on the calling thread and closes it. So it can be pickled, forked, and used from several threads at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medssl.errors import StoreError
+from medssl.store.manifest import ItemRecord, checksum, item_paths, read_manifest
+from medssl.types import ImageMeta, Sample
+
+MAX_RECORDS = 8192
+"""Records kept in memory, about 5 kB each."""
+
+
+class StoreReader:
+    """Random access to a store.
+
+    Args:
+        store: Store folder.
+
+    Raises:
+        StoreError: The folder holds no store.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self.store = Path(store)
+        manifest = read_manifest(self.store)
+        if manifest is None:
+            raise StoreError(f"{self.store} holds no store (no manifest.json); run `medssl cache` first")
+        self.manifest = manifest
+        self.key: str = str(manifest.get("key"))
+        self._records: dict[str, ItemRecord] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": self.store, "manifest": self.manifest, "key": self.key}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._records = {}
+        self._lock = threading.Lock()
+
+    def series_ids(self) -> list[str]:
+        """Return the ids of all complete items, sorted."""
+        return sorted(path.stem for path in (self.store / "items").glob("*.json"))
+
+    def __contains__(self, series_id: object) -> bool:
+        return isinstance(series_id, str) and item_paths(self.store, series_id)[2].is_file()
+
+    def record(self, series_id: str) -> ItemRecord:
+        """Return what is known about an item.
+
+        Raises:
+            StoreError: There is no such item, or its record is damaged.
+        """
+        record = self._records.get(series_id)
+        if record is None:
+            try:
+                record = ItemRecord.from_json(item_paths(self.store, series_id)[2].read_text())
+            except FileNotFoundError as err:
+                raise StoreError(f"series {series_id} is not in the store {self.store}; run `medssl cache` again") from err
+            except (OSError, ValueError) as err:
+                raise self._damaged(series_id) from err
+            with self._lock:
+                if len(self._records) >= MAX_RECORDS:
+                    self._records.clear()
+                self._records[series_id] = record
+        return record
+
+    def read_box(self, series_id: str, start: Sequence[int], size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Read a box, decoding only the chunks it touches.
+
+        Args:
+            series_id: Id of the item.
+            start: (3,) first voxel along X, Y, Z; may be negative.
+            size: (3,) voxels along X, Y, Z; the box may reach beyond the volume.
+
+        Returns:
+            Voxels (C, *size) in the stored dtype, 0 outside the volume, and (*size) bool, True = real content.
+
+        Raises:
+            StoreError: The item is missing or damaged.
+        """
+        record = self.record(series_id)
+        low = [max(0, int(s)) for s in start]
+        high = [min(n, int(s) + int(w)) for s, w, n in zip(start, size, record.shape)]
+        extent = tuple(int(w) for w in size)
+        if any(a >= b for a, b in zip(low, high)):
+            return np.zeros((record.channels, *extent), dtype=record.dtype), np.zeros(extent, dtype=bool)
+        voxels, mask, _ = item_paths(self.store, series_id)
+        region = tuple(slice(a, b) for a, b in zip(low, high))
+        inner = self._decode(voxels, (slice(0, record.channels), *region), series_id)
+        inner_valid = self._decode(mask, (slice(0, 1), *region), series_id)[0] if record.has_valid else None
+        if inner.shape[1:] == extent:
+            return inner, np.ones(extent, dtype=bool) if inner_valid is None else inner_valid
+        place = tuple(slice(a - int(s), b - int(s)) for a, b, s in zip(low, high, start))
+        image = np.zeros((record.channels, *extent), dtype=record.dtype)
+        image[(slice(None), *place)] = inner
+        valid = np.zeros(extent, dtype=bool)
+        valid[place] = True if inner_valid is None else inner_valid
+        return image, valid
+
+    def read(self, series_id: str) -> Sample:
+        """Read a whole item as the `Sample` that was written."""
+        record = self.record(series_id)
+        image, valid = self.read_box(series_id, (0, 0, 0), record.shape)
+        meta = ImageMeta(
+            series_id=series_id,
+            domain=record.domain,
+            modality=record.modality,
+            units=record.units,
+            slice_axis=record.slice_axis,
+            stats=dict(record.stats),
+            flags=record.flags,
+        )
+        return Sample(image, record.spacing_mm, record.affine, valid if record.has_valid else None, meta)
+
+    def verify(self, series_id: str) -> None:
+        """Compare the files of an item with its checksum.
+
+        Raises:
+            StoreError: They differ.
+        """
+        record = self.record(series_id)
+        voxels, mask, _ = item_paths(self.store, series_id)
+        try:
+            found = checksum(voxels.read_bytes(), mask.read_bytes() if record.has_valid else b"")
+        except OSError as err:
+            raise self._damaged(series_id) from err
+        if found != record.checksum:
+            raise self._damaged(series_id)
+
+    def _decode(self, path: Path, region: tuple[slice, ...], series_id: str) -> np.ndarray:
+        import blosc2
+
+        try:
+            array: np.ndarray = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})[region]
+        except Exception as err:  # blosc2 raises RuntimeError, OSError, ValueError for damaged frames
+            raise self._damaged(series_id) from err
+        return array
+
+    def _damaged(self, series_id: str) -> StoreError:
+        return StoreError(
+            f"series {series_id} is damaged in the store {self.store}; delete items/{series_id}.json there and run "
+            "`medssl cache` again: the other items stay valid"
+        )

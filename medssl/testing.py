@@ -1,0 +1,214 @@
+"""Conformance checks for encoders, objectives and domains: what the registry-walking tests run, open to outside plug-ins.
+
+    from medssl.testing import check_encoder
+    check_encoder("mypackage.encoders:MyEncoder", {"width": 16}, image_size=(32, 32, 16))
+
+Every check raises AssertionError with a sentence.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medssl.registry import lookup
+from medssl.types import Sample, StepContext, Views, ViewsMeta
+
+
+def check_encoder(name: str, args: Mapping[str, Any], *, image_size: Sequence[int], batch: int = 2) -> None:
+    """Check that an encoder keeps the contract of DESIGN section 5.
+
+    Args:
+        name: Registered name or import path.
+        args: Constructor arguments, at toy size.
+        image_size: Non-cubic (X, Y, Z) in voxels, so that a transposition shows.
+        batch: Items.
+    """
+    torch.manual_seed(0)
+    encoder = lookup("encoder", name)(**args)
+    children = [child for child, _ in encoder.named_children()]
+    assert children == ["net"], f"an encoder has one child `net`, the stock module; found {children}"
+    x = torch.randn(batch, encoder.in_channels, *image_size)
+    output = encoder.forward_features(x)
+    patch = tuple(encoder.patch_size)
+    grid = tuple(n // p for n, p in zip(image_size, patch))
+    assert tuple(output.grid) == grid, f"grid is {output.grid}, expected {grid} from image size and patch"
+    count = int(np.prod(grid))
+    expected = (batch, count, encoder.embed_dim)
+    assert tuple(output.tokens.shape) == expected, f"tokens have shape {tuple(output.tokens.shape)}, expected {expected}"
+    assert tuple(output.pooled.shape) == (batch, encoder.embed_dim), "pooled must be (B, E)"
+    assert tuple(encoder.divisor(encoder.config()["args"])) == patch, "divisor(args) must equal patch_size"
+    _check_gradients(encoder, output)
+    _check_rebuild(encoder, x)
+    _check_token_order(encoder, image_size)
+    assert encoder.blocks, "blocks lists the units to shard, compile and checkpoint; found none"
+    modules = list(encoder.modules())
+    assert all(any(block is module for module in modules) for block in encoder.blocks), "every block is a submodule of the encoder"
+
+
+def _check_gradients(encoder: Any, output: Any) -> None:
+    (output.tokens.sum() + sum(level.sum() for level in output.pyramid)).backward()
+    group = tuple(f"net.{prefix}" for prefix in encoder.key_groups["encoder"])
+    lost = [n for n, p in encoder.named_parameters() if n.startswith(group) and p.requires_grad and p.grad is None]
+    assert not lost, f"{lost[0]} gets no gradient; set requires_grad False on parameters that no path uses"
+
+
+def _check_rebuild(encoder: Any, x: torch.Tensor) -> None:
+    config = encoder.config()
+    assert json.loads(json.dumps(config)) == config, "config() must survive JSON"
+    again = lookup("encoder", _path_of(encoder, config["name"]))(**config["args"])
+    again.net.load_state_dict(encoder.net.state_dict(), strict=True)
+    with torch.no_grad():
+        same = torch.equal(encoder.eval()(x).tokens, again.eval()(x).tokens)
+    assert same, "an encoder rebuilt from config() with the same state must give the same tokens"
+
+
+def _path_of(encoder: Any, name: str) -> str:
+    from medssl.registry import ENCODERS
+
+    return name if name in ENCODERS else f"{type(encoder).__module__}:{type(encoder).__qualname__}"
+
+
+def _check_token_order(encoder: Any, image_size: Sequence[int]) -> None:
+    """Move a changed patch from one end of an axis to the other; read as n = (x * Y + y) * Z + z, the effect must move along that axis."""
+    grid = [n // p for n, p in zip(image_size, encoder.patch_size)]
+    near = _effect_centre(encoder, image_size, [0] * len(grid))
+    for axis, length in enumerate(grid):
+        if length == 1:
+            continue
+        far = _effect_centre(encoder, image_size, [length - 1 if a == axis else 0 for a in range(len(grid))])
+        moved = [far[a] - near[a] for a in range(len(grid))]
+        assert max(range(len(grid)), key=lambda a: moved[a]) == axis, (
+            f"a patch moved along axis {axis} of grid {tuple(grid)} moves its tokens by {[round(m, 2) for m in moved]}: tokens are transposed"
+        )
+
+
+def _effect_centre(encoder: Any, image_size: Sequence[int], cell: Sequence[int]) -> list[float]:
+    """Change one patch and return where its effect lies, from 0 to 1 along each axis of the token grid."""
+    grid = [n // p for n, p in zip(image_size, encoder.patch_size)]
+    base = torch.randn(1, encoder.in_channels, *image_size, generator=torch.Generator().manual_seed(0))
+    changed = base.clone()
+    window = tuple(slice(c * p, (c + 1) * p) for c, p in zip(cell, encoder.patch_size))
+    changed[(slice(None), slice(None), *window)] *= 5
+    with torch.no_grad():
+        difference = (encoder.eval()(changed).tokens - encoder(base).tokens).square().sum(dim=-1)[0]
+    energy = (difference**2 / (difference**2).sum()).reshape(grid)  # squared again: attention spreads a little everywhere
+    places = [torch.linspace(0, 1, n).reshape([-1 if a == axis else 1 for a in range(len(grid))]) for axis, n in enumerate(grid)]
+    return [float((energy * place).sum()) for place in places]
+
+
+def toy_views(objective: Any, *, channels: int = 1, batch: int = 2, ratio: float = 0.75, seed: int = 0) -> Views:
+    """Return random views that fit an objective, with masks of equal counts and some invalid voxels."""
+    generator = torch.Generator().manual_seed(seed)
+    data: dict[str, torch.Tensor] = {}
+    valid: dict[str, torch.Tensor] = {}
+    for name, spec in objective.view_specs.items():
+        shape = (batch, spec.count, channels, *spec.size)
+        data[name] = torch.randn(shape, generator=generator)
+        valid[name] = torch.ones(batch, spec.count, *spec.size, dtype=torch.bool)
+        valid[name][:, :, 0] = False
+        grid = [n // p for n, p in zip(spec.size, objective.encoder.patch_size)]
+        cells = int(np.prod(grid))
+        order = torch.argsort(torch.rand(batch, spec.count, cells, generator=generator), dim=-1)
+        data[f"{name}_mask"] = (order < int(ratio * cells)).reshape(batch, spec.count, *grid)
+    meta = ViewsMeta("toy", "mri", torch.arange(batch), {}, {}, valid, ())
+    return Views(data, meta)
+
+
+def check_objective(objective: Any, views: Views, *, steps: int = 30, lr: float = 3e-3) -> None:
+    """Check that an objective keeps the contract of DESIGN section 5 and can learn one batch by heart.
+
+    Args:
+        objective: Built at toy size.
+        views: A batch that fits its `view_specs`.
+        steps: Steps of the overfitting run.
+        lr: Its learning rate.
+    """
+    assert objective.view_specs, "view_specs says which views the objective needs"
+    ctx = StepContext()
+    torch.manual_seed(0)
+    parts = objective(views, ctx)
+    assert "loss" in parts and parts["loss"].ndim == 0, "forward returns {'loss': scalar, ...}"
+    assert all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in parts.values()), "parts are scalar tensors"
+    parts["loss"].backward()
+    lost = [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    assert not lost, f"{lost[0]} gets no gradient; set requires_grad False on parameters that no path uses"
+    torch.manual_seed(0)
+    assert torch.equal(objective(views, ctx)["loss"], parts["loss"]), "equal seeds must give equal losses: no hidden randomness"
+    _check_state(objective, views)
+    _check_denominators(objective, views)
+    first = float(parts["loss"])
+    optimiser = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
+    for step in range(steps):
+        loss = objective(views, StepContext(step=step))["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    last = float(objective(views, ctx)["loss"])
+    assert last < first, f"the loss of one repeated batch went from {first:.4f} to {last:.4f}; it must fall"
+    for name, part in objective.exported().items():
+        state = part.module.state_dict()
+        kept = [k for k in state if k.startswith(part.prefix) and (part.keys is None or k[len(part.prefix) :].startswith(part.keys))]
+        assert kept, f"exported part {name} has no tensors under prefix {part.prefix!r}"
+
+
+def _check_state(objective: Any, views: Views) -> None:
+    twin = copy.deepcopy(objective)
+    twin.load_state_dict(objective.state_dict(), strict=True)
+    torch.manual_seed(0)
+    a = objective(views, StepContext())["loss"]
+    torch.manual_seed(0)
+    b = twin(views, StepContext())["loss"]
+    assert torch.equal(a, b), "state_dict() must hold everything that survives a step"
+
+
+def _check_denominators(objective: Any, views: Views) -> None:
+    """The mean over two micro-steps must equal one step over both, when the counts are given."""
+    if not hasattr(objective, "denominators"):
+        return
+    halves = [_slice(views, slice(0, 1)), _slice(views, slice(1, None))]
+    totals = {name: float(value) for name, value in objective.denominators(views).items()}
+    whole = objective(views, StepContext(totals=totals))["loss"]
+    split = [objective(half, StepContext(totals=totals, micro_steps=2))["loss"] for half in halves]
+    assert torch.allclose(whole, (split[0] + split[1]) / 2, rtol=1e-4), "micro-steps must average to the loss of the whole batch"
+
+
+def _slice(views: Views, rows: slice) -> Views:
+    data = {key: value[rows] for key, value in views.data.items()}
+    valid = {key: value[rows] for key, value in views.meta.valid.items()}
+    return Views(data, ViewsMeta(views.meta.source, views.meta.domain, views.meta.ids[rows], {}, {}, valid, ()))
+
+
+def check_domain(name: str, files: Sequence[Path], *, args: Mapping[str, Any] | None = None, affine: np.ndarray | None = None) -> Sample:
+    """Check that a domain delivers canonical samples (DESIGN section 4).
+
+    Args:
+        name: Registered name or import path.
+        files: Files of one image that the domain must read.
+        args: Constructor arguments.
+        affine: Expected affine, when known.
+
+    Returns:
+        The sample, for further checks.
+    """
+    domain = lookup("domain", name)(**(args or {}))
+    sample: Sample = domain.read(list(files), series_id="0" * 32)
+    assert sample.image.ndim == 4, f"image must be (C, X, Y, Z); found shape {sample.image.shape}"
+    assert sample.image.dtype in (np.int16, np.uint8, np.float32), f"dtype {sample.image.dtype}; accepted: int16, uint8, float32"
+    directions = sample.affine[:3, :3] / np.linalg.norm(sample.affine[:3, :3], axis=0)
+    assert (np.argmax(np.abs(directions), axis=0) == np.arange(3)).all() and (np.diag(directions) > 0).all(), "axes must be RAS+"
+    assert np.allclose(np.linalg.norm(sample.affine[:3, :3], axis=0), sample.spacing_mm, rtol=1e-4), "spacing_mm must match the affine"
+    assert {"mean", "std", "p00_5", "p99_5"} <= set(sample.meta.stats), "meta.stats holds the foreground statistics"
+    assert np.isfinite(sample.image.astype(np.float64)).all(), "NaN voxels are replaced and marked in `valid`"
+    again = domain.read(list(files), series_id="0" * 32)
+    assert np.array_equal(again.image, sample.image), "reading twice must give the same voxels"
+    assert isinstance(domain.params(), dict) and domain.name and int(domain.version) >= 1, "name, version and params() key the store"
+    if affine is not None:
+        assert np.allclose(sample.affine, affine, atol=1e-4), f"affine is\n{sample.affine}, expected\n{affine}"
+    return sample

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from medssl.errors import RequestError
+from medssl.evaluation.cohort import Cohort, stem
+
+
+def touch(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def folder(tmp_path: Path, lines: list[str], header: str = "file,split,few_label_rank,patient") -> Path:
+    for line in lines:
+        name = line.split(",")[0]
+        touch(tmp_path / "images" / name, tmp_path / "labels" / name)
+    (tmp_path / "split.csv").write_text("\n".join([header, *lines]) + "\n")
+    return tmp_path
+
+
+def test_folder__few_labels_follow_the_rank_not_the_table(tmp_path: Path) -> None:
+    lines = ["a.nii.gz,train,3,p1", "b.nii.gz,train,1,p2", "c.nii.gz,train,,p3", "d.nii.gz,train,2,p4"]
+    cohort = Cohort.load(folder(tmp_path, [*lines, "e.nii.gz,test,,p5", "f.nii.gz,valid,,p6"]))
+    assert [case.patient for case in cohort.first(2)] == ["p2", "p4"]
+    assert [case.patient for case in cohort.first(None)] == ["p2", "p4", "p1", "p3"]
+    assert [case.patient for case in cohort.split("val")] == ["p6"]
+    with pytest.raises(RequestError, match="5 labelled training cases asked for, it has 4; choose 1 to 4"):
+        cohort.first(5)
+
+
+def test_ids__say_nothing_of_the_file_name_and_are_stable(tmp_path: Path) -> None:
+    cohort = Cohort.load(folder(tmp_path, ["DOE_JOHN.nii.gz,train,1,DOE", "x.nii.gz,test,,y"]))
+    assert len(cohort.cases[0].id) == 12
+    assert "DOE" not in cohort.cases[0].id
+    assert cohort.cases[0].id == Cohort.load(tmp_path).cases[0].id
+    assert cohort.cases[0].id != cohort.cases[1].id
+
+
+def test_folder__takes_dicom_folders_label_names_and_unlabelled_test_cases(tmp_path: Path) -> None:
+    touch(tmp_path / "images" / "p" / "1.dcm", tmp_path / "images" / "q.nii", tmp_path / "images" / "r" / "1.dcm")
+    touch(tmp_path / "labels" / "p.nii.gz", tmp_path / "labels" / "other.nii.gz")
+    (tmp_path / "split.csv").write_text("file,split,label\np,train,\nr,val,other.nii.gz\nq.nii,test,\n")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "2": "liver", "1": "spleen"}}))
+    cohort = Cohort.load(tmp_path)
+    assert [case.label.name if case.label else None for case in cohort.cases] == ["p.nii.gz", "other.nii.gz", None]
+    assert cohort.split("test") == []
+    assert dict(cohort.structures) == {1: "spleen", 2: "liver"}
+
+
+def test_decathlon_json__maps_its_three_lists(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("i/1.nii", "l/1.nii", "i/2.nii", "l/2.nii", "i/3.nii")))
+    content = {
+        "labels": {"0": "background", "1": "Anterior"},
+        "training": [{"image": "./i/1.nii", "label": "./l/1.nii", "patient": 7}],
+        "validation": [{"image": "i/2.nii", "label": "l/2.nii"}],
+        "test": ["i/3.nii"],
+    }
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps(content))
+    cohort = Cohort.load(path)
+    assert [(case.split, case.patient, case.label is None) for case in cohort.cases] == [
+        ("train", "7", False),
+        ("val", "2", False),
+        ("test", "3", True),
+    ]
+    assert Cohort.load(tmp_path).cases == cohort.cases
+    path.write_text(json.dumps({"images": []}))
+    with pytest.raises(RequestError, match="no key training"):
+        Cohort.load(path)
+    path.write_text("{")
+    with pytest.raises(RequestError, match="not readable as JSON"):
+        Cohort.load(path)
+
+
+def test_nnunet_raw__reads_channels_labels_and_an_own_split(tmp_path: Path) -> None:
+    touch(*(tmp_path / f"imagesTr/c{i}_0000.nii.gz" for i in range(3)))
+    touch(*(tmp_path / f"labelsTr/c{i}.nii.gz" for i in range(3)))
+    touch(tmp_path / "imagesTs/t_0000.nii.gz")
+    content = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "a": 1, "b": 2}, "file_ending": ".nii.gz"}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    cohort = Cohort.load(tmp_path)
+    assert [case.split for case in cohort.cases] == ["train"] * 3 + ["test"]
+    assert dict(cohort.structures) == {1: "a", 2: "b"}
+    (tmp_path / "split.csv").write_text("file,split,few_label_rank\nc0,test,\nc1,train,2\nc2,train,1\n")
+    assert [case.patient for case in Cohort.load(tmp_path).first(2)] == ["c2", "c1"]
+    assert [case.patient for case in Cohort.load(tmp_path).split("test")] == ["c0"]
+    (tmp_path / "dataset.json").write_text(json.dumps({**content, "channel_names": {"0": "T1", "1": "T2"}}))
+    with pytest.raises(RequestError, match="2 channels; one channel is read so far"):
+        Cohort.load(tmp_path)
+
+
+def test_csv__same_file_name_in_two_folders_are_two_cases(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("a/i.nii", "a/l.nii", "b/i.nii", "b/l.nii")))
+    path = tmp_path / "set.csv"
+    path.write_text("image,label,split,patient\na/i.nii,a/l.nii,train,1\nb/i.nii,b/l.nii,test,2\n")
+    cohort = Cohort.load(path)
+    assert len({case.id for case in cohort.cases}) == 2
+    assert cohort.name == "set"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a.nii,train,1,p", "b.nii,test,,p"], r"1 patient\(s\) on two sides .*train and test"),
+        (["a.nii,train,1,p", "a.nii,train,2,p"], "entries 1 and 2 are the same image"),
+        (["a.nii,dev,1,p"], 'line 2: split is "dev"; use train, val, test'),
+        (["a.nii,train,first,p"], "line 2: few_label_rank is not a whole number"),
+        ([], "no cases in it"),
+    ],
+)
+def test_faults__are_refused(tmp_path: Path, lines: list[str], message: str) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(RequestError, match=message):
+        Cohort.load(folder(tmp_path, lines))
+
+
+def test_missing_things__are_named_without_file_names(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"nothing there; accepted: a folder with images"):
+        Cohort.load(tmp_path / "nowhere")
+    with pytest.raises(RequestError, match="the folder holds nothing"):
+        Cohort.load(tmp_path)
+    path = folder(tmp_path, ["DOE.nii,train,1,p"])
+    (path / "labels" / "DOE.nii").unlink()
+    with pytest.raises(RequestError, match="line 2: its label file does not exist") as caught:
+        Cohort.load(path)
+    assert "DOE" not in str(caught.value)
+    (path / "split.csv").write_text("flie,split\nx,train\n")
+    with pytest.raises(RequestError, match=r'no column file \(did you mean "flie"\?\).*needed: file, split'):
+        Cohort.load(path)
+    (path / "notes.txt").touch()
+    with pytest.raises(RequestError, match=r"a file with suffix \.txt"):
+        Cohort.load(path / "notes.txt")
+
+
+def test_digest__changes_with_split_and_rank(tmp_path: Path) -> None:
+    one = Cohort.load(folder(tmp_path, ["a.nii,train,1,p", "b.nii,train,2,q"])).digest()
+    two = Cohort.load(folder(tmp_path, ["a.nii,train,2,p", "b.nii,train,1,q"])).digest()
+    three = Cohort.load(folder(tmp_path, ["a.nii,train,1,p", "b.nii,test,,q"])).digest()
+    assert len({one, two, three}) == 3
+
+
+def test_stem__takes_nii_gz_as_one_suffix() -> None:
+    assert stem("a.b.nii.gz") == "a.b"
+    assert stem("a.nrrd") == "a"
+
+
+@pytest.mark.data
+def test_hippocampus__has_the_documented_sides(shared_data: Path) -> None:
+    cohort = Cohort.load(shared_data / "msd_hippocampus")
+    assert [len(cohort.split(side)) for side in ("train", "val", "test")] == [130, 20, 50]
+    assert [case.image.name for case in cohort.first(2)] == ["hippocampus_394.nii.gz", "hippocampus_107.nii.gz"]

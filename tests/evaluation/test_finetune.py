@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from medssl.encoders.segresnet3d import SegResNet3D
+from medssl.errors import GeometryError, RequestError, TrainingStopped, WeightsError
+from medssl.evaluation.cohort import Cohort
+from medssl.evaluation.finetune import (
+    FinetuneResult,
+    FinetuneSettings,
+    Pretrained,
+    build_loss,
+    build_network,
+    case_order,
+    finetune,
+    learning_rates,
+    load,
+    open_weights,
+    parameter_groups,
+    predict,
+)
+from medssl.evaluation.volumes import CaseReader, TrainingCrops
+from medssl.networks.segmentation import encoder_parameters
+from medssl.weights import load_part, save_part
+from tests.evaluation.tiny_cohort import TINY_ENCODER, tiny_volume, write_cohort, write_nifti
+
+SETTINGS = FinetuneSettings(
+    encoder=TINY_ENCODER,
+    crop=(16, 16, 16),
+    steps=3,
+    batch=2,
+    lr=3e-3,
+    warmup_steps=1,
+    log_every=1,
+    augment={"rotate_deg": 10, "noise_std": 0.1},
+)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return Cohort.load(write_cohort(tmp_path_factory.mktemp("cohort")))
+
+
+def pretrained(seed: int = 5, intensity: Any = None) -> Pretrained:
+    torch.manual_seed(seed)
+    encoder = SegResNet3D(**TINY_ENCODER["args"])
+    state = {k: v for k, v in encoder.net.state_dict().items() if k.startswith(("convInit.", "down_layers."))}
+    manifest = {
+        "library": encoder.library,
+        "key_groups": encoder.key_groups,
+        "encoder": encoder.config(),
+        "weights_hash": f"hash{seed}",
+        "axis_order": "XYZ-RAS",
+        "channels": 1,
+        "intensity": intensity or {"normalize": "zscore"},
+    }
+    return Pretrained(state, manifest)
+
+
+def test_twin__shares_decoder_head_and_nothing_of_the_encoder() -> None:
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    scratch = build_network(SETTINGS, n_classes=3, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is not touched
+    torch.manual_seed(7)
+    twin = build_network(SETTINGS, n_classes=3, seed=1)
+    load(twin, pretrained())
+    inside = encoder_parameters(twin)
+    weights = [name for name in inside if "conv" in name and name.endswith("weight")]
+    for name, value in twin.named_parameters():
+        if name not in inside:
+            assert torch.equal(value, scratch.get_parameter(name)), name
+    assert len(weights) > 3
+    assert not any(torch.equal(twin.get_parameter(name), scratch.get_parameter(name)) for name in weights)
+    other = build_network(SETTINGS, n_classes=3, seed=2)
+    assert not torch.equal(other.get_parameter("convInit.conv.weight"), scratch.get_parameter("convInit.conv.weight"))
+
+
+def test_twin__sees_the_same_batches(cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[np.ndarray]] = []
+    original = TrainingCrops.batch
+
+    def spy(self: Any, volumes: Any, step: int) -> Any:
+        images, labels = original(self, volumes, step)
+        seen[-1].append(images.numpy().copy())
+        seen[-1].append(labels.numpy().copy())
+        return images, labels
+
+    monkeypatch.setattr(TrainingCrops, "batch", spy)
+    results = []
+    for weights in (None, pretrained()):
+        seen.append([])
+        results.append(finetune(cohort, SETTINGS, tmp_path / str(len(seen)), seed=3, weights=weights))
+    assert len(seen[0]) == 2 * SETTINGS.steps
+    assert all(np.array_equal(a, b) for a, b in zip(*seen))
+    assert not np.array_equal(seen[0][0], seen[0][2])  # another step, another batch
+    assert [result.arm for result in results] == ["scratch", "pretrained"]
+    assert results[0].curve[0]["loss"] != results[1].curve[0]["loss"]
+    assert results[0].loaded is None
+    assert results[1].loaded is not None
+    assert results[1].loaded["missing"] == results[1].loaded["unexpected"] == 0
+
+
+def test_equal_seeds__give_equal_bits(cohort: Cohort, tmp_path: Path) -> None:
+    first = finetune(cohort, SETTINGS, tmp_path / "a", labels=2, seed=4)
+    second = finetune(cohort, replace(SETTINGS, val_every=1), tmp_path / "b", labels=2, seed=4)
+    assert [line["loss"] for line in first.curve] == [line["loss"] for line in second.curve]
+    one, two = (load_part(tmp_path / name / "network.safetensors")[0] for name in "ab")
+    assert all(torch.equal(one[key], two[key]) for key in one)  # scoring validation cases changes nothing
+    assert set(second.curve[0]["val_dice"]) == {"structure_1", "structure_2"}
+    third = finetune(cohort, SETTINGS, tmp_path / "c", labels=2, seed=5)
+    assert third.curve[0]["loss"] != first.curve[0]["loss"]
+
+
+@pytest.mark.slow
+def test_two_phantoms__are_learnt(tmp_path: Path) -> None:
+    folder = tmp_path / "cohort"
+    write_cohort(folder, train=2, val=0, test=2)
+    for kind in ("images", "labels"):  # the test cases are copies of the training cases
+        for source, target in ((0, 2), (1, 3)):
+            (folder / kind / f"v{target}.nii.gz").write_bytes((folder / kind / f"v{source}.nii.gz").read_bytes())
+    settings = replace(SETTINGS, steps=60, lr=1e-2, warmup_steps=5, augment={}, log_every=20)
+    result = finetune(Cohort.load(folder), settings, tmp_path / "out", seed=0)
+    assert result.curve[-1]["loss"] < 0.5 * result.curve[0]["loss"]
+    assert min(result.mean("dice").values()) > 0.85
+    assert max(result.mean("hd95_mm").values()) < 4
+
+
+def test_folder__holds_what_the_report_and_the_loader_read(cohort: Cohort, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = replace(SETTINGS, predictions=True, figures=2)
+    result = finetune(cohort, settings, out, labels=1, seed=0, weights=pretrained(), arm="ours")
+    content = json.loads((out / "results.json").read_text())
+    assert FinetuneResult.from_json(content).to_json() == content
+    assert (content["arm"], content["labels"], content["n_test"]) == ("ours", 1, 2)
+    assert content["mean"]["dice"] == result.mean("dice")
+    assert content["choice"].startswith("last")
+    assert "v4" not in (out / "results.json").read_text()  # no file name of a case
+    lines = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    state, manifest = load_part(out / "network.safetensors")
+    assert manifest["pretrained"] == "hash5"
+    network = build_network(settings, n_classes=manifest["out_channels"], seed=11)
+    network.load_state_dict(state)
+    with np.load(out / "figures" / "segmentation.npz") as arrays:
+        assert arrays["image"].shape == arrays["label"].shape == arrays["prediction"].shape == (2, 20, 18, 16)
+        np.testing.assert_array_equal(arrays["label"][0], tiny_volume(4)[1])
+        np.testing.assert_array_equal(arrays["spacing_mm"], [[1, 1, 2]] * 2)
+        assert list(arrays["structures"]) == ["structure_1", "structure_2"]
+    volume = CaseReader("mri")(cohort.split("test")[0])
+    import nibabel
+
+    written = nibabel.load(out / "predictions" / f"{cohort.split('test')[0].id}.nii.gz")
+    np.testing.assert_array_equal(np.asarray(written.dataobj), predict(network, volume, settings))
+    np.testing.assert_allclose(written.affine, volume.affine)
+
+
+def test_test_labels__are_read_after_the_last_step(cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    original = CaseReader.__call__
+
+    def spy(self: CaseReader, case: Any) -> Any:
+        order.append(case.split)
+        return original(self, case)
+
+    monkeypatch.setattr(CaseReader, "__call__", spy)
+    finetune(cohort, SETTINGS, tmp_path, seed=0, on_step=lambda step, steps, values: order.append(f"step {step}/{steps}"))
+    assert order.index("test") > order.index("step 3/3")
+
+
+def test_learning_rates__warm_up_freeze_and_decay() -> None:
+    settings = replace(SETTINGS, steps=100, lr=1.0, warmup_steps=10, freeze_steps=20, encoder_lr_scale=0.1)
+    scratch = [learning_rates(step, settings, pretrained=False) for step in range(100)]
+    assert scratch[0] == (0.1, 0.1)
+    assert scratch[9] == scratch[10] == (1.0, 1.0)
+    assert scratch[55][1] == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+    assert all(encoder == rest for encoder, rest in scratch)
+    ours = [learning_rates(step, settings, pretrained=True) for step in range(100)]
+    assert all(encoder == 0 for encoder, _ in ours[:20])
+    assert ours[19][1] == 1.0
+    assert ours[20] == pytest.approx((0.01, 0.1))  # the second warm-up
+    assert ours[30] == pytest.approx((0.1, 1.0))
+    assert ours[99][1] < 1e-2
+
+
+def test_frozen_encoder__keeps_its_weights_while_gradients_flow(cohort: Cohort, tmp_path: Path) -> None:
+    weights = pretrained()
+    settings = replace(SETTINGS, steps=3, freeze_steps=2, warmup_steps=0)
+    finetune(cohort, replace(settings, encoder_lr_scale=0.0), tmp_path / "frozen", weights=weights)
+    state, _ = load_part(tmp_path / "frozen" / "network.safetensors")
+    assert all(torch.equal(state[key], value) for key, value in weights.state.items())
+    finetune(cohort, settings, tmp_path / "free", weights=weights)
+    state, _ = load_part(tmp_path / "free" / "network.safetensors")
+    assert not any(torch.equal(state[key], v) for key, v in weights.state.items() if key.endswith("conv.weight"))
+
+
+def test_parameter_groups__decay_no_norm_and_no_bias() -> None:
+    network = build_network(SETTINGS, n_classes=3, seed=0)
+    groups = parameter_groups(network, 0.1)
+    total = sum(p.numel() for group in groups for p in group["params"])
+    assert total == sum(p.numel() for p in network.parameters())
+    for group in groups:
+        assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] > 0}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_unetr__is_fine_tuned_too(cohort: Cohort, tmp_path: Path, precision: str) -> None:
+    args = {"image_size": [16, 16, 16], "patch_size": 16, "hidden_size": 24, "num_heads": 2}
+    settings = replace(
+        SETTINGS,
+        network="unetr",
+        network_args={"feature_size": 4},
+        encoder={"name": "vit3d", "args": args},
+        crop=(32, 16, 16),
+        steps=2,
+        precision=precision,
+    )
+    result = finetune(cohort, settings, tmp_path, labels=1)
+    assert len(result.curve) == 2
+    assert all(math.isfinite(line["loss"]) for line in result.curve)
+    assert len(result.cases) == 2
+
+
+def test_loss__equals_a_plain_formula() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 4, 5, 3), torch.randint(0, 3, (2, 1, 4, 5, 3))
+    p = logits.softmax(dim=1)
+    terms = []
+    for k in (1, 2):
+        t = (labels[:, 0] == k).float()
+        terms.append(1 - (2 * (p[:, k] * t).sum() + 1e-5) / (p[:, k].sum() + t.sum() + 1e-5))
+    chosen = p.gather(1, labels)[:, 0]
+    expected = 0.5 * sum(terms) / 2 + 2.0 * (-chosen.log()).mean()
+    loss = build_loss(replace(SETTINGS, dice_weight=0.5, ce_weight=2.0))(logits, labels)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_case_order__shows_each_case_equally_often() -> None:
+    order = case_order(5, seed=3)
+    taken = [next(order) for _ in range(20)]
+    assert [sorted(taken[i : i + 5]) for i in range(0, 20, 5)] == [[0, 1, 2, 3, 4]] * 4
+    assert taken[:5] != taken[5:10] or taken[5:10] != taken[10:15]
+
+
+def test_predict__is_the_same_with_one_window_and_covers_other_spacing(cohort: Cohort) -> None:
+    network = build_network(SETTINGS, n_classes=3, seed=0)
+    volume = CaseReader("mri")(cohort.cases[0])
+    label = predict(network, volume, replace(SETTINGS, crop=(32, 32, 32)))
+    assert label.shape == (20, 18, 16)
+    assert label.dtype == np.int16
+    assert predict(network, volume, replace(SETTINGS, spacing_mm=(2.0, 2.0, 2.0))).shape == (20, 18, 16)
+
+
+def test_open_weights__takes_the_decoder_when_asked(tmp_path: Path) -> None:
+    encoder = SegResNet3D(**TINY_ENCODER["args"])
+    full = encoder.net.state_dict()
+    manifest = dict(pretrained().manifest)
+    save_part(tmp_path / "weights" / "last", "encoder", pretrained().state, manifest)
+    (tmp_path / "weights" / "index.json").write_text('{"default": "encoder"}')
+    with pytest.raises(WeightsError, match=r"transfer encoder_decoder: .*set transfer: encoder"):
+        open_weights(tmp_path, transfer="encoder_decoder")
+    decoder = {k: v for k, v in full.items() if k.startswith(("up_samples.", "up_layers."))}
+    save_part(tmp_path / "weights" / "last", "decoder", decoder, manifest)
+    both = open_weights(tmp_path, transfer="encoder_decoder")
+    assert both.decoder_state is not None
+    assert set(both.decoder_state) == set(decoder)
+    report = load(build_network(SETTINGS, n_classes=3, seed=0), both)
+    assert report.matched == len(both.state) + len(decoder)
+    assert open_weights(tmp_path).decoder_state is None
+
+
+def test_settings__report_all_faults_and_unknown_keys() -> None:
+    with pytest.raises(RequestError, match=r"transfer: 'all'; encoder or encoder_decoder; .*precision: 'fp16'"):
+        FinetuneSettings(transfer="all", precision="fp16")
+    with pytest.raises(RequestError, match=r'unknown key stpes \(did you mean "steps"\?\)'):
+        FinetuneSettings.from_dict({"stpes": 3})
+    assert FinetuneSettings.from_dict({"crop": [16, 16, 16]}).crop == (16, 16, 16)
+
+
+def test_wrong_requests__say_what_to_do(cohort: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no encoder is named"):
+        finetune(cohort, replace(SETTINGS, encoder=None), tmp_path)
+    vit = {"name": "vit3d", "args": {}}
+    with pytest.raises(WeightsError, match="weights are of encoder segresnet3d, the settings name vit3d"):
+        finetune(cohort, replace(SETTINGS, encoder=vit), tmp_path, weights=pretrained())
+    with pytest.raises(RequestError, match=r"pretrained with normalize percentile.*set normalize: percentile"):
+        finetune(cohort, SETTINGS, tmp_path, weights=pretrained(intensity={"normalize": "percentile"}))
+    alone = Cohort("x", tuple(case for case in cohort.cases if case.split == "train"))
+    with pytest.raises(RequestError, match="no labelled test cases"):
+        finetune(alone, SETTINGS, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_loss__stops_with_advice(cohort: Cohort, tmp_path: Path) -> None:
+    weights = pretrained()
+    broken = {key: torch.full_like(value, float("nan")) for key, value in weights.state.items()}
+    with pytest.raises(TrainingStopped, match=r"the loss is nan at step 0.*lower lr"):
+        finetune(cohort, SETTINGS, tmp_path, weights=Pretrained(broken, weights.manifest))
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_label_on_another_grid__is_refused_by_case_id(tmp_path: Path) -> None:
+    write_cohort(tmp_path, train=1, val=0, test=1)
+    _, label = tiny_volume(0)
+    write_nifti(tmp_path / "labels" / "v0.nii.gz", label, (1.0, 1.0, 3.0))
+    cohort = Cohort.load(tmp_path)
+    with pytest.raises(GeometryError, match=f"case {cohort.cases[0].id}: label map") as caught:
+        CaseReader("mri")(cohort.cases[0])
+    assert "v0" not in str(caught.value)
+    write_nifti(tmp_path / "labels" / "v0.nii.gz", label[1:])
+    with pytest.raises(GeometryError, match="19x18x16 voxels on an image of 20x18x16"):
+        CaseReader("mri")(cohort.cases[0])
+
+
+def test_background_only_labels__are_refused(tmp_path: Path) -> None:
+    write_cohort(tmp_path, train=1, val=0, test=1)
+    write_nifti(tmp_path / "labels" / "v0.nii.gz", np.zeros((20, 18, 16), np.uint8))
+    with pytest.raises(RequestError, match="hold background only"):
+        finetune(Cohort.load(tmp_path), SETTINGS, tmp_path / "out")

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medssl.errors import RequestError
+from medssl.evaluation import label_curve as module
+from medssl.evaluation.bootstrap import paired_bootstrap
+from medssl.evaluation.cohort import Cohort
+from medssl.evaluation.finetune import CaseScore, FinetuneResult, FinetuneSettings
+from medssl.evaluation.label_curve import Cell, claim, label_curve, markdown, plan, score_table, summarise
+from tests.evaluation.test_finetune import pretrained
+from tests.evaluation.tiny_cohort import TINY_ENCODER, write_cohort
+
+SETTINGS = FinetuneSettings(encoder=TINY_ENCODER, crop=(16, 16, 16), steps=2, warmup_steps=0, figures=0)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return Cohort.load(write_cohort(tmp_path_factory.mktemp("cohort")))
+
+
+def result(arm: str, labels: int, seed: int, scores: list[list[float | None]]) -> FinetuneResult:
+    cases = [CaseScore(str(i), f"p{i // 2}", {"a": a, "b": b}, {"a": 1.0, "b": 3.0}) for i, (a, b) in enumerate(scores)]
+    seconds = {"train": 10.0, "per_step": 0.1}
+    return FinetuneResult(arm, labels, seed, ["a", "b"], cases, [], None, "last", seconds, {})
+
+
+def fake_finetune(calls: list[Cell]) -> Any:
+    def run(cohort: Cohort, settings: FinetuneSettings, out: Path, **kw: Any) -> FinetuneResult:
+        calls.append(Cell(kw["arm"], kw["labels"], kw["seed"]))
+        base = 0.5 + 0.01 * kw["labels"] + (0.1 if kw["arm"] == "ours" else 0.0)
+        made = result(kw["arm"], kw["labels"], kw["seed"], [[base, base], [base, base + 0.02]])
+        out.mkdir(parents=True)
+        (out / "results.json").write_text(json.dumps(made.to_json()))
+        return made
+
+    return run
+
+
+def test_cells__are_computed_once_and_continue_after_a_kill(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Cell] = []
+    arms = {"ours": pretrained(), "scratch": None}
+
+    def dies_at_third(*args: Any, **kw: Any) -> FinetuneResult:
+        if len(calls) == 2:
+            folder = args[2]
+            folder.mkdir(parents=True)
+            (folder / "curve.jsonl").touch()  # a cell cut short: no results.json
+            raise KeyboardInterrupt
+        made: FinetuneResult = fake_finetune(calls)(*args, **kw)
+        return made
+
+    monkeypatch.setattr(module, "finetune", dies_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        label_curve(cohort, SETTINGS, tmp_path, arms=arms, counts=[1, 2], seeds=[0, 1])
+    kept = json.loads((tmp_path / "summary.json").read_text())
+    assert kept["cells"] == {"planned": 8, "done": 2}
+    assert [row["arm"] for row in kept["rows"]] == ["ours", "scratch"]  # the pair of the first seed came first
+
+    def rest(*args: Any, **kw: Any) -> FinetuneResult:
+        (args[2] / "curve.jsonl").unlink(missing_ok=True)
+        if args[2].exists():
+            args[2].rmdir()
+        made: FinetuneResult = fake_finetune(calls)(*args, **kw)
+        return made
+
+    monkeypatch.setattr(module, "finetune", rest)
+    seen = []
+    summary = label_curve(
+        cohort,
+        SETTINGS,
+        tmp_path,
+        arms=arms,
+        counts=[1, 2],
+        seeds=[0, 1],
+        on_cell=lambda number, total, cell, _: seen.append((number, total, cell.name)),
+    )
+    assert len(calls) == len(set(calls)) == 8
+    assert seen[0] == (1, 8, "ours_n1_s0")
+    assert summary["cells"] == {"planned": 8, "done": 8}
+    assert [row["labels"] for row in summary["rows"]] == [1, 1, 2, 2]
+    assert summary["differences"][0]["difference"] == pytest.approx(0.1)
+    assert (tmp_path / "table.md").read_text().count("ours - scratch") == 2
+
+
+def test_a_real_curve__runs_and_skips_finished_cells(cohort: Cohort, tmp_path: Path) -> None:
+    arms = {"ours": pretrained(), "scratch": None}
+    settings = replace(SETTINGS, encoder=None)  # the twin takes it from the weights
+    first = label_curve(cohort, settings, tmp_path, arms=arms, counts=[1], seeds=[0])
+    stamp = (tmp_path / "cells" / "ours_n1_s0" / "results.json").stat().st_mtime_ns
+    again = label_curve(cohort, settings, tmp_path, arms=arms, counts=[1], seeds=[0])
+    assert (tmp_path / "cells" / "ours_n1_s0" / "results.json").stat().st_mtime_ns == stamp
+    assert first == again
+    runs = [run for arm in arms if (run := module.read_cell(tmp_path / "cells" / f"{arm}_n1_s0"))]
+    a, b = (score_table([run])[0][0] for run in runs)
+    assert first["differences"][0]["difference"] == pytest.approx(float(a.mean() - b.mean()))
+
+
+def test_summary__averages_structures_then_seeds_and_pairs_patients() -> None:
+    ours = [
+        result("ours", 5, 0, [[0.8, 0.6], [0.9, 0.7], [0.7, None]]),
+        result("ours", 5, 1, [[0.9, 0.7], [0.9, 0.9], [0.5, None]]),
+    ]
+    twins = [
+        result("scratch", 5, 1, [[0.5, 0.5], [0.6, 0.6], [0.7, None]]),
+        result("scratch", 5, 2, [[0.1, 0.1], [0.1, 0.1], [0.1, None]]),
+    ]
+    summary = summarise([*ours, *twins])
+    row = summary["rows"][0]
+    by_case = np.array([[0.7, 0.8, 0.7], [0.8, 0.9, 0.5]])
+    assert row["dice"] == pytest.approx(by_case.mean())
+    assert row["seed_means"] == pytest.approx(list(by_case.mean(axis=1)))
+    assert row["seed_spread"] == pytest.approx(abs(by_case[0].mean() - by_case[1].mean()))
+    assert row["structures"]["b"] == pytest.approx((0.65 + 0.8) / 2)
+    assert row["hd95_mm"] == {"a": 1.0, "b": 3.0}
+    (difference,) = summary["differences"]
+    assert difference["seeds"] == [1]  # only the seed that both have
+    expected = paired_bootstrap(by_case[1], np.array([0.5, 0.6, 0.7]), ["p0", "p0", "p1"])
+    assert (difference["difference"], difference["low"], difference["high"]) == pytest.approx(expected)
+
+
+def test_table__shows_points_and_signed_differences() -> None:
+    text = markdown(
+        summarise(
+            [
+                result("ours", 5, 0, [[0.8, 0.6], [0.9, 0.7], [0.8, 0.8], [0.9, 0.9]]),
+                result("scratch", 5, 0, [[0.7, 0.5], [0.8, 0.6], [0.7, 0.7], [0.8, 0.8]]),
+            ]
+        )
+    )
+    assert "| 5 | ours | 80.0 (75.0 to 85.0) | 1 | 0.0 | a 85.0, b 75.0 | a 1.00, b 3.00 | 10 |" in text
+    assert "| 5 | ours - scratch | +10.0 (+10.0 to +10.0) | +10.0 |" in text
+
+
+def test_unequal_test_cases__are_refused() -> None:
+    with pytest.raises(RequestError, match="scored on different test cases"):
+        score_table([result("a", 1, 0, [[0.5, 0.5]]), result("a", 1, 1, [[0.5, 0.5], [0.5, 0.5]])])
+
+
+def test_folder__never_mixes_settings_cohorts_or_weights(cohort: Cohort, tmp_path: Path) -> None:
+    claim(tmp_path, cohort, SETTINGS, {"scratch": None})
+    claim(tmp_path, cohort, replace(SETTINGS, device="cuda", figures=3), {"ours": pretrained()})  # changes no score
+    known = claim(tmp_path, cohort, SETTINGS, {"scratch": None})
+    assert known["weights"] == {"scratch": None, "ours": "hash5"}
+    with pytest.raises(RequestError, match=r"steps 2 \(now 7\).*choose another folder"):
+        claim(tmp_path, cohort, replace(SETTINGS, steps=7), {"scratch": None})
+    with pytest.raises(RequestError, match="other weights for arm ours"):
+        claim(tmp_path, cohort, SETTINGS, {"ours": pretrained(seed=6)})
+    with pytest.raises(RequestError, match="another cohort or split"):
+        claim(tmp_path, Cohort("x", cohort.cases[:2]), SETTINGS, {"scratch": None})
+
+
+def test_plan__pairs_early_seeds_and_refuses_nonsense(cohort: Cohort, tmp_path: Path) -> None:
+    cells = plan({"a": None, "b": None}, [5, 20], [0, 1])
+    assert [cell.name for cell in cells[:4]] == ["a_n5_s0", "b_n5_s0", "a_n20_s0", "b_n20_s0"]
+    with pytest.raises(RequestError, match="seeds: none; give at least one"):
+        plan({"a": None}, [5], [])
+    with pytest.raises(RequestError, match="counts: 5, 5; give at least one, none twice"):
+        plan({"a": None}, [5, 5], [0])
+    with pytest.raises(RequestError, match='arm "a/b"; letters'):
+        plan({"a/b": None}, [5], [0])
+    with pytest.raises(RequestError, match="9 labelled training cases asked for, it has 3"):
+        label_curve(cohort, SETTINGS, tmp_path, arms={"scratch": None}, counts=[9], seeds=[0])
+    assert list(tmp_path.iterdir()) == []

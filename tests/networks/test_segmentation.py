@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from medssl.encoders.segresnet3d import SegResNet3D
+from medssl.encoders.vit3d import ViT3D
+from medssl.errors import RequestError, WeightsError
+from medssl.networks.segmentation import (
+    POSITIONS,
+    build_segresnet,
+    build_unetr,
+    encoder_parameters,
+    load_pretrained,
+)
+
+SEG = {"in_channels": 1, "init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
+VIT = {"in_channels": 1, "image_size": [48, 32, 16], "patch_size": [16, 16, 16], "hidden_size": 24, "num_heads": 2}
+
+
+def seeded(build: Any, seed: int, **kw: Any) -> Any:
+    torch.manual_seed(seed)
+    return build(**kw)
+
+
+def segresnet_part(seed: int = 1, **changes: Any) -> tuple[SegResNet3D, dict[str, Tensor], dict[str, Any]]:
+    encoder = seeded(SegResNet3D, seed, **{**SEG, **changes})
+    state = {k: v for k, v in encoder.net.state_dict().items() if k.startswith(("convInit.", "down_layers."))}
+    manifest = {"library": encoder.library, "key_groups": encoder.key_groups, "encoder": encoder.config()}
+    return encoder, state, manifest
+
+
+def vit_part(seed: int = 1, **changes: Any) -> tuple[ViT3D, dict[str, Tensor], dict[str, Any]]:
+    encoder = seeded(ViT3D, seed, **{**VIT, **changes})
+    with torch.no_grad():
+        torch.nn.init.normal_(encoder.net.patch_embedding.position_embeddings)
+    manifest = {
+        "library": encoder.library,
+        "key_groups": encoder.key_groups,
+        "encoder": encoder.config(),
+        "image_size": encoder.config()["args"]["image_size"],
+        "patch_size": list(encoder.patch_size),
+    }
+    return encoder, dict(encoder.net.state_dict()), manifest
+
+
+def test_segresnet_encoder__gives_equal_features_and_other_outputs() -> None:
+    encoder, state, manifest = segresnet_part()
+    network: Any = seeded(build_segresnet, 2, encoder=encoder.config(), out_channels=3, image_size=(8, 12, 16)).eval()
+    x = torch.randn(1, 1, 8, 12, 16)
+    with torch.no_grad():
+        before = network(x)
+        report = load_pretrained(network, state, manifest)
+        after = network(x)
+        pyramid = encoder.forward_features(x).pyramid
+        _, skips = network.encode(x)
+    assert (before - after).abs().max() > 1e-3
+    for own, ours in zip(skips, pyramid):
+        assert torch.equal(own, ours)
+    assert report.matched == len(state)
+    assert (report.missing, report.unexpected, report.resized) == (0, 0, 0)
+    assert report.fresh == len(network.state_dict()) - len(state)
+
+
+def test_segresnet_decoder__is_filled_when_given_and_head_stays() -> None:
+    encoder, state, manifest = segresnet_part()
+    decoder = {k: v for k, v in encoder.net.state_dict().items() if k.startswith(("up_samples.", "up_layers."))}
+    alone: Any = seeded(build_segresnet, 2, encoder=encoder.config(), out_channels=3)
+    both: Any = seeded(build_segresnet, 2, encoder=encoder.config(), out_channels=3)
+    load_pretrained(alone, state, manifest)
+    report = load_pretrained(both, state, manifest, decoder_state=decoder)
+    assert report.matched == len(state) + len(decoder)
+    for key, value in both.state_dict().items():
+        if key in decoder:
+            assert torch.equal(value, decoder[key])
+        else:
+            assert torch.equal(value, alone.state_dict()[key])
+    with pytest.raises(WeightsError, match=r"decoder weights do not fit.*missing"):
+        load_pretrained(both, state, manifest, decoder_state=dict(list(decoder.items())[:-1]))
+
+
+def test_whole_segresnet_state__ignores_the_decoder_group() -> None:
+    encoder, state, manifest = segresnet_part()
+    full = {k: v for k, v in encoder.net.state_dict().items() if not k.startswith("conv_final")}
+    network = build_segresnet(encoder=encoder.config(), out_channels=2)
+    assert load_pretrained(network, full, manifest).matched == len(state)
+
+
+def test_unetr_encoder__gives_equal_hidden_states() -> None:
+    encoder, state, manifest = vit_part()
+    network: Any = seeded(build_unetr, 2, encoder=encoder.config(), out_channels=2, image_size=(48, 32, 16), feature_size=4).eval()
+    report = load_pretrained(network, state, manifest)
+    x = torch.randn(1, 1, 48, 32, 16)
+    with torch.no_grad():
+        last, hidden = network.vit(x)
+        ours = encoder.eval().forward_features(x)
+    torch.testing.assert_close(last, ours.tokens, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(network.proj_feat(hidden[3]), ours.pyramid[3], atol=1e-5, rtol=1e-5)
+    assert (report.matched, report.resized, report.missing) == (len(state), 0, 0)
+    assert network(x).shape == (1, 2, 48, 32, 16)
+
+
+def test_unetr_other_crop__resizes_positions_in_token_order() -> None:
+    encoder, state, manifest = vit_part()
+    grid = (3, 2, 1)
+    ramp = torch.arange(3.0)[:, None, None].expand(grid).reshape(1, -1, 1).expand(1, 6, 24).clone()  # grows along X only
+    state[POSITIONS] = ramp
+    network: Any = build_unetr(encoder=encoder.config(), out_channels=2, image_size=(96, 32, 32), feature_size=4)
+    report = load_pretrained(network, state, manifest)
+    assert report.resized == 1
+    table = network.vit.patch_embedding.position_embeddings[0, :, 0].reshape(6, 2, 2)
+    expected = torch.tensor([0.0, 0.25, 0.75, 1.25, 1.75, 2.0])  # linear, cell centres aligned, edges held
+    for y in range(2):
+        for z in range(2):
+            torch.testing.assert_close(table[:, y, z], expected)
+
+
+def test_unused_cross_attention_norm__may_be_absent() -> None:
+    encoder, state, manifest = vit_part()
+    old = {k: v for k, v in state.items() if "norm_cross_attn" not in k}
+    network = build_unetr(encoder=encoder.config(), out_channels=2, image_size=(48, 32, 16), feature_size=4)
+    report = load_pretrained(network, old, manifest)
+    assert report.missing == len(state) - len(old) == 24
+    assert report.matched == len(old)
+
+
+def test_mismatches__name_what_differs_and_change_nothing() -> None:
+    encoder, state, manifest = segresnet_part()
+    network = build_segresnet(encoder=encoder.config(), out_channels=2)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    key = next(iter(state))
+    with pytest.raises(WeightsError, match=r"1 missing \(convInit"):
+        load_pretrained(network, {k: v for k, v in state.items() if k != key}, manifest)
+    with pytest.raises(WeightsError, match=r"1 unexpected \(stranger"):
+        load_pretrained(network, {**state, "stranger": torch.zeros(1)}, manifest)
+    _, wide_state, wide_manifest = segresnet_part(init_filters=16)
+    with pytest.raises(WeightsError, match=r"of another shape \(convInit.*and \d+ more"):
+        load_pretrained(network, wide_state, wide_manifest)
+    _, two_state, two_manifest = segresnet_part(in_channels=2)
+    with pytest.raises(WeightsError, match=r"take 2 input channel.*the network has 1"):
+        load_pretrained(network, two_state, two_manifest)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_weights_of_another_network__say_which_network_fits() -> None:
+    _, state, manifest = vit_part()
+    network = build_segresnet(encoder={"name": "segresnet3d", "args": SEG}, out_channels=2)
+    with pytest.raises(WeightsError, match=r"of monai.ViT .*choose network unetr"):
+        load_pretrained(network, state, manifest)
+    unetr = build_unetr(encoder={"name": "vit3d", "args": VIT}, out_channels=2, image_size=(16, 16, 16), feature_size=4)
+    with pytest.raises(WeightsError, match="only a SegResNet takes a pretrained decoder"):
+        load_pretrained(unetr, state, manifest, decoder_state={"up_layers.x": torch.zeros(1)})
+
+
+def test_builders__refuse_what_cannot_be_built() -> None:
+    vit = {"name": "vit3d", "args": VIT}
+    with pytest.raises(RequestError, match=r'encoder is "vit3d".*choose network "unetr"'):
+        build_segresnet(encoder=vit, out_channels=2)
+    with pytest.raises(RequestError, match="fixed to patch size 16 and 12 layers"):
+        build_unetr(encoder={"name": "vit3d", "args": {**VIT, "patch_size": 8}}, out_channels=2, image_size=(16, 16, 16))
+    with pytest.raises(RequestError, match="every axis must be a multiple of 16; use 48x64x48"):
+        build_unetr(encoder=vit, out_channels=2, image_size=(40, 56, 40))
+    with pytest.raises(RequestError, match="multiple of 4; use 12x8x8"):
+        build_segresnet(encoder={"name": "segresnet3d", "args": SEG}, out_channels=2, image_size=(10, 8, 8))
+
+
+def test_encoder_parameters__are_exactly_the_pretrained_ones() -> None:
+    _, state, _ = segresnet_part()
+    network = build_segresnet(encoder={"name": "segresnet3d", "args": SEG}, out_channels=2)
+    assert encoder_parameters(network) == set(state)
