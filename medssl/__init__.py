@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from medssl.api import cache, evaluate, finetune, label_curve, pretrain
     from medssl.archive.index import index
     from medssl.build import load_encoder
-    from medssl.export import export_weights
+    from medssl.export.write import export_weights
     from medssl.recipe import Recipe
 
 _HOME = {
     "Recipe": "medssl.recipe",
     "cache": "medssl.api",
     "evaluate": "medssl.api",
-    "export_weights": "medssl.export",
+    "export_weights": "medssl.export.write",
     "finetune": "medssl.api",
     "index": "medssl.archive.index",
     "label_curve": "medssl.api",

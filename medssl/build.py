@@ -286,11 +286,13 @@ def select_rows(source: SourceSection, domain_name: str, archive: Archive, where
     """
     condition = where or source.where
     rows = archive.select(condition)
-    usable = [r for r in rows if r.domain in (domain_name, "unknown") and r.kind == "volume" and r.status != "rejected"]
+    usable = [r for r in rows if r.domain == domain_name and r.kind == "volume" and r.status != "rejected"]
     if not usable:
+        unknown = sum(row.domain == "unknown" for row in rows)
+        hint = f"{unknown} do not say what they are: index them again with --modality; " if unknown else ""
         raise RequestError(
             f"the selection is empty: {condition!r} matches {len(rows)} of {len(archive.select(None))} series in {source.index}, "
-            f"none of them a usable {domain_name} volume; look with `medssl archive ls {source.index}`"
+            f"none of them a usable {domain_name} volume; {hint}look with `medssl archive ls {source.index}`"
         )
     return sorted(usable, key=lambda row: row.series_id)
 

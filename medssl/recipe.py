@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from medssl.errors import RecipeError, near
+from medssl.errors import RecipeError, RequestError, near
 
 REQUIRED_MARK = "???"  # as in `index: ???`: the user must give it on the command line
 
@@ -348,3 +349,19 @@ def _section_of(annotation: Any) -> Any:
         if found is not None:
             return found
     return None
+
+
+def recipe_folder() -> Path:
+    """Return the folder of the recipes that come with medssl: beside the package in a checkout, under share/ when installed."""
+    import medssl
+
+    for folder in (Path(medssl.__file__).parents[1] / "recipes", Path(sys.prefix) / "share" / "medssl" / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise RequestError("the recipes that come with medssl are not installed; give the path of a recipe file")
+
+
+def shipped() -> dict[str, Path]:
+    """Return the shipped recipes by name, for instance pretrain/mae_vit3d_mri."""
+    root = recipe_folder()
+    return {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.yaml"))}

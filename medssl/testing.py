@@ -143,14 +143,14 @@ def check_objective(objective: Any, views: Views, *, steps: int = 30, lr: float 
     assert torch.equal(objective(views, ctx)["loss"], parts["loss"]), "equal seeds must give equal losses: no hidden randomness"
     _check_state(objective, views)
     _check_denominators(objective, views)
-    first = float(parts["loss"])
+    first = float(parts["loss"].detach())
     optimiser = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
     for step in range(steps):
         loss = objective(views, StepContext(step=step))["loss"]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    last = float(objective(views, ctx)["loss"])
+    last = float(objective(views, ctx)["loss"].detach())
     assert last < first, f"the loss of one repeated batch went from {first:.4f} to {last:.4f}; it must fall"
     for name, part in objective.exported().items():
         state = part.module.state_dict()

@@ -49,10 +49,13 @@ def plain_affine(spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> np.ndarray:
 def oblique_volume(
     shape: tuple[int, int, int] = SHAPE, *, seed: int = 0, dtype: Any = np.int16
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return an asymmetric volume: a bright off-centre ellipsoid on a dark ramp with noise, and its oblique affine."""
+    """Return an asymmetric volume and its oblique affine: a bright off-centre ellipsoid, shaded, in dark noise.
+
+    The seed moves the ellipsoid a little, so that its outline (a label map) differs from case to case as well.
+    """
     rng = np.random.default_rng(seed)
     grid = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
-    body = ((grid[0] - 0.2) / 0.7) ** 2 + (grid[1] / 0.8) ** 2 + ((grid[2] + 0.1) / 0.75) ** 2 < 1
+    body = ((grid[0] - 0.2 + 0.03 * (seed % 11)) / 0.7) ** 2 + (grid[1] / 0.8) ** 2 + ((grid[2] + 0.1) / 0.75) ** 2 < 1
     values = body * (300 + 90 * grid[0] + 50 * grid[1] + 25 * grid[2]) + rng.normal(0, 4, shape)
     return np.clip(np.rint(values), 0, None).astype(dtype), oblique_affine()
 

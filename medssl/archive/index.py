@@ -87,6 +87,7 @@ def index(
     out: Path,
     *,
     site: str = "unknown",
+    modality: str = "unknown",
     key_file: Path | None = None,
     splits: Path | None = None,
     workers: int = 2,
@@ -95,13 +96,14 @@ def index(
     """Index the images under some folders.
 
     Files known from an earlier run with the same size and time of change are not opened again; files that are gone
-    are dropped. Earlier sources that are not named now stay in the index. `site` and `splits` of a source are kept
+    are dropped. Earlier sources that are not named now stay in the index. `site`, `modality` and `splits` of a source are kept
     until others are given.
 
     Args:
         sources: Folders, or single files.
         out: Folder of the index; made when absent.
         site: Name of the site these sources come from, for the column `site`.
+        modality: `MR` or `CT`, for files that do not say (NIfTI, NRRD and MHA without a sidecar); files that say are believed.
         key_file: The owner's id key, mode 0600. None uses `out`/private/id.key, made when absent.
         splits: CSV with columns `file,split` and optionally `patient`. `file` is matched on the path relative to its
             source, else on the file name, else on the name of the folder that holds the file.
@@ -116,6 +118,8 @@ def index(
     roots = [_source(Path(source)) for source in sources]
     if not roots:
         raise RequestError(f"no source was given; name one or more folders holding {ACCEPTED}")
+    if modality not in ("unknown", "MR", "CT"):
+        raise RequestError(f"modality: {modality!r}; accepted are MR and CT (what files that do not say hold); leave it out when they differ")
     if workers < 1:
         raise RequestError(f"workers: {workers}; 1 or more are needed")
     table = None if splits is None else read_splits(splits)
@@ -126,7 +130,7 @@ def index(
         raise RequestError(f"{names}: {_nothing(listing)}; accepted are {ACCEPTED}; check the path")
     key = _open_out(out, key_file)
     with _locked(out):
-        return _run(roots, out, key, listing, site, table, workers, on_progress)
+        return _run(roots, out, key, listing, site, modality, table, workers, on_progress)
 
 
 def _nothing(listing: Sequence[_Entry]) -> str:
@@ -142,12 +146,13 @@ def _run(
     key: IdKey,
     listing: Sequence[_Entry],
     site: str,
+    modality: str,
     table: dict[str, list[str]] | None,
     workers: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> IndexSummary:
     private = out / "private"
-    state = _remember(private, key, roots, site, table)
+    state = _remember(private, key, roots, site, modality, table)
     known = _known(private)
     rows = {path: row for path, row in known.items() if not _under(path, roots)}
     fresh: list[str] = []
@@ -320,13 +325,15 @@ def _state(private: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def _remember(private: Path, key: IdKey, roots: Sequence[Path], site: str, table: dict[str, list[str]] | None) -> dict[str, Any]:
+def _remember(private: Path, key: IdKey, roots: Sequence[Path], site: str, modality: str, table: dict[str, list[str]] | None) -> dict[str, Any]:
     """Add these sources to the state and return it."""
     state = _state(private) or {"format": FORMAT, "key": key.fingerprint, "sources": {}}
     for root in roots:
         source = state["sources"].setdefault(str(root), {"site": "unknown", "splits": None})
         if site != "unknown":
             source["site"] = site
+        if modality != "unknown":
+            source["modality"] = modality
         if table is not None:
             source["splits"] = table
     write_json(private / "state.json", state)
@@ -380,8 +387,8 @@ def _choose(path: str, sources: dict[str, Any]) -> Choice:
     for candidate in (relative, name, folder.rpartition(os.sep)[2]):
         if candidate in table:
             split, patient = table[candidate]
-            return Choice(source["site"], split, patient)
-    return Choice(source["site"])
+            return Choice(source["site"], split, patient, source.get("modality", "unknown"))
+    return Choice(source["site"], modality=source.get("modality", "unknown"))
 
 
 def _check_patients(grouped: Grouped) -> None:

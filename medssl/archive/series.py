@@ -73,11 +73,12 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user said about a file: site, split, and patient where a table names one."""
+    """What the user said about a file: site, split, patient where a table names one, and the modality of files that do not say."""
 
     site: str = "unknown"
     split: str = "unknown"
     patient: str | None = None
+    modality: str = "unknown"
 
 
 def build_series(rows: Sequence[Mapping[str, Any]], choices: Mapping[str, Choice], key: IdKey) -> Grouped:
@@ -190,8 +191,8 @@ def _add_volume(
         geometry = _canonical(affine, shape, header["slice_axis"])
     stem = path[: -len("".join(PurePath(path).suffixes[-2:]))] if path.endswith(".gz") else path.rpartition(".")[0]
     sidecar = sidecars.get(f"{stem}.json", {})
-    modality = str(sidecar.get("Modality", "unknown")).upper()
-    modality = modality if modality in MODALITIES else ("unknown" if "Modality" not in sidecar else "other")
+    modality = str(sidecar.get("Modality", choice.modality)).upper()
+    modality = modality if modality in MODALITIES else ("other" if "Modality" in sidecar else "unknown")
     reason = header["reason"]
     row = SeriesRow(
         series_id=series_id,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,24 +15,10 @@ runs_app = typer.Typer(help="Look at run folders.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 
 
-def recipe_folder() -> Path:
-    """Return the folder of the recipes that come with medssl: beside the package in a checkout, under share/ when installed."""
-    import medssl
-
-    for folder in (Path(medssl.__file__).parents[1] / "recipes", Path(sys.prefix) / "share" / "medssl" / "recipes"):
-        if folder.is_dir():
-            return folder
-    raise RequestError("the recipes that come with medssl are not installed; give the path of a recipe file")
-
-
-def shipped() -> dict[str, Path]:
-    """Return the shipped recipes by name, for instance pretrain/mae_vit3d_mri."""
-    root = recipe_folder()
-    return {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.yaml"))}
-
-
 def find_recipe(name: str) -> Path:
     """Return a recipe by path or by shipped name."""
+    from medssl.recipe import shipped
+
     if Path(name).is_file():
         return Path(name)
     known = shipped()
@@ -46,6 +31,8 @@ def find_recipe(name: str) -> Path:
 @recipe_app.command("ls")
 def recipe_ls(json: Json = False) -> None:
     """List the recipes that come with medssl."""
+    from medssl.recipe import shipped
+
     rows = [[name, _first_comment(path)] for name, path in shipped().items()]
     show.result([{"name": name, "about": about} for name, about in rows], json, show.table(rows, ["recipe", "about"]))
 

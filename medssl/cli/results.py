@@ -38,11 +38,11 @@ def export(
     json: Json = False,
 ) -> None:
     """Write weights in the layout of another library, reload them there and compare features before saying done."""
-    from medssl.export import export_weights
+    from medssl.export.write import export_weights
 
     done = export_weights(run, to, out)
     text = (
-        f"{to}: {done.matched} tensors matched, {len(done.missing)} missing, {len(done.unexpected)} unexpected; "
+        f"{to}: {len(done.matched)} tensors matched, {len(done.missing)} missing, {len(done.unexpected)} unexpected; "
         f"features equal within {done.max_feature_difference:.1e}\n" + "\n".join(str(path) for path in done.files)
     )
     show.result(asdict(done), json, text)

@@ -30,6 +30,15 @@ def slabs(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, min(shape[0], start + step))
 
 
+def memory_order(array: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return views with the axes of the first array from the widest to the narrowest stride, all permuted alike.
+
+    A canonical volume is often a transposed view; slabs of it along its first axis would touch every cache line several times.
+    """
+    axes = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+    return tuple(part.transpose(axes) for part in (array, *others))
+
+
 def sample(array: np.ndarray, n: int = SAMPLE_VOXELS) -> tuple[slice, ...]:
     """Return a strided grid of at most about n voxels, every voxel when there are fewer: deterministic, no copy."""
     stride = 1
@@ -135,6 +144,7 @@ def intensity_stats(array: np.ndarray, mask: np.ndarray, valid: np.ndarray | Non
     """
     count = int(np.count_nonzero(mask))
     total = array.size if valid is None else int(np.count_nonzero(valid))
+    array, mask = memory_order(array, mask)
     if array.dtype == np.float32:
         stats = _float_stats(array, mask, count)
     else:

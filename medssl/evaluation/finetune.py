@@ -11,6 +11,7 @@ position), and the network is built from the seed before pretrained tensors repl
     out/network.safetensors, .json   the last state, under the stock network's keys
     out/figures/segmentation.npz     slices, labels and predictions of a few test cases
     out/predictions/<case>.nii.gz    optional, on the grid of the image
+    out/private/cases.csv            beside predictions: which file a case is, readable by the owner alone
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from medssl.errors import RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.cohort import Case, Cohort, case_id
 from medssl.evaluation.metrics import dice, hd95_mm, mean_score
 from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, cut, whole_image
-from medssl.networks.segmentation import LoadReport, encoder_parameters, load_pretrained
+from medssl.networks.segmentation import LoadReport, encoder_parameters, load_pretrained, set_head_prior
 from medssl.registry import lookup
 from medssl.seeding import counter_rng, derive_seed
 from medssl.weights import load_part, save_part, write_atomic
@@ -49,8 +50,8 @@ class FinetuneSettings:
     Args:
         network: Registered network, `segresnet` or `unetr`.
         network_args: Further arguments of its builder.
-        encoder: `{"name": ..., "args": {...}}`; None takes it from the weights, which a scratch run alone does not
-            have.
+        encoder: `{"name": ..., "args": {...}}`. Weights, where given, decide the arguments; a scratch run alone has no
+            other source.
         domain: Registered domain that reads the images.
         normalize: As in `VolumeViews`; must be what the encoder was pretrained with.
         spacing_mm: Voxel size to train at; None keeps each volume's own.
@@ -69,6 +70,8 @@ class FinetuneSettings:
         ce_weight: Weight of the cross-entropy.
         batch_dice: Dice over the whole batch instead of the mean over samples: no empty structure in a crop then.
         include_background: Whether Dice counts background as a structure.
+        head_prior: Whether the head starts at the class frequencies of the training labels, see `set_head_prior`:
+            without it a seed may lose a small structure for good.
         foreground: Share of crops centred on a voxel of a structure, each structure equally often.
         augment: Geometric and intensity operations of `VolumeViews`. Flips are absent on purpose: mirrored anatomy
             turns left into right, which is a wrong label for every paired organ.
@@ -102,6 +105,7 @@ class FinetuneSettings:
     ce_weight: float = 1.0
     batch_dice: bool = True
     include_background: bool = False
+    head_prior: bool = True
     foreground: float = 0.67
     augment: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
@@ -233,12 +237,8 @@ class FinetuneResult:
         """Return plain values for JSON; NaN is null."""
         content = asdict(self)
         content["n_test"] = len(self.cases)
-        content["mean"] = {
-            metric: {k: _plain(v) for k, v in self.mean(metric).items()} for metric in ("dice", "hd95_mm")
-        }
-        content["mean_dice"] = _plain(
-            float(np.nanmean([case.mean_dice for case in self.cases])) if self.cases else math.nan
-        )
+        content["mean"] = {metric: {k: _plain(v) for k, v in self.mean(metric).items()} for metric in ("dice", "hd95_mm")}
+        content["mean_dice"] = _plain(float(np.nanmean([case.mean_dice for case in self.cases])) if self.cases else math.nan)
         return content
 
     @classmethod
@@ -320,10 +320,13 @@ def finetune(
     device = torch.device(settings.device)
     network = build_network(settings, n_classes=1 + max(structures), seed=seed)
     loaded = load(network, weights) if weights is not None else None
+    if settings.head_prior:
+        set_head_prior(network, class_frequencies([reader(case) for case in train_cases], 1 + max(structures)))
     run = _Run(settings, network.to(device), device, seed, structures, reader)
     log.info("fine-tuning on %d volumes, %d steps", len(train_cases), settings.steps)
     out = Path(out)
-    curve, seconds = _train(run, train_cases, cohort.split("val")[: settings.val_cases], weights is not None, on_step)
+    write_atomic(out / "curve.jsonl", b"")  # a folder that cannot be written says so now, not after the last step
+    curve, seconds = _train(run, train_cases, cohort.split("val")[: settings.val_cases], out, weights is not None, on_step)
     scores = _test(run, test_cases, out)
     result = FinetuneResult(
         arm=arm or ("scratch" if weights is None else "pretrained"),
@@ -403,10 +406,18 @@ def structures_of(cohort: Cohort, reader: CaseReader) -> dict[int, str]:
     for case in cohort.split("train"):
         values.update(reader(case).points)
     if not values:
-        raise RequestError(
-            f"cohort {cohort.name}: its training label maps hold background only; label values are 1, 2, 3 ..."
-        )
+        raise RequestError(f"cohort {cohort.name}: its training label maps hold background only; label values are 1, 2, 3 ...")
     return {value: f"structure_{value}" for value in sorted(values)}
+
+
+def class_frequencies(volumes: Sequence[Volume], n_classes: int) -> list[float]:
+    """Return the share of voxels of each class, mean over volumes."""
+    shares = []
+    for volume in volumes:
+        assert volume.label is not None
+        counts = np.bincount(volume.label.clip(0).ravel(), minlength=n_classes)[:n_classes]
+        shares.append(counts / max(1, volume.label.size))
+    return [float(share) for share in np.mean(shares, axis=0)]
 
 
 def learning_rates(step: int, settings: FinetuneSettings, *, pretrained: bool) -> tuple[float, float]:
@@ -469,6 +480,7 @@ def _train(
     run: _Run,
     cases: Sequence[Case],
     val_cases: Sequence[Case],
+    out: Path,
     pretrained: bool,
     on_step: Callable[[int, int, Mapping[str, float]], None] | None,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -522,6 +534,8 @@ def _train(
             if validate:
                 line["val_dice"] = _validation_dice(run, val_cases)
             curve.append(line)
+            if validate or done == settings.steps:
+                write_atomic(out / "curve.jsonl", "".join(json.dumps(row) + "\n" for row in curve).encode())
             if on_step is not None:
                 on_step(done, settings.steps, {"loss": line["loss"]})
     return curve, {"train": time.perf_counter() - start, "per_step": float(np.median(times))}
@@ -598,6 +612,8 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
             pictures.append((volume, found, scores[-1].mean_dice))
         if run.settings.predictions:
             write_prediction(out / "predictions" / f"{case.id}.nii.gz", found, volume)
+    if run.settings.predictions:
+        write_case_names(out / "private" / "cases.csv", cases)
     if pictures:
         write_figures(out / "figures" / "segmentation.npz", pictures, run.structures)
     return scores
@@ -614,9 +630,22 @@ def write_prediction(path: Path, label: np.ndarray, volume: Volume) -> None:
     write_atomic(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
-def write_figures(
-    path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float]], structures: Mapping[int, str]
-) -> None:
+def write_case_names(path: Path, cases: Sequence[Case]) -> None:
+    """Write case id, image name and patient for the owner alone (mode 0600 in a folder of mode 0700)."""
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["case", "image", "patient"])
+    writer.writerows([case.id, case.image.name, case.patient] for case in cases)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.chmod(0o700)
+    write_atomic(path, text.getvalue().encode())
+    path.chmod(0o600)
+
+
+def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float]], structures: Mapping[int, str]) -> None:
     """Write a few cases as `segmentation.npz`, cut around their structures to one common size.
 
     `image` (N, X, Y, Z) float32, `label` and `prediction` (N, X, Y, Z) uint8 with structure k as k-th name,
@@ -636,9 +665,7 @@ def write_figures(
         where = np.argwhere(volume.label > 0)
         shape = np.array(volume.label.shape)
         centre = where.mean(axis=0).round().astype(int) if len(where) else shape // 2
-        low = np.where(
-            shape <= size, -((size - shape) // 2), np.clip(centre - size // 2, 0, np.maximum(shape - size, 0))
-        )
+        low = np.where(shape <= size, -((size - shape) // 2), np.clip(centre - size // 2, 0, np.maximum(shape - size, 0)))
         darkest = np.float32(volume.image.min())
         images.append(cut(volume.image[0].astype(np.float32) - darkest, low, low + size) + darkest)
         for kept, array in ((labels, volume.label), (predictions, found)):
@@ -673,8 +700,6 @@ def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | N
         "pretrained": None if weights is None else weights.manifest.get("weights_hash"),
     }
     save_part(out, "network", run.network.state_dict(), manifest)
-    lines = "".join(json.dumps(line) + "\n" for line in result.curve)
-    write_atomic(out / "curve.jsonl", lines.encode())
     write_atomic(out / "results.json", json.dumps(result.to_json(), indent=1, allow_nan=False).encode())
 
 

@@ -83,10 +83,9 @@ def label_curve(
     out = Path(out)
     cells = plan(arms, counts, seeds)
     cohort.first(max(counts))  # too many labels asked for: say so before the first hour, not after it
-    if SCRATCH in arms and settings.encoder is None:
-        named = next((weights for weights in arms.values() if weights is not None), None)
-        if named is not None:
-            settings = with_encoder(settings, named)
+    named = next((weights for weights in arms.values() if weights is not None), None)
+    if named is not None:
+        settings = with_encoder(settings, named)  # the twin is built with the encoder of the weights
     claim(out, cohort, settings, arms)
     reader = CaseReader(settings.domain)
     for number, cell in enumerate(cells, start=1):
@@ -126,9 +125,7 @@ def plan(arms: Mapping[str, Any], counts: Sequence[int], seeds: Sequence[int]) -
     return [Cell(arm, count, seed) for seed in seeds for count in counts for arm in arms]
 
 
-def claim(
-    out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[str, Pretrained | None]
-) -> dict[str, Any]:
+def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[str, Pretrained | None]) -> dict[str, Any]:
     """Write what the cells of a folder have in common, or check it against what is there.
 
     New arms may join later; known ones must have the same weights.
@@ -148,9 +145,7 @@ def claim(
         names = sorted({*known["settings"], *values} - set(UNUSED_SETTINGS))
         changed = [name for name in names if known["settings"].get(name) != values.get(name)]
         faults += [f"{name} {known['settings'].get(name)} (now {values.get(name)})" for name in changed]
-        faults += [
-            f"other weights for arm {arm}" for arm in weights if known["weights"].get(arm, weights[arm]) != weights[arm]
-        ]
+        faults += [f"other weights for arm {arm}" for arm in weights if known["weights"].get(arm, weights[arm]) != weights[arm]]
         if faults:
             raise RequestError(
                 f"{out} holds cells computed with {'; '.join(faults)}; cells of one folder share everything but "
@@ -265,8 +260,7 @@ def score_table(runs: Sequence[FinetuneResult]) -> tuple[np.ndarray, list[str]]:
         by_id = {case.id: case for case in run.cases}
         if set(by_id) != set(order):
             raise RequestError(
-                "label curve: cells were scored on different test cases; one table needs the same; "
-                "remove the cells and run again"
+                "label curve: cells were scored on different test cases; one table needs the same; remove the cells and run again"
             )
         rows.append([by_id[name].mean_dice for name in order])
     table = np.array(rows, dtype=np.float64)
@@ -294,8 +288,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         per_seed = ", ".join(f"{100 * v:+.1f}" for v in row["seed_differences"])
         interval = f"{_signed(row['low'])} to {_signed(row['high'])}"
         lines.append(
-            f"| {row['labels']} | {row['arm']} - {row['against']} | {_signed(row['difference'])} ({interval}) | "
-            f"{per_seed} |"
+            f"| {row['labels']} | {row['arm']} - {row['against']} | {_signed(row['difference'])} ({interval}) | {per_seed} |"
         )
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ pretraining did.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medssl.errors import GeometryError, ImageError
+from medssl.errors import GeometryError, ImageError, RequestError, near
 from medssl.evaluation.cohort import Case
 from medssl.registry import lookup
 from medssl.seeding import counter_rng
@@ -23,6 +24,7 @@ from medssl.views.intensity import normalization, normalize_
 from medssl.views.pipeline import Crop, VolumeViews
 
 VIEW = "finetune"
+NOT_AUGMENTATION = ("name", "size", "spacing_mm", "count", "normalize", "mask")
 POINTS = 4096  # voxels kept per structure to centre crops on
 
 
@@ -121,7 +123,7 @@ class TrainingCrops:
         size: Crop in voxels.
         spacing_mm: Voxel size of the crops; None keeps each volume's own.
         normalize: As in `VolumeViews`.
-        augment: Further arguments of `VolumeViews`.
+        augment: Geometric and intensity operations of `VolumeViews`.
         foreground: Share of crops centred on a voxel of a structure.
         seed: Seed.
         device: Where crops are made.
@@ -138,6 +140,10 @@ class TrainingCrops:
         seed: int,
         device: torch.device,
     ) -> None:
+        known = [name for name in inspect.signature(VolumeViews).parameters if name not in NOT_AUGMENTATION]
+        unknown = [f"{name}{near(name, known)}" for name in augment if name not in known]
+        if unknown:
+            raise RequestError(f"augment: unknown key {', '.join(unknown)}; accepted are {', '.join(known)}; correct it")
         self.views = VolumeViews(VIEW, size=size, spacing_mm=spacing_mm, normalize=normalize, **augment)
         self.foreground = foreground
         self.seed = seed

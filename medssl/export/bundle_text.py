@@ -85,7 +85,8 @@ def _normalisation_sentence(manifest: dict[str, Any]) -> str:
     intensity = manifest.get("intensity") or {}
     domain = manifest.get("domain")
     name = domain.get("name") if isinstance(domain, dict) else domain
-    body = "of the body (above the limit of the CT domain in HU)" if name == "ct" else "of the body (above a threshold between air and tissue, after Otsu)"
+    limit = "the limit of the CT domain in HU" if name == "ct" else "a threshold between air and tissue, after Otsu"
+    body = f"of the body (above {limit})"
     window = window_of(intensity)
     return {
         "zscore": f"Intensities: (x - mean) / std of the voxels {body}.",

@@ -26,7 +26,7 @@ SCHEMA_URL = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/do
 DEFAULT_WINDOW = (96, 96, 96)  # of the sliding window, for encoders that take any size
 BODY_HU = -500.0  # medssl.domains.ct
 IGNITE = "0.5.1"  # where none is installed: the oldest that MONAI 1.5 and later accept
-AIR_SHARE = 0.2  # medssl.domains.statistics
+AIR_SHARE = 0.25  # medssl.domains.statistics
 LIBRARIES = ("monai.ViT", "monai.SegResNet")
 
 FOREGROUND = {
@@ -48,9 +48,7 @@ FOREGROUND = {
     "otsu": "$lambda v: @cut(*@histogram(v, @range(v)))",
     # body: above halfway between the Otsu threshold and the median of the darker class; everything where there is no air
     "medians": "$lambda v, t: (np.median(v[v <= t]), np.median(v[v > t]))",
-    "halfway": (
-        f"$lambda t, m, floor: -np.inf if m[0] - floor > {AIR_SHARE} * (m[1] - floor) else (m[0] + t) / 2"
-    ),
+    "halfway": (f"$lambda t, m, floor: -np.inf if m[0] - floor > {AIR_SHARE} * (m[1] - floor) else (m[0] + t) / 2"),
     "below_otsu": "$lambda v, t: @halfway(t, @medians(v, t), min(0.0, np.quantile(v, 0.005)))",
     "threshold": "$lambda v: @below_otsu(v, @otsu(v))",
 }
@@ -97,7 +95,9 @@ def write(folder: Path, weights: Weights, *, name: str) -> ExportReport:
     network = load_network(folder)
     load_stock(network, state)
     network = network.eval().double()
-    image = random_image(source.in_channels, window)
+    # a network of any size is compared at one that is quick in float64, other on each axis so that a permuted kernel shows
+    any_size = [n * p for n, p in zip((2, 3, 1), source.patch_size, strict=True)]
+    image = random_image(source.in_channels, weights.args.get("image_size") or any_size)
     with torch.no_grad():
         output = source.forward_features(image)
         pairs = [(network(image), unflatten_tokens(output.tokens, output.grid))]

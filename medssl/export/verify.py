@@ -104,14 +104,15 @@ def compare(pairs: Sequence[tuple[Tensor, Tensor]], to: str) -> float:
     Raises:
         WeightsError: Shapes differ, or the difference exceeds `TOLERANCE`.
     """
-    worst = 0.0
+    differences = []
     for stock, source in pairs:
         if stock.shape != source.shape:
             raise WeightsError(
                 f"export to {to}: the stock network returns features {tuple(stock.shape)}, the encoder {tuple(source.shape)}; "
                 "nothing was written; check MONAI's version against the manifest"
             )
-        worst = max(worst, float((stock - source).abs().max()))
+        differences.append((stock - source).abs().max())
+    worst = float(torch.stack(differences).max())  # unlike Python's max, NaN wins
     if not worst <= TOLERANCE:
         raise WeightsError(
             f"export to {to}: the features of the reloaded network differ by {worst:.2g}, at most {TOLERANCE:g} is accepted; "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from medssl.errors import RequestError, WeightsError
@@ -20,9 +21,7 @@ from medssl.layers.pos_embed import resize_positions
 UNETR_PATCH = 16  # both are fixed inside MONAI's UNETR
 UNETR_LAYERS = 12
 POSITIONS = "patch_embedding.position_embeddings"
-UNUSED = (
-    "norm_cross_attn"  # in every MONAI ViT block since 1.4, on no path without cross attention; older files lack it
-)
+UNUSED = "norm_cross_attn"  # in every MONAI ViT block since 1.4, on no path without cross attention; older files lack it
 
 Network: TypeAlias = nn.Module
 
@@ -163,8 +162,7 @@ def check_crop(network: str, image_size: Sequence[int], divisor: int) -> tuple[i
     if len(size) != 3 or any(n < divisor or n % divisor for n in size):
         nearest = "x".join(str(max(divisor, -(-n // divisor) * divisor)) for n in size)
         raise RequestError(
-            f"network {network}: crop {'x'.join(map(str, size))} voxels; every axis must be a multiple of {divisor}; "
-            f"use {nearest}"
+            f"network {network}: crop {'x'.join(map(str, size))} voxels; every axis must be a multiple of {divisor}; use {nearest}"
         )
     return size[0], size[1], size[2]
 
@@ -194,14 +192,10 @@ def load_pretrained(
     if found != library:
         name = dict(manifest.get("encoder", {})).get("name", found)
         fits = {"monai.ViT": "unetr", "monai.SegResNet": "segresnet"}.get(str(found), "the one they were made for")
-        raise WeightsError(
-            f"the weights are of {found} (encoder {name}); this network needs {library}; choose network {fits}"
-        )
+        raise WeightsError(f"the weights are of {found} (encoder {name}); this network needs {library}; choose network {fits}")
     own = network.state_dict()
     wanted = {key.removeprefix(prefix): key for key in own if key.startswith(encoder_keys)}
-    other = tuple(
-        key for group, keys in dict(manifest.get("key_groups", {})).items() if group != "encoder" for key in keys
-    )
+    other = tuple(key for group, keys in dict(manifest.get("key_groups", {})).items() if group != "encoder" for key in keys)
     given = {key: tensor for key, tensor in state.items() if not (other and key.startswith(other))}
     _check_channels(given, own, wanted)
     given, resized = _fit_positions(given, own, wanted, manifest, tuple(getattr(network, "feat_size", ())))
@@ -222,6 +216,35 @@ def load_pretrained(
         resized=resized,
         fresh=len(own) - len(filled) - missing,
     )
+
+
+def set_head_prior(network: Network, frequencies: Sequence[float]) -> None:
+    """Start the last convolution so that an untrained network predicts how frequent each class is.
+
+    With equal start logits the first hundred steps push the rare classes down through the weights of the head. Those
+    act on few, non-negative features (8 in a SegResNet of 8 filters, after its last ReLU), so all weights of a class
+    can end up negative; the
+    class then asks for features that are zero, where the ReLU passes no gradient, and it is never predicted again: a
+        small structure
+    is lost for good, and the seed decides which. With the bias at the log frequency there is nothing to push down.
+
+    Args:
+        network: Result of `build_unetr` or `build_segresnet`.
+        frequencies: One share of voxels per class, background first; shares under 1e-4 count as 1e-4.
+
+    Reference:
+        Lin et al. 2017, "Focal Loss for Dense Object Detection", section 4.1, for one rare class.
+    """
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv3d)]
+    fitting = [m for m in convolutions if m.out_channels == len(frequencies) and m.kernel_size == (1, 1, 1)]
+    if not fitting or fitting[-1].bias is None:
+        raise RequestError(
+            f"head prior: no last 1x1 convolution with {len(frequencies)} outputs and a bias in this {type(network).__name__}; "
+            "switch head_prior off"
+        )
+    values = torch.tensor([max(float(f), 1e-4) for f in frequencies], dtype=torch.float64).log()
+    with torch.no_grad():
+        fitting[-1].bias.copy_(values)
 
 
 def encoder_parameters(network: Network) -> set[str]:

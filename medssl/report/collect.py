@@ -104,9 +104,8 @@ def collect(root: Path, *, with_images: bool = True) -> Leftovers:
         raise RequestError(f"{root}: not a folder; give the run folder, archive or demo folder that a report is for")
     found = Leftovers(root)
     paths = sorted(_walk(root), key=lambda path: (len(path.parts), str(path)))
-    folders_of_results = {path.parent for path in paths if path.name == "results.json"}
-    run_files = [path for path in paths if path.name == "run.json" and path.parent not in folders_of_results]
     # A demo folder may hold several runs; the one with pretraining metrics is what the report is about.
+    run_files = [path for path in paths if path.name == "run.json"]
     with_metrics = [path for path in run_files if (path.parent / "metrics.jsonl").exists()]
     run_file = next(iter(with_metrics or run_files), None)
     if len(with_metrics) > 1:
@@ -244,7 +243,8 @@ def _arrays(path: Path, found: Leftovers) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     total = 0
     try:
-        with np.load(path, allow_pickle=False) as content:
+        # numpy leaves a file open that it fails to read, so it is given an open one
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
             for name in content.files:
                 arrays[name] = content[name]
                 total += arrays[name].nbytes

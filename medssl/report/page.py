@@ -454,33 +454,26 @@ def _curves(found: Leftovers) -> str:
         steps = np.array([_or_nan(row.get("step", k)) for k, row in enumerate(found.metrics)])
         keys = list(dict.fromkeys(key for row in found.metrics for key in row if key != "step"))
         columns = {key: np.array([_or_nan(row.get(key)) for row in found.metrics]) for key in keys}
-        # A key is a curve when it ever held a number, or when it should have (null stands for NaN).
         losses = [key for key in keys if key == "loss" or key.endswith("/loss") or key.startswith("loss/")]
-        holes = sum(int(row.get("loss", 0) is None or _infinite(row.get("loss"))) for row in found.metrics)
-        drawn = {key: column for key, column in columns.items() if np.isfinite(column).any()}
+        probes = [key for key in keys if key.startswith("probe/")]
+        drawn = [key for key in keys if np.isfinite(columns[key]).any()]
         for group, alt in (
             (losses, "Loss against step"),
-            ([key for key in keys if key.startswith("probe/")], "Live probes against step"),
-            ([key for key in keys if key not in losses and not key.startswith("probe/")], "Monitors against step"),
+            (probes, "Live probes against step"),
+            ([key for key in keys if key not in (*losses, *probes)], "Monitors against step"),
         ):
             shown = [key for key in group if key in drawn][:12]
-            if not shown:
-                continue
-            panel = (5.4, 2.8) if len(shown) == 1 else (3.3, 2.2)
-            caption = ""
-            if alt.startswith("Loss") and holes:
-                caption = f'<span class="warn">{holes} of {len(found.metrics)} logged losses were not finite (gaps).</span>'
-            parts.append(charts([_chart(key, steps, drawn[key]) for key in shown], alt, caption, panel=panel))
-        if holes == len(found.metrics):
-            parts.append('<p class="warn">No logged loss was finite.</p>')
+            if shown:
+                panel = (5.4, 2.8) if len(shown) == 1 else (3.3, 2.2)
+                parts.append(charts([_chart(key, steps, columns[key]) for key in shown], alt, panel=panel))
+        logged = [row["loss"] for row in found.metrics if "loss" in row]
+        holes = sum(number(loss) is None for loss in logged)
+        if holes:
+            parts.append(f'<p class="warn">{holes} of {len(logged)} logged losses were not finite.</p>')
     else:
         parts.append(absent("No metrics.jsonl was found.", "<code>medssl pretrain</code> writes one."))
     parts.append(_finetune_curves(found))
     return "".join(parts)
-
-
-def _infinite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _chart(key: str, steps: np.ndarray, values: np.ndarray) -> figures.Chart:
@@ -707,7 +700,7 @@ def _caveats(found: Leftovers, lines: Sequence[Comparison], with_images: bool) -
     ]
     few = min((line.n_test for line in lines if line.n_test), default=None)
     if few is not None and few < 20:
-        said.append(f"Only {few} test cases: a difference of one or two Dice points cannot be seen with so few.")
+        said.append(f"Only {few} test cases: a difference of one or two Dice points may well be chance with so few.")
     if lines and all((line.seeds or 1) < 3 for line in lines):
         said.append("Fewer than 3 training seeds: with few labels the seed alone can move Dice by more than the method.")
     status = found.run.get("status")

@@ -51,7 +51,7 @@ class StoreReader:
 
     def series_ids(self) -> list[str]:
         """Return the ids of all complete items, sorted."""
-        return sorted(path.stem for path in (self.store / "items").glob("*.json"))
+        return sorted(path.stem for path in (self.store / "items").glob("[!.]*.json"))
 
     def __contains__(self, series_id: object) -> bool:
         return isinstance(series_id, str) and item_paths(self.store, series_id)[2].is_file()

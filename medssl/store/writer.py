@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = ".tmp-"
 MAX_POINTS = 512
+DIFFERENCES_ABOVE = 0.5
 
 
 class Row(Protocol):
@@ -251,20 +252,30 @@ def write_item(sample: Sample, store: Path, *, patient_id: str, mask: np.ndarray
 def compress(array: np.ndarray) -> bytes:
     """Return (C, X, Y, Z) as a Blosc2 frame: zstd 1, chunks 64^3, blocks 32^3, one channel per chunk.
 
-    The frame is built in memory, a slab of one chunk's thickness at a time, so that no contiguous copy of the volume
-    is made.
+    16-bit images that shuffling leaves above half their size are written with byte differences too: that saves 6 % of the
+    noisiest CT of `shared/data` and costs a fifth of the reading rate, so it is kept for those.
     """
+    frame = _frame(array, differences=False)
+    if array.dtype == np.int16 and len(frame) > DIFFERENCES_ABOVE * array.nbytes:
+        return _frame(array, differences=True)
+    return frame
+
+
+def _frame(array: np.ndarray, *, differences: bool) -> bytes:
+    """Compress in memory, a slab of one chunk's thickness at a time, so that no contiguous copy of the volume is made."""
     import blosc2
 
     shape = array.shape
     chunks = (1, *(min(CHUNK, n) for n in shape[1:]))
     blocks = (1, *(min(BLOCK, n) for n in chunks[1:]))
+    filters = [blosc2.Filter.SHUFFLE, blosc2.Filter.BYTEDELTA] if differences else [blosc2.Filter.SHUFFLE]
+    meta = [0, array.dtype.itemsize] if differences else [0]
     frame = blosc2.empty(
         shape,
         dtype=array.dtype,
         chunks=chunks,
         blocks=blocks,
-        cparams={"codec": blosc2.Codec.ZSTD, "clevel": CLEVEL, "nthreads": 1, "filters": [blosc2.Filter.SHUFFLE]},
+        cparams={"codec": blosc2.Codec.ZSTD, "clevel": CLEVEL, "nthreads": 1, "filters": filters, "filters_meta": meta},
         contiguous=True,
     )
     for channel in range(shape[0]):

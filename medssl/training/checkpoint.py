@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -65,7 +66,7 @@ def save(folder: Path, step: int, model: nn.Module, optimiser: Optimizer, meta: 
             if target.exists():
                 shutil.rmtree(target)
             os.replace(aside, target)
-    except Exception as err:
+    except (Exception, CheckpointException) as err:  # torch derives it from BaseException
         cause = _os_error(err)
         if cause is None:
             raise
@@ -141,7 +142,7 @@ def load(path: Path, model: nn.Module, optimiser: Optimizer, world: World) -> No
             dcp_load(state, checkpoint_id=str(path),
                 no_dist=world.size == 1,
             )
-    except Exception as err:
+    except (Exception, CheckpointException) as err:  # torch derives it from BaseException
         raise CheckpointError(
             f"{path} cannot be read ({type(err).__name__}): it is cut short or was changed; "
             f"delete that folder and resume again, which takes the checkpoint before it"

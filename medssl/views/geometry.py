@@ -105,7 +105,7 @@ def sampling_grid(
     Returns:
         (3, *size) float32, -1 at the source's outer lower corner and +1 at its outer upper corner along each axis;
         inside the source the absolute value is at most 1. This is `grid_sample`'s convention for align_corners=False,
-        in X, Y, Z order.
+        and the first axis holds Z, Y, X in this order: the order `grid_sample` wants.
     """
     to_grid = 2.0 / (np.asarray(source_shape, dtype=np.float64) * np.asarray(source_spacing_mm, dtype=np.float64))
     linear = matrix * to_grid[:, None]  # (3 source axes, 3 view axes), per mm of the view
@@ -113,12 +113,12 @@ def sampling_grid(
     parts = [linear[:, b, None] * offsets[b] for b in range(3)]
     parts[0] = parts[0] + (np.asarray(centre_mm, dtype=np.float64) * to_grid - 1.0)[:, None]
     # Computed in float64 along single axes, rounded once, then added over the volume.
-    packed = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32)).to(device)
+    packed = torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32)[::-1].copy()).to(device)  # Z, Y, X
     x, y, z = torch.tensor_split(packed, np.cumsum(size)[:2].tolist(), dim=1)
     plane = y[:, :, None] + z[:, None, :]
     if displacement is None:
         return x[:, :, None, None] + plane[:, None]
-    mix = torch.from_numpy(linear.astype(np.float32)).to(device)
+    mix = torch.from_numpy(linear.astype(np.float32)[::-1].copy()).to(device)
     nodes = sum_columns(mix, displacement)
     return upsample_nodes(nodes, size).add_(plane[:, None]).add_(x[:, :, None, None])
 
@@ -152,7 +152,7 @@ def sample(source: Tensor, grid: Tensor, mode: str) -> Tensor:
         (C, *size) float32.
     """
     size = grid.shape[1:]
-    points = grid.flip(0).permute(1, 2, 3, 0)  # grid_sample wants the fastest axis first
+    points = grid.permute(1, 2, 3, 0)
     # grid_sample spreads a batch over CPU threads, not the voxels of one volume: slabs of the output play the batch.
     slabs = 1 if source.is_cuda else max(d for d in range(1, 9) if size[0] % d == 0)
     out = F.grid_sample(
@@ -184,7 +184,7 @@ def grid_to_mm(grid: Tensor, source_shape: Sequence[int], source_spacing_mm: Seq
     """
     half = np.asarray(source_shape) * np.asarray(source_spacing_mm, dtype=np.float64) / 2
     packed = torch.from_numpy(np.stack([half, origin_mm + half]).astype(np.float32)).to(grid.device)
-    return grid * packed[0].view(3, 1, 1, 1) + packed[1].view(3, 1, 1, 1)
+    return grid.flip(0) * packed[0].view(3, 1, 1, 1) + packed[1].view(3, 1, 1, 1)
 
 
 def touched_voxels(

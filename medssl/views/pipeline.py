@@ -136,12 +136,13 @@ class VolumeViews:
     def margin_mm(self, spacing_mm: Sequence[float], key: DrawKey | None = None) -> Triple:
         """Return what the reader must fetch beyond the box on each side, so that no view leaves what was fetched.
 
-        Zero without rotation, scale, warp and change of spacing. Otherwise it holds the rotations, scales and displacements that can be
-        drawn, and one voxel of the item for interpolation.
+        Zero without rotation, scale, warp and change of spacing. Otherwise it holds the rotations, scales and displacements
+        that can be drawn, and one voxel of the item for interpolation.
 
         Args:
             spacing_mm: Voxel size of the item.
-            key: With a key, the margin that the views of this draw need, which is much less to read; without, the margin of any draw.
+            key: With a key, the margin that the views of this draw need, often half as many voxels to read; without, the
+                margin of any draw.
         """
         spacing = self.view_spacing_mm(spacing_mm)
         moving = any(self.rotate_deg) or self.scale != (1.0, 1.0) or self.warp is not None

@@ -48,19 +48,22 @@ def test_intensity_stats__fraction_counts_valid_voxels_only() -> None:
     assert intensity_stats(array, mask, valid)["foreground_fraction"] == mask.sum() / valid.sum()
 
 
-def test_otsu__equals_plain_search() -> None:
+def test_otsu__separates_as_well_as_plain_search() -> None:
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(20, 5, 3000), rng.normal(90, 12, 2000)])
     low, high = np.quantile(values, [0.005, 0.995])
     clipped = np.clip(values, low, high)
-    best, where = -1.0, 0.0
-    for edge in np.linspace(low, high, 257)[1:-1]:
-        dark, bright = clipped[clipped < edge], clipped[clipped >= edge]
-        if len(dark) and len(bright):
-            between = len(dark) * len(bright) * (dark.mean() - bright.mean()) ** 2
-            if between > best:
-                best, where = between, edge
-    assert otsu_threshold(values) == pytest.approx(where, abs=2 * (high - low) / 256)
+
+    def between(threshold: float) -> float:
+        dark, bright = clipped[clipped <= threshold], clipped[clipped > threshold]
+        return float(len(dark) * len(bright) * (dark.mean() - bright.mean()) ** 2)
+
+    best = max(between(float(edge)) for edge in np.linspace(low, high, 257)[1:-1])
+    assert between(otsu_threshold(values)) > 0.9999 * best
+
+
+def test_otsu__in_the_middle_of_a_gap() -> None:
+    assert otsu_threshold(np.repeat([0.0, 10.0], 500)) == pytest.approx(5, abs=0.05)
 
 
 def test_body_threshold__air_is_cut_and_a_crop_without_air_is_all_body() -> None:

@@ -63,9 +63,7 @@ def test_bootstrap__seed_decides():
 
 def test_bootstrap__rows_with_columns_and_other_statistic():
     rows = np.stack([np.arange(8.0), 2 * np.arange(8.0)], axis=1)
-    ratio = bootstrap_interval(
-        rows, list("aabbccdd"), draws=40, statistic=lambda r: float(r[:, 1].sum() / r[:, 0].sum())
-    )
+    ratio = bootstrap_interval(rows, list("aabbccdd"), draws=40, statistic=lambda r: float(r[:, 1].sum() / r[:, 0].sum()))
     assert ratio == pytest.approx((2.0, 2.0, 2.0), abs=1e-12)
 
 

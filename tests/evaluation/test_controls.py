@@ -66,9 +66,7 @@ def test_control_features__feed_the_probe_table_and_find_what_is_in_the_pixels()
         "intensity_statistics": (24, 11),
     }
     groups = [f"p{i % 12}" for i in range(24)]
-    rows = probe_table(
-        np.random.default_rng(4).normal(size=(24, 3)), found, brightness.numpy(), groups, task="regression"
-    )
+    rows = probe_table(np.random.default_rng(4).normal(size=(24, 3)), found, brightness.numpy(), groups, task="regression")
     value = {row["name"]: row["value"] for row in rows if row["probe"] == "linear" and row["metric"] == "r2"}
     assert value["intensity_statistics"] > 0.95 and value["raw_pixels"] > 0.9
     assert value["encoder"] < 0.2

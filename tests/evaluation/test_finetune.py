@@ -20,6 +20,7 @@ from medssl.evaluation.finetune import (
     build_loss,
     build_network,
     case_order,
+    class_frequencies,
     finetune,
     learning_rates,
     load,
@@ -127,7 +128,7 @@ def test_two_phantoms__are_learnt(tmp_path: Path) -> None:
     for kind in ("images", "labels"):  # the test cases are copies of the training cases
         for source, target in ((0, 2), (1, 3)):
             (folder / kind / f"v{target}.nii.gz").write_bytes((folder / kind / f"v{source}.nii.gz").read_bytes())
-    settings = replace(SETTINGS, steps=60, lr=1e-2, warmup_steps=5, augment={}, log_every=20)
+    settings = replace(SETTINGS, steps=50, batch=1, lr=1e-2, warmup_steps=5, augment={}, log_every=10)
     result = finetune(Cohort.load(folder), settings, tmp_path / "out", seed=0)
     assert result.curve[-1]["loss"] < 0.5 * result.curve[0]["loss"]
     assert min(result.mean("dice").values()) > 0.85
@@ -161,6 +162,9 @@ def test_folder__holds_what_the_report_and_the_loader_read(cohort: Cohort, tmp_p
     written = nibabel.load(out / "predictions" / f"{cohort.split('test')[0].id}.nii.gz")
     np.testing.assert_array_equal(np.asarray(written.dataobj), predict(network, volume, settings))
     np.testing.assert_allclose(written.affine, volume.affine)
+    names = out / "private" / "cases.csv"
+    assert names.stat().st_mode & 0o777 == 0o600
+    assert f"{cohort.split('test')[0].id},v4.nii.gz,v4" in names.read_text()
 
 
 def test_test_labels__are_read_after_the_last_step(cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +245,15 @@ def test_loss__equals_a_plain_formula() -> None:
     expected = 0.5 * sum(terms) / 2 + 2.0 * (-chosen.log()).mean()
     loss = build_loss(replace(SETTINGS, dice_weight=0.5, ce_weight=2.0))(logits, labels)
     torch.testing.assert_close(loss, expected)
+
+
+def test_class_frequencies__are_means_over_volumes(cohort: Cohort) -> None:
+    reader = CaseReader("mri")
+    volumes = [reader(case) for case in cohort.first(2)]
+    labels = [tiny_volume(int(case.patient[1:]))[1] for case in cohort.first(2)]
+    expected = [np.mean([np.mean(label == k) for label in labels]) for k in range(4)]
+    assert class_frequencies(volumes, 4) == pytest.approx(expected)
+    assert expected[3] == 0
 
 
 def test_case_order__shows_each_case_equally_often() -> None:

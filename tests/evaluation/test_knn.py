@@ -16,9 +16,7 @@ def plain_loop(features, targets, groups, k, temperature):
         similar = []
         for j, b in enumerate(features):
             if groups[i] != groups[j]:
-                cosine = sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(
-                    sum(x * x for x in a) * sum(y * y for y in b)
-                )
+                cosine = sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
                 similar.append((cosine, targets[j]))
         similar.sort(key=lambda pair: -pair[0])
         neighbours.append([(math.exp(s / temperature), t) for s, t in similar[:k]])
@@ -35,10 +33,7 @@ def _cohort():
 @pytest.mark.parametrize("k", [1, 4, 100])
 def test_regression__equals_plain_loop(cohort, k):
     features, values, _, groups = cohort
-    expected = [
-        sum(w * t for w, t in pairs) / sum(w for w, _ in pairs)
-        for pairs in plain_loop(features, values, groups, k, 0.07)
-    ]
+    expected = [sum(w * t for w, t in pairs) / sum(w for w, _ in pairs) for pairs in plain_loop(features, values, groups, k, 0.07)]
     found = knn_predict(features, values, groups, task="regression", k=k)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 

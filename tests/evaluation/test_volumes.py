@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from medssl.errors import RequestError
 from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, structure_points, whole_image
 from medssl.types import DrawKey
@@ -66,7 +67,7 @@ def test_short_axes__hold_the_whole_volume_shifted_at_random(volume: Volume) -> 
     start = int(maker.draw_box(volume, DrawKey(0, 3, 0)).start_mm[0])
     outside = [i for i in range(24) if not 0 <= i + start < 20]
     assert len(outside) == 4
-    assert (images[0, 0, outside] == np.float32(padding)).all()  # as at inference
+    assert np.all(images[0, 0, outside].numpy() == np.float32(padding))  # as at inference
     assert (labels[0, 0, outside] == 0).all()
 
 
@@ -80,6 +81,13 @@ def test_augmentation__moves_image_and_label_together(volume: Volume) -> None:
         inside, outside = image[label == 2].mean(), image[label == 0].mean()
         reference = before_image[before_label == 2].mean() - before_image[before_label == 0].mean()
         assert inside - outside > 0.7 * reference
+
+
+def test_unknown_augmentation__is_refused_with_a_near_match() -> None:
+    with pytest.raises(RequestError, match=r'augment: unknown key rotate \(did you mean "rotate_deg"\?\)'):
+        crops(augment={"rotate": 10})
+    with pytest.raises(RequestError, match="unknown key mask"):
+        crops(augment={"mask": None})
 
 
 def test_structure_points__lie_in_their_structure_and_are_bounded() -> None:

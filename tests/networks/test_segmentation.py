@@ -15,6 +15,7 @@ from medssl.networks.segmentation import (
     build_unetr,
     encoder_parameters,
     load_pretrained,
+    set_head_prior,
 )
 
 SEG = {"in_channels": 1, "init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
@@ -165,6 +166,22 @@ def test_builders__refuse_what_cannot_be_built() -> None:
         build_unetr(encoder=vit, out_channels=2, image_size=(40, 56, 40))
     with pytest.raises(RequestError, match="multiple of 4; use 12x8x8"):
         build_segresnet(encoder={"name": "segresnet3d", "args": SEG}, out_channels=2, image_size=(10, 8, 8))
+
+
+def test_head_prior__predicts_the_frequencies_before_training() -> None:
+    segresnet: Any = build_segresnet(encoder={"name": "segresnet3d", "args": SEG}, out_channels=3)
+    unetr: Any = build_unetr(encoder={"name": "vit3d", "args": VIT}, out_channels=3, image_size=(16, 16, 16), feature_size=4)
+    for network, head in ((segresnet, segresnet.conv_final[2].conv), (unetr, unetr.out.conv.conv)):
+        before = {k: v.clone() for k, v in network.state_dict().items()}
+        set_head_prior(network, [0.9, 0.1, 0.0])
+        changed = [k for k, v in network.state_dict().items() if not torch.equal(v, before[k])]
+        assert len(changed) == 1
+        torch.testing.assert_close(head.bias.softmax(0), torch.tensor([0.9, 0.1, 1e-4]) / 1.0001)
+        torch.nn.init.zeros_(head.weight)
+        p = network.eval()(torch.randn(1, 1, 16, 16, 16)).softmax(1)
+        torch.testing.assert_close(p[:, 1], torch.full_like(p[:, 1], 0.1 / 1.0001))
+    with pytest.raises(RequestError, match="no last 1x1 convolution with 5 outputs"):
+        set_head_prior(segresnet, [0.2] * 5)
 
 
 def test_encoder_parameters__are_exactly_the_pretrained_ones() -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medssl.domains.volume_files import read_label, read_volume
 from medssl.errors import RequestError
+from medssl.evaluation.cohort import Cohort
 from medssl.phantoms import ORGAN_NAMES, make_cohort
 from medssl.phantoms import cohort as cohort_module
 from medssl.phantoms.cohort import write_dicom_series
@@ -80,16 +82,24 @@ def test_make_cohort__image_and_label_share_a_grid_in_both_formats(cohort: Path)
 
 
 def test_make_cohort__reader_of_the_package_agrees(cohort: Path) -> None:
-    reader = pytest.importorskip("medssl.domains.volume_files", reason="the volume reader is not there yet")
     for row in rows_of(cohort):
         source = cohort / "images" / row["file"]
         files = sorted(source.iterdir()) if source.is_dir() else [source]
-        raw = reader.read_volume(files)
+        raw = read_volume(files)
         expected, affine = dicom_ras(source) if source.is_dir() else nifti_ras(source)
         assert np.array_equal(raw.array, expected)
         assert raw.affine == pytest.approx(affine, abs=1e-4)
-        labels = reader.read_label(cohort / "labels" / row["label"], raw)
+        labels = read_label(cohort / "labels" / row["label"], raw)
         assert np.array_equal(labels, nifti_ras(cohort / "labels" / row["label"])[0])
+
+
+def test_make_cohort__is_a_cohort_to_fine_tune_on(cohort: Path) -> None:
+    loaded = Cohort.load(cohort)
+    assert dict(loaded.structures) == dict(enumerate(ORGAN_NAMES, start=1))
+    assert [len(loaded.split(name)) for name in ("train", "val", "test")] == [7, 2, 3]
+    assert [case.rank for case in loaded.first(3)] == [1, 2, 3]
+    assert {case.image.is_dir() for case in loaded.cases} == {True, False}
+    assert all(case.label is not None and case.label.is_file() for case in loaded.cases)
 
 
 def test_make_cohort__geometry_varies_between_patients(cohort: Path) -> None:

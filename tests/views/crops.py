@@ -24,7 +24,10 @@ def make_crop(
     item: int = 0,
     tight: bool = False,
 ) -> Crop:
-    """Fetch box and margin (`tight`: of this draw only) of a (C, X, Y, Z) volume, rounded outwards to voxels, zero-padded with valid False."""
+    """Fetch box and margin (`tight`: of this draw only) of a (C, X, Y, Z) volume.
+
+    Rounded outwards to voxels and zero-padded, with valid False there, as the reader does it.
+    """
     spacing = np.asarray(spacing_mm, dtype=float)
     size = np.asarray(views.box_size_mm(spacing_mm))
     centre = np.asarray(volume.shape[1:]) * spacing / 2 if centre_mm is None else np.asarray(centre_mm, dtype=float)

@@ -56,7 +56,7 @@ def test_sample__splits_the_output_into_slabs_without_changing_a_bit() -> None:
     rng = torch.Generator().manual_seed(0)
     source, grid = torch.randn(2, 9, 8, 7, generator=rng), torch.rand(3, 12, 5, 6, generator=rng) * 2.2 - 1.1
     whole = torch.nn.functional.grid_sample(
-        source[None], grid.flip(0).permute(1, 2, 3, 0)[None], padding_mode="border", align_corners=False
+        source[None], grid.permute(1, 2, 3, 0)[None], padding_mode="border", align_corners=False
     )[0]
     assert torch.equal(sample(source, grid, "bilinear"), whole)
 

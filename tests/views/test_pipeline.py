@@ -251,6 +251,13 @@ def test_valid__follows_the_geometry_and_is_false_outside_what_was_fetched() -> 
     points = out["points_mm"].numpy()
     assert np.array_equal(out["valid"].numpy(), ((points > 1) & (points < 11)).all(axis=0))
     assert not bool(out["valid"].all())
+    # ... with excluded voxels inside it, and with labels: outside stays False and 0
+    bare.valid[0] = False
+    view = neutral(rotate_deg=[0.0, 0.0, 45.0])
+    labelled = views.apply([bare], [[view]], "cpu", labels=[np.ones((10, 10, 10), dtype=np.uint8)])
+    assert np.array_equal(labelled["labels"][0, 0].numpy() == 1, ((points > 1) & (points < 11)).all(axis=0))
+    expected = ((points > [[[[2]]], [[[1]]], [[[1]]]]) & (points < 11)).all(axis=0)
+    assert np.array_equal(labelled["valid"][0, 0].numpy(), expected)
 
 
 def test_box_beyond_the_crop__is_padded_when_indexed() -> None:

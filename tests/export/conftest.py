@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medssl.encoders.segresnet3d import SegResNet3D
+from medssl.encoders.vit3d import ViT3D
+from medssl.weights import save_part
+
+FACTS = {
+    "spacing_mm": [2.0, 1.0, 1.5],
+    "intensity": {"normalize": "zscore"},
+    "domain": "mri",
+    "licence": "Apache-2.0",
+    "data_cards": ["0f1e2d3c"],
+    "seed": 7,
+    "run": {"note": "stays in the run folder"},
+}
+
+
+def save_run(encoder: Any, folder: Path, **facts: Any) -> Path:
+    """Write a run folder as the training loop does."""
+    for group, prefixes in encoder.key_groups.items():
+        state = {key: value for key, value in encoder.net.state_dict().items() if key.startswith(tuple(prefixes))}
+        save_part(folder / "weights" / "last", group, state, {**encoder.part(group).manifest, **FACTS, **facts})
+    (folder / "weights" / "index.json").write_text(json.dumps({"default": "encoder"}))
+    return folder
+
+
+def make_vit(**args: Any) -> ViT3D:
+    torch.manual_seed(0)
+    return ViT3D(**{"image_size": (32, 48, 16), "hidden_size": 48, "num_heads": 4, "mlp_dim": 96, **args})
+
+
+def make_segresnet(**args: Any) -> SegResNet3D:
+    torch.manual_seed(1)
+    return SegResNet3D(**{"init_filters": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1), **args})
+
+
+@pytest.fixture(name="vit_run")
+def _vit_run(tmp_path: Path) -> Path:
+    return save_run(make_vit(), tmp_path / "vit_run")
+
+
+@pytest.fixture(name="segresnet_run")
+def _segresnet_run(tmp_path: Path) -> Path:
+    return save_run(make_segresnet(), tmp_path / "segresnet_run", image_size=[16, 24, 8])
+
+
+@pytest.fixture(name="entries")
+def _entries(tmp_path: Path) -> Callable[[], list[str]]:
+    """Everything in the folder where exports are made, hidden files included."""
+    return lambda: sorted(path.name for path in tmp_path.iterdir())

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import errno
+import json
+import pickletools
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medssl.errors import RequestError, StoreError, WeightsError
+from medssl.export import segresnet, verify
+from medssl.export.write import EXPORTS, export_weights
+from medssl.weights import load_part, save_part
+from tests.export.conftest import make_segresnet, make_vit, save_run
+
+
+def image(channels: int = 1, size: tuple[int, ...] = (32, 48, 16)) -> torch.Tensor:
+    return torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(5))
+
+
+def test_unetr__loads_strictly_into_the_stock_network(vit_run, tmp_path):
+    from monai.networks.nets import UNETR
+
+    report = export_weights(vit_run, "unetr", tmp_path / "out")
+    stock = UNETR(in_channels=1, out_channels=4, img_size=(32, 48, 16), hidden_size=48, mlp_dim=96, num_heads=4)
+    x, source = image(), make_vit().eval()
+    expected = source.net(x)
+    for state in (
+        load_file(tmp_path / "out" / "unetr_vit.safetensors"),
+        torch.load(tmp_path / "out" / "unetr_vit.pt", weights_only=True),
+    ):
+        torch.nn.init.zeros_(stock.vit.norm.weight)
+        assert str(stock.vit.load_state_dict(state, strict=True)) == "<All keys matched successfully>"
+        with torch.no_grad():
+            found = stock.eval().vit(x)
+            torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
+            assert stock(x).shape == (1, 4, 32, 48, 16)
+    assert len(report.matched) == 161 and len(report.missing) == 33 and report.unexpected == ()
+    assert {key.split(".")[0] for key in report.matched} == {"vit"}
+    assert "vit" not in {key.split(".")[0] for key in report.missing}
+    assert report.max_feature_difference <= 1e-12
+    assert sorted(path.name for path in report.files) == ["unetr_vit.json", "unetr_vit.pt", "unetr_vit.safetensors"]
+    assert all(path.is_file() for path in report.files)
+
+
+def test_segresnet__misses_exactly_the_decoder(segresnet_run, tmp_path):
+    from monai.networks.nets import SegResNet
+
+    report = export_weights(segresnet_run, "segresnet", tmp_path / "out")
+    stock = SegResNet(init_filters=8, out_channels=3, blocks_down=(1, 1, 1), blocks_up=(1, 1))
+    result = stock.load_state_dict(load_file(tmp_path / "out" / "segresnet.safetensors"), strict=False)
+    assert result.unexpected_keys == []
+    decoder = sorted(k for k in stock.state_dict() if k.startswith(("up_samples.", "up_layers.", "conv_final.")))
+    assert sorted(result.missing_keys) == list(report.missing) == decoder and len(decoder) == 18
+    x = image(size=(16, 24, 8))
+    with torch.no_grad():
+        scales = stock.eval().encode(x)[1]
+        expected = make_segresnet().eval().forward_features(x).pyramid
+    assert len(scales) == len(expected) == 3
+    assert all(torch.equal(a, b) for a, b in zip(scales, expected, strict=True))
+    assert report.max_feature_difference == 0
+
+
+def test_segresnet__takes_the_decoder_when_asked(segresnet_run, tmp_path):
+    report = export_weights(segresnet_run, "segresnet", tmp_path / "out", decoder=True)
+    assert {key.split(".")[0] for key in report.missing} == {"conv_final"}
+    state = torch.load(tmp_path / "out" / "segresnet.pt", weights_only=True)
+    stock = segresnet.stock_network({**make_segresnet().config()["args"]})
+    stock.load_state_dict(state, strict=False)
+    stock.use_conv_final = False
+    source = make_segresnet().eval()
+    x = image(size=(16, 24, 8))
+    with torch.no_grad():
+        expected = source.forward_decoder(source.forward_features(x).pyramid)
+        assert torch.equal(stock.eval()(x), expected)
+
+
+def test_safetensors__holds_the_encoder_and_nothing_of_the_run(segresnet_run, tmp_path):
+    report = export_weights(segresnet_run, "safetensors", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["encoder.json", "encoder.safetensors"]
+    state, manifest = load_part(tmp_path / "out" / "encoder.safetensors")
+    original, before = load_part(segresnet_run)
+    assert state.keys() == original.keys() and all(torch.equal(state[key], original[key]) for key in state)
+    assert {key.split(".")[0] for key in state} == {"convInit", "down_layers"}
+    assert "run" not in manifest and "seed" not in manifest and "stays in the run" not in json.dumps(manifest)
+    assert manifest["spacing_mm"] == [2.0, 1.0, 1.5] and manifest["weights_hash"] == before["weights_hash"]
+    assert manifest["export"]["to"] == "safetensors"
+    assert report.max_feature_difference == 0
+    export_weights(tmp_path / "out" / "encoder.safetensors", "segresnet", tmp_path / "again")
+
+
+def test_safetensors__with_decoder(segresnet_run, tmp_path):
+    report = export_weights(segresnet_run, "safetensors", tmp_path / "out", decoder=True)
+    assert {key.split(".")[0] for key in report.missing} == {"conv_final"}
+    state, _ = load_part(tmp_path / "out" / "decoder.safetensors")
+    assert {key.split(".")[0] for key in state} == {"up_samples", "up_layers"}
+
+
+def test_pt__is_tensors_only(vit_run, tmp_path):
+    export_weights(vit_run, "unetr", tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "out" / "unetr_vit.pt") as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
+        needed = {str(arg) for op, arg, _ in pickletools.genops(archive.read(name)) if op.name == "GLOBAL"}
+    assert needed <= {"collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2"}
+
+
+@pytest.mark.parametrize(("run", "to", "match"), [
+    ("segresnet_run", "unetr", r"segresnet3d \(monai.SegResNet\); unetr takes monai.ViT; export to safetensors, segresnet"),
+    ("vit_run", "segresnet", r"vit3d \(monai.ViT\); segresnet takes monai.SegResNet; export to safetensors, unetr"),
+])  # fmt: skip
+def test_export__refuses_another_encoder(run, to, match, request, tmp_path, entries):
+    folder = request.getfixturevalue(run)
+    before = entries()
+    with pytest.raises(WeightsError, match=match):
+        export_weights(folder, to, tmp_path / "out")
+    assert entries() == before
+
+
+@pytest.mark.parametrize("args", [{"num_layers": 2}, {"patch_size": 8}])
+def test_unetr__refuses_what_its_form_does_not_take(args, tmp_path):
+    run = save_run(make_vit(image_size=(16, 16, 16), **args), tmp_path / "run")
+    with pytest.raises(WeightsError, match="UNETR has patch size 16 and 12 layers; export to safetensors or monai-bundle"):
+        export_weights(run, "unetr", tmp_path / "out")
+    export_weights(run, "safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["safetensors", "segresnet", "monai-bundle"])
+def test_export__refuses_damaged_weights_and_leaves_nothing(to, segresnet_run, tmp_path, entries):
+    file = segresnet_run / "weights" / "last" / "encoder.safetensors"
+    before, content = entries(), file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(WeightsError, match="cut short"):
+        export_weights(segresnet_run, to, tmp_path / "out")
+    file.write_bytes(content)
+    state, manifest = load_part(segresnet_run)
+    key = "down_layers.1.0.conv.weight"
+    for change, match in (
+        ({k: v for k, v in state.items() if k != key}, f"missing {key}"),
+        ({**state, "mask_token": torch.zeros(1)}, "unexpected mask_token"),
+        ({**state, key: state[key][:, :, :1]}, "has shape"),
+    ):
+        save_part(file.parent, "encoder", change, manifest)
+        with pytest.raises(WeightsError, match=match):
+            export_weights(segresnet_run, to, tmp_path / "out")
+    assert entries() == before
+
+
+def test_export__refuses_another_axis_order_and_an_unknown_encoder(segresnet_run, tmp_path):
+    state, manifest = load_part(segresnet_run)
+    folder = segresnet_run / "weights" / "last"
+    save_part(folder, "encoder", state, {**manifest, "axis_order": "ZYX-LPS"})
+    with pytest.raises(WeightsError, match="axis order ZYX-LPS; exports are written for XYZ-RAS"):
+        export_weights(segresnet_run, "safetensors", tmp_path / "out")
+    save_part(folder, "encoder", state, {**manifest, "encoder": {"name": "segresnet3d", "args": {"filters": 8}}})
+    with pytest.raises(WeightsError, match="cannot be built"):
+        export_weights(segresnet_run, "safetensors", tmp_path / "out")
+
+
+def test_export__decoder_is_refused_where_there_is_none(vit_run, segresnet_run, tmp_path):
+    with pytest.raises(RequestError, match="export to unetr holds the encoder only; a decoder goes with safetensors"):
+        export_weights(vit_run, "unetr", tmp_path / "out", decoder=True)
+    with pytest.raises(WeightsError, match="decoder"):
+        export_weights(vit_run, "safetensors", tmp_path / "out", decoder=True)
+    with pytest.raises(WeightsError, match="is a decoder; an export needs the encoder"):
+        export_weights(segresnet_run / "weights" / "last" / "decoder.safetensors", "segresnet", tmp_path / "out")
+
+
+def test_export__refuses_a_taken_folder_and_an_unknown_form(vit_run, tmp_path):
+    with pytest.raises(RequestError, match=r'unknown form "unter" \(did you mean "unetr"\?\); known: ' + ", ".join(EXPORTS)):
+        export_weights(vit_run, "unter", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    export_weights(vit_run, "safetensors", tmp_path / "out")  # an empty folder is fine
+    before = (tmp_path / "out" / "encoder.json").read_bytes()
+    with pytest.raises(RequestError, match="is not an empty folder"):
+        export_weights(vit_run, "unetr", tmp_path / "out")
+    assert (tmp_path / "out" / "encoder.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("to", ["unetr", "monai-bundle"])
+def test_export__features_that_differ_stop_it(to, vit_run, tmp_path, entries, monkeypatch):
+    before = entries()
+    original = verify.load_stock
+
+    def load_and_spoil(network, state, **options):
+        missing = original(network, state, **options)
+        with torch.no_grad():
+            network.norm.weight += 1e-3
+        return missing
+
+    monkeypatch.setattr("medssl.export.unetr.load_stock", load_and_spoil)
+    monkeypatch.setattr("medssl.export.monai_bundle.load_stock", load_and_spoil)
+    with pytest.raises(WeightsError, match=r"differ by 0.00[0-9]+, at most 1e-05 is accepted; nothing was written"):
+        export_weights(vit_run, to, tmp_path / "out")
+    assert entries() == before
+
+
+def test_export__full_disk_leaves_nothing(segresnet_run, tmp_path, entries, monkeypatch):
+    before = entries()
+
+    def full(path, state):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("medssl.export.segresnet.write_pt", full)
+    with pytest.raises(StoreError, match="disk is full"):
+        export_weights(segresnet_run, "segresnet", tmp_path / "out")
+    assert entries() == before
+
+
+def test_compare__nan_does_not_pass():
+    with pytest.raises(WeightsError, match="differ by nan"):
+        verify.compare([(torch.tensor([float("nan")]), torch.zeros(1))], "unetr")
+    with pytest.raises(WeightsError, match=r"returns features \(2,\), the encoder \(1,\)"):
+        verify.compare([(torch.zeros(2), torch.zeros(1))], "unetr")

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from medssl import build
+from medssl.errors import RecipeError
+from medssl.recipe import KINDS, Recipe, apply_overrides, marked, read_yaml, recipe_folder, shipped
+
+GOOD: dict[str, Any] = {
+    "kind": "pretrain",
+    "data": {"index": "archive", "domain": "mri"},
+    "views": {"size": [32, 32, 16], "mask": {"ratio": 0.75, "cell": 8}},
+    "encoder": {"name": "vit3d", "image_size": [32, 32, 16], "patch_size": 8, "hidden_size": 48, "num_layers": 2, "num_heads": 4},
+    "objective": {"name": "mae", "decoder_dim": 32, "decoder_heads": 4},
+}
+
+
+def faults(overrides: list[str], raw: dict[str, Any] = GOOD) -> str:
+    with pytest.raises(RecipeError) as caught:
+        build.check(Recipe.parse(apply_overrides(raw, overrides)))
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_short_form__stands_for_one_source_and_one_encoder() -> None:
+    recipe = Recipe.parse(GOOD)
+    build.check(recipe)
+    assert list(recipe.sources) == ["main"]
+    assert recipe.sources["main"].views["size"] == [32, 32, 16]
+    assert list(recipe.encoders) == ["encoder"]
+    assert Recipe.parse(yaml.safe_load(Recipe.dump(recipe))) == recipe
+
+
+def test_unknown_keys__are_named_with_near_matches() -> None:
+    assert 'train.stepps: unknown key (did you mean "steps"?)' in faults(["train.stepps=3"])
+    assert 'objective.decoder_dmi: unknown key (did you mean "decoder_dim"?)' in faults(["objective.decoder_dmi=3"])
+    assert 'encoder.pach_size: unknown key (did you mean "patch_size"?)' in faults(["encoder.pach_size=3"])
+    assert 'data.views.sise: unknown key (did you mean "size"?)' in faults(["views.sise=3"])
+    assert 'unknown objective "may" (did you mean "mae"?)' in faults(["objective.name=may"])
+
+
+def test_wrong_types__say_what_was_found() -> None:
+    assert "train.steps: input should be a valid integer" in faults(["train.steps=many"])
+    assert "found 'many'" in faults(["train.steps=many"])
+    assert "optim.lr: Input should be greater than 0; found -1" in faults(["optim.lr=-1"])
+
+
+def test_all_faults__come_in_one_report() -> None:
+    text = faults(["train.steps=many", "optim.lrr=1", "data.weight=-1"])
+    assert len(text.splitlines()) == 3
+
+
+def test_patch_that_does_not_divide_the_crop__is_a_fault() -> None:
+    assert "patch (8, 8, 8) does not divide views.size (36, 32, 16)" in faults(["views.size=[36, 32, 16]", "views.mask.cell=4"])
+
+
+def test_mask_cell__must_be_one_patch_for_mae() -> None:
+    assert "cell=[8, 8, 8]" in faults(["views.mask.cell=16"])
+
+
+def test_missing_mask__is_a_fault() -> None:
+    raw = {**GOOD, "views": {"size": [32, 32, 16]}, "objective": {"name": "mae_cnn"}, "encoder": {"name": "segresnet3d", "init_filters": 8}}
+    assert "views.mask: required by objective mae_cnn" in faults([], raw)
+
+
+def test_marked_values__must_be_given() -> None:
+    raw = {**GOOD, "data": {"index": "???", "domain": "mri"}}
+    assert faults([], raw) == "data.index: required; give data.index=VALUE on the command line or in the recipe"
+
+
+def test_overrides__parse_yaml_and_scientific_numbers() -> None:
+    raw = apply_overrides(GOOD, ["optim.lr=1e-4", "views.size=[16, 16, 16]", "data.domain=ct", "train.compile=true"])
+    assert raw["optim"]["lr"] == 1e-4
+    assert raw["views"]["size"] == [16, 16, 16]
+    assert raw["train"]["compile"] is True
+    assert GOOD["views"]["size"] == [32, 32, 16]
+    with pytest.raises(RecipeError, match="an override is written key=value"):
+        apply_overrides(GOOD, ["train.steps"])
+
+
+def test_missing_file_and_bad_yaml__are_request_errors(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        Recipe.load(tmp_path / "none.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1, 2")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        Recipe.load(bad)
+    bad.write_text("- 1")
+    with pytest.raises(RecipeError, match="a recipe is a YAML mapping"):
+        Recipe.load(bad)
+
+
+def test_hash__ignores_the_output_folder_and_nothing_else() -> None:
+    base = Recipe.hash(Recipe.parse(GOOD))
+    assert Recipe.hash(Recipe.parse(apply_overrides(GOOD, ["out=elsewhere"]))) == base
+    assert Recipe.hash(Recipe.parse(apply_overrides(GOOD, ["train.seed=1"]))) != base
+
+
+def test_every_shipped_recipe__is_valid_and_says_what_it_is() -> None:
+    found = shipped()
+    assert len(found) == len(list(recipe_folder().rglob("*.yaml"))) >= 10
+    for name, path in found.items():
+        assert path.read_text().startswith("# "), f"{name}: the first line says what the recipe is"
+        raw = read_yaml(path)
+        filled = apply_overrides(raw, [f"{key}=placeholder" for key in marked(raw)])
+        recipe = Recipe.parse(filled)
+        build.check(recipe)
+        assert recipe.kind in KINDS
+
+
+def test_schema__names_every_section() -> None:
+    schema = KINDS["pretrain"].model_json_schema()
+    assert {"sources", "encoders", "objective", "optim", "train", "stages", "probes", "export"} <= set(schema["properties"])

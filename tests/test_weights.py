@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from medssl.errors import StoreError, WeightsError
+from medssl.weights import find_part, load_part, save_part, tensors_hash, write_atomic
+
+MANIFEST = {"encoder": {"name": "vit3d", "args": {}}, "library": "monai.ViT", "axis_order": "XYZ-RAS", "channels": 1}
+
+
+def state() -> dict[str, torch.Tensor]:
+    return {"b.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(3)}
+
+
+def test_round_trip__keeps_tensors_and_manifest(tmp_path: Path) -> None:
+    path = save_part(tmp_path, "encoder", state(), MANIFEST)
+    loaded, manifest = load_part(path)
+    assert loaded.keys() == state().keys()
+    assert all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in state().items())
+    assert manifest["part"] == "encoder"
+    assert manifest["weights_hash"] == tensors_hash(state())
+    (tmp_path / "encoder.json").unlink()
+    assert load_part(path)[1] == manifest  # the file carries its manifest
+
+
+def test_hash__depends_on_values_and_names_not_on_order() -> None:
+    base = tensors_hash(state())
+    assert tensors_hash(dict(reversed(state().items()))) == base
+    changed = state()
+    changed["b.weight"][0, 0] = 9
+    assert tensors_hash(changed) != base
+    assert tensors_hash({k + "x": v for k, v in state().items()}) != base
+
+
+def test_run_folder__is_found_through_its_index(tmp_path: Path) -> None:
+    save_part(tmp_path / "weights" / "last", "encoder", state(), MANIFEST)
+    (tmp_path / "weights" / "index.json").write_text(json.dumps({"default": "encoder"}))
+    assert find_part(tmp_path) == find_part(tmp_path / "weights") == tmp_path / "weights" / "last" / "encoder.safetensors"
+    with pytest.raises(WeightsError, match=r"has no last/decoder.safetensors; it has last/encoder.safetensors"):
+        find_part(tmp_path, "decoder")
+    with pytest.raises(WeightsError, match="no weights at"):
+        find_part(tmp_path / "nothing")
+
+
+def test_pickles__are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({}, path)
+    with pytest.raises(WeightsError, match="medssl opens no pickles"):
+        load_part(path)
+
+
+def test_file_cut_short__is_refused(tmp_path: Path) -> None:
+    path = save_part(tmp_path, "encoder", state(), MANIFEST)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(WeightsError, match="cut short or not safetensors"):
+        load_part(path)
+
+
+def test_changed_tensors__do_not_match_the_manifest(tmp_path: Path) -> None:
+    path = save_part(tmp_path, "encoder", state(), MANIFEST)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(WeightsError, match="does not match the hash"):
+        load_part(path)
+
+
+def test_manifest__must_be_complete_and_not_from_the_future(tmp_path: Path) -> None:
+    path = save_part(tmp_path, "encoder", state(), MANIFEST)
+    side = path.with_suffix(".json")
+    content = json.loads(side.read_text())
+    side.write_text(json.dumps({**content, "format_version": 99}))
+    with pytest.raises(WeightsError, match="update medssl"):
+        load_part(path)
+    side.write_text(json.dumps({k: v for k, v in content.items() if k != "channels"}))
+    with pytest.raises(WeightsError, match="lacks channels"):
+        load_part(path)
+
+
+def test_disk_full__leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "file.json"
+    write_atomic(target, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StoreError, match="the disk is full while writing file.json"):
+        write_atomic(target, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+    assert target.read_bytes() == b"old"
+
+
+def test_file_size_limit__is_reported_as_a_full_disk(tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys, pathlib\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "from medssl.weights import write_atomic\n"
+        "try:\n    write_atomic(pathlib.Path(sys.argv[1]) / 'w.bin', b'x' * 5000)\n"
+        "except Exception as err:\n    print(type(err).__name__, err)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "StoreError the disk is full while writing w.bin" in done.stdout
+    assert list(tmp_path.iterdir()) == []
