@@ -46,9 +46,7 @@ def plain_affine(spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> np.ndarray:
     return np.diag([*spacing_mm, 1.0])
 
 
-def oblique_volume(
-    shape: tuple[int, int, int] = SHAPE, *, seed: int = 0, dtype: Any = np.int16
-) -> tuple[np.ndarray, np.ndarray]:
+def oblique_volume(shape: tuple[int, int, int] = SHAPE, *, seed: int = 0, dtype: Any = np.int16) -> tuple[np.ndarray, np.ndarray]:
     """Return an asymmetric volume and its oblique affine: a bright off-centre ellipsoid, shaded, in dark noise.
 
     The seed moves the ellipsoid a little, so that its outline (a label map) differs from case to case as well.
@@ -71,9 +69,7 @@ def reorient(array: np.ndarray, affine: np.ndarray, axes: str) -> tuple[np.ndarr
     return np.ascontiguousarray(stored), affine @ nib.orientations.inv_ornt_aff(change, array.shape)
 
 
-def write_nifti(
-    path: Path, array: np.ndarray, affine: np.ndarray, *, slope: float | None = None, intercept: float = 0.0
-) -> Path:
+def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, *, slope: float | None = None, intercept: float = 0.0) -> Path:
     """Write NIfTI-1 (`.nii` or `.nii.gz`); `slope` and `intercept` go into the header, the array is stored as it is."""
     import nibabel as nib
 

@@ -119,7 +119,9 @@ def index(
     if not roots:
         raise RequestError(f"no source was given; name one or more folders holding {ACCEPTED}")
     if modality not in ("unknown", "MR", "CT"):
-        raise RequestError(f"modality: {modality!r}; accepted are MR and CT (what files that do not say hold); leave it out when they differ")
+        raise RequestError(
+            f"modality: {modality!r}; accepted are MR and CT (what files that do not say hold); leave it out when they differ"
+        )
     if workers < 1:
         raise RequestError(f"workers: {workers}; 1 or more are needed")
     table = None if splits is None else read_splits(splits)
@@ -325,7 +327,9 @@ def _state(private: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def _remember(private: Path, key: IdKey, roots: Sequence[Path], site: str, modality: str, table: dict[str, list[str]] | None) -> dict[str, Any]:
+def _remember(
+    private: Path, key: IdKey, roots: Sequence[Path], site: str, modality: str, table: dict[str, list[str]] | None
+) -> dict[str, Any]:
     """Add these sources to the state and return it."""
     state = _state(private) or {"format": FORMAT, "key": key.fingerprint, "sources": {}}
     for root in roots:

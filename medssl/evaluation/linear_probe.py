@@ -66,11 +66,15 @@ def ridge_path(x: np.ndarray, y: np.ndarray, alphas: Sequence[float]) -> list[tu
         (weight (E, 1), bias (1,)) per penalty.
     """
     x_mean, y_mean = x.mean(axis=0), y.mean()
-    left, singular, right = np.linalg.svd(x - x_mean, full_matrices=False)
-    projected = left.T @ (y - y_mean)
+    centred, target = x - x_mean, y - y_mean
+    # the smaller of the two Gram matrices: images by images, or features by features
+    wide = centred.shape[0] < centred.shape[1]
+    values, vectors = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
+    projected = vectors.T @ (target if wide else centred.T @ target)
     path = []
     for alpha in alphas:
-        weight = right.T @ (singular / (singular**2 + len(x) * alpha) * projected)
+        solved = vectors @ (projected / (values.clip(0) + len(x) * alpha))
+        weight = centred.T @ solved if wide else solved
         path.append((weight[:, None], np.array([y_mean - x_mean @ weight])))
     return path
 
@@ -90,20 +94,29 @@ def logistic_path(x: np.ndarray, y: np.ndarray, alphas: Sequence[float], *, clas
     Returns:
         (weight (E, K), bias (K,)) per penalty.
     """
-    left, singular, right = np.linalg.svd(x, full_matrices=False)
-    rank = max(1, int((singular > singular[0] * 1e-12).sum()))
-    reduced = left[:, :rank] * singular[:rank]
+    basis = row_basis(x) if x.shape[0] < x.shape[1] else None
+    reduced = x if basis is None else x @ basis
     present, relabelled = np.unique(y, return_inverse=True)
     one_hot = np.eye(len(present))[relabelled.reshape(-1)]
-    weight, bias = np.zeros((rank, len(present))), np.zeros(len(present))
+    weight, bias = np.zeros((reduced.shape[1], len(present))), np.zeros(len(present))
     path = []
     for alpha in alphas:
         weight, bias = _minimise(reduced, one_hot, weight, bias, alpha)
         full_weight, full_bias = np.zeros((x.shape[1], classes)), np.full(classes, -np.inf)
-        full_weight[:, present] = right[:rank].T @ weight
+        full_weight[:, present] = weight if basis is None else basis @ weight
         full_bias[present] = bias
         path.append((full_weight, full_bias))
     return path
+
+
+def row_basis(x: np.ndarray) -> np.ndarray:
+    """Return an orthonormal basis (E, R) of the span of the rows of x (N, E), without directions below 1e-5 of the largest."""
+    values, vectors = np.linalg.eigh(x @ x.T)
+    kept = values > 1e-10 * max(values[-1], np.finfo(np.float64).tiny)
+    if not kept.any():
+        return np.zeros((x.shape[1], 1))
+    basis: np.ndarray = x.T @ vectors[:, kept] / np.sqrt(values[kept])
+    return basis
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -137,7 +150,8 @@ def _minimise(
     @lru_cache(maxsize=1)
     def probabilities(theta: bytes) -> np.ndarray:
         w, b = split(np.frombuffer(theta))
-        return np.exp(log_softmax(x @ w + b))
+        p: np.ndarray = np.exp(log_softmax(x @ w + b))
+        return p
 
     def hessian_times(theta: np.ndarray, direction: np.ndarray) -> np.ndarray:
         dw, db = split(direction)

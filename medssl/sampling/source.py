@@ -26,8 +26,8 @@ class ViewMaker(Protocol):
 
     name: str
 
-    def margin_mm(self, spacing_mm: Sequence[float]) -> Sequence[float]:
-        """Extra mm on each side that the reader must fetch."""
+    def margin_mm(self, spacing_mm: Sequence[float], key: DrawKey | None = None) -> Sequence[float]:
+        """Extra mm on each side that the reader must fetch for the views of a key."""
         ...
 
     def batch(self, crops: Sequence[Any], device: torch.device | str) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
@@ -94,7 +94,7 @@ class ImageSource:
             for item, box in zip(draw.ids, draw.boxes):
                 series_id = self.series[item]
                 record = self.reader.record(series_id)
-                start, size = voxel_box(box, self.view_maker.margin_mm(record.spacing_mm), record.spacing_mm)
+                start, size = voxel_box(box, self.view_maker.margin_mm(record.spacing_mm, key), record.spacing_mm)
                 image, valid = self.reader.read_box(series_id, start, size)
                 origin = tuple(float(s * d) for s, d in zip(start, record.spacing_mm))
                 crops.append(

@@ -281,8 +281,17 @@ def _frame(array: np.ndarray, *, differences: bool) -> bytes:
     for channel in range(shape[0]):
         for start in range(0, shape[1], chunks[1]):
             stop = min(shape[1], start + chunks[1])
-            frame[channel : channel + 1, start:stop] = np.ascontiguousarray(array[channel : channel + 1, start:stop])
+            frame[channel : channel + 1, start:stop] = _slab(array[channel, start:stop])[None]
     return bytes(frame.to_cframe())
+
+
+def _slab(part: np.ndarray) -> np.ndarray:
+    """Return a contiguous copy, made tile by tile: a transposed view copied whole misses the cache at every voxel."""
+    slab = np.empty(part.shape, dtype=part.dtype)
+    for y in range(0, part.shape[1], CHUNK):
+        for z in range(0, part.shape[2], CHUNK):
+            slab[:, y : y + CHUNK, z : z + CHUNK] = part[:, y : y + CHUNK, z : z + CHUNK]
+    return slab
 
 
 def _open_store(store: Path, domain: Any) -> None:

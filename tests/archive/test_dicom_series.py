@@ -52,7 +52,7 @@ def test_slice_geometry__tilt_measured_and_refused_above_half_a_degree(tilt: flo
 
 
 def test_slice_geometry__rounded_positions_are_regular_and_a_missing_slice_is_not() -> None:
-    positions = np.round(stack(100, 0.625) + [0, 0, 0.3333], 2)
+    positions = np.round(stack(100, 0.625) + 0.3333, 2)
     assert slice_geometry(positions, AXIAL, [1, 1]).faults == ()
     missing = slice_geometry(np.delete(positions, 50, axis=0), AXIAL, [1, 1])
     assert missing.faults == ("irregular_slices",)

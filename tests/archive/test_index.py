@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -180,7 +181,7 @@ def test_requests__refused_before_anything_is_written(tmp_path: Path) -> None:
     weak = tmp_path / "weak.key"
     weak.write_text("0" * 64)
     weak.chmod(0o644)
-    cases = [
+    cases: list[tuple[dict[str, Any], str]] = [
         (dict(sources=[tmp_path / "absent"]), "does not exist"),
         (dict(sources=[]), "no source was given"),
         (dict(out=other), "is not empty and holds no index"),
@@ -191,7 +192,7 @@ def test_requests__refused_before_anything_is_written(tmp_path: Path) -> None:
         (dict(workers=0), "1 or more"),
     ]
     for changes, message in cases:
-        arguments = {"sources": [source], "out": tmp_path / "out", **changes}
+        arguments: dict[str, Any] = {"sources": [source], "out": tmp_path / "out", **changes}
         with pytest.raises(RequestError, match=message):
             index(arguments.pop("sources"), arguments.pop("out"), **arguments)
     assert not (tmp_path / "out").exists() and [path.name for path in other.iterdir()] == ["mine.txt"]
@@ -285,11 +286,11 @@ def test_modes__owner_only(tmp_path: Path) -> None:
 
 def test_privacy__no_identifier_path_or_uid_outside_private(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     array, affine = oblique_volume()
-    secret = {"patient_id": "MRN4711", "patient_name": "Doe^Jane", "uid_seed": "secret"}
+    secret: dict[str, Any] = {"patient_id": "MRN4711", "patient_name": "Doe^Jane", "uid_seed": "secret"}
     extra = {
         "InstitutionName": "StVincent", "AccessionNumber": "ACC99", "SeriesDescription": "Doe Jane brain",
-        "BodyPartExamined": "JANE BRAIN", "Manufacturer": "JaneCorp", "PatientBirthDate": "19700102", "ImageType": ["ORIGINAL", "JANE"],
-        "RescaleType": "JANE", "PatientSex": "J", "IssuerOfPatientID": "StVincentMPI",
+        "BodyPartExamined": "JANE BRAIN", "Manufacturer": "JaneCorp", "PatientBirthDate": "19700102",
+        "ImageType": ["ORIGINAL", "JANE"], "RescaleType": "JANE", "PatientSex": "J", "IssuerOfPatientID": "StVincentMPI",
     }  # fmt: skip
     paths = write_dicom_series(tmp_path / "jane_doe", array, affine, extra=extra, **secret)
     write_nifti(tmp_path / "jane_doe" / "jane.nii", array, affine)
@@ -485,3 +486,18 @@ def test_usable_rows_of_real_data__can_all_be_read(tmp_path: Path, shared_data: 
         assert raw.array.shape == row.shape
         assert raw.spacing_mm == pytest.approx(row.spacing_mm, rel=1e-4)
         assert raw.slice_axis == row.slice_axis or row.slice_axis is None
+
+
+def test_modality__named_for_files_that_do_not_say(tmp_path: Path) -> None:
+    array, affine = oblique_volume()
+    write_nifti(tmp_path / "s.nii.gz", array, affine)
+    for i, name in enumerate(("a.nii.gz", "b.nii.gz")):
+        (tmp_path / "src").mkdir(exist_ok=True)
+        write_nifti(tmp_path / "src" / name, array + i, affine)
+    (tmp_path / "src" / "b.json").write_text('{"Modality": "MR", "Manufacturer": "Siemens", "MagneticFieldStrength": 3}')
+    write_dicom_series(tmp_path / "src" / "ct", array - 300, affine, modality="CT")
+    summary = index([tmp_path / "src"], tmp_path / "out")
+    assert summary.domains == {"ct": 1, "mri": 1, "unknown": 1} and summary.reasons == {"sidecar": 1}
+    (sided,) = Archive.open(tmp_path / "out").select("domain = 'mri'")
+    assert (sided.vendor, sided.field_strength_t) == ("siemens", 3)
+    assert index([tmp_path / "src"], tmp_path / "out", modality="CT").domains == {"ct": 2, "mri": 1}

@@ -393,7 +393,11 @@ def test_killed_writer__store_stays_usable(tmp_path: Path) -> None:
 
 def checks(reader: StoreReader, series_id: str, n: int, seed: int) -> int:
     rng = np.random.default_rng(seed)
-    return sum(int(reader.read_box(series_id, rng.integers(-10, 60, 3), (24, 24, 24))[0].sum(dtype=np.int64)) for _ in range(n))
+    total = 0
+    for _ in range(n):
+        start = [int(place) for place in rng.integers(-10, 60, 3)]
+        total += int(reader.read_box(series_id, start, (24, 24, 24))[0].sum(dtype=np.int64))
+    return total
 
 
 def test_reader__threads_fork_spawn_and_pickle_agree(tmp_path: Path) -> None:
@@ -507,3 +511,28 @@ def test_compress__differences_only_where_shuffling_leaves_half() -> None:
     noisy = (np.cumsum(rng.normal(0, 300, (1, 40, 40, 40)), axis=3) % 2000).astype(np.int16)
     used = [blosc2.ndarray_from_cframe(compress(image)).schunk.cparams.filters for image in (smooth, noisy)]
     assert blosc2.Filter.BYTEDELTA not in used[0] and blosc2.Filter.BYTEDELTA in used[1]
+
+
+@pytest.mark.slow
+def test_random_crops__near_bare_blosc2(tmp_path: Path) -> None:
+    """Bounded loosely; the tight figure comes from a benchmark. Interleaved, median of the ratios."""
+    import blosc2
+
+    rng = np.random.default_rng(0)
+    image = (np.cumsum(rng.normal(0, 2, (1, 256, 256, 128)), axis=1) + 100).astype(np.int16)
+    reader = stored(tmp_path / "s", sample_of(image))
+    codec = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "nthreads": 1}
+    bare = tmp_path / "bare.b2nd"
+    blosc2.asarray(image[0], chunks=(64,) * 3, blocks=(32,) * 3, urlpath=str(bare), cparams=codec)
+    opened = blosc2.open(str(bare), mode="r", dparams={"nthreads": 1})
+    ratios = []
+    for _ in range(15):
+        start = [int(rng.integers(0, n - 96)) for n in image.shape[1:]]
+        region = tuple(slice(s, s + 96) for s in start)
+        begun = time.perf_counter()
+        ours, _ = reader.read_box(SERIES, start, (96, 96, 96))
+        between = time.perf_counter()
+        theirs = opened[region]
+        ratios.append((time.perf_counter() - between) / (between - begun))
+        np.testing.assert_array_equal(ours[0], theirs)
+    assert sorted(ratios)[7] > 0.8 / 1.25

@@ -1,0 +1,49 @@
+# The same commands people and CI use. `make demo` and `make test` set everything up on a machine with Python 3.11 and nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?=
+OUT ?= demo-out
+# two workers with one thread each beat one worker with two on these sizes
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: help install demo test slow lint types format check clean
+
+help:
+	@echo "make demo [DATA=FOLDER] [OUT=FOLDER]   the whole road on generated phantoms, or on a labelled folder"
+	@echo "make test                              install and run the default test suite"
+	@echo "make slow                              the longer tests"
+	@echo "make lint types format                 ruff, mypy --strict, ruff format"
+
+install: $(VENV)/.installed
+
+# torch and torchvision are named together with the constraints file: pip left alone with either picks gigabytes of CUDA packages
+$(VENV)/.installed: setup.cfg pyproject.toml constraints-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt torch torchvision -e ".[test,dicom]"
+	touch $@
+
+demo: install
+	$(BIN)/medssl demo $(if $(DATA),--data $(DATA)) --out $(OUT)
+
+test: install
+	$(PYTEST) -m "not slow" --durations=15
+
+slow: install
+	$(PYTEST) -m slow --durations=15
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint types test slow
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
