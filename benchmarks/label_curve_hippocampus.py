@@ -31,6 +31,8 @@ COMMON: dict[str, Any] = {
     "domain": "mri",
     "normalize": "zscore",
     "batch": 2,
+    "weight_decay": 1e-5,
+    "foreground": 0.5,
     "augment": {
         "rotate_deg": 15,
         "scale": [0.9, 1.1],

@@ -134,9 +134,7 @@ def pretrain(
     distributed.barrier(world)
     objective, encoders = build.build_objective(recipe)
     objective.to(world.device)
-    sources = {
-        shelf.name: build.training_source(shelf, recipe.sources[shelf.name], items, recipe.train.batch) for shelf in shelves
-    }
+    sources = {shelf.name: build.training_source(shelf, recipe.sources[shelf.name], items, recipe.train.batch) for shelf in shelves}
     for source in sources.values():
         _check_specs(objective, source)
     monitor = build_monitor(recipe, shelves[0])
@@ -158,7 +156,9 @@ def pretrain(
         )
     if world.is_main and status == "finished":
         run.update(finished=now())
-        if distributed.choose_strategy(recipe.train.strategy, world) != "fsdp":  # a sharded objective has no whole forward on one rank
+        if (
+            distributed.choose_strategy(recipe.train.strategy, world) != "fsdp"
+        ):  # a sharded objective has no whole forward on one rank
             write_reconstructions(objective, next(iter(sources.values())), run, world.device)
     return RunResult(run.path, status, len(items), failed)
 
@@ -570,10 +570,10 @@ def refuse_pretraining_images(weights: Path | str, cohort: Any) -> None:
 
 def file_digests(image: Path) -> list[str]:
     """Return the content digests of an image file, or of all files of a DICOM folder, as the archive computes them."""
-    from medssl.archive.index import file_digest
+    from medssl.archive.scan import scan_file
 
     files = sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else [image]
-    return [file_digest(path) for path in files]
+    return [str(scan_file(str(path))["digest"]) for path in files]
 
 
 def list_runs(folder: Path | str) -> list[dict[str, Any]]:

@@ -59,11 +59,20 @@ def run_demo(data: Path | None, out: Path, *, say: Say, progress: MakeProgress) 
         say(f"1/7 using {data}")
     for name in ("images", "labels", "split.csv"):
         if not (cohort / name).exists():
-            raise RequestError(f"{cohort} has no {name}; the demo needs a folder with images/, labels/ and split.csv (columns file, split)")
+            raise RequestError(
+                f"{cohort} has no {name}; the demo needs a folder with images/, labels/ and split.csv (columns file, split)"
+            )
     timed("data")
     say("2/7 indexing")
     with progress("index") as update:
-        found = index([cohort / "images"], out / "archive", splits=cohort / "split.csv", modality="MR", on_progress=update)
+        found = index(
+            [cohort / "images"],
+            out / "archive",
+            splits=cohort / "split.csv",
+            modality="MR",
+            key_file=phantom_key(out) if data is None else None,
+            on_progress=update,
+        )
     say(f"    {found.n_files_seen} files seen, {found.n_files_used} used in {found.n_series} series")
     timed("index")
     size, spacing = choose_views(Archive.open(out / "archive"))
@@ -85,7 +94,9 @@ def run_demo(data: Path | None, out: Path, *, say: Say, progress: MakeProgress) 
     say("6/7 exporting")
     for name in ("segresnet", "monai-bundle"):
         done = export_weights(weights, name, out / "export" / name)
-        say(f"    {name}: {len(done.matched)} tensors matched, {len(done.missing)} missing, {len(done.unexpected)} unexpected, features equal")
+        say(
+            f"    {name}: {len(done.matched)} tensors matched, {len(done.missing)} missing, {len(done.unexpected)} unexpected, features equal"
+        )
     timed("export")
     say("7/7 drawing the report")
     page = report(out, out / "report.html")
@@ -93,6 +104,14 @@ def run_demo(data: Path | None, out: Path, *, say: Say, progress: MakeProgress) 
     from medssl.cli.training import summary_table
 
     return {"table": summary_table(summary), "summary": summary, "report": str(page.resolve()), "seconds": seconds}
+
+
+def phantom_key(out: Path) -> Path:
+    """Write the id key of the phantoms: no patients, so it is no secret, and equal demos get equal ids and equal draws."""
+    path = out / "phantom.key"
+    path.write_text("phantoms have no patients to protect\n")
+    path.chmod(0o600)
+    return path
 
 
 def prepare(out: Path) -> None:

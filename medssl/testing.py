@@ -154,7 +154,9 @@ def check_objective(objective: Any, views: Views, *, steps: int = 30, lr: float 
     assert last < first, f"the loss of one repeated batch went from {first:.4f} to {last:.4f}; it must fall"
     for name, part in objective.exported().items():
         state = part.module.state_dict()
-        kept = [k for k in state if k.startswith(part.prefix) and (part.keys is None or k[len(part.prefix) :].startswith(part.keys))]
+        kept = [
+            k for k in state if k.startswith(part.prefix) and (part.keys is None or k[len(part.prefix) :].startswith(part.keys))
+        ]
         assert kept, f"exported part {name} has no tensors under prefix {part.prefix!r}"
 
 
@@ -185,7 +187,9 @@ def _slice(views: Views, rows: slice) -> Views:
     return Views(data, ViewsMeta(views.meta.source, views.meta.domain, views.meta.ids[rows], {}, {}, valid, ()))
 
 
-def check_domain(name: str, files: Sequence[Path], *, args: Mapping[str, Any] | None = None, affine: np.ndarray | None = None) -> Sample:
+def check_domain(
+    name: str, files: Sequence[Path], *, args: Mapping[str, Any] | None = None, affine: np.ndarray | None = None
+) -> Sample:
     """Check that a domain delivers canonical samples (DESIGN section 4).
 
     Args:
@@ -203,12 +207,16 @@ def check_domain(name: str, files: Sequence[Path], *, args: Mapping[str, Any] | 
     assert sample.image.dtype in (np.int16, np.uint8, np.float32), f"dtype {sample.image.dtype}; accepted: int16, uint8, float32"
     directions = sample.affine[:3, :3] / np.linalg.norm(sample.affine[:3, :3], axis=0)
     assert (np.argmax(np.abs(directions), axis=0) == np.arange(3)).all() and (np.diag(directions) > 0).all(), "axes must be RAS+"
-    assert np.allclose(np.linalg.norm(sample.affine[:3, :3], axis=0), sample.spacing_mm, rtol=1e-4), "spacing_mm must match the affine"
+    assert np.allclose(np.linalg.norm(sample.affine[:3, :3], axis=0), sample.spacing_mm, rtol=1e-4), (
+        "spacing_mm must match the affine"
+    )
     assert {"mean", "std", "p00_5", "p99_5"} <= set(sample.meta.stats), "meta.stats holds the foreground statistics"
     assert np.isfinite(sample.image.astype(np.float64)).all(), "NaN voxels are replaced and marked in `valid`"
     again = domain.read(list(files), series_id="0" * 32)
     assert np.array_equal(again.image, sample.image), "reading twice must give the same voxels"
-    assert isinstance(domain.params(), dict) and domain.name and int(domain.version) >= 1, "name, version and params() key the store"
+    assert isinstance(domain.params(), dict) and domain.name and int(domain.version) >= 1, (
+        "name, version and params() key the store"
+    )
     if affine is not None:
         assert np.allclose(sample.affine, affine, atol=1e-4), f"affine is\n{sample.affine}, expected\n{affine}"
     return sample

@@ -55,7 +55,11 @@ def test_imports__run_one_way() -> None:
         if package in TOP or package == "__init__":
             continue
         allowed = OPEN | {package} | MAY_IMPORT.get(package, set())
-        wrong += [f"{relative}: {module}" for module in imports_of(path) if package_of(module) not in allowed and package_of(module) != "__version__"]
+        wrong += [
+            f"{relative}: {module}"
+            for module in imports_of(path)
+            if package_of(module) not in allowed and package_of(module) != "__version__"
+        ]
     assert wrong == []
 
 
@@ -65,14 +69,17 @@ def test_every_package__is_named_in_the_table() -> None:
 
 
 def test_import_medssl__loads_nothing_heavy() -> None:
-    code = "import sys, medssl, medssl.cli.main; print([m for m in ('torch','monai','timm','pydicom','nibabel','SimpleITK','duckdb','matplotlib') if m in sys.modules])"
+    heavy = ("torch", "monai", "timm", "pydicom", "nibabel", "SimpleITK", "duckdb", "matplotlib")
+    code = f"import sys, medssl, medssl.cli.main; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_import_medssl__takes_under_0_3_s() -> None:
     code = "import time; t = time.perf_counter(); import medssl; print(time.perf_counter() - t)"
-    times = [float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(3)]
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(3)
+    ]
     assert min(times) < 0.3
 
 

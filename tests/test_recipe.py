@@ -63,7 +63,12 @@ def test_mask_cell__must_be_one_patch_for_mae() -> None:
 
 
 def test_missing_mask__is_a_fault() -> None:
-    raw = {**GOOD, "views": {"size": [32, 32, 16]}, "objective": {"name": "mae_cnn"}, "encoder": {"name": "segresnet3d", "init_filters": 8}}
+    raw = {
+        **GOOD,
+        "views": {"size": [32, 32, 16]},
+        "objective": {"name": "mae_cnn"},
+        "encoder": {"name": "segresnet3d", "init_filters": 8},
+    }
     assert "views.mask: required by objective mae_cnn" in faults([], raw)
 
 

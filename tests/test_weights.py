@@ -92,7 +92,7 @@ def test_disk_full__leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(StoreError, match="the disk is full while writing file.json"):
+    with pytest.raises(StoreError, match=r"the disk is full while writing file\.json"):
         write_atomic(target, b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
     assert target.read_bytes() == b"old"

@@ -27,17 +27,19 @@ def ensure() -> bool:
         return True
     import torch
 
+    ops: Any = torch.ops
+    libraries: Any = torch.library
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
         return False
     folder = Path(next(iter(spec.submodule_search_locations)))
     for compiled in sorted(folder.glob("_C*.so")):  # `_C.so` up to 0.28, `_C_stable.so` from 0.29
         try:
-            torch.ops.load_library(str(compiled))
+            ops.load_library(str(compiled))
         except OSError:
             continue
         return False
-    library = torch.library.Library("torchvision", "DEF")
+    library = libraries.Library("torchvision", "DEF")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define(
         "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"  # quantised: declared, never pretended

@@ -20,7 +20,9 @@ def index(
     site: Annotated[str, typer.Option(help="Your name for where the images come from.")] = "unknown",
     modality: Annotated[str, typer.Option(help="MR or CT, for files that do not say (NIfTI, NRRD, MHA).")] = "unknown",
     splits: Annotated[Path | None, typer.Option(help="CSV with file,split[,patient]: which image is train, val or test.")] = None,
-    key_file: Annotated[Path | None, typer.Option(help="Your secret key for pseudonymous ids; made in OUT/private when absent.")] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="Your secret key for pseudonymous ids; made in OUT/private when absent.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
     json: Json = False,
 ) -> None:
@@ -28,7 +30,9 @@ def index(
     from medssl.archive.index import index as run
 
     with show.progress("index", quiet=json) as update:
-        summary = run(sources, out, site=site, modality=modality, splits=splits, key_file=key_file, workers=workers, on_progress=update)
+        summary = run(
+            sources, out, site=site, modality=modality, splits=splits, key_file=key_file, workers=workers, on_progress=update
+        )
     lines = [f"{summary.n_files_seen} files seen, {summary.n_files_used} used in {summary.n_series} series; index in {out}"]
     lines += [f"  {count:>5}  {reason}" for reason, count in sorted(summary.reasons.items())]
     show.result(asdict(summary), json, "\n".join(lines))
@@ -46,7 +50,9 @@ def cache(
         done = api.cache(recipe, overrides or [], on_progress=update)
     lines = []
     for name, facts in done.items():
-        lines.append(f"{name}: {facts['written']} written, {facts['present']} present, {len(facts['failed'])} failed; {facts['store']}")
+        lines.append(
+            f"{name}: {facts['written']} written, {facts['present']} present, {len(facts['failed'])} failed; {facts['store']}"
+        )
         lines += show.failures(facts["failed"])
     show.result(done, json, "\n".join(lines))
 

@@ -11,7 +11,9 @@ from medssl.cli import show
 
 
 def demo(
-    data: Annotated[Path | None, typer.Option("--data", help="Folder with images/ labels/ split.csv; default: generated phantoms.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder with images/ labels/ split.csv; default: generated phantoms.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder to write; a finished demo there is overwritten.")] = Path("demo-out"),
     json: Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")] = False,
 ) -> None:

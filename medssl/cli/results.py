@@ -25,7 +25,15 @@ def evaluate(
     with show.progress("cache", quiet=json) as update:
         done = api.evaluate(recipe, weights, overrides or [], on_cache=update)
     rows = [
-        [r["name"], r["probe"], r["metric"], _number(r["value"]), f"{_number(r['low'])} to {_number(r['high'])}", r["n_images"], r["by"]]
+        [
+            r["name"],
+            r["probe"],
+            r["metric"],
+            _number(r["value"]),
+            f"{_number(r['low'])} to {_number(r['high'])}",
+            r["n_images"],
+            r["by"],
+        ]
         for r in done["rows"]
     ]
     show.result(done, json, show.table(rows, ["features", "probe", "metric", "value", "95 % interval", "images", "by"]))

@@ -66,7 +66,7 @@ def _bar(what: str) -> Iterator[Callable[..., None]]:
             first.append(done)
             rate = (done - first[0]) / max(time.perf_counter() - start, 1e-9)
             note = _note(metrics)
-            fields = {"rate": f"{rate:.1f}/s" if rate else ""} | ({"note": note} if note else {})
+            fields: dict[str, Any] = {"rate": f"{rate:.1f}/s" if rate else ""} | ({"note": note} if note else {})
             bar.update(task, completed=done, total=total, **fields)
 
         yield update

@@ -19,7 +19,9 @@ Weights = Annotated[str, typer.Option("--weights", help="Run folder, safetensors
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="Recipe (YAML), or a run folder together with --resume.")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the recipe's out folder; start it when there is none.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the recipe's out folder; start it when there is none.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Pretrain an encoder. Under torchrun or SLURM the same command trains on several processes."""
@@ -92,7 +94,14 @@ def numbers(option: str, text: str) -> list[int]:
 def summary_table(summary: dict[str, Any]) -> str:
     """Return a label-curve summary as text."""
     rows = [
-        [row["labels"], row["arm"], f"{row['dice']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", len(row["seeds"]), row["n_test"]]
+        [
+            row["labels"],
+            row["arm"],
+            f"{row['dice']:.3f}",
+            f"{row['low']:.3f} to {row['high']:.3f}",
+            len(row["seeds"]),
+            row["n_test"],
+        ]
         for row in summary["rows"]
     ]
     text = show.table(rows, ["labels", "arm", "Dice", "95 % interval", "seeds", "test cases"])

@@ -148,11 +148,8 @@ def _grid(like: Any) -> tuple[np.ndarray, tuple[int, ...]]:
         affine, shape = like
     else:
         affine = like.affine
-        shape = (
-            next(getattr(like, name).shape for name in ("image", "array") if hasattr(like, name))
-            if not hasattr(like, "shape")
-            else like.shape
-        )
+        holder = next((getattr(like, name) for name in ("image", "array") if hasattr(like, name)), like)
+        shape = holder.shape
     return np.asarray(affine, dtype=np.float64), tuple(int(n) for n in shape)[-3:]
 
 

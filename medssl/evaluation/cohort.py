@@ -112,8 +112,7 @@ class Cohort:
         cases = self.split("train")
         if not cases or (count is not None and not 1 <= count <= len(cases)):
             raise RequestError(
-                f"cohort {self.name}: {count} labelled training cases asked for, it has {len(cases)}; "
-                f"choose 1 to {len(cases)}"
+                f"cohort {self.name}: {count} labelled training cases asked for, it has {len(cases)}; choose 1 to {len(cases)}"
                 if cases
                 else f"cohort {self.name}: no labelled training cases; mark some as train in its table"
             )
@@ -175,9 +174,7 @@ def _read_csv(path: Path) -> tuple[list[Case], dict[int, str]]:
     for line, row in _rows(path, required=("image", "label", "split"), optional=("few_label_rank", "patient")):
         split = _split(row["split"], path, line)
         label = path.parent / row["label"] if row["label"] else None
-        cases.append(
-            _case(path, line, path.parent / row["image"], label, split, row.get("patient"), row.get("few_label_rank"))
-        )
+        cases.append(_case(path, line, path.parent / row["image"], label, split, row.get("patient"), row.get("few_label_rank")))
     return cases, {}
 
 
@@ -224,19 +221,12 @@ def _read_nnunet(path: Path) -> tuple[list[Case], dict[int, str]]:
             if suffix == "Ts" and label is not None and not label.is_file():
                 label = None
             patient = row.get("patient") or name
-            cases.append(
-                _case(path, number, image, label, split, patient, row.get("few_label_rank"), where=f"images{suffix}")
-            )
+            cases.append(_case(path, number, image, label, split, patient, row.get("few_label_rank"), where=f"images{suffix}"))
     labels = content.get("labels", {})
-    flat = {
-        name: value
-        for name, value in labels.items()
-        if isinstance(value, int) or str(name).isdigit() or str(value).isdigit()
-    }
+    flat = {name: value for name, value in labels.items() if isinstance(value, int) or str(name).isdigit() or str(value).isdigit()}
     if len(flat) != len(labels):
         raise RequestError(
-            f"cohort {path}: dataset.json has region labels (lists); plain label values are read; "
-            "list each structure once"
+            f"cohort {path}: dataset.json has region labels (lists); plain label values are read; list each structure once"
         )
     return cases, _structures(flat)
 
@@ -300,9 +290,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        raise RequestError(
-            f"cohort {path}: not readable as JSON ({err}); write a Decathlon or nnU-Net data list"
-        ) from err
+        raise RequestError(f"cohort {path}: not readable as JSON ({err}); write a Decathlon or nnU-Net data list") from err
     if not isinstance(content, dict):
         raise RequestError(f"cohort {path}: the JSON holds a {type(content).__name__}, not an object; {FORMS}")
     return content
@@ -318,9 +306,7 @@ def _check_unique(cases: list[Case], path: Path) -> None:
     seen: dict[str, int] = {}
     for number, case in enumerate(cases, start=1):
         if case.id in seen:
-            raise RequestError(
-                f"cohort {path}: entries {seen[case.id]} and {number} are the same image file; list each image once"
-            )
+            raise RequestError(f"cohort {path}: entries {seen[case.id]} and {number} are the same image file; list each image once")
         seen[case.id] = number
 
 

@@ -1,10 +1,9 @@
 """Fine-tuning a MONAI segmentation network on few labelled volumes, pretrained or from scratch, all else equal.
 
 A run is a function of (cohort, settings, labels, seed, weights). The pretrained network and its scratch twin see the
-same cases in
-the same order, the same crops and the same augmentation, and start from the same decoder and head: draws are keyed by
-    (seed, step,
-position), and the network is built from the seed before pretrained tensors replace its encoder.
+same cases in the same order, the same crops and the same augmentation, and start from the same decoder and head: draws
+are keyed by (seed, step, position), and the network is built from the seed before pretrained tensors replace its
+encoder.
 
     out/results.json                 scores of every test case, curve, settings, what was loaded
     out/curve.jsonl                  one line per log point: step, loss, learning rates, validation Dice
@@ -424,7 +423,7 @@ def learning_rates(step: int, settings: FinetuneSettings, *, pretrained: bool) -
     """Return the learning rates of encoder and rest at a step.
 
     Linear warm-up and cosine decay to 0. With `freeze_steps` a pretrained encoder has 0 first while the rest warms up;
-    then both warm up from 0 ("sawtooth", OpenMind benchmark, Wald et al. 2024, fine-tuning schedules).
+    then both warm up from 0 ("sawtooth", OpenMind benchmark, arXiv 2412.17041).
     """
     freeze = settings.freeze_steps if pretrained else 0
     rise = max(1, settings.warmup_steps)

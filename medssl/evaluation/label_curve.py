@@ -1,14 +1,12 @@
 """The label curve: what pretraining is worth with n labelled volumes, over seeds, beside the scratch twin.
 
 A cell is one fine-tuning run (number of labels, seed, arm). Cells are computed one by one and each is kept when it is
-done, so that a
-curve that was killed continues where it stopped. Two questions are answered by two curves in two folders: speed (a
-    short budget for
-both arms) and quality (the plateau of scratch).
+done, so that a curve that was killed continues where it stopped. Two questions are answered by two curves in two
+folders: speed (a short budget for both arms) and quality (the plateau of scratch).
 
     out/label_curve.json               what the cells have in common; a folder never mixes two settings
-    out/cells/<arm>_n<labels>_s<seed>/ the folder of that run; its results.json comes last and says that the cell is
-    done out/summary.json, out/table.md     rewritten after every cell
+    out/cells/<arm>_n<labels>_s<seed>/ the folder of that run; its results.json comes last and says that it is done
+    out/summary.json, out/table.md     rewritten after every cell
 """
 
 from __future__ import annotations
@@ -179,10 +177,8 @@ def summarise(results: Sequence[FinetuneResult]) -> dict[str, Any]:
     """Return means with intervals per (labels, arm), and the paired differences to scratch per labels.
 
     A patient's score is the mean over structures, then over seeds; intervals come from a bootstrap over test patients.
-    They say
-    how far the mean could move with other patients, not with other seeds or other training cases: the spread over seeds
-        is given
-    beside them.
+    They say how far the mean could move with other patients, not with other seeds or other training cases: the spread
+    over seeds is given beside them.
 
     Returns:
         `rows`: labels, arm, seeds, dice, low, high, seed_spread (largest minus smallest seed mean), seed_means,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from medssl.export.manifest import normalization_of, window_of
+from medssl.export.manifest import domain_of, normalization_of, spacing_of, window_of
 
 
 def weights_licence_text(manifest: dict[str, Any], name: str) -> str:
@@ -33,8 +33,12 @@ def readme_text(manifest: dict[str, Any], *, name: str, window: Sequence[int], s
         stride: Voxels per feature along X, Y, Z.
         features: Channels of the feature map.
     """
-    spacing = manifest.get("spacing_mm")
-    grid = "its own voxel size" if spacing is None else f"{' x '.join(f'{float(s):g}' for s in spacing)} mm (trilinear)"
+    spacing = spacing_of(manifest)
+    grid = (
+        "nothing: every image keeps its own voxel size"
+        if spacing is None
+        else f"{' x '.join(f'{s:g}' for s in spacing)} mm (trilinear)"
+    )
     medssl_version, library = manifest["export"]["versions"]["medssl"], manifest["library"]
     coarser, at_least = " x ".join(map(str, stride)), " x ".join(map(str, window))
     return f"""# {name}
@@ -83,14 +87,16 @@ bundle specification. Delete it to have MONAI's own schema downloaded.
 
 def _normalisation_sentence(manifest: dict[str, Any]) -> str:
     intensity = manifest.get("intensity") or {}
-    domain = manifest.get("domain")
-    name = domain.get("name") if isinstance(domain, dict) else domain
-    limit = "the limit of the CT domain in HU" if name == "ct" else "a threshold between air and tissue, after Otsu"
-    body = f"of the body (above {limit})"
+    how = normalization_of(intensity)
+    body = ""
+    if how in ("zscore", "percentile"):
+        ct = domain_of(manifest) == "ct"
+        limit = "the limit of the CT domain in HU" if ct else "a threshold between air and tissue, after Otsu"
+        body = f"of the body (above {limit})"
     window = window_of(intensity)
     return {
         "zscore": f"Intensities: (x - mean) / std of the voxels {body}.",
         "percentile": f"Intensities: the 0.5th to 99.5th percentile of the voxels {body} become 0 to 1, clipped after resampling.",
         "window": f"Intensities: {window[0]:g} to {window[1]:g} become 0 to 1, clipped after resampling." if window else "",
         "none": "Intensities are left as they are.",
-    }[normalization_of(intensity)]
+    }[how]

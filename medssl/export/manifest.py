@@ -19,9 +19,9 @@ KEPT = (
     "encoder",
     "library",
     "key_groups",
-    "domain",
-    "modality",
+    "domains",
     "spacing_mm",
+    "spacing_source",
     "axis_order",
     "token_order",
     "intensity",
@@ -32,6 +32,7 @@ KEPT = (
     "authors",
     "copyright",
     "data_cards",
+    "objective",
     "step",
     "recipe_hash",
     "items_hash",
@@ -158,3 +159,30 @@ def normalization_of(intensity: Mapping[str, Any]) -> str:
             "export to safetensors instead"
         )
     return str(name)
+
+
+def spacing_of(manifest: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """Return the voxel size (X, Y, Z) in mm that images were resampled to in pretraining, None when each kept its own.
+
+    Args:
+        manifest: `spacing_mm` is a summary rather than a rule unless `spacing_source` is `views` (or is not given).
+    """
+    spacing = manifest.get("spacing_mm")
+    if spacing is None or manifest.get("spacing_source", "views") != "views":
+        return None
+    return tuple(float(s) for s in spacing)
+
+
+def domain_of(manifest: Mapping[str, Any]) -> str:
+    """Return the domain that says which voxels are foreground.
+
+    Raises:
+        WeightsError: Several domains: their foregrounds differ, and one bundle has one preprocessing.
+    """
+    domains = list(manifest.get("domains") or ["mri"])
+    if len(domains) > 1:
+        raise WeightsError(
+            f"weights of the domains {', '.join(domains)}, normalised by the statistics of different foregrounds; "
+            "a bundle takes one domain (or an intensity window); export to safetensors instead"
+        )
+    return str(domains[0])

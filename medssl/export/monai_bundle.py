@@ -17,7 +17,7 @@ import torch
 
 from medssl.errors import WeightsError
 from medssl.export.bundle_text import readme_text, weights_licence_text
-from medssl.export.manifest import Weights, exported_manifest, normalization_of, window_of
+from medssl.export.manifest import Weights, domain_of, exported_manifest, normalization_of, spacing_of, window_of
 from medssl.export.verify import ExportReport, compare, load_stock, random_image, read_pt, require_equal, source_encoder, write_pt
 from medssl.layers.tokens import unflatten_tokens
 
@@ -165,8 +165,8 @@ def network_config(weights: Weights) -> dict[str, Any]:
 def normalization_config(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return named expressions `normalise` (raw voxels, native grid, not clipped yet) and `clip` (after resampling).
 
-    Statistics are taken over the foreground as medssl takes them: above a threshold below Otsu's, or above `body_hu` in CT. The
-    value that padding takes, normalised, travels in the image's metadata under `padding`.
+    Statistics are taken over the foreground as medssl takes them: above a threshold below Otsu's, or above the default
+    `body_hu` in CT. The value that padding takes, normalised, travels in the image's metadata under `padding`.
     """
     intensity = manifest.get("intensity") or {}
     how = normalization_of(intensity)
@@ -180,9 +180,8 @@ def normalization_config(manifest: dict[str, Any]) -> dict[str, Any]:
             "normalise": f"$lambda x: @with_padding((x - {low!r}) / {high - low!r}, 0.0)",
             "clip": "$lambda x: x.clamp(0, 1)",
         }
-    domain = manifest.get("domain")
-    name, given = (domain.get("name"), domain.get("args", {})) if isinstance(domain, dict) else (domain, {})
-    rule = {"threshold": f"$lambda v: {float(given.get('body_hu', BODY_HU))!r}"} if name == "ct" else dict(FOREGROUND)
+    name = domain_of(manifest)
+    rule = {"threshold": f"$lambda v: {BODY_HU!r}"} if name == "ct" else dict(FOREGROUND)
     argument = "v" if name == "ct" else "@sample(v)"
     shared = {
         **rule,
@@ -210,11 +209,11 @@ def resample_config(manifest: dict[str, Any]) -> dict[str, Any]:
     The outer corner of voxel 0 stays where it is, as in medssl's boxes. MONAI's `Spacing` keeps its centre instead, and with
     `scale_extent` (MONAI 1.6) it places the corner by half a unit instead of half a voxel.
     """
-    spacing = manifest.get("spacing_mm")
+    spacing = spacing_of(manifest)
     if spacing is None:
         return {"resample": "$lambda x: x"}
     return {
-        "spacing_mm": [float(s) for s in spacing],
+        "spacing_mm": list(spacing),
         "ratio": "$lambda x: np.array(@spacing_mm) / np.linalg.norm(np.asarray(x.affine)[:3, :3], axis=0)",
         "to_input_voxels": "$lambda r: np.vstack([np.column_stack([np.diag(r), (r - 1) / 2]), [0.0, 0.0, 0.0, 1.0]])",
         "resampled_size": "$lambda n, r: np.maximum(np.rint(np.array(n) / r), 1).astype(int).tolist()",
@@ -335,9 +334,7 @@ def metadata_json(manifest: dict[str, Any], *, name: str, window: tuple[int, ...
     import numpy as np
 
     clipped = normalization_of(manifest.get("intensity") or {}) in ("window", "percentile")
-    domain = manifest.get("domain")
-    domain = domain.get("name") if isinstance(domain, dict) else domain
-    modality = {"ct": "CT", "mri": "MR"}.get(str(domain), "n/a")
+    domains = {{"ct": "CT", "mri": "MR"}.get(name, "n/a") for name in manifest.get("domains") or ()}
     return {
         "schema": SCHEMA_URL,
         "version": VERSION,
@@ -368,7 +365,7 @@ def metadata_json(manifest: dict[str, Any], *, name: str, window: tuple[int, ...
                 "image": {
                     "type": "image",
                     "format": "magnitude",
-                    "modality": modality,
+                    "modality": domains.pop() if len(domains) == 1 else "n/a",
                     "num_channels": manifest["channels"],
                     "spatial_shape": list(window),
                     "dtype": "float32",

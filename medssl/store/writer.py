@@ -46,8 +46,15 @@ DIFFERENCES_ABOVE = 0.5
 class Row(Protocol):
     """What the writer needs of a row of the index (`archive.table.SeriesRow`)."""
 
-    series_id: str
-    patient_id: str
+    @property
+    def series_id(self) -> str:
+        """Pseudonymous series."""
+        ...
+
+    @property
+    def patient_id(self) -> str:
+        """Pseudonymous patient."""
+        ...
 
 
 class Files(Protocol):

@@ -89,7 +89,9 @@ def _write(aside: Path, model: nn.Module, optimiser: Optimizer, world: World) ->
     state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimiser)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one process without a process group is what we mean
-        dcp_save(state, checkpoint_id=str(aside),
+        dcp_save(
+            state,
+            checkpoint_id=str(aside),
             no_dist=world.size == 1,
         )
 
@@ -139,7 +141,9 @@ def load(path: Path, model: nn.Module, optimiser: Optimizer, world: World) -> No
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp_load(state, checkpoint_id=str(path),
+            dcp_load(
+                state,
+                checkpoint_id=str(path),
                 no_dist=world.size == 1,
             )
     except (Exception, CheckpointException) as err:  # torch derives it from BaseException

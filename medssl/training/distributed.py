@@ -141,7 +141,7 @@ def wrap(objective: nn.Module, strategy: str, world: World, *, blocks: Iterable[
 def gradient_sync(model: nn.Module, strategy: str, last: bool) -> AbstractContextManager[Any]:
     """Return a context in which gradients are exchanged only in the last micro-step."""
     if strategy == "ddp" and not last:
-        return model.no_sync()
+        return model.no_sync()  # type: ignore[operator, no-any-return]
     if strategy == "fsdp":
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
     return nullcontext()
@@ -149,4 +149,4 @@ def gradient_sync(model: nn.Module, strategy: str, last: bool) -> AbstractContex
 
 def full(tensor: Tensor) -> Tensor:
     """Return the whole of a sharded tensor on every rank; a plain tensor unchanged."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

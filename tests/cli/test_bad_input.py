@@ -57,8 +57,12 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "index"
 
 
-def test_pretraining__goes_on_without_bad_images_and_counts_them(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = medssl(capsys, "pretrain", SMOKE, f"data.index={archive}", f"out={tmp_path / 'run'}", "train.steps=4", "--json")
+def test_pretraining__goes_on_without_bad_images_and_counts_them(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = medssl(
+        capsys, "pretrain", SMOKE, f"data.index={archive}", f"out={tmp_path / 'run'}", "train.steps=4", "--json"
+    )
     assert status == 0
     result = json.loads(out)
     assert result["status"] == "finished"
@@ -70,7 +74,9 @@ def test_pretraining__goes_on_without_bad_images_and_counts_them(archive: Path, 
     status, _, err = medssl(capsys, "pretrain", SMOKE, f"data.index={archive}", f"out={tmp_path / 'run'}", "train.steps=4")
     assert status == 2
     assert "already holds a run; continue it with --resume" in err
-    status, _, err = medssl(capsys, "pretrain", SMOKE, f"data.index={archive}", f"out={tmp_path / 'run'}", "train.steps=5", "--resume")
+    status, _, err = medssl(
+        capsys, "pretrain", SMOKE, f"data.index={archive}", f"out={tmp_path / 'run'}", "train.steps=5", "--resume"
+    )
     assert status == 2
     assert "a resumed run must be the same run" in err
     status, out, err = medssl(capsys, "runs", "ls", tmp_path, "--json")
@@ -148,7 +154,8 @@ def test_no_write_permission__exits_without_traces(archive: Path, tmp_path: Path
             os.chmod(parent, 0o755)
     code = (
         "import os, sys\n"
-        "import medssl.api, medssl.encoders.segresnet3d, medssl.objectives.mae_cnn, medssl.domains.mri, monai.networks.nets, duckdb, blosc2, nibabel, pydicom, scipy.ndimage\n"
+        "import medssl.api, medssl.encoders.segresnet3d, medssl.objectives.mae_cnn, medssl.domains.mri\n"
+        "import monai.networks.nets, duckdb, blosc2, nibabel, pydicom, scipy.ndimage\n"
         "from medssl.cli.main import main\n"  # imported as root: the interpreter may lie in a folder that others cannot read
         "os.setgid(65534); os.setuid(65534)\n"
         "main(sys.argv[1:])"

@@ -82,7 +82,9 @@ def test_segresnet3d__decoder_equals_monais_forward() -> None:
     from monai.networks.nets import SegResNet
 
     encoder = SegResNet3D(**TINY["segresnet3d"]).eval()  # type: ignore[arg-type]
-    stock = SegResNet(3, init_filters=8, in_channels=1, out_channels=1, blocks_down=(1, 1, 1), blocks_up=(1, 1), use_conv_final=False)
+    stock = SegResNet(
+        3, init_filters=8, in_channels=1, out_channels=1, blocks_down=(1, 1, 1), blocks_up=(1, 1), use_conv_final=False
+    )
     stock.load_state_dict(encoder.net.state_dict(), strict=True)
     x = torch.randn(1, 1, 16, 24, 8)
     with torch.no_grad():

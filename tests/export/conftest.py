@@ -15,7 +15,8 @@ from medssl.weights import save_part
 FACTS = {
     "spacing_mm": [2.0, 1.0, 1.5],
     "intensity": {"normalize": "zscore"},
-    "domain": "mri",
+    "spacing_source": "views",
+    "domains": ["mri"],
     "licence": "Apache-2.0",
     "data_cards": ["0f1e2d3c"],
     "seed": 7,

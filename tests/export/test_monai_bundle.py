@@ -105,7 +105,7 @@ def test_preprocessing__equals_domain_and_views(kind, intensity, spacing, tmp_pa
     file = write_image(tmp_path / "a.nii.gz", array)
     domain = CT() if kind == "ct" else MRI()
     run = save_run(
-        make_segresnet(), tmp_path / "run", domain=domain.name, intensity=intensity, spacing_mm=spacing, image_size=[8, 8, 8]
+        make_segresnet(), tmp_path / "run", domains=[domain.name], intensity=intensity, spacing_mm=spacing, image_size=[8, 8, 8]
     )
     export_weights(run, "monai-bundle", tmp_path / "bundle")
     found = parsed(tmp_path / "bundle", "preprocessing")({"image": str(file)})["image"]
@@ -212,6 +212,26 @@ def test_schema__rejects_what_the_specification_forbids(tmp_path):
     metadata["network_data_format"]["inputs"]["image"]["num_channels"] = "one"
     with pytest.raises(jsonschema.ValidationError, match="is not of type 'integer'"):
         jsonschema.validate(metadata, schema)
+
+
+def test_bundle__keeps_the_image_spacing_when_the_manifest_only_summarises_it(tmp_path):
+    run = save_run(make_segresnet(), tmp_path / "run", spacing_source="median of the items", image_size=[8, 8, 8])
+    export_weights(run, "monai-bundle", tmp_path / "bundle")
+    file = write_image(tmp_path / "a.nii.gz", mr_image())
+    found = parsed(tmp_path / "bundle", "preprocessing")({"image": str(file)})["image"]
+    assert found.shape == (1, 44, 32, 24)  # 41, 30, 22 voxels padded to whole patches
+    assert "keeps its own voxel size" in (tmp_path / "bundle" / "docs" / "README.md").read_text()
+
+
+def test_bundle__refuses_two_domains_unless_a_window_serves_both(tmp_path, entries):
+    both = {"domains": ["ct", "mri"]}
+    run = save_run(make_segresnet(), tmp_path / "run", **both)
+    before = entries()
+    with pytest.raises(WeightsError, match="the domains ct, mri, normalised by the statistics of different foregrounds"):
+        export_weights(run, "monai-bundle", tmp_path / "bundle")
+    assert entries() == before
+    windowed = save_run(make_segresnet(), tmp_path / "windowed", intensity={"normalize": {"window": [0, 9]}}, **both)
+    export_weights(windowed, "monai-bundle", tmp_path / "bundle")
 
 
 def test_bundle__refuses_a_normalisation_it_cannot_write(tmp_path, entries):

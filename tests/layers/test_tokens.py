@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medssl.layers.pos_embed import resize_positions, sincos_positions
-from medssl.layers.tokens import flatten_tokens, gather_tokens, patchify, scatter_tokens, unflatten_tokens, unpatchify, visible_indices
+from medssl.layers.tokens import (
+    flatten_tokens,
+    gather_tokens,
+    patchify,
+    scatter_tokens,
+    unflatten_tokens,
+    unpatchify,
+    visible_indices,
+)
 
 GRIDS = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
 
@@ -33,7 +41,9 @@ def test_patchify__cuts_the_cells_of_a_non_cubic_grid(grid: tuple[int, ...], pat
     for a in range(grid[0]):
         for b in range(grid[1]):
             for c in range(grid[2]):
-                cell = x[:, :, a * patch[0] : (a + 1) * patch[0], b * patch[1] : (b + 1) * patch[1], c * patch[2] : (c + 1) * patch[2]]
+                cell = x[
+                    :, :, a * patch[0] : (a + 1) * patch[0], b * patch[1] : (b + 1) * patch[1], c * patch[2] : (c + 1) * patch[2]
+                ]
                 assert torch.equal(rows[:, (a * grid[1] + b) * grid[2] + c], cell.flatten(1))
     assert torch.equal(unpatchify(rows, grid, patch, channels), x)
 

@@ -84,7 +84,11 @@ def test_gradient__stays_where_it_belongs(name: str) -> None:
     prediction = objective.predict(x, argument)
     prediction.retain_grad()
     target = patchify(x.detach(), (4, 4, 4)) if name == "mae" else x.detach()
-    weights = loss_weights(flatten_tokens(argument[:, None])[..., 0], torch.ones_like(target, dtype=torch.bool), "masked") if name == "mae" else hidden.float()
+    weights = (
+        loss_weights(flatten_tokens(argument[:, None])[..., 0], torch.ones_like(target, dtype=torch.bool), "masked")
+        if name == "mae"
+        else hidden.float()
+    )
     ((prediction - target).square() * weights).sum().backward()
     expected = objective(views, StepContext())["loss"] * weights.sum()
     assert torch.allclose(expected, ((prediction - target).square() * weights).sum(), rtol=1e-5)

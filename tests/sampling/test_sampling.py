@@ -75,7 +75,7 @@ def test_foreground__pulls_crops_towards_it() -> None:
             point = np.array([30.5, 40.5, 20.5]) * RECORDS[4].spacing_mm
             start, size = np.array(draw.boxes[0].start_mm), np.array(draw.boxes[0].size_mm)
             assert ((start <= point) & (point <= start + size)).all()
-    with pytest.raises(RequestError, match="sampler.foreground is 2"):
+    with pytest.raises(RequestError, match=r"sampler\.foreground is 2"):
         sampler(foreground=2.0)
 
 

@@ -130,7 +130,7 @@ def test_nan__stops_the_run_and_says_what_to_try(tmp_path: Path) -> None:
                 rows[0][0][:] = float("nan")
             return rows
 
-    with pytest.raises(TrainingStopped, match="Try a lower optim.lr"):
+    with pytest.raises(TrainingStopped, match=r"Try a lower optim\.lr"):
         run(tmp_path / "a", 10, sources={"toy": Broken()})
     steps = [path.name for path in checkpoint.step_folders(tmp_path / "a" / "checkpoints")]
     assert steps == ["step_000000004"]
@@ -169,7 +169,7 @@ def test_resume__refuses_another_items_table(tmp_path: Path) -> None:
 
 def test_resume__refuses_another_seed(tmp_path: Path) -> None:
     run(tmp_path / "a", 4)
-    with pytest.raises(CheckpointError, match="made with train.seed=0, now 1"):
+    with pytest.raises(CheckpointError, match=r"made with train\.seed=0, now 1"):
         run(tmp_path / "a", 8, resume=True, seed=1)
 
 

@@ -1,0 +1,46 @@
+"""Golden ledger: 20 steps of every smoke recipe. A change meant to be neutral must not move it.
+
+After a change that is meant to matter: MEDSSL_UPDATE_GOLDEN=1 python -m pytest tests/recipes/test_golden.py, and say why in the commit.
+Tolerances cover other CPU kinds and thread counts, not another result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from medssl import api, build
+from medssl.recipe import shipped
+
+LEDGER = Path(__file__).with_name("golden.json")
+SMOKE = {name: path for name, path in shipped().items() if name.startswith("smoke/")}
+
+
+def play(path: Path, archive: Path, out: Path) -> dict[str, list[float]]:
+    """Run a recipe and return its losses and the features of a fixed image."""
+    done = api.pretrain(path, [f"data.index={archive}", f"out={out}"])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    encoder = build.load_encoder(done.path)
+    size = json.loads((out / "weights" / "last" / "encoder.json").read_text())["image_size"]
+    ramp = torch.linspace(-2, 2, size[0] * size[1] * size[2]).reshape(1, 1, *size)
+    with torch.no_grad():
+        features = encoder(torch.sin(7 * ramp)).pooled[0, :8]
+    return {"losses": losses, "features": features.tolist()}
+
+
+@pytest.mark.parametrize("name", sorted(SMOKE))
+def test_twenty_steps__match_the_ledger(name: str, phantom_archive: Path, tmp_path: Path) -> None:
+    found = play(SMOKE[name], phantom_archive, tmp_path / "run")
+    ledger = json.loads(LEDGER.read_text()) if LEDGER.is_file() else {}
+    if os.environ.get("MEDSSL_UPDATE_GOLDEN"):
+        LEDGER.write_text(json.dumps({**ledger, name: found}, indent=1, sort_keys=True) + "\n")
+        return
+    assert name in ledger, "a new smoke recipe: run with MEDSSL_UPDATE_GOLDEN=1 and commit golden.json"
+    assert len(found["losses"]) == 20
+    assert found["losses"] == pytest.approx(ledger[name]["losses"], rel=1e-3)
+    assert found["features"] == pytest.approx(ledger[name]["features"], rel=2e-2, abs=2e-3)
