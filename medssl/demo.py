@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +22,10 @@ from medssl.export.write import export_weights
 from medssl.phantoms.cohort import make_cohort
 from medssl.recipe import recipe_folder
 from medssl.report.page import report
+from medssl.weights import write_atomic
 
 PHANTOMS = 60
-LONGEST_CROP = 48  # voxels; keeps a step under a second on two cores
+LONGEST_CROP = 40  # voxels; keeps a step well under a second on two cores
 KEPT = ("demo", "archive", "pretrain", "evaluate", "finetune", "export")
 
 Say = Callable[[str], None]
@@ -40,7 +42,7 @@ def run_demo(data: Path | None, out: Path, *, say: Say, progress: MakeProgress) 
         progress: Makes a progress display.
 
     Returns:
-        `table` (text), `summary`, `report` (path), `seconds` per step of the road.
+        `summary` (of the label curve), `report` (path), `seconds` per step of the road.
     """
     started = time.perf_counter()
     seconds: dict[str, float] = {}
@@ -99,11 +101,10 @@ def run_demo(data: Path | None, out: Path, *, say: Say, progress: MakeProgress) 
         )
     timed("export")
     say("7/7 drawing the report")
+    write_atomic(out / "demo.json", json.dumps({"timings": seconds}, indent=1).encode())
     page = report(out, out / "report.html")
     timed("report")
-    from medssl.cli.training import summary_table
-
-    return {"table": summary_table(summary), "summary": summary, "report": str(page.resolve()), "seconds": seconds}
+    return {"summary": summary, "report": str(page.resolve()), "seconds": seconds}
 
 
 def phantom_key(out: Path) -> Path:
@@ -130,7 +131,7 @@ def prepare(out: Path) -> None:
 
 
 def choose_views(archive: Archive) -> tuple[list[int], list[float]]:
-    """Return view size (voxels, multiples of 8) and spacing (mm) that hold a typical volume in at most 48 voxels per axis."""
+    """Return view size (voxels, multiples of 8) and spacing (mm) that hold a typical volume in at most 40 voxels per axis."""
     rows = archive.select("kind = 'volume' and status != 'rejected'")
     spacings = np.median([row.spacing_mm for row in rows if row.spacing_mm], axis=0)
     extents = np.median([[n * s for n, s in zip(row.shape, row.spacing_mm)] for row in rows if row.spacing_mm], axis=0)

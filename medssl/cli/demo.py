@@ -18,7 +18,8 @@ def demo(
     json: Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")] = False,
 ) -> None:
     """Index, cache, pretrain, evaluate, fine-tune (pretrained and scratch), export, report: minutes on a laptop CPU."""
+    from medssl.cli.training import summary_table
     from medssl.demo import run_demo
 
     result = run_demo(data, out, say=lambda text: show.say(text, json), progress=lambda what: show.progress(what, quiet=json))
-    show.result(result, json, f"\n{result['table']}\n\nreport: {result['report']}")
+    show.result(result, json, f"\n{summary_table(result['summary'])}\n\nreport: {result['report']}")

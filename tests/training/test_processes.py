@@ -18,7 +18,7 @@ def toy(*args: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     start = (
         [sys.executable]
         if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
+        else [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
     )
     command = [*start, "-m", "tests.training.toy", *args]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
