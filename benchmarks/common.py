@@ -12,7 +12,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,12 @@ class Check:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def as_dict(self) -> dict[str, Any]:
-        return {"what": self.what, "value": self.value, "target": f"{'>=' if self.at_least else '<='} {self.limit}", "met": self.met}
+        return {
+            "what": self.what,
+            "value": self.value,
+            "target": f"{'>=' if self.at_least else '<='} {self.limit}",
+            "met": self.met,
+        }
 
 
 @dataclass
@@ -123,7 +130,9 @@ class Result:
 
 def parser(text: str | None, *, repeats: int = 20) -> argparse.ArgumentParser:
     """Return an argument parser with what every benchmark takes."""
-    made = argparse.ArgumentParser(description=(text or "").strip().splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=(text or "").strip().splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     made.add_argument("--repeats", type=int, default=repeats, help="turns of which the medians are taken")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     return made
@@ -192,3 +201,12 @@ def synthetic_ct(shape: Sequence[int], seed: int = 0) -> np.ndarray:
         sheet = np.where(body, tissue, -1000.0) + rng.normal(0, 12, body.shape)
         volume[i] = np.clip(sheet, -1024, 3000).astype(np.int16)
     return volume
+
+
+@contextmanager
+def without_monai_warnings() -> Iterator[None]:
+    """Hide two warnings that MONAI gives about its own insides when a loader or a network is built."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader", category=UserWarning)
+        warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
+        yield

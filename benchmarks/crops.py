@@ -44,7 +44,13 @@ def write_bare(volume: np.ndarray, path: Path) -> Path:
         blocks=tuple(min(BLOCK, n) for n in volume.shape),
         urlpath=str(path),
         mode="w",
-        cparams={"codec": blosc2.Codec.ZSTD, "clevel": CLEVEL, "nthreads": 1, "filters": [blosc2.Filter.SHUFFLE], "filters_meta": [0]},
+        cparams={
+            "codec": blosc2.Codec.ZSTD,
+            "clevel": CLEVEL,
+            "nthreads": 1,
+            "filters": [blosc2.Filter.SHUFFLE],
+            "filters_meta": [0],
+        },
     )
     return path
 

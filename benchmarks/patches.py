@@ -22,7 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import Check, Result, finish, interleave, milliseconds, parser, synthetic_ct, times_faster
+from benchmarks.common import (
+    Check,
+    Result,
+    finish,
+    interleave,
+    milliseconds,
+    parser,
+    synthetic_ct,
+    times_faster,
+    without_monai_warnings,
+)
 from benchmarks.crops import open_bare, write_bare
 from medssl.domains.ct import CT
 from medssl.sampling.samplers import CropSampler
@@ -147,7 +157,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
         del samples
         check_equal(source, bare)
-        dataset = persistent_dataset(list(paths.values()), options.crop, folder / "monai")
+        with without_monai_warnings():
+            dataset = persistent_dataset(list(paths.values()), options.crop, folder / "monai")
         step = 0
 
         def ours() -> None:

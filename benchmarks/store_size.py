@@ -65,8 +65,6 @@ def measure(archive: Archive, row: SeriesRow, store: Path) -> dict[str, Any]:
     """Cache one series and return its sizes and checks, or why it was refused."""
     domain = CT()
     name = {"slices": row.n_slices, "shape": "x".join(map(str, row.shape)), "files_mb": row.bytes / 1e6}
-    if row.status == "rejected":
-        return {**name, "outcome": f"rejected by the index: {row.reason}"}
     summary = cache_items(archive, [row], domain, store)
     if summary.failed:
         return {**name, "outcome": f"refused: {summary.failed[row.series_id][0]}"}
@@ -100,9 +98,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             rows.append({"set": name, "outcome": "not there"})
             continue
         with tempfile.TemporaryDirectory() as folder:
-            index([options.data / SETS[name]], Path(folder) / "index", modality="CT")
+            summary = index([options.data / SETS[name]], Path(folder) / "index", modality="CT")
             archive = Archive.open(Path(folder) / "index")
-            for number, row in enumerate(archive.select(None)):
+            usable = archive.select(None)
+            if not usable:
+                reasons = ", ".join(f"{reason}: {count} files" for reason, count in sorted(summary.reasons.items()))
+                rows.append({"set": name, "outcome": f"rejected by the index ({reasons})"})
+            for number, row in enumerate(usable):
                 found = {"set": name, **measure(archive, row, Path(folder) / f"store_{number}")}
                 rows.append(found)
                 if found["outcome"] == "stored":

@@ -28,7 +28,7 @@ from medssl.training.loop import Callback, train
 from medssl.training.monitors import CollapseMonitor, feature_monitors
 from medssl.training.run_folder import RunFolder, facts_of_machine, now
 from medssl.views.pipeline import VolumeViews
-from medssl.weights import find_part, load_part, write_atomic
+from medssl.weights import find_part, load_part, private_folder, write_atomic
 
 Progress = Callable[[int, int], None]
 StepProgress = Callable[[int, int, Mapping[str, float]], None]
@@ -65,9 +65,10 @@ def load_recipe(recipe: Any, overrides: Sequence[str] = (), kind: str | None = N
     """
     if isinstance(recipe, str | Path):
         path = Path(recipe)
-        if path.is_dir():
-            path = path / "recipe.yaml"
-        recipe = Recipe.load(path, overrides)
+        if path.is_dir():  # a run folder is itself, wherever it was moved to
+            recipe = Recipe.load(path / "recipe.yaml", [*overrides, f"out={path}"])
+        else:
+            recipe = Recipe.load(path, overrides)
     if kind and recipe.kind != kind:
         raise RequestError(f"this is a {recipe.kind} recipe; `medssl {kind}` needs one with kind: {kind}")
     build.check(recipe)
@@ -129,7 +130,7 @@ def pretrain(
     failed = {series: why for shelf in shelves for series, why in shelf.summary.failed.items()}
     probes = [build_probe(name, probe, recipe, shelves) for name, probe in recipe.probes.items()]
     if world.is_main and not run.exists():
-        run.create(Recipe.dump(recipe), _run_facts(recipe, items, failed, world.size))
+        run.create(Recipe.dump(recipe), _run_facts(recipe, items, shelves, failed, world.size))
         write_items(items, run.items)
     distributed.barrier(world)
     objective, encoders = build.build_objective(recipe)
@@ -195,7 +196,9 @@ def _check_specs(objective: Any, source: ImageSource) -> None:
         )
 
 
-def _run_facts(recipe: PretrainRecipe, items: Sequence[Item], failed: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+def _run_facts(
+    recipe: PretrainRecipe, items: Sequence[Item], shelves: Sequence[build.Shelf], failed: Mapping[str, Any], world_size: int
+) -> dict[str, Any]:
     reasons: dict[str, int] = {}
     for reason, _ in failed.values():
         reasons[reason] = reasons.get(reason, 0) + 1
@@ -207,6 +210,7 @@ def _run_facts(recipe: PretrainRecipe, items: Sequence[Item], failed: Mapping[st
         "world_size": world_size,
         "items": {"used": len(items), "patients": len({item.patient_id for item in items}), "failed": reasons},
         "items_hash": items_hash(items),
+        "id_keys": sorted({shelf.archive.key_fingerprint for shelf in shelves}),
     }
 
 
@@ -402,7 +406,7 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
     _, manifest = load_part(weights)
     section = evaluation_section(recipe, manifest)
     shelf = build.fill_shelf("source", section, on_progress=on_cache)
-    refuse_pretraining_patients(weights, shelf)
+    leakage = refuse_pretraining_patients(weights, shelf)
     targets, series, groups = labelled_rows(shelf, recipe.table, recipe.file_column, recipe.target, recipe.task)
     source = build.evaluation_source("source", shelf, section, series)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -422,10 +426,12 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
         "task": recipe.task,
         "seed": recipe.seed,
         "weights_hash": manifest["weights_hash"],
+        "leakage_check": leakage,
         "rows": rows,
         "seconds": time.perf_counter() - started,
         **facts_of_machine(),
     }
+    private_folder(Path(recipe.out))
     write_atomic(Path(recipe.out) / "evaluate.json", json.dumps(result, indent=1).encode())
     return result
 
@@ -438,17 +444,24 @@ def evaluation_section(recipe: EvaluateRecipe, manifest: Mapping[str, Any]) -> S
     return recipe.source.model_copy(update={"views": views})
 
 
-def refuse_pretraining_patients(weights: Path | str, shelf: build.Shelf) -> None:
+def refuse_pretraining_patients(weights: Path | str, shelf: build.Shelf) -> str:
     """Refuse an evaluation on patients that the weights have seen, as far as the run folder is at hand.
+
+    Returns:
+        What was checked, for the result.
 
     Raises:
         LeakageError: A patient is on both sides.
     """
     from medssl.sampling.items import read as read_items
 
-    table = run_of(weights) / "items.parquet"
+    run = run_of(weights)
+    table = run / "items.parquet"
     if not table.is_file():
-        return
+        return "not checked: the weights lie outside their run folder, so their patients are not known"
+    keys = set(RunFolder(run).read().get("id_keys", []))
+    if keys != {shelf.archive.key_fingerprint}:
+        return "not checked: pretraining and evaluation indexes were made with different id keys, so patients cannot be compared"
     seen = {item.patient_id for item in read_items(table)}
     both = seen & {row.patient_id for row in shelf.rows}
     if both:
@@ -458,6 +471,7 @@ def refuse_pretraining_patients(weights: Path | str, shelf: build.Shelf) -> None
             f"{len(both)} of {len(shelf.rows)} selected series belong to patients that the weights were pretrained on; "
             "select others (for instance source.where=\"split = 'val'\"): numbers on seen patients flatter the weights"
         )
+    return "no patient of this evaluation was pretrained on"
 
 
 def run_of(weights: Path | str) -> Path:
@@ -527,6 +541,7 @@ def label_curve(
         arms["pretrained"] = open_weights(weights, transfer=settings.transfer)
     if twin or not arms:
         arms["scratch"] = None
+    private_folder(Path(recipe.out))
     if counts is None:
         counts = [recipe.labels or len(cohort.split("train"))]
     return curve.label_curve(

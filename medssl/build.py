@@ -14,7 +14,7 @@ from torch import Tensor
 from medssl.archive.table import Archive, SeriesRow
 from medssl.errors import LeakageError, RecipeError, RegistryError, RequestError, near
 from medssl.recipe import Component, EvaluateRecipe, FinetuneRecipe, OptimSection, PretrainRecipe, SourceSection
-from medssl.registry import lookup
+from medssl.registry import ENCODERS, lookup
 from medssl.sampling.items import Item, freeze
 from medssl.sampling.samplers import SAMPLERS, CentreSampler
 from medssl.sampling.source import ImageSource
@@ -29,7 +29,7 @@ from medssl.views.pipeline import Crop, VolumeViews
 from medssl.weights import load_part
 
 Progress = Callable[[int, int], None]
-_GIVEN = {"encoder", "image_size", "spacing_mm", "view"}  # what the builder itself gives to an objective
+_GIVEN = ("encoder", "image_size", "spacing_mm", "view")  # what the builder itself gives to an objective
 
 
 def argument_faults(path: str, target: Any, args: Mapping[str, Any], given: Iterable[str] = ()) -> list[str]:
@@ -86,8 +86,26 @@ def pretrain_faults(recipe: PretrainRecipe) -> list[str]:
     faults = [fault for name, source in recipe.sources.items() for fault in source_faults(_source_path(recipe, name), source)]
     for name, encoder in recipe.encoders.items():
         faults += component_faults(f"encoders.{name}" if len(recipe.encoders) > 1 else "encoder", "encoder", encoder)
-    faults += component_faults("objective", "objective", recipe.objective, _GIVEN - set(recipe.objective.args))
-    return faults or crop_faults(recipe)
+    arguments = {key: value for key, value in recipe.objective.args.items() if key != "encoder"}  # which encoder: by name
+    faults += component_faults("objective", "objective", Component(name=recipe.objective.name, **arguments), _GIVEN)
+    return faults or fit_faults(recipe) or crop_faults(recipe)
+
+
+def fit_faults(recipe: PretrainRecipe) -> list[str]:
+    """Check that the objective's encoder exists and can do what the objective needs."""
+    chosen = recipe.objective.args.get("encoder", next(iter(recipe.encoders)))
+    if chosen not in recipe.encoders:
+        return [f'objective.encoder: no encoder named "{chosen}"{near(str(chosen), recipe.encoders)}']
+    name = recipe.encoders[chosen].name
+    needs = getattr(lookup("objective", recipe.objective.name), "needs", ())
+    encoder = lookup("encoder", name)
+    if all(getattr(encoder, need, False) for need in needs):
+        return []
+    fitting = sorted(other for other in ENCODERS if all(getattr(lookup("encoder", other), need, False) for need in needs))
+    return [
+        f"objective.name: {recipe.objective.name} cannot work on encoder {name} (it needs {', '.join(needs)}); "
+        f"encoders that fit: {', '.join(fitting)}"
+    ]
 
 
 def crop_faults(recipe: PretrainRecipe) -> list[str]:
@@ -141,7 +159,8 @@ def finetune_settings(recipe: FinetuneRecipe) -> Any:
     """Return the `FinetuneSettings` of a recipe."""
     from medssl.evaluation.finetune import FinetuneSettings
 
-    values = {"network": recipe.network, "domain": recipe.cohort.domain.name, **recipe.settings}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = {"network": recipe.network, "domain": recipe.cohort.domain.name, "device": device, **recipe.settings}
     if recipe.encoder:
         arguments = {key: value for key, value in recipe.encoder.items() if key != "name"}
         values["encoder"] = {"name": recipe.encoder["name"], "args": arguments}
@@ -193,8 +212,6 @@ def build_objective(recipe: PretrainRecipe) -> tuple[Any, list[Any]]:
     views = VolumeViews(**next(iter(recipe.sources.values())).views)
     args = dict(recipe.objective.args)
     chosen = args.pop("encoder", next(iter(encoders)))
-    if chosen not in encoders:
-        raise RecipeError([f'objective.encoder: no encoder named "{chosen}"{near(chosen, encoders)}'])
     objective = lookup("objective", recipe.objective.name)(
         encoders[chosen], image_size=views.size, spacing_mm=views.spacing_mm, view=views.name, **args
     )

@@ -22,7 +22,7 @@ from medssl.export.write import export_weights
 from medssl.phantoms.cohort import make_cohort
 from medssl.recipe import recipe_folder
 from medssl.report.page import report
-from medssl.weights import write_atomic
+from medssl.weights import private_folder, write_atomic
 
 PHANTOMS = 60
 LONGEST_CROP = 40  # voxels; keeps a step well under a second on two cores
@@ -102,7 +102,7 @@ def run_demo(data: Path | None, out: Path, *, say: Say, progress: MakeProgress) 
     timed("export")
     say("7/7 drawing the report")
     write_atomic(out / "demo.json", json.dumps({"timings": seconds}, indent=1).encode())
-    page = report(out, out / "report.html")
+    page = report(out, out / "report.html", with_images=True)
     timed("report")
     return {"summary": summary, "report": str(page.resolve()), "seconds": seconds}
 
@@ -126,7 +126,7 @@ def prepare(out: Path) -> None:
         raise RequestError(f"{out} holds other things; give an empty or new folder with --out")
     for name in KEPT[1:]:
         shutil.rmtree(out / name, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+    private_folder(out)
     marker.write_text("made by medssl demo; run it again to replace everything here\n")
 
 

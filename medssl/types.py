@@ -262,8 +262,9 @@ class StepContext:
 class Objective(Protocol):
     """What the loop calls. An objective is a plain `nn.Module`; only `forward` and `view_specs` are required.
 
-    Optional methods, looked up by name: `denominators(views) -> {name: scalar tensor}`, `after_step(ctx)`,
-    `on_epoch(ctx, embed)`, `ema_pairs() -> [(student, teacher, schedule name)]`, `exported() -> {part: Part}`.
+    Optional, looked up by name: `needs` (encoder attributes that must be true), `denominators(views) -> {name: scalar tensor}`,
+    `schedules(step, steps) -> {name: value}`, `after_step(ctx)`, `on_epoch(ctx, embed)`, `reconstruct(views) -> pictures`,
+    `ema_pairs() -> [(student, teacher, schedule name)]`, `exported() -> {part: Part}`.
     """
 
     view_specs: dict[str, ViewSpec]

@@ -48,7 +48,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
         with open(aside, "wb") as stream:
             stream.write(content)
             stream.flush()
@@ -57,6 +57,13 @@ def write_atomic(path: Path, content: bytes) -> None:
     except OSError as err:
         aside.unlink(missing_ok=True)
         raise disk_error(err, path) from err
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that only its owner may enter; a folder that exists keeps its mode."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chmod(folder, 0o700)
 
 
 def disk_error(err: OSError, path: Path) -> StoreError:

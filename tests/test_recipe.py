@@ -62,6 +62,17 @@ def test_mask_cell__must_be_one_patch_for_mae() -> None:
     assert "cell=[8, 8, 8]" in faults(["views.mask.cell=16"])
 
 
+def test_objective_and_encoder__must_fit() -> None:
+    text = faults(["objective.name=mae_cnn", "objective.decoder_dim=null"], {**GOOD, "objective": {"name": "mae_cnn"}})
+    assert "objective.decoder_dim: unknown key" in text
+    text = faults([], {**GOOD, "objective": {"name": "mae_cnn"}})
+    assert "mae_cnn cannot work on encoder vit3d (it needs has_decoder); encoders that fit: segresnet3d" in text
+    text = faults([], {**GOOD, "encoder": {"name": "segresnet3d", "init_filters": 8}})
+    assert "mae cannot work on encoder segresnet3d (it needs drops_tokens); encoders that fit: vit3d" in text
+    assert "objective.image_size: unknown key" in faults(["objective.image_size=[32, 32, 16]"])
+    assert 'objective.encoder: no encoder named "encodr" (did you mean "encoder"?)' in faults(["objective.encoder=encodr"])
+
+
 def test_missing_mask__is_a_fault() -> None:
     raw = {
         **GOOD,

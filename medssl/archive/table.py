@@ -177,6 +177,11 @@ class Archive:
         self._files: dict[str, list[tuple[Path, str]]] | None = None
         self._tags: dict[str, str] | None = None
 
+    @property
+    def key_fingerprint(self) -> str:
+        """Fingerprint of the id key: patients of two indexes can be compared only when it is the same."""
+        return str(self.summary["key"])
+
     @classmethod
     def open(cls, path: Path | str) -> Archive:
         """Open an index.

@@ -23,7 +23,7 @@ def index(
     key_file: Annotated[
         Path | None, typer.Option(help="Your secret key for pseudonymous ids; made in OUT/private when absent.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+    workers: Annotated[int, typer.Option(help="Threads.")] = 2,
     json: Json = False,
 ) -> None:
     """Scan folders into one table: every file is accounted for, nothing is copied."""

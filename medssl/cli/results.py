@@ -15,8 +15,8 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on s
 
 def evaluate(
     recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
+    weights: Annotated[Path, typer.Option("--weights", help="Run folder or safetensors file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value changes.")] = None,
-    weights: Annotated[Path, typer.Option("--weights", help="Run folder or safetensors file.")] = Path(),
     json: Json = False,
 ) -> None:
     """Probe frozen features with kNN and a linear probe, beside the controls."""
@@ -59,7 +59,7 @@ def export(
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder or demo folder.")],
     out: Annotated[Path | None, typer.Option("--out", help="HTML file; default RUN/report.html.")] = None,
-    with_images: Annotated[bool, typer.Option(help="Include pictures of patients: a private page.")] = True,
+    with_images: Annotated[bool, typer.Option(help="Include pictures of patients: the page is private then.")] = False,
     json: Json = False,
 ) -> None:
     """Draw one self-contained HTML page."""

@@ -25,10 +25,14 @@ class Encoder(nn.Module):
         key_groups: `encoder` and, where the stock module has one, `decoder`: prefixes of state-dict keys.
         patch_size: Voxels per token and axis.
         embed_dim: E, the width of `tokens` and `pooled`.
+        drops_tokens: `forward_features` takes `keep`.
+        has_decoder: `forward_features` takes `stem_extra`, and there is `forward_decoder(pyramid)`.
     """
 
     name: str = ""
     library: str = ""
+    drops_tokens: bool = False
+    has_decoder: bool = False
     key_groups: dict[str, list[str]] = {}  # noqa: RUF012 (overridden as a constant)
     net: nn.Module
     patch_size: tuple[int, ...]

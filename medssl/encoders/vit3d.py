@@ -31,6 +31,7 @@ class ViT3D(Encoder):
 
     name = "vit3d"
     library = "monai.ViT"
+    drops_tokens = True
     key_groups = {"encoder": ["patch_embedding.", "blocks.", "norm."]}  # noqa: RUF012
 
     def __init__(

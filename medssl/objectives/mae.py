@@ -60,6 +60,8 @@ class MAE(nn.Module):
         recon_region: `masked` or `all`.
     """
 
+    needs = ("drops_tokens",)
+
     def __init__(
         self,
         encoder: Any,

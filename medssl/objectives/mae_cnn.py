@@ -46,6 +46,8 @@ class MAECNN(nn.Module):
         recon_region: `masked` scores hidden voxels only, `all` scores every valid voxel.
     """
 
+    needs = ("has_decoder",)
+
     def __init__(
         self,
         encoder: Any,

@@ -374,6 +374,7 @@ def train(
     keeper = PartKeeper(objective)
     frozen = frozen_names(objective)
     prefetcher = Prefetcher(sources, settings, world, total)
+    job = _Job(sources, settings, run, world, keeper, prefetcher, callbacks, manifest or {}, items_hash, total, on_step, embedder)
     flags = {"stop": False}
     engine: Engine | None = None
     first = 0
@@ -399,21 +400,7 @@ def train(
                     if newest is not None and start < last:
                         checkpoint.load(newest, engine.model, engine.optimiser, world)
                         newest = None
-                    steps = _Steps(
-                        engine,
-                        sources,
-                        settings,
-                        run,
-                        world,
-                        keeper,
-                        prefetcher,
-                        callbacks,
-                        manifest or {},
-                        items_hash,
-                        total,
-                        on_step,
-                        embedder,
-                    )
+                    steps = _Steps(engine, job)
                     if steps.run(max(start, first), first, last, index, flags):
                         _state(run, world, "interrupted")
                         return "interrupted"
@@ -457,39 +444,31 @@ def _resume_point(run: RunFolder, settings: LoopSettings, items_hash: str, world
     return int(meta["step"]), folders[-1]
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same over all stages of a run; the names are those of `train`."""
+
+    sources: Mapping[str, Source]
+    settings: LoopSettings
+    run: RunFolder
+    world: World
+    keeper: PartKeeper
+    prefetcher: Prefetcher
+    callbacks: Sequence[Callback]
+    manifest: Mapping[str, Any]
+    items_hash: str
+    total: int
+    on_step: StepCallback | None
+    embedder: Embedder | None
+
+
 class _Steps:
     """The steps of one stage; split from `train` so that each piece can be read on its own."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        sources: Mapping[str, Source],
-        settings: LoopSettings,
-        run: RunFolder,
-        world: World,
-        keeper: PartKeeper,
-        prefetcher: Prefetcher,
-        callbacks: Sequence[Callback],
-        manifest: Mapping[str, Any],
-        items_hash: str,
-        total: int,
-        on_step: StepCallback | None,
-        embedder: Embedder | None,
-    ) -> None:
+    def __init__(self, engine: Engine, job: _Job) -> None:
         self.engine = engine
-        self.sources = sources
-        self.settings = settings
-        self.run_folder = run
-        self.world = world
-        self.keeper = keeper
-        self.prefetcher = prefetcher
-        self.callbacks = callbacks
-        self.manifest = manifest
-        self.items_hash = items_hash
-        self.total = total
-        self.on_step = on_step
-        self.embedder = embedder
-        self.items = sum(len(source) for source in sources.values())
+        self.job = job
+        self.items = sum(len(source) for source in job.sources.values())
         self.saved_at = -1
 
     def run(self, start: int, first: int, last: int, stage_index: int, flags: Mapping[str, bool]) -> bool:
@@ -499,31 +478,31 @@ class _Steps:
         for step in range(start, last):
             begin = time.perf_counter()
             self.epoch(step, stage_index)
-            source, fetched = self.prefetcher.get(step)
+            source, fetched = self.job.prefetcher.get(step)
             waited += time.perf_counter() - begin
             metrics = self.step(step, first, stage_index, source, fetched)
             worked += time.perf_counter() - begin
             timed += 1
             done = step + 1
-            stop = distributed.any_rank(flags["stop"], self.world)
-            due = done % self.settings.checkpoint_every == 0 or done == last or stop
-            if done % self.settings.log_every == 0 or due or step == start:
+            stop = distributed.any_rank(flags["stop"], self.job.world)
+            due = done % self.job.settings.checkpoint_every == 0 or done == last or stop
+            if done % self.job.settings.log_every == 0 or due or step == 0:
                 reduced = self.reduce(metrics)
                 check_finite(reduced["loss"], reduced["grad_norm"], step)
                 reduced["data_wait"] = waited / max(worked, 1e-9)
                 reduced["seconds_per_step"] = worked / timed
                 waited, worked, timed = 0.0, 0.0, 0
                 self.log(done, reduced)
-            self.callback(done, done == self.total)
+            self.callback(done, done == self.job.total)
             if due:
                 self.save(done, stage_index)
-            if stop and done < self.total:
+            if stop and done < self.job.total:
                 return True
         return False
 
     def step(self, step: int, first: int, stage_index: int, source: Source, fetched: Sequence[Any]) -> dict[str, Tensor | float]:
         """One optimiser step; returns metrics that still live on the device."""
-        engine, settings, world = self.engine, self.settings, self.world
+        engine, settings, world = self.engine, self.job.settings, self.job.world
         optim = engine.stage.optim
         lr = schedule_value(
             optim.schedule, step - first, engine.stage.steps, optim.lr, optim.final_lr, optim.warmup_steps, optim.anneal_steps
@@ -552,7 +531,7 @@ class _Steps:
                 (parts["loss"] / micro_steps).backward()
             for name, value in parts.items():
                 sums[name] = sums.get(name, torch.zeros((), device=world.device)) + value.detach().float() / micro_steps
-        engine.note_gradients(source, self.sources)
+        engine.note_gradients(source, self.job.sources)
         limit = optim.clip_grad if optim.clip_grad is not None else float("inf")
         grad_norm = distributed.full(nn.utils.clip_grad_norm_(engine.parameters(), limit))
         engine.optimiser.step()
@@ -563,20 +542,25 @@ class _Steps:
     def epoch(self, step: int, stage_index: int) -> None:
         """At the first step of an epoch, let the objective look at the features of all items (k-means and the like)."""
         objective: Any = self.engine.objective
-        epoch, into = divmod(step * self.settings.batch, max(self.items, 1))
-        if into >= self.settings.batch or self.embedder is None or not hasattr(objective, "on_epoch"):
+        epoch, into = divmod(step * self.job.settings.batch, max(self.items, 1))
+        if into >= self.job.settings.batch or self.job.embedder is None or not hasattr(objective, "on_epoch"):
             return
-        copies = self.keeper.gather(self.engine.model)
+        copies = self.job.keeper.gather(self.engine.model)
         ctx = StepContext(
-            step=step, epoch=epoch, stage=stage_index, seed=self.settings.seed, rank=self.world.rank, world_size=self.world.size
+            step=step,
+            epoch=epoch,
+            stage=stage_index,
+            seed=self.job.settings.seed,
+            rank=self.job.world.rank,
+            world_size=self.job.world.size,
         )
-        embedder = self.embedder
+        embedder = self.job.embedder
         objective.on_epoch(ctx, lambda name: embedder(copies, name))
 
     def schedules(self, step: int) -> dict[str, float]:
         """Values of the objective's own schedules (teacher momentum and the like) at a step of the run."""
         named = getattr(self.engine.objective, "schedules", None)
-        return named(step, self.total) if named else {}
+        return named(step, self.job.total) if named else {}
 
     def totals(self, views: Sequence[Views]) -> dict[str, float]:
         """Sum the objective's denominators over micro-steps and ranks."""
@@ -584,12 +568,12 @@ class _Steps:
             return {}
         with torch.no_grad():
             counts = [self.engine.objective.denominators(batch) for batch in views]  # type: ignore[operator]
-        return distributed.sum_over_ranks({name: sum(c[name].double() for c in counts) for name in counts[0]}, self.world)
+        return distributed.sum_over_ranks({name: sum(c[name].double() for c in counts) for name in counts[0]}, self.job.world)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast to bfloat16, or nothing."""
-        if self.settings.precision == "bf16":
-            return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+        if self.job.settings.precision == "bf16":
+            return torch.autocast(self.job.world.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
     def after(self, ctx: StepContext) -> None:
@@ -603,31 +587,31 @@ class _Steps:
 
     def reduce(self, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Average losses over ranks; gradient norm and rate are equal on all."""
-        summed = distributed.sum_over_ranks(metrics, self.world)
-        return {name: value / self.world.size for name, value in summed.items()}
+        summed = distributed.sum_over_ranks(metrics, self.job.world)
+        return {name: value / self.job.world.size for name, value in summed.items()}
 
     def log(self, done: int, metrics: Mapping[str, float]) -> None:
         """Write one line of metrics and tell the caller."""
-        if self.world.is_main:
-            self.run_folder.log({"step": done, **metrics})
-            if self.on_step:
-                self.on_step(done, self.total, metrics)
+        if self.job.world.is_main:
+            self.job.run.log({"step": done, **metrics})
+            if self.job.on_step:
+                self.job.on_step(done, self.job.total, metrics)
 
     def callback(self, done: int, at_end: bool) -> None:
         """Run the monitors and probes that are due, on rank 0, on frozen copies."""
-        due = [callback for callback in self.callbacks if done % callback.every == 0 or at_end]
+        due = [callback for callback in self.job.callbacks if done % callback.every == 0 or at_end]
         if not due:
             return
-        copies = self.keeper.gather(self.engine.model)
+        copies = self.job.keeper.gather(self.engine.model)
         metrics: dict[str, float] = {}
         problem: str | None = None
-        if self.world.is_main:
+        if self.job.world.is_main:
             try:
                 for callback in due:
                     metrics.update(callback.call(done, copies))
             except TrainingStopped as err:
                 problem = str(err)
-        problem = distributed.broadcast(problem, self.world)
+        problem = distributed.broadcast(problem, self.job.world)
         self.log(done, metrics)
         if problem:
             self.save(done, -1)
@@ -640,25 +624,25 @@ class _Steps:
         meta = {
             "stage": stage_index,
             "stage_name": self.engine.stage.name,
-            "items_hash": self.items_hash,
-            "seed": self.settings.seed,
-            "batch": self.settings.batch,
-            "world_size": self.world.size,
+            "items_hash": self.job.items_hash,
+            "seed": self.job.settings.seed,
+            "batch": self.job.settings.batch,
+            "world_size": self.job.world.size,
         }
         checkpoint.save(
-            self.run_folder.checkpoints,
+            self.job.run.checkpoints,
             done,
             self.engine.model,
             self.engine.optimiser,
             meta,
-            self.settings.keep_checkpoints,
-            self.world,
+            self.job.settings.keep_checkpoints,
+            self.job.world,
         )
-        copies = self.keeper.gather(self.engine.model)
-        if self.world.is_main and copies:
-            facts = {**self.manifest, "step": done, "items_hash": self.items_hash, "seed": self.settings.seed}
-            self.keeper.write(copies, self.run_folder.weights / "last", facts)
+        copies = self.job.keeper.gather(self.engine.model)
+        if self.job.world.is_main and copies:
+            facts = {**self.job.manifest, "step": done, "items_hash": self.job.items_hash, "seed": self.job.settings.seed}
+            self.job.keeper.write(copies, self.job.run.weights / "last", facts)
             index = {"default": next(iter(copies)), "parts": sorted(copies)}
-            write_atomic(self.run_folder.weights / "index.json", json.dumps(index).encode())
+            write_atomic(self.job.run.weights / "index.json", json.dumps(index).encode())
         self.saved_at = done
-        distributed.barrier(self.world)
+        distributed.barrier(self.job.world)

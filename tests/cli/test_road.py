@@ -39,7 +39,11 @@ def test_road__from_files_to_a_monai_network_and_a_page(tmp_path: Path, capsys: 
     out = step("index", cohort / "images", "--splits", cohort / "split.csv", "--modality", "MR", "--out", archive, "--json")
     assert json.loads(out)["n_series"] == 16
     step("cache", SMOKE / "mae_cnn_segresnet3d_mri.yaml", f"data.index={archive}")
-    probe = [f"probes.liver.table={cohort / 'split.csv'}", "probes.liver.target=liver_ml", "probes.liver.where=split in ('val', 'test')"]
+    probe = [
+        f"probes.liver.table={cohort / 'split.csv'}",
+        "probes.liver.target=liver_ml",
+        "probes.liver.where=split in ('val', 'test')",
+    ]
     changes = [f"data.index={archive}", f"out={run}", "train.steps=12", "probes.liver.every=6", "views.size=[32, 32, 32]", *probe]
     step("pretrain", SMOKE / "mae_cnn_segresnet3d_mri.yaml", *changes)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -47,21 +51,47 @@ def test_road__from_files_to_a_monai_network_and_a_page(tmp_path: Path, capsys: 
     assert {"loss", "grad_norm", "data_wait", "monitor/feature_std", "monitor/effective_rank", "monitor/alignment"} <= logged
     assert {"probe/liver/linear_r2", "probe/liver/knn5_r2"} <= logged
     evaluate = recipe_folder() / "evaluate" / "regression_mri.yaml"
-    request = [f"source.index={archive}", f"table={cohort / 'split.csv'}", "target=liver_ml", "k=[3]", f"out={tmp_path / 'evaluate'}"]
+    request = [
+        f"source.index={archive}",
+        f"table={cohort / 'split.csv'}",
+        "target=liver_ml",
+        "k=[3]",
+        f"out={tmp_path / 'evaluate'}",
+    ]
     out = step("evaluate", evaluate, *request, "--weights", run, "--json")
+    assert json.loads(out)["leakage_check"] == "no patient of this evaluation was pretrained on"
     assert {row["name"] for row in json.loads(out)["rows"]} == {"encoder", "random_init", "raw_pixels", "intensity_statistics"}
     status, _, err = medssl(capsys, "evaluate", evaluate, *request, "source.where=split = 'train'", "--weights", run)
     assert status == 2
     assert "patients that the weights were pretrained on" in err
     tune = recipe_folder() / "demo" / "finetune.yaml"
-    settings = ["settings.steps=6", "settings.warmup_steps=2", "settings.val_every=0", "settings.crop=[32, 32, 32]", "settings.spacing_mm=[4, 4, 4]"]
-    out = step("finetune", tune, f"cohort.path={cohort}", f"out={tmp_path / 'finetune'}", *settings, "labels=2", "--weights", run, "--twin", "--json")
+    settings = [
+        "settings.steps=6",
+        "settings.warmup_steps=2",
+        "settings.val_every=0",
+        "settings.crop=[32, 32, 32]",
+        "settings.spacing_mm=[4, 4, 4]",
+    ]
+    out = step(
+        "finetune",
+        tune,
+        f"cohort.path={cohort}",
+        f"out={tmp_path / 'finetune'}",
+        *settings,
+        "labels=2",
+        "--weights",
+        run,
+        "--twin",
+        "--json",
+    )
     assert {row["arm"] for row in json.loads(out)["rows"]} == {"pretrained", "scratch"}
     assert len(json.loads(out)["differences"]) == 1
     for name in ("segresnet", "monai-bundle"):
         out = step("export", run, "--to", name, "--out", tmp_path / "export" / name, "--json")
         assert json.loads(out)["unexpected"] == []
-    page = Path(step("report", tmp_path, "--out", tmp_path / "report.html").strip().splitlines()[-1])
+    for folder in ("run", "evaluate", "finetune", "archive"):
+        assert oct((tmp_path / folder).stat().st_mode)[-3:] == "700", folder
+    page = Path(step("report", tmp_path, "--with-images", "--out", tmp_path / "report.html").strip().splitlines()[-1])
     html = page.read_text()
     assert html.count("<img") + html.count("<source") >= 4
     assert not re.search(r"""(?:src|href)=["']https?:""", html)
@@ -94,7 +124,9 @@ def test_leakage__a_test_image_in_pretraining_is_refused(tmp_path: Path, capsys:
     recipe = SMOKE / "mae_cnn_segresnet3d_mri.yaml"
     assert medssl(capsys, "pretrain", recipe, f"data.index={archive}", f"out={run}", "train.steps=1")[0] == 0
     tune = recipe_folder() / "demo" / "finetune.yaml"
-    status, _, err = medssl(capsys, "finetune", tune, f"cohort.path={cohort}", f"out={tmp_path / 'finetune'}", "labels=2", "--weights", run)
+    status, _, err = medssl(
+        capsys, "finetune", tune, f"cohort.path={cohort}", f"out={tmp_path / 'finetune'}", "labels=2", "--weights", run
+    )
     assert status == 2
     assert "2 of 2 test images were used for pretraining" in err
     assert not (tmp_path / "finetune").exists()

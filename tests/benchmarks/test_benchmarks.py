@@ -1,0 +1,214 @@
+"""Every benchmark runs at toy size and writes its JSON; what it measures is for quiet machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import common, crops, data_wait, gpu_step, mae_step, patches, read_series, startup, store_size
+
+TINY_VIT = ["--hidden", "48", "--layers", "2", "--heads", "2"]
+GPU_STEP = [
+    *TINY_VIT,
+    *["--device", "cpu", "--size", "32", "--patch", "8", "--decoder", "48", "--decoder-layers", "1", "--decoder-heads", "2"],
+    *["--batches", "2", "--inner", "1", "--matmul", "64", "--loop-steps", "4", "--workers", "2", "--volumes", "2"],
+    *["--shape", "48", "48", "40", "--precision", "fp32", "--peak-tflops", "1"],
+]
+
+Main = Callable[[list[str]], dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _threads_stay() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def play(main: Main, arguments: list[str], out: Path, repeats: int = 2) -> dict[str, Any]:
+    """Run a benchmark, check what all of them promise, and return its JSON."""
+    returned = main([*arguments, "--repeats", str(repeats), "--out", str(out)])
+    (path,) = out.glob("*.json")
+    content: dict[str, Any] = json.loads(path.read_text())
+    assert content == json.loads(json.dumps(returned))
+    assert path.stem == content["benchmark"]
+    assert content["hardware"]["cpu"] and content["hardware"]["cores"] >= 1
+    assert content["versions"]["medssl"]
+    assert content["rows"]
+    return content
+
+
+def by(rows: list[dict[str, Any]], column: str) -> dict[str, dict[str, Any]]:
+    return {row[column]: row for row in rows}
+
+
+def test_interleave__times_every_call_once_a_turn_and_rotates_the_order() -> None:
+    order: list[str] = []
+    calls: dict[str, Callable[[], object]] = {name: lambda name=name: order.append(name) for name in "abc"}  # type: ignore[misc]
+    seconds = common.interleave(calls, repeats=3, warmup=0)
+    assert order == list("abcbcacab")
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_interleave__does_not_count_the_warm_up() -> None:
+    order: list[str] = []
+    seconds = common.interleave({"a": lambda: order.append("a")}, repeats=2, warmup=3)
+    assert len(order) == 5
+    assert len(seconds["a"]) == 2
+
+
+def test_times_faster__is_the_median_of_ratios_within_turns() -> None:
+    seconds = {"ours": [1.0, 2.0, 10.0], "peer": [2.0, 6.0, 10.0]}
+    assert common.times_faster(seconds, "ours", "peer") == 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "met"),
+    [(0.8, True, True), (0.79, True, False), (0.8, False, True), (0.81, False, False), (None, True, None)],
+)
+def test_check__compares_with_its_limit(value: float | None, at_least: bool, met: bool | None) -> None:
+    assert common.Check("x", value, 0.8, at_least).met is met
+
+
+def test_markdown__leaves_missing_cells_empty() -> None:
+    assert common.markdown([{"a": 1, "b": 0.5}, {"a": "x"}]) == "| a | b |\n| --- | --- |\n| 1 | 0.5 |\n| x |  |"
+
+
+def test_crops__reads_equal_boxes(tmp_path: Path) -> None:
+    content = play(crops.main, ["--shape", "70", "66", "50", "--crop", "24", "--crops", "2"], tmp_path)
+    rows = by(content["rows"], "reader")
+    assert rows["medssl read_box"]["ours_is_times_faster"] == 1
+    assert rows["medssl read_box"]["mb_on_disk"] == pytest.approx(rows["bare Blosc2, held open"]["mb_on_disk"], rel=0.05)
+    assert [check["target"] for check in content["checks"]] == [">= 0.8"]
+
+
+@pytest.mark.slow
+def test_patches__agree_with_bare_blosc2(tmp_path: Path) -> None:
+    content = play(patches.main, ["--volumes", "2", "--shape", "48", "40", "32", "--crop", "16"], tmp_path)
+    rows = by(content["rows"], "pipeline")
+    assert set(rows) == {patches.OURS, patches.BARE, patches.MONAI}
+    # MONAI's cache is float32, ours int16 and compressed
+    assert rows[patches.MONAI]["mb_on_disk"] > 3 * rows[patches.OURS]["mb_on_disk"]
+
+
+@pytest.mark.slow
+def test_read_series__readers_agree(tmp_path: Path) -> None:
+    content = play(read_series.main, ["--shape", "40", "32", "6"], tmp_path)
+    assert len(content["rows"]) == 4
+    assert all(row["median_ms"] > 0 for row in content["rows"])
+
+
+@pytest.mark.data
+def test_store_size__is_lossless_on_the_small_ct(shared_data: Path, tmp_path: Path) -> None:
+    content = play(store_size.main, ["--data", str(shared_data), "--sets", "ct_mr_totalseg_examples"], tmp_path)
+    (row,) = content["rows"]
+    assert row["bit_equal"] is True
+    assert row["equals_simpleitk"] is True
+    assert row["share_of_raw"] <= 0.5
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_store_size__reports_the_tilted_series_as_rejected(shared_data: Path, tmp_path: Path) -> None:
+    content = play(store_size.main, ["--data", str(shared_data), "--sets", "ct_ge_gantry_tilt"], tmp_path)
+    assert "gantry_tilt" in content["rows"][0]["outcome"]
+    assert content["checks"] == []
+
+
+def test_store_size__absent_sets_are_reported(tmp_path: Path) -> None:
+    content = play(store_size.main, ["--data", str(tmp_path / "none")], tmp_path / "out")
+    assert {row["outcome"] for row in content["rows"]} == {"not there"}
+
+
+def test_mae_step__pairs_both_forms(tmp_path: Path) -> None:
+    arguments = [*TINY_VIT, "--crop", "32", "--patches", "16", "8", "--decoder-dim", "32", "--decoder-depth", "1"]
+    content = play(mae_step.main, arguments, tmp_path)
+    assert [row["tokens"] for row in content["rows"]] == [8, 8, 64, 64]
+    assert {row["hidden_share"] for row in content["rows"]} == {0.75}
+    assert content["checks"] == []  # targets hold for 216 and 1,728 tokens
+
+
+def test_all_token_form__scores_hidden_voxels_only() -> None:
+    from medssl.doctor import random_views
+    from medssl.encoders.vit3d import ViT3D
+    from medssl.layers.tokens import flatten_tokens, patchify
+    from medssl.types import StepContext
+    from medssl.views.pipeline import VolumeViews
+
+    torch.manual_seed(0)
+    size = (16, 24, 8)
+    views = random_views(VolumeViews(size=size, mask={"ratio": 0.5, "cell": 8}), 2, 1, torch.device("cpu"))
+    model = mae_step.AllTokens(ViT3D(image_size=size, patch_size=8, hidden_size=12, num_layers=1, num_heads=2))
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    rows = patchify(views["volume"][:, 0], (8, 8, 8))
+    hidden = flatten_tokens(views["volume_mask"][:, 0][:, None])[..., 0]
+    assert model(views, StepContext())["loss"].item() == pytest.approx(rows[hidden].abs().mean().item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_data_wait__measures_every_step(tmp_path: Path) -> None:
+    arguments = ["--patients", "4", "--size", "28", "24", "20", "--recipes", "smoke/mae_vit3d_mri", "demo/pretrain"]
+    content = play(data_wait.main, arguments, tmp_path)
+    rows = by(content["rows"], "recipe")
+    assert rows["smoke/mae_vit3d_mri"]["steps"] == rows["demo/pretrain"]["steps"] == 2
+    assert all(0 <= row["wait_share"] < 1 for row in rows.values())
+
+
+def test_data_wait__covers_every_smoke_recipe_and_the_demo() -> None:
+    assert "demo/pretrain" in data_wait.chosen()
+    assert {"smoke/mae_vit3d_mri", "smoke/mae_cnn_segresnet3d_mri"} <= set(data_wait.chosen())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_startup__reports_import_and_peak_memory(tmp_path: Path) -> None:
+    content = play(startup.main, ["--shape", "48", "48", "20", "--memory-runs", "1"], tmp_path)
+    rows = by(content["rows"], "what")
+    assert rows["import medssl, s"]["value"] < 1.0
+    assert 0.05 < rows["medssl cache, nifti, peak GB"]["value"] < 1.5
+    assert 0.05 < rows["medssl cache, dicom, peak GB"]["value"] < 1.5
+
+
+@pytest.mark.slow
+def test_gpu_step__runs_on_a_cpu(tmp_path: Path) -> None:
+    content = play(gpu_step.main, GPU_STEP, tmp_path)
+    rows = by(content["rows"], "what")
+    assert set(rows) == {gpu_step.OURS, gpu_step.STOCK, gpu_step.TUNED, gpu_step.MATMUL, "the real loop, reading ahead"}
+    assert 0 <= rows["the real loop, reading ahead"]["data_wait"] < 1
+    ours = rows[gpu_step.OURS]
+    assert ours["tflops"] == pytest.approx(ours["share_of_peak"], rel=1e-3)  # of a peak of 1
+    assert ours["share_of_measured_matrix_rate"] > 0
+
+
+def test_step_flops__agree_with_torchs_counter() -> None:
+    """torch counts each product of the real forward and backward pass; biases, norms and the loss are no products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from medssl.doctor import random_views
+    from medssl.types import StepContext
+    from medssl.views.pipeline import VolumeViews
+
+    sizes = gpu_step.Sizes(size=32, patch=8, hidden=48, layers=3, heads=2, decoder=36, decoder_layers=2, decoder_heads=2)
+    views = random_views(VolumeViews(size=32, mask={"ratio": 0.75, "cell": 8}), 1, 1, torch.device("cpu"))
+    objective = gpu_step.make_mae(sizes)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        objective(views, StepContext())["loss"].backward()
+    assert gpu_step.step_flops(sizes) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_monai_peer__has_our_widths_and_hides_as_much() -> None:
+    sizes = gpu_step.Sizes(size=32, patch=8, hidden=48, layers=2, heads=2, decoder=48, decoder_layers=1, decoder_heads=2)
+    with common.without_monai_warnings():
+        net: Any = gpu_step.make_monai(sizes, tuned=True)
+    assert all(block.attn.use_flash_attention for block in (*net.blocks[:-1], *net.decoder_blocks[:-1]))
+    assert net.blocks[0].mlp.linear1.out_features == net.decoder_blocks[0].mlp.linear1.out_features == 4 * 48
+    _, mask = net(torch.zeros(1, 1, 32, 32, 32))
+    assert int((1 - mask).sum()) == sizes.visible
