@@ -19,7 +19,7 @@ GPU_STEP = [
     *TINY_VIT,
     *["--device", "cpu", "--size", "32", "--patch", "8", "--decoder", "48", "--decoder-layers", "1", "--decoder-heads", "2"],
     *["--batches", "2", "--inner", "1", "--matmul", "64", "--loop-steps", "4", "--workers", "2", "--volumes", "2"],
-    *["--shape", "48", "48", "40", "--precision", "fp32", "--peak-tflops", "1"],
+    *["--shape", "48", "48", "40", "--precision", "bf16", "--peak-tflops", "1"],
 ]
 
 Main = Callable[[list[str]], dict[str, Any]]
