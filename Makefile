@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA ?=
 OUT ?= demo-out
 # two workers with one thread each beat one worker with two on these sizes
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help install demo test slow lint types format check clean
 

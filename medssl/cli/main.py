@@ -46,6 +46,8 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave with its exit status."""
+    # read by OpenMP when torch loads: threads that spin at a barrier make a step five times slower on a shared machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", module=r"pydicom|nibabel|SimpleITK")  # their texts quote file content
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     logging.getLogger("nibabel").setLevel(logging.CRITICAL)

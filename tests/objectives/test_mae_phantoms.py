@@ -58,6 +58,7 @@ def train(count: int, steps: int, region: str) -> tuple[float, float, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_region_of_loss__leaves_its_signature() -> None:
     """Card: 300 steps, 128 phantoms; visible/masked error 7.7 when only hidden voxels are scored, 0.45 when all are."""
     masked, visible, atlas = train(128, 300, "masked")
@@ -70,6 +71,7 @@ def test_region_of_loss__leaves_its_signature() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_learnability__beats_the_mean_atlas() -> None:
     """Card: 2,000 steps on 512 phantoms reach 0.096 against 0.198 for the mean atlas."""
     masked, visible, atlas = train(512, 2000, "masked")
