@@ -25,7 +25,7 @@ from medssl.report.page import report
 from medssl.weights import private_folder, write_atomic
 
 PHANTOMS = 60
-LONGEST_CROP = 40  # voxels; keeps a step well under a second on two cores
+LONGEST_CROP = 32  # voxels; keeps a step well under a second on two cores
 KEPT = ("demo", "archive", "pretrain", "evaluate", "finetune", "export")
 
 Say = Callable[[str], None]
@@ -131,7 +131,7 @@ def prepare(out: Path) -> None:
 
 
 def choose_views(archive: Archive) -> tuple[list[int], list[float]]:
-    """Return view size (voxels, multiples of 8) and spacing (mm) that hold a typical volume in at most 40 voxels per axis."""
+    """Return view size (voxels, multiples of 8) and spacing (mm) that hold a typical volume in at most 32 voxels per axis."""
     rows = archive.select("kind = 'volume' and status != 'rejected'")
     spacings = np.median([row.spacing_mm for row in rows if row.spacing_mm], axis=0)
     extents = np.median([[n * s for n, s in zip(row.shape, row.spacing_mm)] for row in rows if row.spacing_mm], axis=0)
