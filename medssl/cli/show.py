@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,12 +60,10 @@ def _bar(what: str) -> Iterator[Callable[..., None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None, rate="", note="")
-        start = time.perf_counter()
-        first: list[int] = []
+        speed = _Speed()
 
         def update(done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
-            first.append(done)
-            rate = (done - first[0]) / max(time.perf_counter() - start, 1e-9)
+            rate = speed(done)
             note = _note(metrics)
             fields: dict[str, Any] = {"rate": f"{rate:.1f}/s" if rate else ""} | ({"note": note} if note else {})
             bar.update(task, completed=done, total=total, **fields)
@@ -73,21 +72,33 @@ def _bar(what: str) -> Iterator[Callable[..., None]]:
 
 
 def _lines(what: str, every: float = 5.0) -> Callable[..., None]:
-    state = {"start": time.perf_counter(), "last": 0.0, "first": -1.0}
+    speed, shown = _Speed(), [0.0]
 
     def update(done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
-        now = time.perf_counter()
-        if state["first"] < 0:
-            state["first"], state["start"] = done, now
-        if done < total and now - state["last"] < every:
+        rate, now = speed(done), time.perf_counter()
+        if done < total and now - shown[0] < every:
             return
-        state["last"] = now
-        rate = (done - state["first"]) / max(now - state["start"], 1e-9)
+        shown[0] = now
         left = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
         note = _note(metrics)
         say(f"{what}: {done}/{total}{left}{', ' + note if note else ''}")
 
     return update
+
+
+class _Speed:
+    """Counts per second since the first call; starts over when the count goes back, as it does with the next cell of a curve."""
+
+    def __init__(self) -> None:
+        self.first = self.last = math.inf
+        self.start = 0.0
+
+    def __call__(self, done: int) -> float:
+        now = time.perf_counter()
+        if done < self.last:
+            self.first, self.start = done, now
+        self.last = done
+        return (done - self.first) / max(now - self.start, 1e-9)
 
 
 def _note(metrics: Mapping[str, float] | None) -> str:

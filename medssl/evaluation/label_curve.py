@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
 UNUSED_SETTINGS = ("device", "figures", "predictions", "log_every", "val_every", "val_cases")  # change no score
+TRANSFER_SETTINGS = ("encoder_lr_scale", "freeze_steps", "transfer")  # change no score of a scratch cell
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def plan(arms: Mapping[str, Any], counts: Sequence[int], seeds: Sequence[int]) -
 def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[str, Pretrained | None]) -> dict[str, Any]:
     """Write what the cells of a folder have in common, or check it against what is there.
 
-    New arms may join later; known ones must have the same weights.
+    New arms may join later; known ones must have the same weights. How weights are transferred may still change while only
+    scratch cells are there.
 
     Raises:
         RequestError: The folder belongs to another cohort, other settings, or other weights of the same name.
@@ -140,7 +142,8 @@ def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[s
         faults = []
         if known["cohort_digest"] != shared["cohort_digest"]:
             faults.append("another cohort or split")
-        names = sorted({*known["settings"], *values} - set(UNUSED_SETTINGS))
+        free = UNUSED_SETTINGS if set(known["weights"]) - {SCRATCH} else UNUSED_SETTINGS + TRANSFER_SETTINGS
+        names = sorted({*known["settings"], *values} - set(free))
         changed = [name for name in names if known["settings"].get(name) != values.get(name)]
         faults += [f"{name} {known['settings'].get(name)} (now {values.get(name)})" for name in changed]
         faults += [f"other weights for arm {arm}" for arm in weights if known["weights"].get(arm, weights[arm]) != weights[arm]]

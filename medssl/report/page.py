@@ -135,7 +135,7 @@ def render(found: Leftovers, *, with_images: bool) -> str:
     nav = " ".join(f'<a href="#{part.id}">{text(part.title)}</a>' for part in sections)
     body = "\n".join(f'<section id="{s.id}">\n<h2>{text(s.title)}</h2>\n{s.body}\n</section>' for s in sections)
     privacy = "Private: shows images of patients." if with_images else "Without images of patients."
-    about = [plain(found.manifest[key]) for key in ("objective", "encoder") if found.manifest.get(key)]
+    about = [_name(found.manifest[key]) for key in ("objective", "encoder") if found.manifest.get(key)]
     subject = f": {', '.join(about)}" if about else ""
     return _PAGE.format(subject=subject, style=_STYLE, nav=nav, body=_faults(found) + body, privacy=privacy)
 
@@ -451,7 +451,6 @@ def _finetuning(found: Leftovers) -> str:
 def _curves(found: Leftovers) -> str:
     parts = []
     if found.metrics:
-        steps = np.array([_or_nan(row.get("step", k)) for k, row in enumerate(found.metrics)])
         keys = list(dict.fromkeys(key for row in found.metrics for key in row if key != "step"))
         columns = {key: np.array([_or_nan(row.get(key)) for row in found.metrics]) for key in keys}
         losses = [key for key in keys if key == "loss" or key.endswith("/loss") or key.startswith("loss/")]
@@ -465,7 +464,7 @@ def _curves(found: Leftovers) -> str:
             shown = [key for key in group if key in drawn][:12]
             if shown:
                 panel = (5.4, 2.8) if len(shown) == 1 else (3.3, 2.2)
-                parts.append(charts([_chart(key, steps, columns[key]) for key in shown], alt, panel=panel))
+                parts.append(charts([_chart(key, found.metrics) for key in shown], alt, panel=panel))
         logged = [row["loss"] for row in found.metrics if "loss" in row]
         holes = sum(number(loss) is None for loss in logged)
         if holes:
@@ -476,10 +475,18 @@ def _curves(found: Leftovers) -> str:
     return "".join(parts)
 
 
-def _chart(key: str, steps: np.ndarray, values: np.ndarray) -> figures.Chart:
-    there = np.isfinite(steps) & (np.isfinite(values) | (key == "loss"))
+def _name(part: Any) -> str:
+    """Return the name of an objective or encoder of a manifest without its arguments."""
+    return plain(part["name"] if isinstance(part, dict) and "name" in part else part)
+
+
+def _chart(key: str, metrics: Sequence[Json]) -> figures.Chart:
+    """Return the chart of one metric: lines of other monitors leave no gap in it, a loss that was not finite does."""
+    points = [(_or_nan(row.get("step", k)), _or_nan(row[key])) for k, row in enumerate(metrics) if key in row]
+    points = [(step, value) for step, value in points if math.isfinite(step) and (math.isfinite(value) or key == "loss")]
+    steps, values = (np.array(part) for part in zip(*points))
     name = key.removeprefix("monitor/").replace("probe/", "probe ").replace("_", " ")
-    return figures.Chart(name, [figures.Line("", steps[there], values[there])], smooth=True)
+    return figures.Chart(name, [figures.Line("", steps, values)], smooth=True)
 
 
 def _finetune_curves(found: Leftovers) -> str:

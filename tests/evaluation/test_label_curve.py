@@ -158,6 +158,13 @@ def test_folder__never_mixes_settings_cohorts_or_weights(cohort: Cohort, tmp_pat
         claim(tmp_path, Cohort("x", cohort.cases[:2]), SETTINGS, {"scratch": None})
 
 
+def test_folder__of_scratch_cells_alone_takes_another_way_of_transfer(cohort: Cohort, tmp_path: Path) -> None:
+    claim(tmp_path, cohort, replace(SETTINGS, transfer="encoder_decoder"), {"scratch": None})
+    claim(tmp_path, cohort, replace(SETTINGS, transfer="encoder"), {"scratch": None, "ours": pretrained()})
+    with pytest.raises(RequestError, match=r"transfer encoder \(now encoder_decoder\)"):
+        claim(tmp_path, cohort, replace(SETTINGS, transfer="encoder_decoder"), {"scratch": None})
+
+
 def test_plan__pairs_early_seeds_and_refuses_nonsense(cohort: Cohort, tmp_path: Path) -> None:
     cells = plan({"a": None, "b": None}, [5, 20], [0, 1])
     assert [cell.name for cell in cells[:4]] == ["a_n5_s0", "b_n5_s0", "a_n20_s0", "b_n20_s0"]

@@ -16,7 +16,7 @@ from medssl.errors import RequestError
 from medssl.phantoms import ORGAN_NAMES, draw_phantom
 from medssl.report import report
 from medssl.report.collect import collect
-from medssl.report.page import _one_group, _paired_cases, duration, hidden_error, plain, text
+from medssl.report.page import _chart, _one_group, _paired_cases, duration, hidden_error, plain, text
 
 TITLES = (
     "Result",
@@ -259,6 +259,14 @@ def test_report__no_pickle_is_loaded(tmp_path: Path) -> None:
     np.savez(tmp_path / "figures" / "reconstruction.npz", **arrays)
     words = "".join(read(report(tmp_path, tmp_path / "report.html")).words)
     assert "cannot be read as arrays (ValueError)" in words
+
+
+def test_chart__lines_of_other_monitors_leave_no_gap() -> None:
+    metrics = [{"step": 1, "loss": 2.0}, {"step": 1, "feature_std": 0.1}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}]
+    (line,) = _chart("loss", metrics).lines
+    assert line.x.tolist() == [1, 2, 3] and np.isnan(line.y[1]) and line.y[2] == 1
+    (line,) = _chart("feature_std", metrics).lines
+    assert line.x.tolist() == [1]
 
 
 def test_report__only_nan_losses_and_odd_volumes_do_not_crash(tmp_path: Path) -> None:

@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+import pytest
+
+from medssl.cli import show
+
+
+def test_speed__starts_over_with_the_next_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 100.0, 110.0])
+    monkeypatch.setattr(show.time, "perf_counter", lambda: next(clock))
+    speed = show._Speed()
+    assert [speed(1), speed(21)] == [0.0, 2.0]
+    assert [speed(1), speed(11)] == [0.0, 1.0]  # not (11 - 1) / 110
