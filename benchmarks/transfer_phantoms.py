@@ -63,7 +63,10 @@ def finetune(objective: MAECNN | None, images: Tensor, labels: Tensor, seed: int
             keys = tuple(f"net.{key}" for key in part.keys or ())
             states[name] = {k.removeprefix("net."): v for k, v in part.module.state_dict().items() if k.startswith(keys)}
         load_pretrained(
-            network, states["encoder"], {**parts["encoder"].manifest, "part": "encoder"}, decoder_state=states["decoder"]
+            network,
+            states["encoder"],
+            {**parts["encoder"].manifest, "part": "encoder"},
+            decoder_state=states["decoder"] if decoder else None,
         )
     optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(seed)
