@@ -19,6 +19,7 @@ from medssl.evaluation.controls import control_features
 from medssl.evaluation.features import embed, probe_table
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_probe
+from medssl.evaluation.scores import METRICS
 from medssl.recipe import EvaluateRecipe, PretrainRecipe, ProbeSection, Recipe, SourceSection
 from medssl.sampling.items import Item, items_hash
 from medssl.sampling.items import write as write_items
@@ -265,6 +266,8 @@ def build_monitor(recipe: PretrainRecipe, shelf: build.Shelf) -> list[Callback]:
 def build_probe(name: str, probe: ProbeSection, recipe: PretrainRecipe, shelves: Sequence[build.Shelf]) -> Callback:
     """Return a live probe on `val` patients that no source trains on; their labels reach neither loss nor schedule.
 
+    The first probe of a recipe chooses `weights/best` by its linear score (R2 or balanced accuracy).
+
     Raises:
         LeakageError: A probe patient is in the pretraining data.
         RequestError: There are too few labelled items.
@@ -284,7 +287,8 @@ def build_probe(name: str, probe: ProbeSection, recipe: PretrainRecipe, shelves:
         )
         return {f"probe/{name}/{row['probe']}_{row['metric']}": row["value"] for row in rows if row["value"] is not None}
 
-    return Callback(probe.every, look)
+    best_by = f"probe/{name}/linear_{next(iter(METRICS[probe.task]))}" if name == next(iter(recipe.probes)) else None
+    return Callback(probe.every, look, best_by=best_by, labels=len(series))
 
 
 def labelled_rows(

@@ -77,10 +77,11 @@ def label_curve(
         The summary, see `summarise`.
 
     Raises:
-        RequestError: The folder holds cells of other settings, or the request is empty or unnamed.
+        RequestError: The folder holds cells of other settings, weights were chosen by labels, or the request is empty or unnamed.
     """
     out = Path(out)
     cells = plan(arms, counts, seeds)
+    refuse_chosen(arms)
     cohort.first(max(counts))  # too many labels asked for: say so before the first hour, not after it
     named = next((weights for weights in arms.values() if weights is not None), None)
     if named is not None:
@@ -122,6 +123,21 @@ def plan(arms: Mapping[str, Any], counts: Sequence[int], seeds: Sequence[int]) -
     if bad:
         raise RequestError(f'label curve: arm "{bad[0]}"; letters, digits, dots and hyphens; rename it')
     return [Cell(arm, count, seed) for seed in seeds for count in counts for arm in arms]
+
+
+def refuse_chosen(arms: Mapping[str, Pretrained | None]) -> None:
+    """Refuse weights that a live probe chose: its labels lie in no label budget.
+
+    Raises:
+        RequestError: An arm has `weights/best`.
+    """
+    for arm, weights in arms.items():
+        chosen = weights.manifest.get("chosen_by") if weights is not None else None
+        if chosen:
+            raise RequestError(
+                f"label curve: arm {arm} has weights that {chosen['labels']} labelled items chose ({chosen['metric']}), which lie in no "
+                "budget of the curve; give the run folder itself, which means weights/last"
+            )
 
 
 def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[str, Pretrained | None]) -> dict[str, Any]:

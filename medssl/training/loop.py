@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -114,10 +115,15 @@ class Callback:
     Args:
         every: Steps between calls; it also runs after the last step.
         call: (step, {part: module in eval mode}) -> metrics. Runs on rank 0. May raise TrainingStopped.
+        best_by: One of its metrics, higher is better, that decides which weights are kept as `weights/best`; None decides nothing.
+        labels: Labelled items that this metric has seen, recorded with `weights/best`: a table row may only use those weights
+            when its label budget holds these labels.
     """
 
     every: int
     call: ProbeCallback
+    best_by: str | None = None
+    labels: int = 0
 
 
 def pick_source(sources: Mapping[str, Source], seed: int, step: int) -> Source:
@@ -613,6 +619,9 @@ class _Steps:
                 problem = str(err)
         problem = distributed.broadcast(problem, self.job.world)
         self.log(done, metrics)
+        chooser = next((callback for callback in due if callback.best_by in metrics), None)
+        if self.job.world.is_main and chooser and copies:
+            self.keep_best(done, copies, chooser, metrics[str(chooser.best_by)])
         if problem:
             self.save(done, -1)
             raise TrainingStopped(problem)
@@ -640,9 +649,21 @@ class _Steps:
         )
         copies = self.job.keeper.gather(self.engine.model)
         if self.job.world.is_main and copies:
-            facts = {**self.job.manifest, "step": done, "items_hash": self.job.items_hash, "seed": self.job.settings.seed}
-            self.job.keeper.write(copies, self.job.run.weights / "last", facts)
-            index = {"default": next(iter(copies)), "parts": sorted(copies)}
-            write_atomic(self.job.run.weights / "index.json", json.dumps(index).encode())
+            self.write_weights("last", done, copies)
         self.saved_at = done
         distributed.barrier(self.job.world)
+
+    def keep_best(self, done: int, copies: Mapping[str, nn.Module], chooser: Callback, value: float) -> None:
+        """Write `weights/best` when a probe scored higher than what is there; the file itself remembers, so a resumed run does too."""
+        known = self.job.run.weights / "best" / f"{next(iter(copies))}.json"
+        before = json.loads(known.read_text())["chosen_by"]["value"] if known.is_file() else -math.inf
+        if value > before:  # false for NaN
+            chosen = {"metric": chooser.best_by, "value": value, "labels": chooser.labels}
+            self.write_weights("best", done, copies, chosen_by=chosen)
+
+    def write_weights(self, tag: str, done: int, copies: Mapping[str, nn.Module], **facts: Any) -> None:
+        """Write all parts under `weights/<tag>` and name the default part."""
+        shared = {**self.job.manifest, "step": done, "items_hash": self.job.items_hash, "seed": self.job.settings.seed}
+        self.job.keeper.write(copies, self.job.run.weights / tag, {**shared, **facts})
+        index = {"default": next(iter(copies)), "parts": sorted(copies)}
+        write_atomic(self.job.run.weights / "index.json", json.dumps(index).encode())

@@ -165,6 +165,15 @@ def test_folder__of_scratch_cells_alone_takes_another_way_of_transfer(cohort: Co
         claim(tmp_path, cohort, replace(SETTINGS, transfer="encoder_decoder"), {"scratch": None})
 
 
+def test_weights_that_labels_chose__are_refused(cohort: Cohort, tmp_path: Path) -> None:
+    weights = pretrained()
+    chosen = {"metric": "probe/x/linear_r2", "value": 0.5, "labels": 7}
+    best = replace(weights, manifest={**weights.manifest, "chosen_by": chosen})
+    with pytest.raises(RequestError, match="arm ours has weights that 7 labelled items chose"):
+        label_curve(cohort, SETTINGS, tmp_path / "new", arms={"scratch": None, "ours": best}, counts=[1], seeds=[0])
+    assert not (tmp_path / "new").exists()
+
+
 def test_plan__pairs_early_seeds_and_refuses_nonsense(cohort: Cohort, tmp_path: Path) -> None:
     cells = plan({"a": None, "b": None}, [5, 20], [0, 1])
     assert [cell.name for cell in cells[:4]] == ["a_n5_s0", "b_n5_s0", "a_n20_s0", "b_n20_s0"]

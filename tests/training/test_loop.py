@@ -14,6 +14,7 @@ from medssl.errors import CheckpointError, RequestError, StoreError, TrainingSto
 from medssl.training import checkpoint
 from medssl.training.loop import Callback, LoopSettings, Stage, pick_source
 from medssl.training.optim import OptimSettings
+from medssl.weights import load_part
 from tests.training.toy import ToySource, run, stage
 
 
@@ -281,3 +282,23 @@ def test_ema_after_step_and_epoch_hooks__are_called(tmp_path: Path) -> None:
     assert [call[1] for call in calls if call[0] == "after"] == [0, 1, 2, 3]
     moved = [not torch.equal(a, b) for a, b in zip(before, objective.teacher.parameters())]
     assert any(moved)
+
+
+def test_best_weights__are_those_of_the_highest_probe_and_say_what_chose_them(tmp_path: Path) -> None:
+    scores = {2: 0.1, 4: 0.5, 6: float("nan"), 8: 0.3}
+    snapshots: dict[int, dict[str, torch.Tensor]] = {}
+
+    def probe(step: int, parts: Any) -> dict[str, float]:
+        snapshots[step] = {k.removeprefix("net."): v.clone() for k, v in parts["encoder"].state_dict().items()}
+        return {"probe/x/linear_r2": scores[step]}
+
+    callbacks = [Callback(2, probe, best_by="probe/x/linear_r2", labels=7)]
+    run(tmp_path / "a", 8, callbacks=callbacks, checkpoint_every=3)
+    state, manifest = load_part(tmp_path / "a", tag="best")
+    assert manifest["step"] == 4 and manifest["chosen_by"] == {"metric": "probe/x/linear_r2", "value": 0.5, "labels": 7}
+    assert same(state, {key: snapshots[4][key] for key in state})
+    assert "chosen_by" not in load_part(tmp_path / "a")[1]
+    scores.update({10: 0.2, 12: 0.4})  # a resumed run still knows
+    run(tmp_path / "b", 8, callbacks=callbacks, checkpoint_every=4)
+    run(tmp_path / "b", 12, callbacks=callbacks, checkpoint_every=4, resume=True)
+    assert load_part(tmp_path / "b", tag="best")[1]["step"] == 4
