@@ -487,13 +487,14 @@ class _Steps:
             source, fetched = self.job.prefetcher.get(step)
             waited += time.perf_counter() - begin
             metrics = self.step(step, first, stage_index, source, fetched)
-            worked += time.perf_counter() - begin
-            timed += 1
             done = step + 1
             stop = distributed.any_rank(flags["stop"], self.job.world)
             due = done % self.job.settings.checkpoint_every == 0 or done == last or stop
-            if done % self.job.settings.log_every == 0 or due or step == 0:
-                reduced = self.reduce(metrics)
+            logged = done % self.job.settings.log_every == 0 or due or step == 0
+            reduced = self.reduce(metrics) if logged else {}  # waits for the device: before the clock is read
+            worked += time.perf_counter() - begin
+            timed += 1
+            if logged:
                 check_finite(reduced["loss"], reduced["grad_norm"], step)
                 reduced["data_wait"] = waited / max(worked, 1e-9)
                 reduced["seconds_per_step"] = worked / timed
