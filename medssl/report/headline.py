@@ -54,9 +54,17 @@ def comparisons(found: Leftovers) -> list[Comparison]:
     return from_table(found.demo.get("table")) or from_curves(found.curves) or from_results(found.results)
 
 
-def verdict(line: Comparison) -> str:
-    """Say in one sentence what a comparison shows, and what it does not."""
-    where = f" at {line.labels} labels" if line.labels else ""
+def budget(found: Leftovers) -> int | None:
+    """Return the fine-tuning steps that all results share; None when they differ or are unknown."""
+    settings = [result.get("settings") for result in found.results]
+    steps = {values.get("steps") for values in settings if isinstance(values, Mapping)}
+    only = steps.pop() if len(steps) == 1 else None
+    return only if isinstance(only, int) else None
+
+
+def verdict(line: Comparison, steps: int | None = None) -> str:
+    """Say in one sentence what a comparison shows, and what it does not; `steps` is the fine-tuning budget, if known."""
+    where = (f" at {line.labels} labels" if line.labels else "") + (f" and {steps:,} steps" if line.labels and steps else "")
     difference = line.difference
     if difference.value is None:
         return f"No paired difference{where}: one of the two arms is missing."

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from medssl.report.collect import Leftovers
-from medssl.report.headline import Comparison, Estimate, bootstrap_mean, comparisons, from_results, from_table, verdict
+from medssl.report.headline import (
+    Comparison,
+    Estimate,
+    bootstrap_mean,
+    budget,
+    comparisons,
+    from_results,
+    from_table,
+    verdict,
+)
 
 
 def result(arm: str, dice: list[float], *, seed: int = 0, labels: int = 5, as_list: bool = False) -> dict:
@@ -112,3 +121,11 @@ def test_from_table__reads_both_shapes_and_leaves_others_alone() -> None:
 )
 def test_verdict__says_no_more_than_the_interval(difference: Estimate, start: str) -> None:
     assert verdict(Comparison("n", "5", "mae", Estimate(), Estimate(), difference)).startswith(start)
+
+
+def test_verdict__names_the_budget_that_all_runs_share(tmp_path: Path) -> None:
+    found = Leftovers(tmp_path, results=[{"settings": {"steps": 1500}}, {"settings": {"steps": 1500}}])
+    line = Comparison("n", "5", "mae", Estimate(), Estimate(), Estimate(0.05, 0.01, 0.09))
+    assert verdict(line, budget(found)).startswith("Pretraining helped: +5.0 Dice points at 5 labels and 1,500 steps (95 %")
+    found.results.append({"settings": {"steps": 7}})
+    assert budget(found) is None and budget(Leftovers(tmp_path)) is None
