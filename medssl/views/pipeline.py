@@ -236,10 +236,10 @@ class VolumeViews:
         rows: dict[str, list[Tensor]] = {}
         for b, crop in enumerate(crops):
             source = _Source(crop, self._normalization(crop), None if labels is None else labels[b], device)
-            views = [self._view(source, view, points) for view in params[b]]
-            for key in views[0]:
-                rows.setdefault(key, []).append(torch.stack([view[key] for view in views]))
-        out = {key: torch.stack(row) for key, row in rows.items()}
+            for view in params[b]:
+                for key, value in self._view(source, view, points).items():
+                    rows.setdefault(key, []).append(value)
+        out = {key: torch.stack(row).unflatten(0, (len(crops), len(params[0]))) for key, row in rows.items()}
         if self.mask_grid is not None:
             hidden = [[_mask_array(view) for view in row] for row in params]
             out[f"{self.name}_mask"] = torch.from_numpy(np.array(hidden)).to(device)
@@ -276,16 +276,21 @@ class VolumeViews:
         """Make one view."""
         start = self._voxel_start(source.crop, view)
         out: dict[str, Tensor] = {}
+        whole = False
         if start is not None:
-            out = self._cut(source, start, view["flip"])
+            out, whole = self._cut(source, start, view["flip"])
         if start is None or points:
             piece = self._piece(source, view)
             grid = self._grid(source.crop, piece, view)
             if start is None:
                 out = self._interpolate(piece, grid)
+                whole = piece.valid is None and not piece.clipped
             if points:
                 out["points_mm"] = geometry.grid_to_mm(grid, piece.image.shape[1:], source.crop.spacing_mm, piece.origin_mm)
-        self._intensities_(out[self.name], out["valid"], source, view)
+        x = out[self.name]
+        self._intensities_(x, source, view)
+        if not whole:
+            x.masked_fill_(~out["valid"], source.how.padding)
         return out
 
     def _voxel_start(self, crop: Crop, view: Mapping[str, Any]) -> tuple[int, int, int] | None:
@@ -300,29 +305,40 @@ class VolumeViews:
         x, y, z = np.rint(start).astype(int).tolist()
         return x, y, z
 
-    def _cut(self, source: _Source, start: tuple[int, int, int], flip: Sequence[bool]) -> dict[str, Tensor]:
-        """Index a view out of a crop; what lies beyond the crop is padding."""
-        out = {
-            self.name: torch.full(
-                (source.image.shape[0], *self.size), source.how.padding_raw, dtype=torch.float32, device=source.device
-            ),
-            "valid": torch.zeros(self.size, dtype=torch.bool, device=source.device),
-        }
-        if source.labels is not None:
-            out["labels"] = torch.zeros(self.size, dtype=torch.int64, device=source.device)
+    def _cut(self, source: _Source, start: tuple[int, int, int], flip: Sequence[bool]) -> tuple[dict[str, Tensor], bool]:
+        """Index a view out of a crop; what lies beyond the crop is padding. Also say whether all of the view is valid."""
         read, write = [], []
         for first, n, have in zip(start, self.size, source.valid.shape):
             low, high = max(first, 0), max(min(first + n, have), max(first, 0))
             read.append(slice(low, high))
             write.append(slice(low - first, high - first))
         into, at = tuple(write), tuple(read)
-        out[self.name][(slice(None), *into)] = source.image[(slice(None), *at)]
-        out["valid"][into] = source.valid[at]
+        found = {self.name: source.image[(slice(None), *at)], "valid": source.valid[at]}
         if source.labels is not None:
-            out["labels"][into] = source.labels[at]
+            found["labels"] = source.labels[at]
+        inside = found["valid"].shape == self.size
+        if inside:
+            out = found | {self.name: found[self.name].to(torch.float32, copy=True)}
+        else:
+            out = self._padding(source)
+            for key, value in found.items():
+                out[key][(..., *into)] = value
+        if source.labels is not None:
+            out["labels"] = out["labels"].long()
         if any(flip):
             axes = [axis - 3 for axis in range(3) if flip[axis]]
             out = {key: value.flip(axes) for key, value in out.items()}
+        return out, inside and bool(source.crop.valid[at].all())
+
+    def _padding(self, source: _Source) -> dict[str, Tensor]:
+        """Return a view without content."""
+        shape = (source.image.shape[0], *self.size)
+        out = {
+            self.name: torch.full(shape, source.how.padding_raw, dtype=torch.float32, device=source.device),
+            "valid": torch.zeros(self.size, dtype=torch.bool, device=source.device),
+        }
+        if source.labels is not None:
+            out["labels"] = torch.zeros(self.size, dtype=torch.int64, device=source.device)
         return out
 
     def _piece(self, source: _Source, view: Mapping[str, Any]) -> _Piece:
@@ -380,7 +396,7 @@ class VolumeViews:
             out["labels"] = geometry.sample(piece.labels[None].float(), grid, "nearest")[0].long()
         return out
 
-    def _intensities_(self, x: Tensor, valid: Tensor, source: _Source, view: Mapping[str, Any]) -> None:
+    def _intensities_(self, x: Tensor, source: _Source, view: Mapping[str, Any]) -> None:
         """Change the intensities of a view in place, (C, *size)."""
         how = source.how
         if _amplitude(view["bias_field"]) > 0:
@@ -397,7 +413,6 @@ class VolumeViews:
             intensity.gamma_(x, view["gamma"])
         if view["noise"] is not None:
             intensity.noise_(x, view["noise"]["std"], _generator(view["noise"]["seed"], source.device))
-        x.masked_fill_(~valid, how.padding)
 
     def _check(
         self,
