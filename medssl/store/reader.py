@@ -90,24 +90,40 @@ class StoreReader:
         Raises:
             StoreError: The item is missing or damaged.
         """
+        return self.read_boxes(series_id, [(start, size)])[0]
+
+    def read_boxes(
+        self, series_id: str, boxes: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Read several (start, size) boxes of one item, opening its files once; see `read_box`."""
         record = self.record(series_id)
-        low = [max(0, int(s)) for s in start]
-        high = [min(n, int(s) + int(w)) for s, w, n in zip(start, size, record.shape)]
-        extent = tuple(int(w) for w in size)
-        if any(a >= b for a, b in zip(low, high)):
-            return np.zeros((record.channels, *extent), dtype=record.dtype), np.zeros(extent, dtype=bool)
         voxels, mask, _ = item_paths(self.store, series_id)
-        region = tuple(slice(a, b) for a, b in zip(low, high))
-        inner = self._decode(voxels, (slice(0, record.channels), *region), series_id)
-        inner_valid = self._decode(mask, (slice(0, 1), *region), series_id)[0] if record.has_valid else None
-        if inner.shape[1:] == extent:
-            return inner, np.ones(extent, dtype=bool) if inner_valid is None else inner_valid
-        place = tuple(slice(a - int(s), b - int(s)) for a, b, s in zip(low, high, start))
-        image = np.zeros((record.channels, *extent), dtype=record.dtype)
-        image[(slice(None), *place)] = inner
-        valid = np.zeros(extent, dtype=bool)
-        valid[place] = True if inner_valid is None else inner_valid
-        return image, valid
+        opened: dict[Path, Any] = {}
+
+        def decode(path: Path, region: tuple[slice, ...]) -> np.ndarray:
+            return self._decode(path, region, series_id, opened)
+
+        out = []
+        for start, size in boxes:
+            low = [max(0, int(s)) for s in start]
+            high = [min(n, int(s) + int(w)) for s, w, n in zip(start, size, record.shape)]
+            extent = tuple(int(w) for w in size)
+            if any(a >= b for a, b in zip(low, high)):
+                out.append((np.zeros((record.channels, *extent), dtype=record.dtype), np.zeros(extent, dtype=bool)))
+                continue
+            region = tuple(slice(a, b) for a, b in zip(low, high))
+            inner = decode(voxels, (slice(0, record.channels), *region))
+            inner_valid = decode(mask, (slice(0, 1), *region))[0] if record.has_valid else None
+            if inner.shape[1:] == extent:
+                out.append((inner, np.ones(extent, dtype=bool) if inner_valid is None else inner_valid))
+                continue
+            place = tuple(slice(a - int(s), b - int(s)) for a, b, s in zip(low, high, start))
+            image = np.zeros((record.channels, *extent), dtype=record.dtype)
+            image[(slice(None), *place)] = inner
+            valid = np.zeros(extent, dtype=bool)
+            valid[place] = True if inner_valid is None else inner_valid
+            out.append((image, valid))
+        return out
 
     def read(self, series_id: str) -> Sample:
         """Read a whole item as the `Sample` that was written."""
@@ -139,11 +155,13 @@ class StoreReader:
         if found != record.checksum:
             raise self._damaged(series_id)
 
-    def _decode(self, path: Path, region: tuple[slice, ...], series_id: str) -> np.ndarray:
+    def _decode(self, path: Path, region: tuple[slice, ...], series_id: str, opened: dict[Path, Any]) -> np.ndarray:
         import blosc2
 
         try:
-            array: np.ndarray = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})[region]
+            if path not in opened:
+                opened[path] = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
+            array: np.ndarray = opened[path][region]
         except Exception as err:  # blosc2 raises RuntimeError, OSError, ValueError for damaged frames
             raise self._damaged(series_id) from err
         return array

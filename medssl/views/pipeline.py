@@ -239,7 +239,7 @@ class VolumeViews:
             for view in params[b]:
                 for key, value in self._view(source, view, points).items():
                     rows.setdefault(key, []).append(value)
-        out = {key: torch.stack(row).unflatten(0, (len(crops), len(params[0]))) for key, row in rows.items()}
+        out = {key: torch.stack(row).reshape(len(crops), len(params[0]), *row[0].shape) for key, row in rows.items()}
         if self.mask_grid is not None:
             hidden = [[_mask_array(view) for view in row] for row in params]
             out[f"{self.name}_mask"] = torch.from_numpy(np.array(hidden)).to(device)
@@ -312,7 +312,7 @@ class VolumeViews:
             low, high = max(first, 0), max(min(first + n, have), max(first, 0))
             read.append(slice(low, high))
             write.append(slice(low - first, high - first))
-        into, at = tuple(write), tuple(read)
+        at = tuple(read)
         found = {self.name: source.image[(slice(None), *at)], "valid": source.valid[at]}
         if source.labels is not None:
             found["labels"] = source.labels[at]
@@ -321,8 +321,9 @@ class VolumeViews:
             out = found | {self.name: found[self.name].to(torch.float32, copy=True)}
         else:
             out = self._padding(source)
+            into: tuple[Any, ...] = (..., *write)
             for key, value in found.items():
-                out[key][(..., *into)] = value
+                out[key][into] = value
         if source.labels is not None:
             out["labels"] = out["labels"].long()
         if any(flip):
