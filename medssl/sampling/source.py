@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -89,20 +88,21 @@ class ImageSource:
 
     def fetch(self, keys: list[DrawKey]) -> list[Any]:
         """Draw and read the crops of a micro-batch; runs in any thread and touches no device."""
-        drawn = [(key, item, box) for key in keys for draw in [self.sampler.draw(key)] for item, box in zip(draw.ids, draw.boxes)]
         crops = []
-        for item, group in groupby(drawn, key=lambda part: part[1]):  # crops of one item share its open file
-            record = self.reader.record(self.series[item])
-            spacing = tuple(record.spacing_mm)
-            parts = [(key, box, voxel_box(box, self.view_maker.margin_mm(spacing, key), spacing)) for key, _, box in group]
-            read = self.reader.read_boxes(self.series[item], [where for _, _, where in parts])
-            for (key, box, (start, _)), (image, valid) in zip(parts, read):
+        for key in keys:
+            draw = self.sampler.draw(key)
+            for item, box in zip(draw.ids, draw.boxes):
+                series_id = self.series[item]
+                record = self.reader.record(series_id)
+                start, size = voxel_box(box, self.view_maker.margin_mm(record.spacing_mm, key), record.spacing_mm)
+                image, valid = self.reader.read_box(series_id, start, size)
+                origin = tuple(float(s * d) for s, d in zip(start, record.spacing_mm))
                 crops.append(
                     self.crop(
                         image=image,
                         valid=valid,
-                        spacing_mm=spacing,
-                        origin_mm=tuple(float(s * d) for s, d in zip(start, spacing)),
+                        spacing_mm=tuple(record.spacing_mm),
+                        origin_mm=origin,
                         box=box,
                         stats=record.stats,
                         key=key,

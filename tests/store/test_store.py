@@ -536,3 +536,17 @@ def test_random_crops__near_bare_blosc2(tmp_path: Path) -> None:
         ratios.append((time.perf_counter() - between) / (between - begun))
         np.testing.assert_array_equal(ours[0], theirs)
     assert sorted(ratios)[7] > 0.8 / 1.25
+
+
+def test_reader__opens_a_replaced_file_again(tmp_path: Path) -> None:
+    import blosc2
+
+    path = tmp_path / "item.b2nd"
+    reader = StoreReader.__new__(StoreReader)
+    reader.__setstate__({"store": tmp_path, "manifest": {}, "key": ""})
+    everything = (slice(None),)
+    for value in (1, 2):
+        blosc2.asarray(np.full(8, value, np.int16), urlpath=str(tmp_path / "new.b2nd"), mode="w")
+        (tmp_path / "new.b2nd").replace(path)
+        assert reader._decode(path, everything, "s").tolist() == [value] * 8
+        assert reader._frame(path) is reader._frame(path)
