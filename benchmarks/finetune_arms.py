@@ -212,7 +212,6 @@ def main():
     curve = []
     ls = []
     gn = []
-    time.process_time()
     tc = 0
     for s in range(o.steps):
         c0 = time.process_time()
@@ -276,4 +275,5 @@ def main():
         f.write(json.dumps(rec) + "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

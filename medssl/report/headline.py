@@ -57,9 +57,8 @@ def comparisons(found: Leftovers) -> list[Comparison]:
 def budget(found: Leftovers) -> int | None:
     """Return the fine-tuning steps that all results share; None when they differ or are unknown."""
     settings = [result.get("settings") for result in found.results]
-    steps = {values.get("steps") for values in settings if isinstance(values, Mapping)}
-    only = steps.pop() if len(steps) == 1 else None
-    return only if isinstance(only, int) else None
+    steps = [values.get("steps") if isinstance(values, Mapping) else None for values in settings]
+    return steps[0] if steps and isinstance(steps[0], int) and all(value == steps[0] for value in steps) else None
 
 
 def verdict(line: Comparison, steps: int | None = None) -> str:

@@ -486,7 +486,7 @@ def _chart(key: str, metrics: Sequence[Json]) -> figures.Chart:
     """Return the chart of one metric: lines of other monitors leave no gap in it, a loss that was not finite does."""
     points = [(_or_nan(row.get("step", k)), _or_nan(row[key])) for k, row in enumerate(metrics) if key in row]
     points = [(step, value) for step, value in points if math.isfinite(step) and (math.isfinite(value) or key == "loss")]
-    steps, values = (np.array(part) for part in zip(*points))
+    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
     name = key.removeprefix("monitor/").replace("probe/", "probe ").replace("_", " ")
     return figures.Chart(name, [figures.Line("", steps, values)], smooth=True)
 

@@ -156,7 +156,7 @@ class StoreReader:
         """Return an open frame of this thread; a replaced file and a forked process open their own."""
         import blosc2
 
-        frames: dict[Any, Any] = self._frames.__dict__
+        frames: dict[tuple[Any, ...], Any] = self._frames.__dict__.setdefault("opened", {})
         found = os.stat(path)
         key = (os.getpid(), str(path), found.st_ino, found.st_mtime_ns, found.st_size)
         if key not in frames:

@@ -2,59 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
-import torch
-from torch import Tensor
 
-from medssl.encoders.vit3d import ViT3D
-from medssl.objectives.mae import MAE
-from medssl.phantoms.body import toy_phantoms
-from medssl.types import StepContext, Views, ViewsMeta
-from medssl.views.masks import block_mask
-
-SIZE, PATCH, GRID = (32, 32, 32), 8, (4, 4, 4)
-
-
-def views_of(images: Tensor, step: int) -> Views:
-    from medssl.seeding import counter_rng
-
-    masks = [torch.from_numpy(block_mask(GRID, 0.75, counter_rng(0, step, i))) for i in range(len(images))]
-    valid = torch.ones(len(images), 1, *SIZE, dtype=torch.bool)
-    meta = ViewsMeta("toy", "mri", torch.arange(len(images)), {}, {}, {"volume": valid}, ())
-    return Views({"volume": images[:, None], "volume_mask": torch.stack(masks)[:, None]}, meta)
-
-
-@cache
-def phantoms(count: int) -> tuple[Tensor, Tensor]:
-    images = torch.from_numpy(toy_phantoms(count + 32, seed=0))
-    return images[:count], images[count:]
-
-
-def train(count: int, steps: int, region: str) -> tuple[float, float, float]:
-    """Train as the card says and return masked MSE, visible MSE and the mean-atlas predictor's MSE on 32 held-out phantoms."""
-    torch.manual_seed(0)
-    images, held_out = phantoms(count)
-    encoder = ViT3D(image_size=SIZE, patch_size=PATCH, hidden_size=128, num_layers=4, num_heads=4)
-    objective = MAE(encoder, image_size=SIZE, decoder_dim=64, decoder_depth=2, decoder_heads=4, recon_region=region)  # type: ignore[arg-type]
-    optimiser = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-3)
-    generator = torch.Generator().manual_seed(1)
-    for step in range(steps):
-        batch = images[torch.randint(count, (16,), generator=generator)]
-        loss = objective(views_of(batch, step), StepContext(step=step))["loss"]
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    views = views_of(held_out, 10**6)
-    objective.recon_region = "masked"
-    with torch.no_grad():
-        parts = objective(views, StepContext())
-        atlas = (images.mean(dim=0) - held_out).square()
-        hidden = views["volume_mask"][:, 0, None]
-        for axis in (2, 3, 4):
-            hidden = hidden.repeat_interleave(PATCH, dim=axis)
-    return float(parts["loss"]), float(parts["mse_visible"]), float(atlas[hidden].mean())
+from benchmarks.learnability import train
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Collect a label curve of the hippocampus set into benchmarks/results/, with the validation curves and the hardware.
+"""Collect a label curve into benchmarks/results/, with the validation curves and the hardware.
 
     medssl label-curve recipes/finetune/segresnet_hippocampus.yaml --weights runs/hippocampus/mae_cnn --labels 5,20 --seeds 0,1,2
-    python benchmarks/collect_hippocampus.py runs/hippocampus/curve_segresnet --run runs/hippocampus/mae_cnn --name hippocampus_segresnet
+    python -m benchmarks.collect_curve runs/hippocampus/curve_segresnet --run runs/hippocampus/mae_cnn --name hippocampus_segresnet
 
 Cells are computed by the command line, one by one and resumable; this script only gathers what they left, finished or not, and prints
 the table.
