@@ -20,7 +20,7 @@ install: $(VENV)/.installed
 # torch and torchvision are named together with the constraints file: pip left alone with either picks gigabytes of CUDA packages
 $(VENV)/.installed: setup.cfg pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt torch torchvision -e ".[test,dicom]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt torch torchvision -e ".[test,all]"
 	touch $@
 
 demo: install

@@ -61,6 +61,10 @@ class Files:
         """Return nothing: the files do not change."""
         return ""
 
+    def part(self, series_id: str) -> dict[str, Any] | None:
+        """Return None: an item is all of its file."""
+        return None
+
 
 def write_volumes(folder: Path, count: int, shape: list[int]) -> dict[str, Path]:
     """Write synthetic volumes as .nii.gz and return them by series id."""

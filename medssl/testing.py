@@ -205,6 +205,7 @@ def check_domain(
     sample: Sample = domain.read(list(files), series_id="0" * 32)
     assert sample.image.ndim == 4, f"image must be (C, X, Y, Z); found shape {sample.image.shape}"
     assert sample.image.dtype in (np.int16, np.uint8, np.float32), f"dtype {sample.image.dtype}; accepted: int16, uint8, float32"
+    assert sample.affine is not None and sample.spacing_mm is not None, "a volume has an affine and a spacing"
     directions = sample.affine[:3, :3] / np.linalg.norm(sample.affine[:3, :3], axis=0)
     assert (np.argmax(np.abs(directions), axis=0) == np.arange(3)).all() and (np.diag(directions) > 0).all(), "axes must be RAS+"
     assert np.allclose(np.linalg.norm(sample.affine[:3, :3], axis=0), sample.spacing_mm, rtol=1e-4), (

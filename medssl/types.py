@@ -28,13 +28,17 @@ class ImageMeta:
 
     Args:
         series_id: Pseudonymous id of the series (32 hex digits).
-        domain: Registered domain name, `mri` or `ct`.
-        modality: `MR`, `CT` or `unknown`.
-        units: `HU` for CT, `arbitrary` for MR.
-        slice_axis: 0, 1 or 2: the array axis along which the source had slices; None when unknown.
+        domain: Registered domain name, for instance `mri`.
+        modality: DICOM modality, or `unknown`.
+        units: `HU` for CT, `arbitrary` for all others.
+        slice_axis: 0, 1 or 2: the array axis along which the source had slices; None when unknown and for images and clips.
         stats: Intensity statistics of the foreground, computed by the domain and not applied: `mean`, `std`, `p00_5`, `p05`,
             `p50`, `p95`, `p99_5`, `min`, `max`, `foreground_fraction` (of all voxels).
         flags: Quality flags, for instance `nan_voxels`.
+        kind: `volume`, `image` or `clip`.
+        frame_times_ms: Start of each frame of a clip, from 0; None for others and when unknown.
+        channels: Names of the channels where they have any, for instance stains.
+        facts: What else the domain found out, in closed vocabularies and numbers (view, laterality, sector).
     """
 
     series_id: str
@@ -44,23 +48,29 @@ class ImageMeta:
     slice_axis: int | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    kind: Kind = "volume"
+    frame_times_ms: tuple[float, ...] | None = None
+    channels: tuple[str, ...] = ()
+    facts: Mapping[str, str | float | bool] = field(default_factory=dict)
 
 
 @dataclass
 class Sample:
-    """One canonical volume, as a domain delivers it.
+    """One canonical volume, image or clip, as a domain delivers it.
 
     Args:
-        image: (C, X, Y, Z) array in its narrowest lossless dtype (int16, uint8, else float32), RAS+, intensities not normalised.
-        spacing_mm: (3,) voxel size along X, Y, Z in mm.
-        affine: (4, 4) float64, voxel centre index to RAS+ mm.
-        valid: (X, Y, Z) bool, True = real content; None when everything is valid.
+        image: Volume (C, X, Y, Z) in RAS+, image (C, H, W), clip (T, C, H, W); the narrowest lossless dtype (uint8, int16, uint16
+            for images, else float32); intensities not normalised.
+        spacing_mm: Volume: (3,) voxel size along X, Y, Z in mm. Image and clip: (2,) step between rows and between columns.
+            None when the source does not say; a volume always has it.
+        affine: Volume: (4, 4) float64, voxel centre index to RAS+ mm. None for images and clips.
+        valid: (X, Y, Z), or (H, W) for images and clips: bool, True = real content; None when everything is valid.
         meta: The rest.
     """
 
     image: np.ndarray
-    spacing_mm: tuple[float, float, float]
-    affine: np.ndarray
+    spacing_mm: tuple[float, ...] | None
+    affine: np.ndarray | None
     valid: np.ndarray | None
     meta: ImageMeta
 

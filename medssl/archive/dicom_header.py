@@ -13,67 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from medssl.archive.dicom_tags import TAGS
 from medssl.errors import ImageError
 
 Header = dict[str, Any]
-
-# name -> (tag, kind). Kinds: text, texts (backslash-separated), number, numbers, integer (text or binary).
-TAGS: dict[str, tuple[int, str]] = {
-    "image_type": (0x00080008, "texts"),
-    "sop_class_uid": (0x00080016, "text"),
-    "sop_instance_uid": (0x00080018, "text"),
-    "acquisition_time": (0x00080032, "text"),
-    "content_time": (0x00080033, "text"),
-    "modality": (0x00080060, "text"),
-    "manufacturer": (0x00080070, "text"),
-    "series_description": (0x0008103E, "text"),
-    "patient_id": (0x00100020, "text"),
-    "issuer": (0x00100021, "text"),
-    "birth_date": (0x00100030, "text"),
-    "sex": (0x00100040, "text"),
-    "body_part": (0x00180015, "text"),
-    "slice_thickness": (0x00180050, "number"),
-    "kvp": (0x00180060, "number"),
-    "repetition_time": (0x00180080, "number"),
-    "echo_time": (0x00180081, "number"),
-    "inversion_time": (0x00180082, "number"),
-    "echo_number": (0x00180086, "integer"),
-    "field_strength": (0x00180087, "number"),
-    "gantry_tilt": (0x00181120, "number"),
-    "trigger_time": (0x00181060, "number"),
-    "patient_position": (0x00185100, "text"),
-    "b_value": (0x00189087, "number"),
-    "study_uid": (0x0020000D, "text"),
-    "series_uid": (0x0020000E, "text"),
-    "acquisition_number": (0x00200012, "integer"),
-    "instance_number": (0x00200013, "integer"),
-    "position": (0x00200032, "numbers"),
-    "orientation": (0x00200037, "numbers"),
-    "frame_of_reference_uid": (0x00200052, "text"),
-    "temporal_position": (0x00200100, "integer"),
-    "n_temporal_positions": (0x00200105, "integer"),
-    "samples_per_pixel": (0x00280002, "integer"),
-    "photometric": (0x00280004, "text"),
-    "n_frames": (0x00280008, "integer"),
-    "rows": (0x00280010, "integer"),
-    "columns": (0x00280011, "integer"),
-    "pixel_spacing": (0x00280030, "numbers"),
-    "bits_allocated": (0x00280100, "integer"),
-    "bits_stored": (0x00280101, "integer"),
-    "pixel_representation": (0x00280103, "integer"),
-    "padding": (0x00280120, "binary"),
-    "padding_limit": (0x00280121, "binary"),
-    "intercept": (0x00281052, "number"),
-    "slope": (0x00281053, "number"),
-    "rescale_type": (0x00281054, "text"),
-    "lossy": (0x00282110, "text"),
-}
-READ_KEYS = (
-    "image_type", "sop_class_uid", "modality", "instance_number", "position", "orientation", "samples_per_pixel",
-    "photometric", "n_frames", "rows", "columns", "pixel_spacing", "bits_allocated", "bits_stored",
-    "pixel_representation", "padding", "padding_limit", "intercept", "slope", "rescale_type",
-)  # fmt: skip
-"""What reading a volume needs."""
 
 UNCOMPRESSED = {
     "1.2.840.10008.1.2": "implicit_le",

@@ -75,3 +75,14 @@ FLAGS: dict[str, str] = {
     "patient_shared": "one patient identity on people who differ",
 }
 """Quality flags."""
+
+PRIVACY_FLAGS: dict[str, str] = {
+    "burned_in_stated": "BurnedInAnnotation says YES",
+    "burned_in_suspected": "text was found in the pixels",
+    "face_possible": "a head CT or MR may show the face",
+    "label_image": "a slide's label or overview image may show a name",
+    "overlay": "overlay planes (60xx) were present and excluded",
+    "private_tags": "private elements with text",
+    "screenshot": "secondary captures often show names",
+}
+"""Privacy flags: why somebody should look before pixels leave."""

@@ -327,7 +327,7 @@ def _describe(headers: list[Mapping[str, Any]], group: SliceGroup, flags: list[s
         "tr": first.get("repetition_time"),
         "te": first.get("echo_time"),
         "ti": first.get("inversion_time"),
-        "body_region": _region(first.get("body_part", "")),
+        **_region(first.get("body_part", "")),
         "sex": first["sex"] if first.get("sex") in ("F", "M", "O") else "unknown",
         "quality_flags": tuple(dict.fromkeys(flags)),
         "status": "rejected" if reason else ("flagged" if flags else "ok"),
@@ -415,11 +415,12 @@ def _vendor(text: str) -> str:
     return next((name for name, parts in VENDORS.items() if low.startswith(parts) or any(p in low for p in parts)), "other")
 
 
-def _region(text: str) -> str:
+def _region(text: str) -> dict[str, Any]:
     low = text.lower()
     if not low.strip():
-        return "unknown"
-    return next((name for name, parts in REGIONS.items() if any(part in low for part in parts)), "other")
+        return {}
+    found = tuple(name for name, parts in REGIONS.items() if any(part in low for part in parts))
+    return {"body_region": found or ("other",), "body_region_source": "tag"}
 
 
 def _number(value: Any) -> float | None:

@@ -11,52 +11,8 @@ from typing import Any
 from medssl.archive._parquet import connect, quote, read_table
 from medssl.errors import RequestError, near
 
-FORMAT = 1
-SERIES_COLUMNS: dict[str, str] = {
-    "series_id": "VARCHAR",
-    "study_id": "VARCHAR",
-    "patient_id": "VARCHAR",
-    "modality": "VARCHAR",
-    "domain": "VARCHAR",
-    "kind": "VARCHAR",
-    "role": "VARCHAR",
-    "shape": "INTEGER[]",
-    "n_slices": "INTEGER",
-    "n_volumes": "INTEGER",
-    "volume_index": "INTEGER",
-    "volume_axis": "VARCHAR",
-    "spacing_mm": "DOUBLE[]",
-    "slice_thickness_mm": "DOUBLE",
-    "slice_step_mm": "DOUBLE",
-    "step_cv": "DOUBLE",
-    "max_gap_mm": "DOUBLE",
-    "extent_mm": "DOUBLE[]",
-    "tilt_deg": "DOUBLE",
-    "slice_axis": "INTEGER",
-    "plane": "VARCHAR",
-    "orientation": "VARCHAR",
-    "dtype": "VARCHAR",
-    "bits": "INTEGER",
-    "photometric": "VARCHAR",
-    "transfer_syntax": "VARCHAR",
-    "lossy": "BOOLEAN",
-    "units": "VARCHAR",
-    "n_files": "INTEGER",
-    "bytes": "BIGINT",
-    "vendor": "VARCHAR",
-    "field_strength_t": "DOUBLE",
-    "kvp": "DOUBLE",
-    "tr": "DOUBLE",
-    "te": "DOUBLE",
-    "ti": "DOUBLE",
-    "body_region": "VARCHAR",
-    "sex": "VARCHAR",
-    "site": "VARCHAR",
-    "split": "VARCHAR",
-    "quality_flags": "VARCHAR[]",
-    "status": "VARCHAR",
-    "reason": "VARCHAR",
-}
+FORMAT = 2
+"""2: the whole column set."""
 FILE_COLUMNS: dict[str, str] = {"file_id": "VARCHAR", "series_id": "VARCHAR", "reason": "VARCHAR"}
 PRIVATE_FILE_COLUMNS: dict[str, str] = {
     "file_id": "VARCHAR",
@@ -65,27 +21,33 @@ PRIVATE_FILE_COLUMNS: dict[str, str] = {
     "path": "VARCHAR",
     "digest": "VARCHAR",
 }
-PRIVATE_SERIES_COLUMNS: dict[str, str] = {"series_id": "VARCHAR", "source_tag": "VARCHAR", "uids": "VARCHAR"}
+PRIVATE_SERIES_COLUMNS: dict[str, str] = {"series_id": "VARCHAR", "source_tag": "VARCHAR", "part": "VARCHAR", "uids": "VARCHAR"}
+"""`part`: JSON, what of its files a series is (see `domains.base.Domain.read`), or null for all of it."""
 
 
 @dataclass(frozen=True)
 class SeriesRow:
-    """One image series: one row of `series.parquet`. `unknown` and None mean that the source does not say.
+    """One image series: one row of `series.parquet`.
+
+    Text columns are closed vocabularies. `unknown`, None and an empty tuple mean that the source does not say.
 
     Args:
         series_id: 32 hex digits.
         study_id: 32 hex digits.
         patient_id: 32 hex digits.
-        modality: DICOM modality of the closed list in `archive.series`, `other` or `unknown`.
+        modality: DICOM modality of the closed list in `archive.attributes`, `other` or `unknown`.
         domain: ct, mri, xray, ultrasound, wsi, microscopy, other, or unknown for formats that cannot say.
-        kind: volume, volume_4d, image or cine.
-        role: source, localiser, reformat, mip, derived_map, screenshot or unknown.
-        shape: (X, Y, Z) in canonical axes; as stored for what is no volume.
+        kind: volume, volume_4d, image, cine or slide.
+        role: source, localiser, reformat, mip, derived_map, screenshot, report or unknown.
+        subject_kind: human, phantom, animal or unknown.
+        intent: presentation, processing or unknown.
+        shape: (X, Y, Z) in canonical axes for volumes; (H, W) images, (T, H, W) clips, (H, W) of the finest level for slides.
         n_slices: Slices of the source.
         n_volumes: Volumes that the source kept in one series.
         volume_index: Which of them this is, from 0.
-        volume_axis: The tag that tells them apart, `visit` or `none`.
-        spacing_mm: Along X, Y, Z in canonical axes; None when missing.
+        volume_axis: The tag that tells them apart, `visit`, `time`, `block`, `mosaic` or `none`.
+        spacing_mm: Along X, Y, Z in canonical axes; (row step, column step) for images and clips; None when missing.
+        spacing_source: header, detector, magnification, calibration, region, user or unknown.
         slice_thickness_mm: As stated.
         slice_step_mm: Distance between slices, from their positions.
         step_cv: Its coefficient of variation.
@@ -95,25 +57,66 @@ class SeriesRow:
         slice_axis: Canonical array axis along which slices lie.
         plane: axial, coronal, sagittal or unknown, from the slice axis.
         orientation: Axis codes as stored, for instance LPS.
+        patient_position: hfs, hfp, ffs, ffp, hfdr, hfdl, ffdr, ffdl or unknown.
+        frame_time_ms: Mean time between frames.
+        fps_source: vector, frame_time, cine_rate, recommended, container, timestamps or unknown.
+        heart_rate: Beats per minute.
+        stage: rest, stress or unknown.
+        mpp: Micrometres per pixel of the finest level of a slide.
         dtype: Stored type.
         bits: Bits stored.
         photometric: DICOM photometric interpretation.
         transfer_syntax: Name of the closed list in `archive.dicom_header`; `none` for other formats.
         lossy: Lossy compression, now or before.
+        lossy_ratio: As stated.
+        padding_value: As stated.
         units: HU, arbitrary or unknown.
         n_files: Files of the series.
         bytes: Their size.
         vendor: Closed list.
+        model_class: Closed list.
         field_strength_t: Tesla.
         kvp: Peak kilovoltage.
+        mas: Exposure in mAs.
+        ctdi: CTDIvol in mGy.
+        kernel_class: soft, lung, bone, head or unknown.
+        recon_method: fbp, iterative, deep or unknown.
+        dual_energy: Dual-energy acquisition.
+        kev: Energy of a monoenergetic image.
+        contrast_state: none, given or unknown.
+        contrast_phase: native, arterial, portal, delayed or unknown.
         tr: Repetition time, ms.
         te: Echo time, ms.
         ti: Inversion time, ms.
-        body_region: Closed list.
+        flip: Flip angle, degrees.
+        mr_type: se, ir, gr, ep, mixed or unknown (ScanningSequence).
+        weighting: t1, t2, t2star, pd, flair, dwi, adc, swi, perfusion, bold, angio or unknown.
+        fat_sat: Fat suppression.
+        component: magnitude, phase, real, imaginary or unknown.
+        b_values: s/mm2.
+        suv_ready: Whether SUV can be computed.
+        n_regions: Ultrasound regions.
+        region_types: Of tissue_2d, colour_doppler, spectral, m_mode, ecg, other.
+        body_region: Of the closed list in `archive.attributes`.
+        body_region_source: tag, text or unknown.
+        laterality: left, right, both or unknown.
+        view: ap, pa, lateral, oblique, other or unknown.
+        implant: Implant stated.
+        face_possible: Head CT or MR that may show a face.
         sex: F, M, O or unknown.
+        age_band: 0-1, 2-11, 12-17, then ten years each to 80-89, 90+, or unknown.
+        adult: 18 or older.
+        year: Year of the study.
         site: What the user named the source.
+        scanner_id: 32 hex digits over manufacturer, model and serial number.
+        source_deid: Whether the source says that identity was removed.
+        study_rank: Order of the study within its patient, from 0.
+        best_in_study: Chosen among the usable series of its study, modality and region.
+        best_in_patient: The same within the patient.
+        pair_group: 32 hex digits shared by rows that must stay in one split and are one image in two forms (twins, conflicts).
         split: train, val, test or unknown.
         quality_flags: See `archive.reasons.FLAGS`.
+        privacy_flags: See `archive.reasons.PRIVACY_FLAGS`.
         status: ok, flagged or rejected.
         reason: See `archive.reasons.SERIES_REASONS`; None unless rejected.
     """
@@ -125,12 +128,15 @@ class SeriesRow:
     domain: str = "unknown"
     kind: str = "volume"
     role: str = "unknown"
+    subject_kind: str = "unknown"
+    intent: str = "unknown"
     shape: tuple[int, ...] = ()
     n_slices: int | None = None
     n_volumes: int = 1
     volume_index: int = 0
     volume_axis: str = "none"
     spacing_mm: tuple[float, ...] | None = None
+    spacing_source: str = "unknown"
     slice_thickness_mm: float | None = None
     slice_step_mm: float | None = None
     step_cv: float | None = None
@@ -140,27 +146,82 @@ class SeriesRow:
     slice_axis: int | None = None
     plane: str = "unknown"
     orientation: str = "unknown"
+    patient_position: str = "unknown"
+    frame_time_ms: float | None = None
+    fps_source: str = "unknown"
+    heart_rate: float | None = None
+    stage: str = "unknown"
+    mpp: float | None = None
     dtype: str = "unknown"
     bits: int | None = None
     photometric: str = "unknown"
     transfer_syntax: str = "none"
     lossy: bool | None = None
+    lossy_ratio: float | None = None
+    padding_value: int | None = None
     units: str = "unknown"
     n_files: int = 1
     bytes: int = 0
     vendor: str = "unknown"
+    model_class: str = "unknown"
     field_strength_t: float | None = None
     kvp: float | None = None
+    mas: float | None = None
+    ctdi: float | None = None
+    kernel_class: str = "unknown"
+    recon_method: str = "unknown"
+    dual_energy: bool | None = None
+    kev: float | None = None
+    contrast_state: str = "unknown"
+    contrast_phase: str = "unknown"
     tr: float | None = None
     te: float | None = None
     ti: float | None = None
-    body_region: str = "unknown"
+    flip: float | None = None
+    mr_type: str = "unknown"
+    weighting: str = "unknown"
+    fat_sat: bool | None = None
+    component: str = "unknown"
+    b_values: tuple[float, ...] = ()
+    suv_ready: bool | None = None
+    n_regions: int | None = None
+    region_types: tuple[str, ...] = ()
+    body_region: tuple[str, ...] = ()
+    body_region_source: str = "unknown"
+    laterality: str = "unknown"
+    view: str = "unknown"
+    implant: bool | None = None
+    face_possible: bool | None = None
     sex: str = "unknown"
+    age_band: str = "unknown"
+    adult: bool | None = None
+    year: int | None = None
     site: str = "unknown"
+    scanner_id: str | None = None
+    source_deid: bool | None = None
+    study_rank: int | None = None
+    best_in_study: bool | None = None
+    best_in_patient: bool | None = None
+    pair_group: str | None = None
     split: str = "unknown"
     quality_flags: tuple[str, ...] = ()
+    privacy_flags: tuple[str, ...] = ()
     status: str = "ok"
     reason: str | None = None
+
+
+_TYPES = {
+    "str": "VARCHAR",
+    "int": "BIGINT",
+    "float": "DOUBLE",
+    "bool": "BOOLEAN",
+    "tuple[str, ...]": "VARCHAR[]",
+    "tuple[int, ...]": "INTEGER[]",
+    "tuple[float, ...]": "DOUBLE[]",
+}
+SERIES_COLUMNS: dict[str, str] = {field.name: _TYPES[str(field.type).removesuffix(" | None")] for field in fields(SeriesRow)}
+"""Column name -> DuckDB type of `series.parquet`."""
+TUPLES = tuple(name for name, kind in SERIES_COLUMNS.items() if kind.endswith("[]"))
 
 
 class Archive:
@@ -176,6 +237,7 @@ class Archive:
         self.summary = summary
         self._files: dict[str, list[tuple[Path, str]]] | None = None
         self._tags: dict[str, str] | None = None
+        self._parts: dict[str, dict[str, Any] | None] | None = None
 
     @property
     def key_fingerprint(self) -> str:
@@ -258,11 +320,18 @@ class Archive:
     def source_tag(self, series_id: str) -> str:
         """Return a keyed hash over the digests of a series: another value means that its files have changed."""
         if self._tags is None:
-            rows = read_table([self.path / "private" / "series.parquet"], ("series_id", "source_tag"))
+            rows = read_table([self.path / "private" / "series.parquet"], ("series_id", "source_tag", "part"))
             self._tags = {row["series_id"]: row["source_tag"] for row in rows}
+            self._parts = {row["series_id"]: None if row["part"] is None else json.loads(row["part"]) for row in rows}
         if series_id not in self._tags:
             raise RequestError(f"the index {self.path} has no series {series_id}")
         return self._tags[series_id]
+
+    def part(self, series_id: str) -> dict[str, Any] | None:
+        """Return what of its files a series is (see `domains.base.Domain.read`), or None for all of it."""
+        self.source_tag(series_id)
+        assert self._parts is not None
+        return self._parts[series_id]
 
     def _entries(self, series_id: str) -> list[tuple[Path, str]]:
         if self._files is None:
@@ -277,7 +346,7 @@ class Archive:
 
 
 def _row(values: dict[str, Any]) -> SeriesRow:
-    for name in ("shape", "spacing_mm", "extent_mm", "quality_flags"):
+    for name in TUPLES:
         if values[name] is not None:
             values[name] = tuple(values[name])
     return SeriesRow(**values)

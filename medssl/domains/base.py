@@ -5,7 +5,7 @@ A domain computes intensity statistics and does not apply them; it does not augm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,12 +33,15 @@ class Domain(Protocol):
         """Return the constructor's arguments as JSON-able values; part of the store key."""
         ...
 
-    def read(self, files: Sequence[Path], *, series_id: str) -> Sample:
+    def read(self, files: Sequence[Path], *, series_id: str, part: Mapping[str, Any] | None = None) -> Sample:
         """Read one series.
 
         Args:
             files: Its files, as `Archive.files(series_id)` gives them.
             series_id: Its pseudonymous id, for messages and metadata.
+            part: What of these files the series is, as `Archive.part(series_id)` gives it: `{"volume": k}` the k-th volume of
+                a four-dimensional file, `{"frames": [[start, stop], ...]}` these frames of a multi-frame file (half-open, in
+                slice order), `{"member": name}` an image inside a container. None: all of it.
 
         Raises:
             ImageError: The series cannot be used; `reason` says why.

@@ -8,7 +8,7 @@ not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class CT:
         """Return the arguments."""
         return {"body_hu": self.body_hu}
 
-    def read(self, files: Sequence[Path], *, series_id: str) -> Sample:
+    def read(self, files: Sequence[Path], *, series_id: str, part: Mapping[str, Any] | None = None) -> Sample:
         """Read one CT volume.
 
         Raises:
@@ -52,7 +52,7 @@ class CT:
                 derived map, or anything that `read_volume` refuses.
         """
         try:
-            raw = read_volume(files)
+            raw = read_volume(files, part)
             flags = _check(raw)
             if raw.valid is not None and raw.array.dtype != np.uint8:
                 raw.array[~raw.valid] = AIR_HU

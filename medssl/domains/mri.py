@@ -6,7 +6,7 @@ domain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,14 @@ class MRI:
         """Return the arguments: there are none."""
         return {}
 
-    def read(self, files: Sequence[Path], *, series_id: str) -> Sample:
+    def read(self, files: Sequence[Path], *, series_id: str, part: Mapping[str, Any] | None = None) -> Sample:
         """Read one MR volume.
 
         Raises:
             ImageError: The files hold another modality (`no_domain`), or cannot be used (see `read_volume`).
         """
         try:
-            raw = read_volume(files)
+            raw = read_volume(files, part)
             if raw.modality not in ("MR", "unknown"):
                 raise ImageError(
                     "no_domain",

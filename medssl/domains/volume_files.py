@@ -12,7 +12,7 @@ import gzip
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ import numpy as np
 
 from medssl.archive.dicom_header import (
     LOSSY_SYNTAXES,
-    READ_KEYS,
     UNCOMPRESSED,
     Header,
     find_decoder,
@@ -30,6 +29,7 @@ from medssl.archive.dicom_header import (
     syntax_name,
 )
 from medssl.archive.dicom_series import SliceGeometry, slice_geometry
+from medssl.archive.dicom_tags import READ_KEYS
 from medssl.archive.file_headers import (
     FLIP,
     HEAD_BYTES,
@@ -77,18 +77,20 @@ class RawVolume:
     image_type: tuple[str, ...] = ()
 
 
-def read_volume(files: Sequence[Path]) -> RawVolume:
+def read_volume(files: Sequence[Path], part: Mapping[str, Any] | None = None) -> RawVolume:
     """Read the files of one volume, whatever their format and names.
 
     Args:
         files: One NIfTI, NRRD or MetaImage file (a header with detached data may bring its data files along), or the
             DICOM slices of one volume in any order.
+        part: See `domains.base.Domain.read`.
 
     Raises:
         ImageError: The volume cannot be used; `reason` says why: `unreadable`, `truncated`, `not_3d`, `not_scalar`,
             `no_spacing`, `constant`, `no_finite_voxels`, `no_decoder` and others of `archive.reasons.IMAGE_REASONS`.
         GeometryError: DICOM slices that form no regular, orthogonal grid.
     """
+    assert part is None
     volume, stack = _read(files)
     if stack.high < stack.low:
         raise ImageError("no_finite_voxels", "no finite voxel outside padding; leave this image out or repair it")

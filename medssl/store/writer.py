@@ -68,6 +68,10 @@ class Files(Protocol):
         """Return a keyed hash of the files' digests."""
         ...
 
+    def part(self, series_id: str) -> dict[str, Any] | None:
+        """Return what of its files a series is, or None for all of it."""
+        ...
+
 
 @dataclass
 class CacheSummary:
@@ -158,10 +162,16 @@ def _results(
     """Yield the outcome of each job; a full disk stops everything that has not started."""
     if executor is None:
         for row, tag in jobs:
-            yield row, _settle(_cache_one(archive.files(row.series_id), row.series_id, row.patient_id, domain, store, tag))
+            part = archive.part(row.series_id)
+            yield row, _settle(_cache_one(archive.files(row.series_id), part, row.series_id, row.patient_id, domain, store, tag))
         return
     futures: list[tuple[Row, Future[Any]]] = [
-        (row, executor.submit(_cache_one, archive.files(row.series_id), row.series_id, row.patient_id, domain, store, tag))
+        (
+            row,
+            executor.submit(
+                _cache_one, archive.files(name := row.series_id), archive.part(name), name, row.patient_id, domain, store, tag
+            ),
+        )
         for row, tag in jobs
     ]
     try:
@@ -186,11 +196,11 @@ def _settle(result: Any) -> Outcome:
 
 
 def _cache_one(
-    files: list[Path], series_id: str, patient_id: str, domain: Any, store: Path, source: str
+    files: list[Path], part: dict[str, Any] | None, series_id: str, patient_id: str, domain: Any, store: Path, source: str
 ) -> ItemRecord | StoreError | tuple[str, str]:
     """Read one series and write it; failures come back as values, so that they pickle whole."""
     try:
-        sample = domain.read(files, series_id=series_id)
+        sample = domain.read(files, series_id=series_id, part=part)
     except ImageError as err:
         return (err.reason, str(err))
     except Exception as err:  # a reader's bug on one odd file must not end a night's run; the class is logged, no text
@@ -224,6 +234,7 @@ def write_item(sample: Sample, store: Path, *, patient_id: str, mask: np.ndarray
     image, valid = sample.image, sample.valid
     if valid is not None and valid.all():
         valid = None
+    assert sample.spacing_mm is not None and len(sample.spacing_mm) == 3
     points = foreground_points(mask, MAX_POINTS)
     voxels = compress(image)
     mask_bytes = b"" if valid is None else compress(valid[None])

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +53,9 @@ class Files:
 
     def source_tag(self, series_id: str) -> str:
         return checksum(self.paths[series_id].read_bytes())
+
+    def part(self, series_id: str) -> dict[str, Any] | None:
+        return None
 
 
 def sample_of(image: np.ndarray, valid: np.ndarray | None = None, series_id: str = SERIES) -> Sample:
@@ -214,7 +218,7 @@ def test_cache_items__bad_images_are_recorded_and_the_rest_goes_on(tmp_path: Pat
 class Crashing(MRI):
     """A domain with a bug."""
 
-    def read(self, files: Sequence[Path], *, series_id: str) -> Sample:
+    def read(self, files: Sequence[Path], *, series_id: str, part: Any = None) -> Sample:
         if series_id.endswith("1"):
             raise KeyError("/secret/path")
         if series_id.endswith("2"):
