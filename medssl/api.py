@@ -589,10 +589,10 @@ def refuse_pretraining_images(weights: Path | str, cohort: Any) -> None:
 
 def file_digests(image: Path) -> list[str]:
     """Return the content digests of an image file, or of all files of a DICOM folder, as the archive computes them."""
-    from medssl.archive.scan import scan_file
+    from medssl.archive.scan import file_digest
 
     files = sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else [image]
-    return [str(scan_file(str(path))["digest"]) for path in files]
+    return [file_digest(path) for path in files]
 
 
 def list_runs(folder: Path | str) -> list[dict[str, Any]]:

@@ -4,28 +4,133 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medssl.errors import StoreError
 
 TEMPORARY = ".tmp-"
+MEMORY = "1500MB"
+"""What DuckDB may hold in memory; the rest spills."""
 
 
-def connect() -> Any:
-    """Return an in-memory DuckDB connection that loads no extension from elsewhere."""
+def connect(spill: Path | None = None) -> Any:
+    """Return an in-memory DuckDB connection that loads no extension from elsewhere.
+
+    Args:
+        spill: Private folder for what does not fit into `MEMORY`; None spills nothing.
+    """
     import duckdb
 
     connection = duckdb.connect(":memory:")
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET enable_progress_bar = false")
+    connection.execute("SET preserve_insertion_order = true")
+    if spill is not None:
+        spill.mkdir(mode=0o700, exist_ok=True)
+        connection.execute(f"SET memory_limit = '{MEMORY}'")
+        connection.execute(f"SET temp_directory = {quote(spill)}")
+        connection.execute("SET threads = 2")
     return connection
 
 
 def quote(path: Path) -> str:
     """Return a path as an SQL string literal."""
     return "'" + str(path).replace("'", "''") + "'"
+
+
+def files_of(paths: Sequence[Path]) -> str:
+    """Return a list of paths as an SQL list literal."""
+    return "[" + ", ".join(quote(path) for path in paths) + "]"
+
+
+def temporary(path: Path) -> Path:
+    """Return the name under which a file is written before it is renamed."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+
+
+class TableWriter:
+    """Collects rows for one Parquet file, in a file of lines and not in memory.
+
+    Args:
+        path: Target; replaced by `close`.
+        columns: Column name -> DuckDB type, in order.
+    """
+
+    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
+        self.path, self.columns = path, columns
+        self.rows = 0
+        self._lines = temporary(path).with_suffix(".json")
+        with _failing_as_store_error(path):
+            self._handle = open(os.open(self._lines, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w")  # noqa: SIM115
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row of JSON-able values; absent means null."""
+        try:
+            self._handle.write(json.dumps({name: row.get(name) for name in self.columns}) + "\n")
+        except OSError as err:
+            self.discard()
+            raise _not_written(self.path, err) from err
+        self.rows += 1
+
+    def close(self) -> None:
+        """Write the Parquet file aside and rename it."""
+        types = ", ".join(f"'{name}': '{kind}'" for name, kind in self.columns.items())
+        lines = f"read_json({quote(self._lines)}, format='newline_delimited', columns={{{types}}}, maximum_object_size=67108864)"
+        try:
+            with _failing_as_store_error(self.path):
+                self._handle.close()
+            write_query(self.path, f"SELECT * FROM {lines}")
+        finally:
+            self._lines.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Give up; nothing is left behind."""
+        self._lines.unlink(missing_ok=True)
+
+
+class _failing_as_store_error:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, err: BaseException | None, trace: Any) -> None:
+        if isinstance(err, OSError):
+            raise _not_written(self.path, err) from err
+
+
+def _not_written(path: Path, err: BaseException) -> StoreError:
+    return StoreError(
+        f"the index could not be written in {path.parent} ({type(err).__name__}); what was written before stays "
+        "valid; free some space or check the disk, and run the same command again to go on"
+    )
+
+
+def write_query(path: Path, query: str, connection: Any = None) -> None:
+    """Write the result of a query as one Parquet file, aside and renamed, mode 0600.
+
+    Raises:
+        StoreError: The disk is full or failing; the old file, if any, is still there.
+    """
+    import duckdb
+
+    aside = temporary(path)
+    own = connect() if connection is None else connection
+    try:
+        own.execute(f"COPY ({query}) TO {quote(aside)} (FORMAT parquet, COMPRESSION zstd)")
+        os.chmod(aside, 0o600)
+        with open(aside, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+    except (OSError, duckdb.Error) as err:
+        aside.unlink(missing_ok=True)
+        raise _not_written(path, err) from err
+    finally:
+        if connection is None:
+            own.close()
 
 
 def write_table(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -39,33 +144,14 @@ def write_table(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[s
     Raises:
         StoreError: The disk is full or failing; the old file, if any, is still there.
     """
-    import duckdb
-
-    lines = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}.json")
-    aside = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    types = ", ".join(f"'{name}': '{kind}'" for name, kind in columns.items())
+    writer = TableWriter(path, columns)
     try:
-        with open(os.open(lines, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
-            for row in rows:
-                handle.write(json.dumps({name: row.get(name) for name in columns}) + "\n")
-        source = f"read_json({quote(lines)}, format='newline_delimited', columns={{{types}}}, maximum_object_size=67108864)"
-        connection = connect()
-        try:
-            connection.execute(f"COPY (SELECT * FROM {source}) TO {quote(aside)} (FORMAT parquet, COMPRESSION zstd)")
-        finally:
-            connection.close()
-        os.chmod(aside, 0o600)
-        with open(aside, "rb") as handle_in:
-            os.fsync(handle_in.fileno())
-        os.replace(aside, path)
-    except (OSError, duckdb.Error) as err:
-        aside.unlink(missing_ok=True)
-        raise StoreError(
-            f"the index could not be written in {path.parent} ({type(err).__name__}); what was written before stays "
-            "valid; free some space or check the disk, and run the same command again to go on"
-        ) from err
-    finally:
-        lines.unlink(missing_ok=True)
+        for row in rows:
+            writer.append(row)
+    except BaseException:
+        writer.discard()
+        raise
+    writer.close()
 
 
 def read_table(paths: Sequence[Path], columns: Iterable[str]) -> list[dict[str, Any]]:
@@ -73,18 +159,26 @@ def read_table(paths: Sequence[Path], columns: Iterable[str]) -> list[dict[str, 
     if not paths:
         return []
     names = list(columns)
-    files = ", ".join(quote(path) for path in paths)
     connection = connect()
     try:
-        found = connection.execute(f"SELECT {', '.join(names)} FROM read_parquet([{files}])").fetchall()
+        found = connection.execute(f"SELECT {', '.join(names)} FROM read_parquet({files_of(paths)})").fetchall()
     finally:
         connection.close()
     return [dict(zip(names, row)) for row in found]
 
 
+def stream(connection: Any, query: str, size: int = 20_000) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a query without holding them all. The connection serves nothing else meanwhile: give a cursor."""
+    result = connection.execute(query)
+    names = [column[0] for column in result.description]
+    while rows := result.fetchmany(size):
+        for row in rows:
+            yield dict(zip(names, row))
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write JSON aside and rename it, mode 0600."""
-    aside = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    aside = temporary(path)
     try:
         with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
             handle.write(json.dumps(values, indent=1, sort_keys=True) + "\n")

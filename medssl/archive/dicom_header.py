@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from medssl.archive.dicom_tags import TAGS
 from medssl.errors import ImageError
@@ -49,11 +49,21 @@ def syntax_name(uid: str) -> str:
 
 
 def read_header(path: Path, keys: Iterable[str] = tuple(TAGS)) -> Header:
-    """Read one DICOM file up to its pixel data.
+    """Read one DICOM file up to its pixel data; see `parse_header`."""
+    with open(path, "rb") as handle:
+        header = parse_header(handle, os.fstat(handle.fileno()).st_size, keys)
+    assert header is not None
+    return header
+
+
+def parse_header(stream: BinaryIO, size: int, keys: Iterable[str] = tuple(TAGS), *, partial: bool = False) -> Header | None:
+    """Read a DICOM data set up to its pixel data.
 
     Args:
-        path: The file.
+        stream: The file, or its beginning.
+        size: Size of the whole file in bytes.
         keys: Names from `TAGS`.
+        partial: The stream may end before the header does; then the answer is None.
 
     Returns:
         name -> value for the tags present (a malformed value counts as absent), and `syntax`, `file_bytes`,
@@ -67,39 +77,38 @@ def read_header(path: Path, keys: Iterable[str] = tuple(TAGS)) -> Header:
     import pydicom
 
     wanted = {name: TAGS[name] for name in keys}
-    with open(path, "rb") as handle:
-        try:
-            dataset = pydicom.dcmread(
-                handle, stop_before_pixels=True, force=True, specific_tags=[tag for tag, _ in wanted.values()]
-            )
-            header: Header = {}
-            for name, (tag, kind) in wanted.items():
-                value = _convert(dataset, tag, kind)
-                if value is not None:
-                    header[name] = value
-            syntax = str(dataset.file_meta.get("TransferSyntaxUID", "") or "") if hasattr(dataset, "file_meta") else ""
-            implicit, little = dataset.original_encoding
-        except Exception as err:
-            # pydicom raises many classes on malformed files; all mean the same here, and none of their texts is safe
-            # to show.
-            raise ImageError(
-                "unreadable",
-                f"DICOM header cannot be parsed ({type(err).__name__}); copy the file again from its source",
-            ) from err
-        if not syntax:
-            syntax = "1.2.840.10008.1.2" if implicit else ("1.2.840.10008.1.2.1" if little else "1.2.840.10008.1.2.2")
-        header["syntax"] = syntax
-        header["file_bytes"] = os.fstat(handle.fileno()).st_size
-        header["pixel_offset"], header["pixel_length"] = None, None
-        if UNCOMPRESSED.get(syntax) == "deflated":
-            return header
-        tag_bytes = handle.read(12)
-        order = "<" if little else ">"
-        if len(tag_bytes) == 12 and struct.unpack_from(f"{order}HH", tag_bytes) == (0x7FE0, 0x0010):
-            size = 8 if implicit else 12
-            length = struct.unpack_from(f"{order}I", tag_bytes, size - 4)[0]
-            header["pixel_offset"] = handle.tell() - 12 + size
-            header["pixel_length"] = None if length == 0xFFFFFFFF else length
+    try:
+        dataset = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=[tag for tag, _ in wanted.values()])
+        header: Header = {}
+        for name, (tag, kind) in wanted.items():
+            value = _convert(dataset, tag, kind)
+            if value is not None:
+                header[name] = value
+        syntax = str(dataset.file_meta.get("TransferSyntaxUID", "") or "") if hasattr(dataset, "file_meta") else ""
+        implicit, little = dataset.original_encoding
+    except Exception as err:
+        # pydicom raises many classes on malformed files; all mean the same here, and none of their texts is safe
+        # to show.
+        raise ImageError(
+            "unreadable",
+            f"DICOM header cannot be parsed ({type(err).__name__}); copy the file again from its source",
+        ) from err
+    if not syntax:
+        syntax = "1.2.840.10008.1.2" if implicit else ("1.2.840.10008.1.2.1" if little else "1.2.840.10008.1.2.2")
+    header["syntax"] = syntax
+    header["file_bytes"] = size
+    header["pixel_offset"], header["pixel_length"] = None, None
+    if UNCOMPRESSED.get(syntax) == "deflated":
+        return None if partial else header
+    tag_bytes = stream.read(12)
+    order = "<" if little else ">"
+    if len(tag_bytes) == 12 and struct.unpack_from(f"{order}HH", tag_bytes) == (0x7FE0, 0x0010):
+        width = 8 if implicit else 12
+        length = struct.unpack_from(f"{order}I", tag_bytes, width - 4)[0]
+        header["pixel_offset"] = stream.tell() - 12 + width
+        header["pixel_length"] = None if length == 0xFFFFFFFF else length
+    elif partial:
+        return None  # the header goes on behind the end of the stream
     return header
 
 

@@ -9,6 +9,8 @@ TAGS: dict[str, tuple[int, str]] = {
     "sop_instance_uid": (0x00080018, "text"),
     "acquisition_time": (0x00080032, "text"),
     "content_time": (0x00080033, "text"),
+    "study_date": (0x00080020, "text"),
+    "accession": (0x00080050, "text"),
     "modality": (0x00080060, "text"),
     "manufacturer": (0x00080070, "text"),
     "series_description": (0x0008103E, "text"),

@@ -2,14 +2,14 @@
 
 Folder (mode 0700, files 0600):
 
-    series.parquet           one row per volume (`table.SeriesRow`)
+    series.parquet           one row per series (`table.SeriesRow`)
     files.parquet/           one row per file seen, in parts, with manifest.json naming the parts that count
     summary.json             counts; files seen = files used + files with a reason
-    private/                 id.key, state.json, scan/ (one part per finished batch), files.parquet, series.parquet
+    private/                 id.key, state.json, listing.parquet, scan/ (one part per finished batch), files, series, rows, marks,
+                             spill/ while it works
 
-A scan part is written when its batch is done, so killing a run loses that batch at most; grouping works on the scan
-rows and is quick enough to be redone as a whole. The archive of the next issue joins at `scan_file` (more formats),
-`build_series` (more judgement) and the executor.
+Listing, scanning and grouping each work from files on disk, so that memory does not grow with the archive. A scan part is written when
+its batch is done: killing a run loses that batch at most. Groups that nothing new has touched keep their rows.
 """
 
 from __future__ import annotations
@@ -20,33 +20,29 @@ import fcntl
 import json
 import logging
 import os
-import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from medssl.archive._parquet import TEMPORARY, read_table, write_json, write_table
+from medssl.archive._parquet import TEMPORARY, TableWriter, connect, files_of, quote, stream, write_json, write_query
+from medssl.archive.grouping import regroup, source_state
 from medssl.archive.ids import IdKey, load_key, make_key
-from medssl.archive.scan import SCAN_COLUMNS, os_reason, scan_file, unchanged
-from medssl.archive.series import Choice, Grouped, as_record, build_series
-from medssl.archive.table import (
-    FILE_COLUMNS,
-    FORMAT,
-    PRIVATE_FILE_COLUMNS,
-    PRIVATE_SERIES_COLUMNS,
-    SERIES_COLUMNS,
-)
+from medssl.archive.listing import LISTING_COLUMNS, Entry, look, read_list, settled, walk
+from medssl.archive.paths import to_path
+from medssl.archive.scan import RETRIED, data_unchanged
+from medssl.archive.series import Choice
+from medssl.archive.sweep import LIMIT_S, next_part, sweep
+from medssl.archive.table import FORMAT
 from medssl.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
 ACCEPTED = "NIfTI (.nii, .nii.gz), NRRD/NHDR, MHA/MHD and DICOM series, told by content and not by name"
 SPLITS = ("train", "val", "test", "unknown")
-BATCH = 256
-PART_ROWS = 500_000
 
 
 @dataclass
@@ -75,11 +71,33 @@ class IndexSummary:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    path: str
-    size: int = 0
-    mtime_ns: int = 0
-    reason: str | None = None
+class ScanOptions:
+    """How an archive is scanned.
+
+    Args:
+        workers: Processes that read files (threads for few files).
+        executor: Takes the work instead, for instance `distributed.Client.get_executor()`; its workers must see the same paths.
+        only: Paths that changed, as the file server or PACS names them; nothing else is looked at. None walks the sources.
+        prune: Do not list folders whose time of change is that of the last run; files rewritten in place go unseen.
+        settle_s: Leave files that changed within the last seconds for the next run.
+        limit_s: Seconds after which a file is left behind.
+        max_rate: Files per second at most.
+    """
+
+    workers: int = 2
+    executor: Executor | None = None
+    only: Path | None = None
+    prune: bool = False
+    settle_s: float = 0.0
+    limit_s: float = LIMIT_S
+    max_rate: float | None = None
+
+    def check(self) -> None:
+        """Raise RequestError for values that make no sense."""
+        if self.workers < 1:
+            raise RequestError(f"workers: {self.workers}; 1 or more are needed")
+        if self.settle_s < 0 or self.limit_s <= 0 or (self.max_rate is not None and self.max_rate <= 0):
+            raise RequestError("settle is 0 or more seconds; the time limit and the rate are above 0; correct the option")
 
 
 def index(
@@ -90,7 +108,8 @@ def index(
     modality: str = "unknown",
     key_file: Path | None = None,
     splits: Path | None = None,
-    workers: int = 2,
+    workers: int | None = None,
+    options: ScanOptions | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> IndexSummary:
     """Index the images under some folders.
@@ -107,7 +126,8 @@ def index(
         key_file: The owner's id key, mode 0600. None uses `out`/private/id.key, made when absent.
         splits: CSV with columns `file,split` and optionally `patient`. `file` is matched on the path relative to its
             source, else on the file name, else on the name of the folder that holds the file.
-        workers: Threads that read files.
+        workers: Short form of `options.workers`.
+        options: How the sources are scanned.
         on_progress: Called with (done, total) while files are scanned.
 
     Raises:
@@ -122,60 +142,195 @@ def index(
         raise RequestError(
             f"modality: {modality!r}; accepted are MR and CT (what files that do not say hold); leave it out when they differ"
         )
-    if workers < 1:
-        raise RequestError(f"workers: {workers}; 1 or more are needed")
+    options = options or ScanOptions()
+    if workers is not None:
+        options = replace(options, workers=workers)
+    options.check()
     table = None if splits is None else read_splits(splits)
     out = Path(out).absolute()
-    listing = [entry for root in roots for entry in _walk(root, out)]
-    if not any(entry.reason is None for entry in listing):
-        names = ", ".join(str(root) for root in roots)
-        raise RequestError(f"{names}: {_nothing(listing)}; accepted are {ACCEPTED}; check the path")
+    listing = _refuse_nothing(_list(roots, out, options), roots)
     key = _open_out(out, key_file)
     with _locked(out):
-        return _run(roots, out, key, listing, site, modality, table, workers, on_progress)
+        return _run(roots, out, key, listing, site, modality, table, options, on_progress)
 
 
-def _nothing(listing: Sequence[_Entry]) -> str:
-    if not listing:
-        return "no file there"
-    counts = Counter(entry.reason for entry in listing)
-    return "no readable file there (" + ", ".join(f"{name}: {n}" for name, n in sorted(counts.items(), key=str)) + ")"
+def _list(roots: Sequence[Path], out: Path, options: ScanOptions) -> Iterator[Entry]:
+    if options.only is not None:
+        found: Iterable[Entry] = (look(path) for path in read_list(options.only, roots))
+    else:
+        known = _folders(out / "private" / "listing.parquet") if options.prune else None
+        found = chain.from_iterable(walk(root, out, known=known) for root in roots)
+    return settled(found, options.settle_s)
+
+
+def _folders(listing: Path) -> dict[str, tuple[int, list[Entry]]]:
+    """Return folder -> (time of change, entries) of the last run."""
+    if not listing.exists():
+        return {}
+    folders: dict[str, tuple[int, list[Entry]]] = {}
+    connection = connect()
+    try:
+        for row in stream(connection, f"SELECT * FROM read_parquet({quote(listing)}) ORDER BY path"):
+            path, parent = to_path(row["path"]), to_path(row["folder"])
+            if row["reason"] == "folder":
+                folders.setdefault(path, (0, []))
+                folders[path] = (row["mtime_ns"], folders[path][1])
+            if row["reason"] not in RETRIED:
+                folders.setdefault(parent, (0, []))[1].append(Entry(path, row["size"], row["mtime_ns"], row["reason"]))
+            else:
+                folders[parent] = (-1, [])  # something here has to be looked at again
+    finally:
+        connection.close()
+    return folders
+
+
+def _refuse_nothing(listing: Iterator[Entry], roots: Sequence[Path]) -> Iterator[Entry]:
+    """Return the listing again once it is known to hold a readable file."""
+    met: list[Entry] = []
+    for entry in listing:
+        met.append(entry)
+        if entry.reason is None:
+            return chain(met, listing)
+    counts = Counter(entry.reason for entry in met if entry.reason != "folder")
+    reasons = ", ".join(f"{name}: {n}" for name, n in sorted(counts.items(), key=str))
+    what = f"no readable file there ({reasons})" if counts else "no file there"
+    raise RequestError(f"{', '.join(str(root) for root in roots)}: {what}; accepted are {ACCEPTED}; check the path")
 
 
 def _run(
     roots: Sequence[Path],
     out: Path,
     key: IdKey,
-    listing: Sequence[_Entry],
+    listing: Iterator[Entry],
     site: str,
     modality: str,
     table: dict[str, list[str]] | None,
-    workers: int,
+    options: ScanOptions,
     on_progress: Callable[[int, int], None] | None,
 ) -> IndexSummary:
     private = out / "private"
     state = _remember(private, key, roots, site, modality, table)
-    known = _known(private)
-    rows = {path: row for path, row in known.items() if not _under(path, roots)}
-    fresh: list[str] = []
-    for entry in dict.fromkeys(listing):
-        row = known.get(entry.path)
-        if entry.reason is not None:
-            blank = {"size": 0, "mtime_ns": 0, "kind": "other", "digest": "", "header": "{}"}
-            rows[entry.path] = {**blank, "path": entry.path, "reason": entry.reason}
-        elif row is not None and unchanged(row, entry.size, entry.mtime_ns):
-            rows[entry.path] = row
-        else:
-            fresh.append(entry.path)
-    for batch in _scan(fresh, private, workers, on_progress, len(rows)):
-        rows.update((row["path"], row) for row in batch)
-    ordered = [rows[path] for path in sorted(rows)]
-    choices = {row["path"]: _choose(row["path"], state["sources"]) for row in ordered}
-    grouped = build_series(ordered, choices, key)
-    _check_patients(grouped)
-    summary = _summarise(grouped, len(fresh))
-    _write(out, grouped, summary, key)
+    _write_listing(private, listing, roots, keep_others=options.only is not None)
+    fresh = _find_fresh(private)
+    first_new = next_part(private)
+    known, total = _count_known(private, roots), _count_fresh(fresh)
+    if on_progress is not None:
+        on_progress(known, known + total)
+    sweep(
+        _fresh_paths(fresh),
+        total,
+        private,
+        workers=options.workers,
+        executor=options.executor,
+        limit_s=options.limit_s,
+        max_rate=options.max_rate,
+        on_progress=None if on_progress is None else lambda done: on_progress(known + done, known + total),
+    )
+    fresh.unlink()
+    last = _last_state(out)
+    choices = source_state(state["sources"])
+    unchanged_choices = last.get("choices") == choices and last.get("format") == FORMAT
+    regroup(
+        out,
+        key,
+        lambda path: _choose(path, state["sources"]),
+        first_new_part=int(last["next_part"]) if unchanged_choices else None,
+    )
+    summary = _summarise(out, total)
+    facts = {"format": FORMAT, "key": key.fingerprint, **asdict(summary)}
+    write_json(out / "summary.json", facts)
+    write_json(
+        private / "grouped.json", {"format": FORMAT, "choices": choices, "next_part": next_part(private), "first": first_new}
+    )
+    _warn_of_split_patients(out)
     return summary
+
+
+def _last_state(out: Path) -> dict[str, Any]:
+    """Return what the tables on disk were made from; empty when there are none."""
+    try:
+        return dict(json.loads((out / "private" / "grouped.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_listing(private: Path, listing: Iterator[Entry], roots: Sequence[Path], *, keep_others: bool) -> None:
+    """Replace what is known to lie under the roots; with `keep_others` only the paths named."""
+    new, old = private / "new-listing.parquet", private / "listing.parquet"
+    writer = TableWriter(new, LISTING_COLUMNS)
+    try:
+        for entry in listing:
+            writer.append(entry.record())
+        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
+    rows = f"SELECT * FROM read_parquet({quote(new)})"
+    if old.exists():
+        under = " OR ".join(f"path = {text} OR starts_with(path, {text} || '/')" for text in (quote(root) for root in roots))
+        kept = "true" if keep_others else f"NOT ({under})"
+        rows += f""" UNION ALL SELECT * FROM read_parquet({quote(old)})
+        WHERE {kept} AND source_id NOT IN (SELECT source_id FROM read_parquet({quote(new)}))"""
+    write_query(old, f"SELECT DISTINCT ON (source_id) * FROM ({rows}) ORDER BY source_id")
+    new.unlink()
+
+
+def _find_fresh(private: Path) -> Path:
+    """Write the files that are new or changed since they were scanned to a list beside the listing, and return it."""
+    fresh, listing = private / "fresh.parquet", quote(private / "listing.parquet")
+    parts = sorted((private / "scan").glob("part-*.parquet"))
+    query = f"SELECT path, size FROM read_parquet({listing}) WHERE reason IS NULL"
+    connection = connect(private / "spill")
+    try:
+        if parts:
+            retried = ", ".join(f"'{reason}'" for reason in sorted(RETRIED))
+            connection.execute(
+                f"""CREATE TABLE scanned AS SELECT path, source_id, size, mtime_ns, reason, part,
+                CASE WHEN kind = 'volume' AND header LIKE '%"data_stats"%' THEN header END AS detached FROM read_parquet({files_of(parts)})"""
+            )
+            connection.execute("CREATE TABLE latest AS SELECT source_id, max(part) AS part FROM scanned GROUP BY source_id")
+            connection.execute("CREATE TABLE stale (path VARCHAR)")
+            rows = connection.execute(
+                "SELECT path, detached FROM scanned JOIN latest USING (source_id, part) WHERE detached IS NOT NULL"
+            ).fetchall()
+            stale = [path for path, header in rows if not data_unchanged(header)]
+            connection.execute("INSERT INTO stale SELECT unnest(?::VARCHAR[])", [stale])
+            query = f"""SELECT l.path, l.size FROM read_parquet({listing}) l
+            LEFT JOIN (SELECT s.* FROM scanned s JOIN latest USING (source_id, part)) k ON k.source_id = l.source_id AND k.path = l.path
+            WHERE l.reason IS NULL AND (k.path IS NULL OR k.size <> l.size OR k.mtime_ns <> l.mtime_ns
+            OR coalesce(k.reason IN ({retried}), false) OR l.path IN (SELECT path FROM stale)) ORDER BY l.path"""
+        write_query(fresh, query, connection)
+    finally:
+        connection.close()
+    return fresh
+
+
+def _count_fresh(fresh: Path) -> int:
+    return _number(f"SELECT count(*) FROM read_parquet({quote(fresh)})")
+
+
+def _count_known(private: Path, roots: Sequence[Path]) -> int:
+    """Return the number of files listed that need no scan."""
+    listing, fresh = quote(private / "listing.parquet"), quote(private / "fresh.parquet")
+    counts = f"(SELECT count(*) FROM read_parquet({listing}) WHERE reason IS DISTINCT FROM 'folder')"
+    return _number(f"SELECT {counts} - (SELECT count(*) FROM read_parquet({fresh}))")
+
+
+def _number(query: str) -> int:
+    connection = connect()
+    try:
+        return int(connection.execute(query).fetchone()[0])
+    finally:
+        connection.close()
+
+
+def _fresh_paths(fresh: Path) -> Iterator[str]:
+    connection = connect()
+    try:
+        for row in stream(connection, f"SELECT path FROM read_parquet({quote(fresh)})"):
+            yield to_path(row["path"])
+    finally:
+        connection.close()
 
 
 def _source(path: Path) -> Path:
@@ -236,38 +391,6 @@ def stem(file: str) -> str:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name
-
-
-def _walk(root: Path, out: Path) -> Iterator[_Entry]:
-    """Yield everything under a root in sorted order, without the index's own folder; links to folders stay closed."""
-    if not root.is_dir():
-        yield _look(str(root))
-        return
-    problems: list[OSError] = []
-    for folder, names, files in os.walk(root, onerror=problems.append):
-        names[:] = sorted(name for name in names if Path(folder, name) != out)
-        for name in list(names):
-            path = os.path.join(folder, name)
-            if os.path.islink(path):
-                names.remove(name)
-                yield _Entry(path, reason="linked_folder")
-        for name in sorted(files):
-            yield _look(os.path.join(folder, name))
-        while problems:
-            err = problems.pop()
-            yield _Entry(str(err.filename), reason=os_reason(err))
-    for err in problems:
-        yield _Entry(str(err.filename), reason=os_reason(err))
-
-
-def _look(path: str) -> _Entry:
-    try:
-        status = os.stat(path)
-    except OSError as err:
-        return _Entry(path, reason="broken_link" if os.path.islink(path) else os_reason(err))
-    if not stat.S_ISREG(status.st_mode):
-        return _Entry(path, reason="not_image")  # a pipe or device: opening it may block for ever
-    return _Entry(path, status.st_size, status.st_mtime_ns)
 
 
 def _open_out(out: Path, key_file: Path | None) -> IdKey:
@@ -344,40 +467,6 @@ def _remember(
     return state
 
 
-def _known(private: Path) -> dict[str, dict[str, Any]]:
-    parts = sorted((private / "scan").glob("part-*.parquet"))
-    return {row["path"]: row for row in read_table(parts, SCAN_COLUMNS)}
-
-
-def _under(path: str, roots: Sequence[Path]) -> bool:
-    return any(path == str(root) or path.startswith(f"{root}{os.sep}") for root in roots)
-
-
-def _scan(
-    paths: Sequence[str], private: Path, workers: int, on_progress: Callable[[int, int], None] | None, known: int
-) -> Iterator[list[dict[str, Any]]]:
-    """Scan files batch by batch; a batch is on disk before it is yielded."""
-    parts = sorted((private / "scan").glob("part-*.parquet"))
-    number = int(parts[-1].stem.partition("-")[2]) + 1 if parts else 0
-    # About a hundred parts for a large archive, each worth less than a minute of scanning.
-    size = max(BATCH, min(8192, len(paths) // 100))
-    done, total = known, known + len(paths)
-    if on_progress is not None:
-        on_progress(done, total)
-    pool: Executor
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(paths), size):
-            batch = []
-            for row in pool.map(scan_file, paths[start : start + size]):
-                batch.append(row)
-                done += 1
-                if on_progress is not None and (done == total or done % 16 == 0):
-                    on_progress(done, total)
-            write_table(private / "scan" / f"part-{number:08d}.parquet", SCAN_COLUMNS, batch)
-            number += 1
-            yield batch
-
-
 def _choose(path: str, sources: dict[str, Any]) -> Choice:
     """Return what the user said about a file: the innermost source that holds it decides."""
     roots = [root for root in sources if path == root or path.startswith(f"{root}{os.sep}")]
@@ -395,68 +484,39 @@ def _choose(path: str, sources: dict[str, Any]) -> Choice:
     return Choice(source["site"], modality=source.get("modality", "unknown"))
 
 
-def _check_patients(grouped: Grouped) -> None:
+def _warn_of_split_patients(out: Path) -> None:
     """Warn when the tags put one patient in two splits; the table's own patients were checked when it was read."""
-    splits: dict[str, set[str]] = {}
-    for row in grouped.series:
-        if row.split != "unknown":
-            splits.setdefault(row.patient_id, set()).add(row.split)
-    n = sum(len(values) > 1 for values in splits.values())
+    n = _number(
+        f"""SELECT count(*) FROM (SELECT patient_id FROM read_parquet({quote(out / "series.parquet")}) WHERE split <> 'unknown'
+        GROUP BY patient_id HAVING count(DISTINCT split) > 1)"""
+    )
     if n:
         logger.warning("%d patients are in more than one split; correct the splits table", n)
 
 
-def _summarise(grouped: Grouped, scanned: int) -> IndexSummary:
-    usable = [row for row in grouped.series if row.status != "rejected"]
-    reasons = Counter(file.reason for file in grouped.files if file.reason is not None)
-    return IndexSummary(
-        n_files_seen=len(grouped.files),
-        n_files_used=sum(file.reason is None for file in grouped.files),
-        n_files_scanned=scanned,
-        n_series=len(grouped.series),
-        n_series_usable=len(usable),
-        reasons=dict(sorted(reasons.items())),
-        domains=dict(sorted(Counter(row.domain for row in usable).items())),
-        splits=dict(sorted(Counter(row.split for row in usable).items())),
-    )
+def _summarise(out: Path, scanned: int) -> IndexSummary:
+    series, files = quote(out / "series.parquet"), quote(out / "private" / "files.parquet")
+    connection = connect()
+    try:
 
+        def counts(what: str, source: str, where: str) -> dict[str, int]:
+            rows = connection.execute(f"SELECT {what}, count(*) FROM read_parquet({source}) WHERE {where} GROUP BY 1 ORDER BY 1")
+            return {str(name): int(n) for name, n in rows.fetchall()}
 
-def _write(out: Path, grouped: Grouped, summary: IndexSummary, key: IdKey) -> None:
-    private = out / "private"
-    ids = [key.make("file", "", f"{file.digest} {file.path}") for file in grouped.files]
-    write_table(
-        private / "files.parquet",
-        PRIVATE_FILE_COLUMNS,
-        ({**asdict(file), "file_id": name} for name, file in zip(ids, grouped.files)),
-    )
-    write_table(
-        private / "series.parquet",
-        PRIVATE_SERIES_COLUMNS,
-        (
-            {"series_id": row.series_id, "source_tag": grouped.tags[row.series_id], "uids": grouped.uids.get(row.series_id)}
-            for row in grouped.series
-        ),
-    )
-    _write_files(out / "files.parquet", ids, grouped)
-    write_table(out / "series.parquet", SERIES_COLUMNS, (as_record(row) for row in grouped.series))
-    write_json(out / "summary.json", {"format": FORMAT, "key": key.fingerprint, **asdict(summary)})
-
-
-def _write_files(folder: Path, ids: Sequence[str], grouped: Grouped) -> None:
-    """Write the public file table as parts; the manifest, swapped last, names those that count."""
-    old = sorted(folder.glob("part-*.parquet"))
-    number = int(old[-1].stem.partition("-")[2]) + 1 if old else 0
-    parts = []
-    for start in range(0, max(1, len(ids)), PART_ROWS):
-        part = folder / f"part-{number:08d}.parquet"
-        rows = zip(ids[start : start + PART_ROWS], grouped.files[start : start + PART_ROWS])
-        write_table(
-            part,
-            FILE_COLUMNS,
-            ({"file_id": name, "series_id": file.series_id, "reason": file.reason} for name, file in rows),
+        usable = "status <> 'rejected'"
+        reasons = counts("reason", files, "reason IS NOT NULL")
+        used = counts("reason", files, "reason IS NULL").get("None", 0)
+        total = sum(counts("status", series, "true").values())
+        domains = counts("domain", series, usable)
+        return IndexSummary(
+            n_files_seen=used + sum(reasons.values()),
+            n_files_used=used,
+            n_files_scanned=scanned,
+            n_series=total,
+            n_series_usable=sum(domains.values()),
+            reasons=reasons,
+            domains=domains,
+            splits=counts("split", series, usable),
         )
-        parts.append(part.name)
-        number += 1
-    write_json(folder / "manifest.json", {"parts": parts, "rows": len(ids)})
-    for part in old:
-        part.unlink(missing_ok=True)
+    finally:
+        connection.close()

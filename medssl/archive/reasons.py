@@ -13,6 +13,12 @@ FILE_REASONS: dict[str, str] = {
     "broken_link": "a symbolic link to nothing",
     "linked_folder": "a symbolic link to a folder; links to folders are not followed",
     "io_error": "the operating system could not read it",
+    "io_retry": "the storage failed three times; running again retries it",
+    "timeout": "took longer than the limit and was left behind; running again retries it",
+    "arriving": "changed a moment ago; the next run takes it",
+    "worker_lost": "the process that read it died; running again retries it",
+    "withdrawn": "withdrawn from the archive",
+    "unsupported_vendor": "a vendor's own format that has no reader",
     "sidecar": "a converter's JSON file, read for its modality",
     "duplicate": "the same bytes as a file that is used",
 }
@@ -53,7 +59,7 @@ IMAGE_REASONS: dict[str, str] = {
     "io_error": FILE_REASONS["io_error"],
     "not_image": FILE_REASONS["not_image"],
     "unsupported_format": FILE_REASONS["unsupported_format"],
-    "worker_lost": "the process that read it died; running again retries it",
+    "worker_lost": FILE_REASONS["worker_lost"],
     **SERIES_REASONS,
 }
 """Reasons with which reading an image can fail."""

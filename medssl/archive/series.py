@@ -1,10 +1,8 @@
-"""Turn scanned files into series rows: group, judge, name with pseudonymous ids."""
+"""Turn the scanned files of one group into series rows: split, judge, name with pseudonymous ids."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -47,8 +45,9 @@ class Placed:
     """Where one scanned file ended up.
 
     Args:
-        path: Source path (private).
-        digest: Digest of its bytes (private).
+        path: Source path, as text (private).
+        digest: Digest of it (private).
+        sop_uid: Instance UID (private).
         series_id: Its series, or None.
         place: Its position in the series' file order, or None for files that belong to no series.
         reason: Why it is not used, or None.
@@ -56,19 +55,25 @@ class Placed:
 
     path: str
     digest: str
+    sop_uid: str | None = None
     series_id: str | None = None
     place: int | None = None
     reason: str | None = None
 
 
 @dataclass
-class Grouped:
-    """The outcome of `build_series`: rows, and one `Placed` per scanned file."""
+class Group:
+    """What became of the files of one group.
+
+    Args:
+        series: Rows of `series.parquet`.
+        private: One row of `table.PRIVATE_SERIES_COLUMNS` for each of them.
+        files: One `Placed` for each file.
+    """
 
     series: list[SeriesRow] = field(default_factory=list)
+    private: list[dict[str, Any]] = field(default_factory=list)
     files: list[Placed] = field(default_factory=list)
-    tags: dict[str, str] = field(default_factory=dict)
-    uids: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,68 +86,58 @@ class Choice:
     modality: str = "unknown"
 
 
-def build_series(rows: Sequence[Mapping[str, Any]], choices: Mapping[str, Choice], key: IdKey) -> Grouped:
-    """Build series rows from scan rows.
+@dataclass(frozen=True)
+class Scanned:
+    """One scanned file with its whole header.
 
     Args:
-        rows: Rows of `scan.SCAN_COLUMNS`, one per file.
-        choices: path -> what the user said about it.
+        path: Source path, as text.
+        size: Bytes.
+        kind: `dicom`, `volume`, `sidecar` or `other`.
+        reason: Why it cannot be used, or None.
+        digest: Its digest.
+        header: Header values.
+        conflict: Another file with other content has the same instance UID.
+        choice: What the user said about it.
+    """
+
+    path: str
+    size: int
+    kind: str
+    reason: str | None
+    digest: str
+    header: Mapping[str, Any]
+    conflict: bool = False
+    choice: Choice = field(default_factory=Choice)
+
+
+def build_group(files: Sequence[Scanned], key: IdKey, shared: Set[tuple[str, str]] = frozenset()) -> Group:
+    """Build the series of files that may belong together: one DICOM series, or one file with its sidecar and data.
+
+    Args:
+        files: Files of one group, in any order.
         key: The owner's key.
+        shared: (issuer, PatientID) that stand for people who differ.
 
     Returns:
-        Rows sorted by series id; every file of `rows` is placed exactly once.
+        Every file of `files` is placed exactly once.
     """
-    out = Grouped()
-    placed = {row["path"]: Placed(row["path"], row["digest"], reason=row["reason"]) for row in rows}
-    headers = {row["path"]: json.loads(row["header"]) for row in rows if row["kind"] != "other"}
-    sizes = {row["path"]: int(row["size"]) for row in rows}
-    _mark_duplicates(rows, placed)
-    sidecars = {row["path"]: headers[row["path"]] for row in rows if row["kind"] == "sidecar"}
+    out = Group()
+    files = sorted(files, key=lambda file: file.path)
+    placed = {file.path: Placed(file.path, file.digest, file.header.get("sop_instance_uid"), reason=file.reason) for file in files}
+    usable = [file for file in files if file.reason is None]
+    sidecar = next((file.header for file in files if file.kind == "sidecar"), {})
     taken: set[str] = set()
-    dicom: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: str(row["path"])):
-        path = row["path"]
-        if placed[path].reason is not None:
-            continue
-        if row["kind"] == "volume":
-            _add_volume(out, path, headers[path], sizes, placed, choices, key, sidecars, taken)
-        elif row["kind"] == "dicom":
-            header, folder = headers[path], str(PurePath(path).parent)
-            study = header.get("study_uid") or header.get("series_uid") or folder
-            dicom[(study, header.get("series_uid") or folder)].append(path)
-    shared = _shared_patients(headers[path] for paths in dicom.values() for path in paths)
-    conflicts = _conflicting_uids(headers[path] for paths in dicom.values() for path in paths)
-    for (study, series), paths in dicom.items():
-        _add_dicom(out, study, series, paths, headers, sizes, placed, choices, key, shared, conflicts, taken)
-    out.series.sort(key=lambda row: row.series_id)
-    out.files = [placed[row["path"]] for row in rows]
+    for file in usable:
+        if file.kind == "volume":
+            _add_volume(
+                out, file, [other for other in files if other.path in file.header["data_files"]], placed, key, sidecar, taken
+            )
+    dicom = [file for file in usable if file.kind == "dicom"]
+    if dicom:
+        _add_dicom(out, dicom, placed, key, shared, taken)
+    out.files = list(placed.values())
     return out
-
-
-def _mark_duplicates(rows: Sequence[Mapping[str, Any]], placed: Mapping[str, Placed]) -> None:
-    first: dict[str, str] = {}
-    for row in sorted(rows, key=lambda row: str(row["path"])):
-        if row["reason"] is None and row["kind"] in ("dicom", "volume"):
-            if row["digest"] in first:
-                placed[row["path"]].reason = "duplicate"
-            first.setdefault(row["digest"], row["path"])
-
-
-def _shared_patients(headers: Iterable[Mapping[str, Any]]) -> set[tuple[str, str]]:
-    """Return (issuer, PatientID) that stand for people of different sex or date of birth."""
-    sexes, births = defaultdict(set), defaultdict(set)
-    for header in headers:
-        who = (header.get("issuer") or "", header.get("patient_id") or "")
-        if header.get("sex") in ("M", "F"):
-            sexes[who].add(header["sex"])
-        if header.get("birth_date"):
-            births[who].add(header["birth_date"])
-    return {who for table in (sexes, births) for who, values in table.items() if len(values) > 1}
-
-
-def _conflicting_uids(headers: Iterable[Mapping[str, Any]]) -> set[str]:
-    counts = Counter(header.get("sop_instance_uid") or "" for header in headers)
-    return {uid for uid, n in counts.items() if n > 1 and uid}
 
 
 def _canonical(affine: np.ndarray, shape: Sequence[int], slice_axis: int | None) -> dict[str, Any]:
@@ -166,19 +161,17 @@ def _canonical(affine: np.ndarray, shape: Sequence[int], slice_axis: int | None)
 
 
 def _add_volume(
-    out: Grouped,
-    path: str,
-    header: Mapping[str, Any],
-    sizes: Mapping[str, int],
+    out: Group,
+    file: Scanned,
+    data: Sequence[Scanned],
     placed: Mapping[str, Placed],
-    choices: Mapping[str, Choice],
     key: IdKey,
-    sidecars: Mapping[str, Mapping[str, Any]],
+    sidecar: Mapping[str, Any],
     taken: set[str],
 ) -> None:
-    choice = choices.get(path, Choice())
-    members = [path, *(name for name in header["data_files"] if name in placed)]
-    identity = placed[path].digest  # covers detached data files
+    header, choice = file.header, file.choice
+    members = [file, *data]
+    identity = file.digest  # covers detached data files
     series_id = _unique(key.make("series", "file", identity), key, taken)
     flags = list(header["flags"])
     patient, unknown = _patient(key, choice, placeholder=True, issuer=choice.site, value="", fallback=f"file {identity}")
@@ -189,8 +182,6 @@ def _add_volume(
     geometry: dict[str, Any] = {"shape": shape}
     if affine is not None and len(shape) == 3:
         geometry = _canonical(affine, shape, header["slice_axis"])
-    stem = path[: -len("".join(PurePath(path).suffixes[-2:]))] if path.endswith(".gz") else path.rpartition(".")[0]
-    sidecar = sidecars.get(f"{stem}.json", {})
     modality = str(sidecar.get("Modality", choice.modality)).upper()
     modality = modality if modality in MODALITIES else ("other" if "Modality" in sidecar else "unknown")
     reason = header["reason"]
@@ -206,7 +197,7 @@ def _add_volume(
         vendor=_vendor(str(sidecar.get("Manufacturer", ""))),
         field_strength_t=_number(sidecar.get("MagneticFieldStrength")),
         n_files=len(members),
-        bytes=sum(sizes[name] for name in members),
+        bytes=sum(member.size for member in members),
         site=choice.site,
         split=choice.split,
         quality_flags=tuple(flags),
@@ -218,26 +209,17 @@ def _add_volume(
 
 
 def _add_dicom(
-    out: Grouped,
-    study: str,
-    series: str,
-    paths: list[str],
-    headers: Mapping[str, Mapping[str, Any]],
-    sizes: Mapping[str, int],
-    placed: Mapping[str, Placed],
-    choices: Mapping[str, Choice],
-    key: IdKey,
-    shared: set[tuple[str, str]],
-    conflicts: set[str],
-    taken: set[str],
+    out: Group, files: Sequence[Scanned], placed: Mapping[str, Placed], key: IdKey, shared: Set[tuple[str, str]], taken: set[str]
 ) -> None:
-    paths = sorted(paths, key=lambda path: (headers[path].get("instance_number") or 0, placed[path].digest))
-    slices = [headers[path] for path in paths]
-    groups = split_series(slices)
+    files = sorted(files, key=lambda file: (file.header.get("instance_number") or 0, file.digest))
+    head, folder = files[0].header, str(PurePath(files[0].path).parent)
+    series = head.get("series_uid") or folder
+    study = head.get("study_uid") or series
+    groups = split_series([file.header for file in files])
     for group in groups:
-        members = [paths[i] for i in group.indices]
-        first = headers[members[0]]
-        choice = _common(choices.get(path, Choice()) for path in members)
+        members = [files[i] for i in group.indices]
+        first = members[0].header
+        choice = _common(file.choice for file in members)
         who = (first.get("issuer") or "", first.get("patient_id") or "")
         patient, unknown = _patient(
             key,
@@ -252,7 +234,7 @@ def _add_dicom(
             flags.append("patient_unknown")
         if who in shared:
             flags.append("patient_shared")
-        if any(headers[path].get("sop_instance_uid") in conflicts for path in members):
+        if any(file.conflict for file in members):
             flags.append("uid_conflict")
         # Names the volume within its series by what it is, not by how many siblings were found so far.
         part = "" if len(groups) == 1 else _part(first, group)
@@ -261,13 +243,20 @@ def _add_dicom(
             study_id=key.make("study", "", study),
             patient_id=patient,
             n_files=len(members),
-            bytes=sum(sizes[path] for path in members),
+            bytes=sum(file.size for file in members),
             site=choice.site,
             split=choice.split,
-            **_describe([headers[path] for path in members], group, flags),
+            **_describe([file.header for file in members], group, flags),
         )
-        out.uids[row.series_id] = json.dumps({"study": study, "series": series})
-        _place(out, row, members, placed, key)
+        private = {
+            "study_uid": first.get("study_uid"),
+            "series_uid": first.get("series_uid"),
+            "mrn": first.get("patient_id"),
+            "issuer": first.get("issuer"),
+            "accession": first.get("accession"),
+            "study_date": first.get("study_date"),
+        }
+        _place(out, row, members, placed, key, private)
 
 
 def _describe(headers: list[Mapping[str, Any]], group: SliceGroup, flags: list[str]) -> dict[str, Any]:
@@ -401,11 +390,20 @@ def _unique(series_id: str, key: IdKey, taken: set[str]) -> str:
     return series_id
 
 
-def _place(out: Grouped, row: SeriesRow, members: Sequence[str], placed: Mapping[str, Placed], key: IdKey) -> None:
+def _place(
+    out: Group,
+    row: SeriesRow,
+    members: Sequence[Scanned],
+    placed: Mapping[str, Placed],
+    key: IdKey,
+    private: Mapping[str, Any] | None = None,
+) -> None:
     out.series.append(row)
-    for place, path in enumerate(members):
-        placed[path].series_id, placed[path].place, placed[path].reason = row.series_id, place, row.reason
-    out.tags[row.series_id] = key.make("source", "", " ".join(placed[path].digest for path in members))
+    tag = key.make("source", "", " ".join(member.digest for member in members))
+    out.private.append({"series_id": row.series_id, "source_tag": tag, **(private or {})})
+    for place, member in enumerate(members):
+        file = placed[member.path]
+        file.series_id, file.place, file.reason = row.series_id, place, row.reason
 
 
 def _vendor(text: str) -> str:

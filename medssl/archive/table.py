@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.archive._parquet import connect, quote, read_table
+from medssl.archive.paths import to_path
 from medssl.errors import RequestError, near
 
 FORMAT = 2
@@ -17,11 +18,27 @@ FILE_COLUMNS: dict[str, str] = {"file_id": "VARCHAR", "series_id": "VARCHAR", "r
 PRIVATE_FILE_COLUMNS: dict[str, str] = {
     "file_id": "VARCHAR",
     "series_id": "VARCHAR",
+    "reason": "VARCHAR",
     "place": "INTEGER",
     "path": "VARCHAR",
     "digest": "VARCHAR",
+    "sop_uid": "VARCHAR",
+    "group_key": "VARCHAR",
 }
-PRIVATE_SERIES_COLUMNS: dict[str, str] = {"series_id": "VARCHAR", "source_tag": "VARCHAR", "part": "VARCHAR", "uids": "VARCHAR"}
+PRIVATE_SERIES_COLUMNS: dict[str, str] = {
+    "series_id": "VARCHAR",
+    "source_tag": "VARCHAR",
+    "part": "VARCHAR",
+    "study_uid": "VARCHAR",
+    "series_uid": "VARCHAR",
+    "mrn": "VARCHAR",
+    "issuer": "VARCHAR",
+    "accession": "VARCHAR",
+    "study_date": "VARCHAR",
+    "content_hash": "VARCHAR",
+    "perceptual_hash": "VARCHAR",
+    "group_key": "VARCHAR",
+}
 """`part`: JSON, what of its files a series is (see `domains.base.Domain.read`), or null for all of it."""
 
 
@@ -338,7 +355,7 @@ class Archive:
             table: dict[str, list[tuple[int, Path, str]]] = defaultdict(list)
             for row in read_table([self.path / "private" / "files.parquet"], PRIVATE_FILE_COLUMNS):
                 if row["series_id"] is not None and row["place"] is not None:
-                    table[row["series_id"]].append((row["place"], Path(row["path"]), row["digest"]))
+                    table[row["series_id"]].append((row["place"], Path(to_path(row["path"])), row["digest"]))
             self._files = {key: [(path, digest) for _, path, digest in sorted(rows)] for key, rows in table.items()}
         if series_id not in self._files:
             raise RequestError(f"the index {self.path} has no series {series_id}")

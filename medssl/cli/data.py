@@ -23,15 +23,29 @@ def index(
     key_file: Annotated[
         Path | None, typer.Option(help="Your secret key for pseudonymous ids; made in OUT/private when absent.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Threads.")] = 2,
+    workers: Annotated[int, typer.Option(help="Processes (threads for few files).")] = 2,
+    dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler whose workers see the same paths.")] = None,
+    only: Annotated[Path | None, typer.Option("--list", help="Text file of changed paths; nothing else is looked at.")] = None,
+    prune: Annotated[str | None, typer.Option(help="dir-mtime: do not list folders whose time of change is the same.")] = None,
+    settle: Annotated[float, typer.Option(help="Leave files changed within the last seconds for the next run.")] = 0.0,
+    limit: Annotated[float, typer.Option(help="Seconds after which a file is left behind.")] = 600.0,
+    max_rate: Annotated[float | None, typer.Option(help="Files per second at most.")] = None,
     json: Json = False,
 ) -> None:
     """Scan folders into one table: every file is accounted for, nothing is copied."""
+    from medssl.archive.cluster import executor_of
+    from medssl.archive.index import ScanOptions
     from medssl.archive.index import index as run
+    from medssl.errors import RequestError
 
-    with show.progress("index", quiet=json) as update:
+    if prune not in (None, "dir-mtime"):
+        raise RequestError(f"prune: {prune!r}; dir-mtime is accepted; leave the option out to list every folder")
+    with executor_of(dask) as executor, show.progress("index", quiet=json) as update:
+        options = ScanOptions(
+            workers, executor, only=only, prune=prune is not None, settle_s=settle, limit_s=limit, max_rate=max_rate
+        )
         summary = run(
-            sources, out, site=site, modality=modality, splits=splits, key_file=key_file, workers=workers, on_progress=update
+            sources, out, site=site, modality=modality, splits=splits, key_file=key_file, options=options, on_progress=update
         )
     lines = [f"{summary.n_files_seen} files seen, {summary.n_files_used} used in {summary.n_series} series; index in {out}"]
     lines += [f"  {count:>5}  {reason}" for reason, count in sorted(summary.reasons.items())]

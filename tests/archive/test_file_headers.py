@@ -95,7 +95,7 @@ def test_scan_of_cut_files__a_reason_never_an_exception(tmp_path: Path, cut: int
     paths += [write_itk(tmp_path / name, array, affine) for name in ("w.nrrd", "w.mha")]
     for path in paths:
         path.write_bytes(path.read_bytes()[:cut])
-        assert scan_file(str(path))["reason"] in ("not_image", "truncated", "unreadable", "unsupported_format")
+        assert scan_file(str(path))[0]["reason"] in ("not_image", "truncated", "unreadable", "unsupported_format")
 
 
 def test_scan_of_random_bytes__a_reason_never_an_exception(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_scan_of_random_bytes__a_reason_never_an_exception(tmp_path: Path) -> No
             places = rng.integers(0, min(len(data), 900), 8)
             mutant[places] = rng.integers(0, 256, 8)
             path.write_bytes(mutant.tobytes())
-            row = scan_file(str(path))
+            row = scan_file(str(path))[0]
             assert isinstance(row["header"], str)
 
 
@@ -119,7 +119,7 @@ def test_nifti__size_claims_beyond_the_file_are_truncation(tmp_path: Path) -> No
     data = bytearray(write_nifti(tmp_path / "v.nii", np.zeros((4, 4, 4), np.int16), plain_affine()).read_bytes())
     data[42:48] = np.array([30000, 30000, 30000], "<i2").tobytes()
     (tmp_path / "v.nii").write_bytes(bytes(data))
-    assert scan_file(str(tmp_path / "v.nii"))["reason"] == "truncated"
+    assert scan_file(str(tmp_path / "v.nii"))[0]["reason"] == "truncated"
 
 
 def test_ids__depend_on_key_field_issuer_and_normalised_value() -> None:

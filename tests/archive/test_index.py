@@ -380,7 +380,8 @@ def test_kill__loses_at_most_the_batch_and_the_next_run_completes(tmp_path: Path
         import os, signal, sys
         from pathlib import Path
         import medssl.archive.index as module
-        module.BATCH = 2
+        import medssl.archive.sweep
+        medssl.archive.sweep.BATCH = 2
         real = os.replace
         def replace(source, target):
             if sys.argv[3] in f"{Path(target).parent.name}-{Path(target).stem}".replace("part-", ""):

@@ -1,0 +1,34 @@
+"""Start worker processes that do not run the user's script again.
+
+`multiprocessing` with the spawn method imports the main module in every child, so that a script without an
+`if __name__ == "__main__"` guard starts itself over and over. Our workers need nothing of it. Forking instead is not safe beside the
+threads of DuckDB and torch. Can go when Python offers a spawn without the main module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    main = sys.modules["__main__"]
+    kept = {name: main.__dict__.pop(name) for name in ("__file__",) if name in main.__dict__}
+    spec, main.__spec__ = main.__spec__, None
+    try:
+        yield
+    finally:
+        main.__dict__.update(kept)
+        main.__spec__ = spec
+
+
+def spawn_pool(workers: int) -> ProcessPoolExecutor:
+    """Return a pool of spawned processes that are already started."""
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    with _hidden_main():
+        pool.submit(int)  # the first submit starts all workers of a spawn pool
+    return pool
