@@ -6,6 +6,7 @@ raises on a malformed value, and keeps pydicom's warnings, which quote UIDs, out
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import struct
@@ -76,14 +77,16 @@ def parse_header(stream: BinaryIO, size: int, keys: Iterable[str] = tuple(TAGS),
     """
     import pydicom
 
-    wanted = {name: TAGS[name] for name in keys}
+    tags = _tags(tuple(keys))
     try:
-        dataset = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=[tag for tag, _ in wanted.values()])
+        dataset = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=list(tags))
         header: Header = {}
-        for name, (tag, kind) in wanted.items():
-            value = _convert(dataset, tag, kind)
-            if value is not None:
-                header[name] = value
+        for tag, element in dataset.items():
+            if tag in tags:
+                name, kind = tags[tag]
+                value = _convert(element, tag, kind)
+                if value is not None:
+                    header[name] = value
         syntax = str(dataset.file_meta.get("TransferSyntaxUID", "") or "") if hasattr(dataset, "file_meta") else ""
         implicit, little = dataset.original_encoding
     except Exception as err:
@@ -112,10 +115,15 @@ def parse_header(stream: BinaryIO, size: int, keys: Iterable[str] = tuple(TAGS),
     return header
 
 
-def _convert(dataset: Any, tag: int, kind: str) -> Any:
-    if tag not in dataset:
-        return None
-    element = dataset.get_item(tag)
+@functools.cache
+def _tags(keys: tuple[str, ...]) -> dict[Any, tuple[str, str]]:
+    """Return pydicom's tag objects -> (name, kind); making them costs as much as reading the values."""
+    from pydicom.tag import Tag
+
+    return {Tag(TAGS[name][0]): (name, TAGS[name][1]) for name in keys}
+
+
+def _convert(element: Any, tag: int, kind: str) -> Any:
     value = element.value
     if value is None:
         return None

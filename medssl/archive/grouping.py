@@ -11,7 +11,6 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -207,7 +206,7 @@ def _build(
             group = build_group(files, key, shared)
             for placed in group.files:
                 file_id = key.make("file", "", f"{placed.digest} {placed.path}")
-                tables["files"].append({**asdict(placed), "file_id": file_id, "group_key": name})
+                tables["files"].append({**vars(placed), "file_id": file_id, "group_key": name})
             for row, private_row in zip(group.series, group.private):
                 tables["series"].append({**as_record(row), "group_key": name})
                 tables["private"].append({**private_row, "group_key": name})

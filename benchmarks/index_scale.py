@@ -1,0 +1,219 @@
+"""Time and memory of the index as the archive grows, with latency, and after a small change; and the grouper alone.
+
+    python -m benchmarks.index_scale files     # small DICOM files in a shuffled tree: 20,000 and 200,000 of them
+    python -m benchmarks.index_scale grouper   # header rows only, no files: 2 and 20 million
+
+Each index runs in a fresh process that reports the high-water mark of its memory and of its workers' at its end (Linux only). `files` also
+names 1 % of the files as changed (`--list`), and sleeps 5 ms at each opening of a file. `grouper` writes scan parts as a scan leaves
+them, 100 slices a series.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Check, Result, finish, parser
+from medssl.archive._parquet import connect, quote
+from medssl.archive.listing import LISTING_COLUMNS
+from medssl.archive.scan import SCAN_COLUMNS, scan_file
+from tests.synthetic_tree import template, write_tree
+
+PER_SERIES = 100
+RUN = """
+import json, resource, sys, time
+from pathlib import Path
+import benchmarks.index_scale as module
+began = time.perf_counter()
+found = getattr(module, sys.argv[2])(*sys.argv[3:])
+peak = dict(line.split(":", 1) for line in open("/proc/self/status"))["VmHWM"].split()[0]
+seconds = time.perf_counter() - began
+children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+json.dump({"seconds": seconds, "peak_mb": int(peak) / 1024, "worker_mb": children / 1024, **found}, open(sys.argv[1], "w"))
+"""
+
+
+def index_files(source: str, out: str, only: str = "") -> dict[str, Any]:
+    """Index a tree; what the fresh process runs."""
+    from medssl.archive.index import ScanOptions, index
+
+    options = ScanOptions(workers=2, only=Path(only) if only else None)
+    summary = index([Path(source)], Path(out), options=options)
+    return {"files": summary.n_files_seen, "scanned": summary.n_files_scanned, "series": summary.n_series}
+
+
+def scan_rate(source: str, latency_ms: str, n: str) -> dict[str, Any]:
+    """Scan files over two workers whose every opening of a file takes some milliseconds more."""
+    from medssl.archive import sweep
+
+    paths = sorted(str(path) for path in Path(source).rglob("*_*") if path.is_file())[: int(n)]
+    sweep.scan_batch = _Slow(float(latency_ms))  # type: ignore[assignment]
+    sweep.PROCESSES_ABOVE = 0
+    with tempfile.TemporaryDirectory() as private:
+        (Path(private) / "scan").mkdir()
+        rows = sweep.sweep(paths, len(paths), Path(private), workers=2)
+    return {"files": rows, "scanned": rows, "series": None}
+
+
+class _Slow:
+    """A `scan_batch` whose files open slowly; picklable, so that spawned workers get it."""
+
+    def __init__(self, latency_ms: float) -> None:
+        self.latency_ms = latency_ms
+
+    def __call__(self, paths: list[str], **options: Any) -> list[dict[str, Any]]:
+        import time
+
+        from medssl.archive import scan
+
+        def slow(*args: Any, **named: Any) -> Any:
+            time.sleep(self.latency_ms / 1000)
+            return open(*args, **named)
+
+        if self.latency_ms:
+            scan.open = slow  # type: ignore[attr-defined]
+        return scan.scan_batch(paths, **options)
+
+
+def group(out: str) -> dict[str, Any]:
+    """Group the scan parts that lie in an index folder."""
+    from medssl.archive.grouping import regroup
+    from medssl.archive.ids import IdKey
+    from medssl.archive.series import Choice
+
+    nothing = Choice()
+    regroup(Path(out), IdKey(b"k" * 32), lambda path: nothing, first_new_part=None)
+    connection = connect()
+    count = connection.execute(f"SELECT count(*) FROM read_parquet({quote(Path(out) / 'series.parquet')})").fetchone()[0]
+    return {"series": count}
+
+
+def write_rows(out: Path, rows: int) -> None:
+    """Write scan parts and a listing of `rows` files as a scan leaves them, series interleaved as in a shuffled tree."""
+    private = out / "private"
+    for folder in (out, private, private / "scan", out / "files.parquet"):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "one.dcm"
+        file.write_bytes(template()[0])
+        row = scan_file(str(file))[0]
+    header, piece = row["header"].replace("'", "''"), json.loads(row["slice"])
+    n_series = -(-rows // PER_SERIES)
+    text = json.dumps({**piece, "position": ["@x", "@y", "@z"], "instance_number": "@n", "sop_instance_uid": "@u"}).replace(
+        "'", "''"
+    )
+    fields = {
+        '"@x"': "-10.0", '"@y"': "-10.0", '"@z"': "' || k * 2.0 || '", '"@n"': "' || k || '", "@u": "1.2.3.' || i || '",
+    }  # fmt: skip
+    for mark, value in fields.items():
+        text = text.replace(mark, value)
+    columns = {
+        "part": "{part}", "path": "printf('/archive/%04d/%09d', i % 5000, i)", "source_id": "i", "size": "2048",
+        "mtime_ns": "1000000000", "kind": "'dicom'", "reason": "NULL", "digest": "md5(i::VARCHAR)",
+        "group_key": "printf('d%016x', hash(series) // 2)", "sop_id": "i", "header_id": "series",
+        "header": f"replace('{header}', '1.2.826.0.1.4000000', '1.2.826.0.1.4' || series)",
+        "slice": f"'{text}'",
+    }  # fmt: skip
+    connection = connect()
+    step = 1_000_000
+    for part, start in enumerate(range(0, rows, step)):
+        values = ", ".join(
+            f"({value.format(part=part) if name == 'part' else value})::{SCAN_COLUMNS[name]} AS {name}"
+            for name, value in columns.items()
+        )
+        query = f"SELECT {values} FROM (SELECT i, i % {n_series} AS series, i // {n_series} AS k FROM range({start}, {min(rows, start + step)}) t(i))"
+        connection.execute(
+            f"COPY ({query}) TO {quote(private / 'scan' / f'part-{part:08d}.parquet')} (FORMAT parquet, COMPRESSION zstd)"
+        )
+    names = {
+        "path": "printf('/archive/%04d/%09d', i % 5000, i)", "source_id": "i", "folder": "printf('/archive/%04d', i % 5000)",
+        "size": "2048", "mtime_ns": "1000000000", "reason": "NULL", "folder_mtime_ns": "NULL",
+    }  # fmt: skip
+    values = ", ".join(f"({names[name]})::{kind} AS {name}" for name, kind in LISTING_COLUMNS.items())
+    connection.execute(
+        f"COPY (SELECT {values} FROM range({rows}) t(i)) TO {quote(private / 'listing.parquet')} (FORMAT parquet, COMPRESSION zstd)"
+    )
+
+
+def fresh(function: str, *args: object) -> dict[str, Any]:
+    """Run a function of this module in a fresh process; its result with seconds and peak memory."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as result:
+        subprocess.run([sys.executable, "-c", RUN, result.name, function, *map(str, args)], check=True)
+        found: dict[str, Any] = json.loads(Path(result.name).read_text())
+    return found
+
+
+def measure_files(sizes: list[int], folder: Path) -> tuple[list[dict[str, Any]], list[Check]]:
+    """Index trees of growing size, then the largest again with 1 % named as changed, then with latency."""
+    rows = []
+    for size in sizes:
+        write_tree(folder / str(size), size // PER_SERIES, PER_SERIES)
+        rows.append({"what": "index", **fresh("index_files", folder / str(size), folder / f"out-{size}")})
+    size = sizes[-1]
+    files = [path for path in (folder / str(size)).rglob("*_*") if path.is_file()]
+    changed = random.Random(0).sample(sorted(files), max(1, size // 100))
+    for path in changed:
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    (folder / "changed.txt").write_text("\n".join(map(str, changed)))
+    rows.append(
+        {"what": "1 % changed, --list", **fresh("index_files", folder / str(size), folder / f"out-{size}", folder / "changed.txt")}
+    )
+    n = min(sizes[-1], 20_000)
+    rows += [{"what": f"scan, {ms} ms a file", **fresh("scan_rate", folder / str(size), ms, n)} for ms in (0, 5)]
+    by = {row["what"]: row for row in rows}
+    growth = rows[len(sizes) - 1]["peak_mb"] / rows[0]["peak_mb"]
+    worker = rows[len(sizes) - 1]["worker_mb"] / max(1.0, rows[0]["worker_mb"])
+    checks = [
+        Check("peak memory, largest against smallest", growth, 1.2, at_least=False),
+        Check("peak memory of a worker, largest against smallest", worker, 1.2, at_least=False),
+        Check(
+            "1 % changed, share of the full index's time",
+            rows[-3]["seconds"] / rows[len(sizes) - 1]["seconds"],
+            0.05,
+            at_least=False,
+        ),
+        Check("rate with 5 ms a file against none", by["scan, 0 ms a file"]["seconds"] / by["scan, 5 ms a file"]["seconds"], 0.8),
+    ]
+    return rows, checks
+
+
+def measure_grouper(sizes: list[int], folder: Path) -> tuple[list[dict[str, Any]], list[Check]]:
+    """Group header rows of growing number."""
+    rows = []
+    for size in sizes:
+        write_rows(folder / str(size), size)
+        rows.append({"what": "group", "files": size, **fresh("group", folder / str(size))})
+    per = [row["seconds"] / row["files"] for row in rows]
+    return rows, [
+        Check("peak memory, GB", max(row["peak_mb"] for row in rows) / 1024, 4.0, at_least=False),
+        Check("seconds a row, largest against smallest", per[-1] / per[0], 1.25, at_least=False),
+    ]
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    options_parser = parser(__doc__)
+    options_parser.add_argument("what", choices=["files", "grouper"])
+    options_parser.add_argument("--sizes", type=int, nargs="+", default=None, help="files or rows, growing")
+    options_parser.add_argument("--tmp", type=Path, default=None, help="where trees and tables are written")
+    options = options_parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=options.tmp) as temporary:
+        if options.what == "files":
+            sizes = options.sizes or [20_000, 200_000]
+            rows, checks = measure_files(sizes, Path(temporary))
+        else:
+            sizes = options.sizes or [2_000_000, 20_000_000]
+            rows, checks = measure_grouper(sizes, Path(temporary))
+    for row in rows:
+        row["per_s"] = row["files"] / row["seconds"]
+    notes = ["two workers; files lie in the page cache", "peak_mb is the main process, worker_mb the largest worker"]
+    return finish(Result(f"index_scale_{options.what}", rows, checks, {**vars(options), "sizes": sizes}, notes), options.out)
+
+
+if __name__ == "__main__":
+    main()
