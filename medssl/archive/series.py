@@ -133,6 +133,8 @@ def build_group(files: Sequence[Scanned], key: IdKey, shared: Set[tuple[str, str
             _add_volume(
                 out, file, [other for other in files if other.path in file.header["data_files"]], placed, key, sidecar, taken
             )
+        elif file.kind == "image":
+            _add_planar(out, file, placed, key, taken)
     dicom = [file for file in usable if file.kind == "dicom"]
     if dicom:
         _add_dicom(out, dicom, placed, key, shared, taken)
@@ -206,6 +208,45 @@ def _add_volume(
         **geometry,
     )
     _place(out, row, members, placed, key)
+
+
+def _add_planar(out: Group, file: Scanned, placed: Mapping[str, Placed], key: IdKey, taken: set[str]) -> None:
+    """Add an image, a clip or a slide that is one file and says nothing of a patient."""
+    header, choice = file.header, file.choice
+    flags = [*header.get("flags", ())]
+    patient, unknown = _patient(key, choice, placeholder=True, issuer=choice.site, value="", fallback=f"file {file.digest}")
+    if unknown:
+        flags.append("patient_unknown")
+    kind = header["kind"]
+    modality = "SM" if kind == "slide" and choice.modality == "unknown" else choice.modality
+    spacing = header.get("spacing_mm")
+    reason = header.get("reason")
+    row = SeriesRow(
+        series_id=_unique(key.make("series", "file", file.digest), key, taken),
+        study_id=key.make("study", "file", file.digest),
+        patient_id=patient,
+        modality=modality,
+        domain="unknown" if modality == "unknown" else DOMAINS.get(modality, "other"),
+        kind=kind,
+        shape=tuple(header["shape"]),
+        spacing_mm=None if spacing is None else tuple(spacing),
+        spacing_source="unknown" if spacing is None else "header",
+        mpp=header.get("mpp"),
+        frame_time_ms=header.get("frame_time_ms"),
+        fps_source=header.get("fps_source") or "unknown",
+        dtype=header.get("dtype") or "unknown",
+        bits=header.get("bits"),
+        photometric=header.get("photometric") or "unknown",
+        n_slices=None,
+        bytes=file.size,
+        site=choice.site,
+        split=choice.split,
+        quality_flags=tuple(dict.fromkeys(flags)),
+        privacy_flags=tuple(header.get("privacy_flags", ())),
+        status="rejected" if reason else ("flagged" if flags else "ok"),
+        reason=reason,
+    )
+    _place(out, row, [file], placed, key)
 
 
 def _add_dicom(

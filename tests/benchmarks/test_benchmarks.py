@@ -12,7 +12,19 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import common, crops, data_wait, gpu_step, mae_step, patches, read_series, startup, store_size
+from benchmarks import (
+    common,
+    crops,
+    data_wait,
+    gpu_step,
+    header_scan,
+    index_scale,
+    mae_step,
+    patches,
+    read_series,
+    startup,
+    store_size,
+)
 
 TINY_VIT = ["--hidden", "48", "--layers", "2", "--heads", "2"]
 GPU_STEP = [
@@ -178,6 +190,18 @@ def test_startup__reports_import_and_peak_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_header_scan__times_ours_beside_pydicom(tmp_path: Path) -> None:
+    content = play(header_scan.main, ["--files", "40"], tmp_path)
+    assert set(by(content["rows"], "what")) == {header_scan.PYDICOM, header_scan.OURS, header_scan.ONE, header_scan.TWO}
+
+
+def test_index_scale__counts_what_it_indexed(tmp_path: Path) -> None:
+    rows = play(index_scale.main, ["files", "--sizes", "100", "300"], tmp_path / "files")["rows"]
+    assert [(row["files"], row["scanned"]) for row in rows] == [(100, 100), (300, 300), (300, 3), (300, 300), (300, 300)]
+    rows = play(index_scale.main, ["grouper", "--sizes", "300", "600"], tmp_path / "grouper")["rows"]
+    assert [(row["files"], row["series"]) for row in rows] == [(300, 3), (600, 6)]
+
+
 def test_gpu_step__runs_on_a_cpu(tmp_path: Path) -> None:
     content = play(gpu_step.main, GPU_STEP, tmp_path)
     rows = by(content["rows"], "what")
