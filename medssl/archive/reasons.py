@@ -79,6 +79,8 @@ FLAGS: dict[str, str] = {
     "patient_unknown": "no usable patient identity",
     "lossy": "lossy compression",
     "patient_shared": "one patient identity on people who differ",
+    "age_conflict": "age and dates disagree, or the age says nothing that can be",
+    "date_invalid": "a date that cannot be",
 }
 """Quality flags."""
 

@@ -54,7 +54,7 @@ once), `slice` JSON of what differs between them."""
 SLICE_KEYS = frozenset(
     {
         "sop_instance_uid", "instance_number", "position", "acquisition_time", "content_time", "trigger_time", "acquisition_number",
-        "temporal_position", "pixel_offset", "pixel_length", "file_bytes", "slope", "intercept",
+        "temporal_position", "pixel_offset", "pixel_length", "file_bytes", "slope", "intercept", "exposure_mas", "cine_rate",
     }
 )  # fmt: skip
 """Header values that differ from slice to slice."""

@@ -9,33 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from medssl.archive.attributes import MODALITIES, attributes, pixel_spacing_2d, twin_key, vendor
 from medssl.archive.dicom_header import LOSSY_SYNTAXES, find_decoder, syntax_name
-from medssl.archive.dicom_series import SliceGroup, role_of, split_series
+from medssl.archive.dicom_series import SliceGroup, split_series
 from medssl.archive.ids import IdKey, is_placeholder
+from medssl.archive.roles import role_of, sop_kind, sop_modality
 from medssl.archive.table import SeriesRow
 
-MODALITIES = frozenset("CT MR CR DX RF MG US IVUS XA PT NM SM GM XC OT SC SEG RTDOSE ES OP OCT BI ECG".split())  # noqa: SIM905
 DOMAINS = {"CT": "ct", "MR": "mri", "CR": "xray", "DX": "xray", "US": "ultrasound", "SM": "wsi", "GM": "microscopy"}
 VOLUME_DOMAINS = ("ct", "mri")
-VENDORS = {
-    "ge": ("ge medical", "ge health", "general electric"),
-    "siemens": ("siemens",),
-    "philips": ("philips", "picker", "marconi"),
-    "canon": ("canon", "toshiba"),
-    "hitachi": ("hitachi", "fujifilm"),
-    "united_imaging": ("uih", "united imaging"),
-}
-REGIONS = {
-    "head": ("head", "brain", "skull", "neuro", "orbit", "sinus", "iac", "pituitary", "face"),
-    "neck": ("neck", "carotid", "thyroid"),
-    "chest": ("chest", "thorax", "lung", "heart", "cardiac", "coronary"),
-    "abdomen": ("abdomen", "liver", "kidney", "pancreas", "abdo"),
-    "pelvis": ("pelvis", "prostate", "bladder", "uterus", "rectum"),
-    "breast": ("breast", "mamma"),
-    "spine": ("spine", "lspine", "cspine", "tspine"),
-    "limb": ("knee", "shoulder", "hip", "ankle", "foot", "hand", "wrist", "elbow", "leg", "arm", "extremity", "femur"),
-    "whole_body": ("wholebody", "whole body"),
-}
+PLANAR_DOMAINS = ("xray", "ultrasound")
 PLANES = {0: "sagittal", 1: "coronal", 2: "axial"}
 PHOTOMETRICS = frozenset({"MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"})
 
@@ -196,7 +179,7 @@ def _add_volume(
         kind="volume_4d" if len(shape) > 3 else ("image" if len(shape) < 3 else "volume"),
         n_slices=None if geometry.get("slice_axis") is None else geometry["shape"][geometry["slice_axis"]],
         dtype=header["dtype"],
-        vendor=_vendor(str(sidecar.get("Manufacturer", ""))),
+        vendor=vendor(sidecar.get("Manufacturer")),
         field_strength_t=_number(sidecar.get("MagneticFieldStrength")),
         n_files=len(members),
         bytes=sum(member.size for member in members),
@@ -287,6 +270,8 @@ def _add_dicom(
             bytes=sum(file.size for file in members),
             site=choice.site,
             split=choice.split,
+            pair_group=_pair_group(first, members, key),
+            scanner_id=_scanner(first, key),
             **_describe([file.header for file in members], group, flags),
         )
         private = {
@@ -300,27 +285,43 @@ def _add_dicom(
         _place(out, row, members, placed, key, private)
 
 
+def _pair_group(header: Mapping[str, Any], members: Sequence[Scanned], key: IdKey) -> str | None:
+    """Return what rows share that are one image in two forms: twins of one exposure, or one UID with two contents."""
+    uid = next((file.header.get("sop_instance_uid") for file in members if file.conflict), None)
+    if uid is not None:
+        return key.make("pair", "uid", str(uid))
+    twin = twin_key(header, _modality(header))
+    return None if twin is None else key.make("pair", "twin", twin)
+
+
+def _scanner(header: Mapping[str, Any], key: IdKey) -> str | None:
+    parts = [str(header.get(name) or "") for name in ("manufacturer", "model", "serial")]
+    return key.make("scanner", "", " ".join(parts)) if any(parts) else None
+
+
 def _describe(headers: list[Mapping[str, Any]], group: SliceGroup, flags: list[str]) -> dict[str, Any]:
     first = headers[0]
-    modality = str(first.get("modality", "unknown")).upper()
-    modality = modality if modality in MODALITIES or modality == "UNKNOWN" else "other"
-    modality = "unknown" if modality == "UNKNOWN" else modality
+    modality = _modality(first)
     role = role_of(first.get("image_type", ()), first.get("sop_class_uid", ""))
     syntax = syntax_name(first["syntax"])
     lossy = first.get("lossy") == "01" or syntax in LOSSY_SYNTAXES
+    known = attributes(headers, modality)
+    flags.extend(known.pop("flags"))
     if lossy:
         flags.append("lossy")
     if role == "source" and "DERIVED" in first.get("image_type", ()):
         flags.append("derived")
+    if role == "screenshot":
+        known["privacy_flags"] = (*known["privacy_flags"], "screenshot")
     reason = dicom_fault(headers, group, role)
     frames = int(first.get("n_frames") or 1)
     geometry: dict[str, Any] = {"shape": (int(first["columns"]), int(first["rows"]), max(len(headers), frames))}
     if group.geometry.affine is not None:
-        geometry = _canonical(group.geometry.affine, geometry["shape"], 2)
+        geometry = {**_canonical(group.geometry.affine, geometry["shape"], 2), "spacing_source": "header"}
     domain = DOMAINS.get(modality, "unknown" if modality == "unknown" else "other")
     units = "unknown"
     if domain == "ct":
-        units = "HU" if _is_hu(headers) else "unknown"
+        units = "HU" if _is_hu(headers) and role in ("source", "reformat") else "unknown"
     elif domain == "mri":
         units = "arbitrary"
     kind = "volume"
@@ -328,10 +329,14 @@ def _describe(headers: list[Mapping[str, Any]], group: SliceGroup, flags: list[s
         kind = "cine" if domain == "ultrasound" else "volume"
     elif len(headers) == 1:
         kind = "image"
+    if kind == "image" and domain in PLANAR_DOMAINS:
+        spacing, source = pixel_spacing_2d(first)
+        geometry = {"shape": (int(first["rows"]), int(first["columns"])), "spacing_mm": spacing, "spacing_source": source}
     photometric = first.get("photometric", "unknown")
     signed = "int" if first.get("pixel_representation") else "uint"
     steps = group.geometry if group.geometry.spacing_mm else None
     return {
+        **known,
         "modality": modality,
         "domain": domain,
         "kind": kind,
@@ -351,19 +356,24 @@ def _describe(headers: list[Mapping[str, Any]], group: SliceGroup, flags: list[s
         "transfer_syntax": syntax,
         "lossy": lossy,
         "units": units,
-        "vendor": _vendor(first.get("manufacturer", "")),
-        "field_strength_t": first.get("field_strength"),
-        "kvp": first.get("kvp"),
-        "tr": first.get("repetition_time"),
-        "te": first.get("echo_time"),
-        "ti": first.get("inversion_time"),
-        **_region(first.get("body_part", "")),
-        "sex": first["sex"] if first.get("sex") in ("F", "M", "O") else "unknown",
         "quality_flags": tuple(dict.fromkeys(flags)),
         "status": "rejected" if reason else ("flagged" if flags else "ok"),
         "reason": reason,
         **geometry,
     }
+
+
+def _modality(header: Mapping[str, Any]) -> str:
+    """Return the modality; what the object is (its SOP class) comes before what its Modality tag says."""
+    stated = str(header.get("modality", "unknown")).upper()
+    stated = stated if stated in MODALITIES else "unknown" if stated == "UNKNOWN" else "other"
+    uid = header.get("sop_class_uid", "")
+    if sop_kind(uid) in ("report", "rt", "waveform", "presentation", "document"):
+        return stated if stated in ("SR", "RTDOSE", "ECG") else "other"
+    by_class = sop_modality(uid)
+    if by_class is None or stated == by_class or {stated, by_class} <= {"CR", "DX"}:
+        return stated
+    return by_class if by_class != "OT" else "other"
 
 
 def dicom_fault(headers: Sequence[Mapping[str, Any]], group: SliceGroup, role: str) -> str | None:
@@ -445,21 +455,6 @@ def _place(
     for place, member in enumerate(members):
         file = placed[member.path]
         file.series_id, file.place, file.reason = row.series_id, place, row.reason
-
-
-def _vendor(text: str) -> str:
-    low = text.lower()
-    if not low.strip():
-        return "unknown"
-    return next((name for name, parts in VENDORS.items() if low.startswith(parts) or any(p in low for p in parts)), "other")
-
-
-def _region(text: str) -> dict[str, Any]:
-    low = text.lower()
-    if not low.strip():
-        return {}
-    found = tuple(name for name, parts in REGIONS.items() if any(part in low for part in parts))
-    return {"body_region": found or ("other",), "body_region_source": "tag"}
 
 
 def _number(value: Any) -> float | None:

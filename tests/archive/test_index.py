@@ -19,9 +19,9 @@ import duckdb
 import numpy as np
 import pytest
 
+from medssl.archive.attributes import MODALITIES
 from medssl.archive.index import IndexSummary, index, read_splits, stem
 from medssl.archive.reasons import FILE_REASONS, FLAGS, SERIES_REASONS
-from medssl.archive.series import MODALITIES
 from medssl.archive.table import Archive, SeriesRow
 from medssl.domains.volume_files import read_volume
 from medssl.errors import RequestError
@@ -471,7 +471,7 @@ def test_real_archive__counts_and_verdicts(tmp_path: Path, shared_data: Path) ->
         assert numbers[fmri.index(row)] == list(range(15 * k + 1, 15 * k + 16))
     assert len(archive.select("reason = 'mosaic'", rejected=True)) == 4
     (t1,) = archive.select("n_slices = 24 and domain = 'mri' and vendor = 'other'")
-    assert (t1.role, t1.quality_flags, t1.plane) == ("source", ("derived",), "axial")
+    assert (t1.role, t1.quality_flags, t1.plane) == ("source", ("age_conflict", "derived"), "axial")  # its PatientAge is "42"
     assert {row.reason for row in archive.select("domain = 'unknown'", rejected=True)} >= {None, "not_3d", "not_scalar"}
 
 
