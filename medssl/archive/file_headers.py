@@ -21,19 +21,71 @@ HEAD_BYTES = 4096
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 """LPS to RAS, and back."""
 
-_OTHER_IMAGES = (
-    b"\x89PNG",
-    b"\xff\xd8\xff",
-    b"II*\0",
-    b"MM\0*",
-    b"II+\0",
-    b"GIF8",
-    b"BM",
-    b"\0\0\x01\xba",
-    b"\x1aE\xdf\xa3",
-    b"\x8bJXL",
-    b"\0\0\0\x0cjP",
+DICOM_KINDS = ("dicom", "dicom_wsi")
+VOLUME_KINDS = ("nifti", "nifti_gz", "nrrd", "metaimage")
+IMAGE_KINDS = ("png", "jpeg", "tiff", "gif", "bmp")
+VIDEO_KINDS = ("avi", "mp4", "mpeg_ps", "mpeg_es", "mpeg_ts", "mkv", "asf")
+CONTAINER_KINDS = ("zip", "tar", "gzip", "bzip2", "xz")
+KINDS: dict[str, str] = {
+    "dicom": "DICOM, with or without preamble",
+    "dicom_wsi": "DICOM whose class is VL Whole Slide Microscopy",
+    "dicomdir": "DICOM directory: no pixels, a hint at most",
+    "nifti": "NIfTI-1 or NIfTI-2, one file or the header of a pair",
+    "nifti_gz": "the same, compressed",
+    "nrrd": "NRRD, or NHDR with detached data",
+    "metaimage": "MHA, or MHD with detached data",
+    "png": "PNG or APNG",
+    "jpeg": "JPEG; also the start of a MIRAX slide",
+    "tiff": "TIFF or BigTIFF: `image_headers` tells slides, OME-TIFF and plain ones apart by their tags",
+    "gif": "GIF, one picture or several",
+    "bmp": "Windows bitmap",
+    "avi": "AVI",
+    "mp4": "MP4 or QuickTime",
+    "mpeg_ps": "MPEG program stream",
+    "mpeg_es": "MPEG-1 or MPEG-2 video without a container",
+    "mpeg_ts": "MPEG transport stream",
+    "mkv": "Matroska or WebM",
+    "asf": "ASF (WMV)",
+    "zip": "zip",
+    "tar": "tar",
+    "gzip": "gzip of something else than NIfTI (a tar, a single file)",
+    "bzip2": "bzip2",
+    "xz": "xz",
+    "sidecar": "JSON of a converter such as dcm2niix",
+    "image": "an image format that has no reader",
+    "empty": "no bytes",
+    "other": "none of these",
+}
+"""Everything that `sniff` returns."""
+
+_SIGNATURES = (
+    (b"\x89PNG\r\n", "png"),
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"II+\0\x08\0\0\0", "tiff"),
+    (b"MM\0+\0\x08\0\0", "tiff"),
+    (b"GIF87a", "gif"),
+    (b"GIF89a", "gif"),
+    (b"\0\0\x01\xba", "mpeg_ps"),
+    (b"\0\0\x01\xb3", "mpeg_es"),
+    (b"\x1aE\xdf\xa3", "mkv"),
+    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf"),
+    (b"PK\x03\x04", "zip"),
+    (b"PK\x05\x06", "zip"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"\x8bJXL", "image"),  # JPEG XL in a box file starts as JPEG 2000 does
+    (b"\0\0\0\x0cJXL ", "image"),
+    (b"\xff\x0a", "image"),
+    (b"\0\0\0\x0cjP", "image"),
+    (b"\xff\x4f\xff\x51", "image"),
+    (b"ZISRAWFILE", "image"),
 )
+_STILL_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis", b"jp2 ", b"jpx ", b"jxl ")
+_QUICKTIME_BOXES = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+_DICOMDIR_CLASS = b"1.2.840.10008.1.3.10"
+_WSI_CLASS = b"1.2.840.10008.5.1.4.1.1.77.1.6"
 _NRRD_TYPES = {
     "signed char": "i1", "int8": "i1", "int8_t": "i1",
     "uchar": "u1", "unsigned char": "u1", "uint8": "u1", "uint8_t": "u1",
@@ -81,28 +133,76 @@ def sniff(head: bytes) -> str:
     """Tell a file's kind from its first bytes, never from its name.
 
     Returns:
-        `dicom`, `nifti`, `nifti_gz`, `nrrd`, `metaimage`, `gzip`, `image` (another image or video format), `empty` or
-        `other`.
+        A key of `KINDS`.
     """
     if not head:
         return "empty"
     if head[128:132] == b"DICM":
-        return "dicom"
+        return _dicom_kind(head)
     if head[:7] == b"NRRD000":
         return "nrrd"
     if _is_nifti(head):
         return "nifti"
     if head[:2] == b"\x1f\x8b":
         return "nifti_gz" if _is_nifti(inflate(head, 540)) else "gzip"
-    if head.startswith(_OTHER_IMAGES) or head[4:8] == b"ftyp" or (head[:4] == b"RIFF" and head[8:12] == b"AVI "):
-        return "image"
+    for signature, kind in _SIGNATURES:
+        if head.startswith(signature):
+            return kind
+    if head[:4] == b"RIFF":
+        return {b"AVI ": "avi", b"WEBP": "image"}.get(head[8:12], "other")
+    if head[4:8] == b"ftyp":
+        return "image" if head[8:12] in _STILL_BRANDS else "mp4"
+    # QuickTime before 2001 has no `ftyp`; its first box has a size of its own, 1 (64 bits follow) or 8 and more.
+    if head[4:8] in _QUICKTIME_BOXES and len(head) >= 16 and (head[:4] == b"\0\0\0\1" or head[:4] >= b"\0\0\0\x08"):
+        return "mp4"
+    if _is_bmp(head):
+        return "bmp"
+    if is_tar(head):
+        return "tar"
     text = head[:1024]
     if b"NDims" in text and (b"ElementType" in head or b"ElementDataFile" in head or b"ObjectType" in text):
         return "metaimage"
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
+        return "sidecar" if b'"Modality"' in head else "other"
+    if len(head) > 376 and head[0] == head[188] == head[376] == 0x47:
+        return "mpeg_ts"
     # DICOM without a preamble starts with a data element of group 0002 or 0008, in either byte order.
     if len(head) >= 8 and (head[:2] in (b"\x02\0", b"\x08\0") or head[:2] in (b"\0\x02", b"\0\x08")) and _plausible(head):
-        return "dicom"
+        return _dicom_kind(head)
     return "other"
+
+
+def _dicom_kind(head: bytes) -> str:
+    """Look for MediaStorageSOPClassUID (0002,0002) or SOPClassUID (0008,0016), in both byte orders and VR forms."""
+    for tag in (b"\x02\0\x02\0", b"\x08\0\x16\0", b"\0\x02\0\x02", b"\0\x08\0\x16"):
+        place = head.find(tag)
+        # Tag, VR and length take eight bytes in every form that can hold a UID.
+        value = head[place + 8 : place + 72] if place >= 0 else b""
+        if value.startswith(_DICOMDIR_CLASS) and value[len(_DICOMDIR_CLASS) : len(_DICOMDIR_CLASS) + 1] in (b"\0", b" ", b""):
+            return "dicomdir"
+        if value.startswith(_WSI_CLASS) and value[len(_WSI_CLASS) : len(_WSI_CLASS) + 1] in (b"\0", b" ", b""):
+            return "dicom_wsi"
+    return "dicom"
+
+
+def _is_bmp(head: bytes) -> bool:
+    if head[:2] != b"BM" or len(head) < 26:
+        return False
+    offset, header = struct.unpack_from("<II", head, 10)
+    return header in (12, 40, 52, 56, 64, 108, 124) and 14 + header <= offset < 1 << 20
+
+
+def is_tar(head: bytes) -> bool:
+    """Return whether a block starts a tar archive: the checksum of its header fits (POSIX, GNU and the old form alike)."""
+    if len(head) < 512 or not head[0]:
+        return False
+    try:
+        stated = int(head[148:156].strip(b" \0") or b"x", 8)
+    except ValueError:
+        return False
+    # The checksum counts its own field as spaces; some old writers summed signed bytes.
+    block = np.frombuffer(head[:148] + b" " * 8 + head[156:512], np.uint8)
+    return stated in (int(block.sum(dtype=np.int64)), int(block.view(np.int8).sum(dtype=np.int64)))
 
 
 def _plausible(head: bytes) -> bool:

@@ -114,8 +114,8 @@ def _find_duplicates(connection: Any, private: Path) -> None:
     """
     connection.execute("CREATE TABLE duplicate (path VARCHAR)")
     connection.execute(
-        """CREATE TABLE alike AS SELECT path, mtime_ns, digest FROM live WHERE reason IS NULL AND kind IN ('dicom', 'volume') AND digest IN
-        (SELECT digest FROM live WHERE reason IS NULL AND kind IN ('dicom', 'volume') GROUP BY digest HAVING count(*) > 1)"""
+        """CREATE TABLE alike AS SELECT path, mtime_ns, digest FROM live WHERE reason IS NULL AND kind IN ('dicom', 'volume', 'image') AND digest IN
+        (SELECT digest FROM live WHERE reason IS NULL AND kind IN ('dicom', 'volume', 'image') GROUP BY digest HAVING count(*) > 1)"""
     )
     store = private / "confirmed.parquet"
     if store.exists():

@@ -19,6 +19,10 @@ FILE_REASONS: dict[str, str] = {
     "worker_lost": "the process that read it died; running again retries it",
     "withdrawn": "withdrawn from the archive",
     "unsupported_vendor": "a vendor's own format that has no reader",
+    "container": "a zip, tar or gzip file; its members have rows of their own",
+    "container_limit": "a member that unpacks to more than any image does",
+    "encrypted": "encrypted; unpack it with its password first",
+    "no_decoder": "no decoder is installed for it",
     "sidecar": "a converter's JSON file, read for its modality",
     "duplicate": "the same bytes as a file that is used",
 }
@@ -34,7 +38,6 @@ SERIES_REASONS: dict[str, str] = {
     "irregular_slices": "slice gaps differ",
     "collision": "several slices at one position that no tag separates",
     "single_slice": "one slice only",
-    "no_decoder": "no decoder for its compression is installed",
     "multiframe": "multi-frame DICOM has no reader yet",
     "mosaic": "Siemens mosaic has no reader yet",
     "localiser": "a localiser",

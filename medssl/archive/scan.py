@@ -6,6 +6,7 @@ once and read twice: its first 64 KiB and its end.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -19,7 +20,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from medssl.archive.dicom_header import parse_header
-from medssl.archive.file_headers import read_volume_header, sniff
+from medssl.archive.containers import SEPARATOR, copy_limited, in_memory, members
+from medssl.archive.file_headers import CONTAINER_KINDS, DICOM_KINDS, IMAGE_KINDS, VIDEO_KINDS, VOLUME_KINDS, read_volume_header, sniff
+from medssl.archive.image_headers import read_image_header
 from medssl.archive.paths import to_path, to_text
 from medssl.errors import ImageError
 
@@ -48,7 +51,7 @@ SCAN_COLUMNS = {
 }
 """What one scanned file leaves in `private/scan`.
 
-`kind` is `dicom`, `volume`, `sidecar` or `other`; `source_id` a hash of the path on disk; `group_key` is shared by files that may
+`kind` is `dicom`, `volume`, `image`, `sidecar` or `other`; `source_id` a hash of the path on disk; `group_key` is shared by files that may
 be one series; `sop_id` a hash of the instance UID, null without one; `header` is JSON that slices of a series share (Parquet keeps it
 once), `slice` JSON of what differs between them."""
 SLICE_KEYS = frozenset(
@@ -131,21 +134,69 @@ def file_digest(path: Path) -> str:
     return str(scan_file(str(path))[0]["digest"])
 
 
-def _scan(path: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+_READ = {
+    **dict.fromkeys(DICOM_KINDS, "dicom"),
+    **dict.fromkeys(VOLUME_KINDS, "volume"),
+    **dict.fromkeys((*IMAGE_KINDS, *VIDEO_KINDS), "image"),
+}
+
+
+def _scan_container(path: str, row: dict[str, Any], kind: str, *, nested: bool) -> list[dict[str, Any]]:
+    """Return the row of a container and those of its members; a container inside a container stays closed."""
+    if nested:
+        row["reason"] = "unsupported_format"
+        return [_seal(row, {})]
+    row["reason"] = "container"
+    rows = [_seal(row, {})]
+    for member, stream in members(Path(path), kind):
+        inner = blank_row(f"{path}{SEPARATOR}{member.name}", member.reason)
+        inner["source_id"], inner["mtime_ns"] = row["source_id"], row["mtime_ns"]
+        if stream is None:
+            rows.append(_seal(inner, {}))
+            continue
+        with in_memory() as (target, name):
+            if not copy_limited(stream, target):
+                inner["reason"] = "container_limit"
+                rows.append(_seal(inner, {}))
+                continue
+            for found in _scan_member(name, inner):
+                found["mtime_ns"] = row["mtime_ns"]
+                rows.append(found)
+    return rows
+
+
+def _scan_member(name: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    try:
+        return _scan(name, row, nested=True)
+    except ImageError as err:
+        row["reason"] = err.reason
+    except Exception:  # as in `scan_file`
+        row["reason"] = "unreadable"
+    return [_seal(row, {})]
+
+
+def _scan(path: str, row: dict[str, Any], *, nested: bool = False) -> list[dict[str, Any]]:
     with open(path, "rb", buffering=0) as handle:
         status = os.fstat(handle.fileno())
         row["size"], row["mtime_ns"] = status.st_size, status.st_mtime_ns
         head = handle.read(HEAD_BYTES)
         kind = sniff(head)
-        if kind in ("empty", "image", "gzip", "other"):
-            return [_seal(*_not_volume(row, kind, head, handle))]
-        if kind == "dicom":
+        if kind in CONTAINER_KINDS:
+            return _scan_container(path, row, kind, nested=nested)
+        if kind not in _READ:
+            return [_seal(*_not_image(row, kind, head, handle))]
+        row["kind"] = _READ[kind]
+        if row["kind"] == "dicom":
             row["digest"] = _ends_digest(handle, head, status.st_size)
         else:
             row["digest"] = _content_digest(handle, head, status.st_size).hexdigest()
-        row["kind"] = "dicom" if kind == "dicom" else "volume"
         try:
-            header = _dicom(handle, head, status.st_size) if kind == "dicom" else _volume(Path(path), kind, head)
+            if row["kind"] == "dicom":
+                header = _dicom(handle, head, status.st_size)
+            elif row["kind"] == "image":
+                header = read_image_header(Path(path), kind)
+            else:
+                header = _volume(Path(path), kind, head)
         except ImageError as err:
             row["reason"] = err.reason
             return [_seal(row, {})]
@@ -199,12 +250,29 @@ def whole_digest(path: str) -> str:
     """Return a digest of all bytes of a file, or an empty string when it cannot be read."""
     digest = hashlib.blake2b(digest_size=20)
     try:
-        with open(path, "rb") as handle:
+        with _opened(path) as handle:
             while block := handle.read(1 << 20):
                 digest.update(block)
-    except OSError:
+    except (OSError, KeyError):
         return ""
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """Open a file, or a member of a container named `container!/name`."""
+    container, separator, name = path.partition(SEPARATOR)
+    if not separator or os.path.exists(path):
+        with open(path, "rb") as handle:
+            yield handle
+        return
+    with open(container, "rb") as handle:
+        kind = sniff(handle.read(HEAD_BYTES))
+    for member, stream in members(Path(container), kind):
+        if member.name == name and stream is not None:
+            yield stream
+            return
+    raise KeyError(name)
 
 
 def _digest_with(first: str, names: list[str]) -> str:
@@ -230,9 +298,9 @@ def data_unchanged(header: str) -> bool:
         return False
 
 
-def _not_volume(row: dict[str, Any], kind: str, head: bytes, handle: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    row["reason"] = {"empty": "empty", "image": "unsupported_format", "gzip": "unsupported_format"}.get(kind, "not_image")
-    if head[:1] == b"{" and row["path"].endswith(".json") and row["size"] <= MAX_SIDECAR_BYTES:
+def _not_image(row: dict[str, Any], kind: str, head: bytes, handle: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    row["reason"] = {"empty": "empty", "image": "unsupported_format"}.get(kind, "not_image")
+    if kind == "sidecar" and row["path"].endswith(".json") and row["size"] <= MAX_SIDECAR_BYTES:
         try:
             values = json.loads(head + handle.readall())
         except ValueError:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from medssl.archive._parquet import connect, quote, read_table
+from medssl.archive.containers import SEPARATOR, unpack
 from medssl.archive.paths import to_path
-from medssl.errors import RequestError, near
+from medssl.errors import ImageError, RequestError, near
 
 FORMAT = 2
 """2: the whole column set."""
@@ -328,7 +329,16 @@ class Archive:
         Raises:
             RequestError: The index has no such series.
         """
-        return [path for path, _ in self._entries(series_id)]
+        return [self._real(path) for path, _ in self._entries(series_id)]
+
+    def _real(self, path: Path) -> Path:
+        """Return a path on disk; a member of a container is unpacked into the private folder first."""
+        if SEPARATOR not in str(path) or path.exists():
+            return path
+        try:
+            return unpack(str(path), self.path / "private" / "unpacked")
+        except (OSError, KeyError) as err:
+            raise ImageError("vanished", "a container of this series has changed; run `medssl index` again") from err
 
     def digests(self, series_id: str) -> list[str]:
         """Return the digests of the files of a series, in the order of `files`."""

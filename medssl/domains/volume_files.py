@@ -217,7 +217,7 @@ def _read(files: Sequence[Path]) -> tuple[RawVolume, _Stack]:
         with open(files[0], "rb") as handle:
             head = handle.read(HEAD_BYTES)
         kind = sniff(head)
-        if kind == "dicom":
+        if kind in ("dicom", "dicom_wsi"):
             return _read_dicom(files)
         if kind in ("nifti", "nifti_gz"):
             return _read_nifti(files[0], kind, head)
@@ -231,7 +231,7 @@ def _read(files: Sequence[Path]) -> tuple[RawVolume, _Stack]:
         raise ImageError("truncated", "the gzip stream ends early; copy the file again from its source") from err
     if kind == "empty":
         raise ImageError("empty", "the file has no bytes; copy it again from its source")
-    reason = "unsupported_format" if kind in ("image", "gzip") else "not_image"
+    reason = "not_image" if kind in ("other", "sidecar", "dicomdir") else "unsupported_format"
     raise ImageError(reason, "not a volume file; NIfTI, NRRD, MetaImage and DICOM series are accepted")
 
 

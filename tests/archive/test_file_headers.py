@@ -43,7 +43,7 @@ def test_headers__agree_with_what_was_written(tmp_path: Path, name: str, kind: s
     [
         (b"", "empty"),
         (b"hello", "other"),
-        (b"\x89PNG\r\n", "image"),
+        (b"\x89PNG\r\n", "png"),
         (b"\x1f\x8b\x08\0junk", "gzip"),
         (b"\0" * 128 + b"DICM", "dicom"),
         (b"\x08\0\x05\0CS\x0a\0ISO_IR 100", "dicom"),
