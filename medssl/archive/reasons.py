@@ -73,6 +73,10 @@ FLAGS: dict[str, str] = {
     "patient_unknown": "no usable patient identity",
     "lossy": "lossy compression",
     "patient_shared": "one patient identity on people who differ",
+    "split_by_block": "one series of the source holds several stacks of different slice steps",
+    "tilt_corrected": "a sheared stack (gantry tilt) was moved slice by slice onto an orthogonal grid",
+    "gaps_filled": "missing slices became invalid planes",
+    "slices_resampled": "slices of slightly uneven steps were interpolated onto even ones",
 }
 """Quality flags."""
 

@@ -86,7 +86,7 @@ def test_float64__rounded_to_float32_with_a_flag(tmp_path: Path) -> None:
 
 
 def test_late_wide_value__earlier_slabs_survive_the_change_of_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medssl.domains.volume_files.SLAB_BYTES", 1)
+    monkeypatch.setattr("medssl.domains.volume_stack.SLAB_BYTES", 1)
     array = np.zeros((4, 5, 6), dtype=np.float32)
     array[1, 2] = [1, 200, -300, 0.25, 5, 6]
     raw = read_volume([write_nifti(tmp_path / "v.nii", array, plain_affine())])
