@@ -193,6 +193,8 @@ def _imagecodecs(path: Path, header: Header) -> Pixels:
 def _itk(path: Path, header: Header) -> Pixels:
     import SimpleITK as sitk
 
+    if header.get("photometric", "MONOCHROME2") != "MONOCHROME2":
+        raise ImageError("photometric", 'GDCM inverts such values; install another decoder with `pip install "medssl[dicom]"`')
     sitk.ProcessObject.GlobalWarningDisplayOff()
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
