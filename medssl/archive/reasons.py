@@ -84,6 +84,10 @@ FLAGS: dict[str, str] = {
     "patient_shared": "one patient identity on people who differ",
     "age_conflict": "age and dates disagree, or the age says nothing that can be",
     "date_invalid": "a date that cannot be",
+    "split_by_block": "one series of the source holds several stacks of different slice steps",
+    "tilt_corrected": "a sheared stack (gantry tilt) was moved slice by slice onto an orthogonal grid",
+    "gaps_filled": "missing slices became invalid planes",
+    "slices_resampled": "slices of slightly uneven steps were interpolated onto even ones",
 }
 """Quality flags."""
 

@@ -317,7 +317,8 @@ def _describe(headers: list[Mapping[str, Any]], group: SliceGroup, flags: list[s
     frames = int(first.get("n_frames") or 1)
     geometry: dict[str, Any] = {"shape": (int(first["columns"]), int(first["rows"]), max(len(headers), frames))}
     if group.geometry.affine is not None:
-        geometry = {**_canonical(group.geometry.affine, geometry["shape"], 2), "spacing_source": "header"}
+        shape = group.geometry.shape(int(first["columns"]), int(first["rows"]))
+        geometry = {**_canonical(group.geometry.affine, shape, 2), "spacing_source": "header"}
     domain = DOMAINS.get(modality, "unknown" if modality == "unknown" else "other")
     units = "unknown"
     if domain == "ct":
@@ -346,7 +347,7 @@ def _describe(headers: list[Mapping[str, Any]], group: SliceGroup, flags: list[s
         "volume_index": group.volume_index,
         "volume_axis": group.split_by or "none",
         "slice_thickness_mm": first.get("slice_thickness"),
-        "slice_step_mm": round(steps.spacing_mm[2], 6) if steps and steps.spacing_mm else None,
+        "slice_step_mm": round(steps.step_mm, 6) if steps else None,
         "step_cv": round(steps.step_cv, 6) if steps else None,
         "max_gap_mm": round(steps.max_gap_mm, 6) if steps else None,
         "tilt_deg": round(steps.tilt_deg, 4) if steps else None,

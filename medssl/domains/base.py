@@ -73,6 +73,7 @@ def build_sample(raw: RawVolume, mask: np.ndarray, *, series_id: str, domain: st
         slice_axis=raw.slice_axis,
         stats=stats,
         flags=tuple(dict.fromkeys([*raw.flags, *flags])),
+        facts=raw.facts,
     )
     return Sample(raw.array[None], raw.spacing_mm, raw.affine, raw.valid, meta)
 

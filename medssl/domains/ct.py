@@ -32,17 +32,21 @@ class CT:
 
     Args:
         body_hu: Lower limit of the foreground in HU.
+        keep_table: Leave the couch and everything else beside the body in the image. False sets it to air: all that is
+            not the largest connected body, whose inside (lungs, bowel gas) is filled slice by slice and stays. What
+            touches the body, a mattress or a cushion denser than the limit, stays with it.
     """
 
     name = "ct"
-    version = 1
+    version = 2
 
-    def __init__(self, body_hu: float = BODY_HU) -> None:
+    def __init__(self, body_hu: float = BODY_HU, keep_table: bool = True) -> None:
         self.body_hu = float(body_hu)
+        self.keep_table = bool(keep_table)
 
     def params(self) -> dict[str, Any]:
         """Return the arguments."""
-        return {"body_hu": self.body_hu}
+        return {"body_hu": self.body_hu, "keep_table": self.keep_table}
 
     def read(self, files: Sequence[Path], *, series_id: str, part: Mapping[str, Any] | None = None) -> Sample:
         """Read one CT volume.
@@ -56,6 +60,8 @@ class CT:
             flags = _check(raw)
             if raw.valid is not None and raw.array.dtype != np.uint8:
                 raw.array[~raw.valid] = AIR_HU
+            if not self.keep_table and raw.array.dtype != np.uint8:
+                raw.array[~body(raw.array, self.body_hu, raw.valid, raw.slice_axis)] = AIR_HU
             mask = above(raw.array, self.body_hu, raw.valid)
             if not mask.any():
                 mask = np.ones(raw.array.shape, dtype=bool) if raw.valid is None else raw.valid.copy()
@@ -66,6 +72,34 @@ class CT:
     def foreground(self, sample: Sample) -> np.ndarray:
         """Return voxels above `body_hu`, (X, Y, Z) bool."""
         return above(sample.image[0], self.body_hu, sample.valid)
+
+
+def body(array: np.ndarray, body_hu: float, valid: np.ndarray | None = None, slice_axis: int | None = None) -> np.ndarray:
+    """Return the body with its inside: the largest component above a limit, its holes filled slice by slice.
+
+    Args:
+        array: (X, Y, Z) HU.
+        body_hu: Lower limit of tissue.
+        valid: (X, Y, Z) bool or None.
+        slice_axis: Axis along which slices lie; the last one when unknown.
+
+    Returns:
+        (X, Y, Z) bool; everything when nothing is above the limit.
+    """
+    from scipy import ndimage
+
+    labels, n = ndimage.label(above(array, body_hu, valid))
+    if n == 0:
+        return np.ones(array.shape, dtype=bool)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    mask: np.ndarray = labels == int(sizes.argmax())
+    del labels
+    # Airways and bowel are open at the ends of the volume, so holes are closed in planes.
+    planes = np.moveaxis(mask, 2 if slice_axis is None else slice_axis, 0)
+    for plane in planes:
+        plane[...] = ndimage.binary_fill_holes(plane)
+    return mask
 
 
 def _check(raw: RawVolume) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from medssl.archive.dicom_header import read_header
 from medssl.archive.dicom_series import role_of, slice_geometry, split_series
 from tests.synthetic import LPS, oblique_affine, rotation
 
@@ -43,23 +45,137 @@ def test_slice_geometry__order_and_affine_against_a_plain_loop() -> None:
     assert geometry.spacing_mm == pytest.approx((0.8, 1.1, 2.5))
 
 
-@pytest.mark.parametrize("tilt", [0.0, 0.3, 0.8, 18.5])
-def test_slice_geometry__tilt_measured_and_refused_above_half_a_degree(tilt: float) -> None:
+@pytest.mark.parametrize("tilt", [0.0, 0.3, 0.8, 18.5, 30.0])
+def test_slice_geometry__tilt_measured_and_corrected_above_half_a_degree(tilt: float) -> None:
     turned = rotation((tilt, 0, 0)) @ np.array([[1.0, 0, 0], [0, 1, 0]]).T
     geometry = slice_geometry(stack(10, 4.0), [*turned[:, 0], *turned[:, 1]], [1, 1])
     assert geometry.tilt_deg == pytest.approx(tilt, abs=1e-5)
-    assert geometry.faults == (("gantry_tilt",) if tilt > 0.5 else ())
+    assert geometry.faults == () and geometry.step_mm == pytest.approx(4.0)
+    assert geometry.affine is not None and geometry.spacing_mm is not None
+    if tilt <= 0.5:
+        assert geometry.flags == () and geometry.shifts is None and geometry.grow == (0, 0)
+        return
+    assert geometry.flags == ("tilt_corrected",)
+    # The planes stay; their distance along the normal is the position step times the cosine.
+    assert geometry.spacing_mm[2] == pytest.approx(4.0 * np.cos(np.deg2rad(tilt)))
+    edges = geometry.affine[:3, :3] / np.linalg.norm(geometry.affine[:3, :3], axis=0)
+    np.testing.assert_allclose(edges.T @ edges, np.eye(3), atol=1e-9)
+    # Pixel (0, 0) of every slice, moved by its shift, is where its position says.
+    assert geometry.shifts is not None and geometry.shifts.min() == 0
+    for k in range(10):
+        x, y = geometry.shifts[k]
+        np.testing.assert_allclose(geometry.affine @ [x, y, k, 1], [*(LPS[:3, :3] @ [0, 0, 4.0 * k]), 1], atol=1e-6)
+    assert geometry.shape(9, 8) == (9, 8 + int(np.ceil(36 * np.sin(np.deg2rad(tilt)))), 10)
 
 
-def test_slice_geometry__rounded_positions_are_regular_and_a_missing_slice_is_not() -> None:
+def test_slice_geometry__sheared_beyond_any_gantry_is_refused() -> None:
+    turned = rotation((50.0, 0, 0)) @ np.array([[1.0, 0, 0], [0, 1, 0]]).T
+    assert slice_geometry(stack(10, 4.0), [*turned[:, 0], *turned[:, 1]], [1, 1]).faults == ("gantry_tilt",)
+
+
+def test_slice_geometry__rounded_positions_are_regular() -> None:
     positions = np.round(stack(100, 0.625) + 0.3333, 2)
-    assert slice_geometry(positions, AXIAL, [1, 1]).faults == ()
-    missing = slice_geometry(np.delete(positions, 50, axis=0), AXIAL, [1, 1])
-    assert missing.faults == ("irregular_slices",)
-    assert missing.max_gap_mm == pytest.approx(1.25, abs=0.02) and missing.step_cv > 0.05
+    geometry = slice_geometry(positions, AXIAL, [1, 1])
+    assert geometry.faults == () and geometry.planes is None
     sideways = stack(10)
     sideways[5, 0] += 3
     assert slice_geometry(sideways, AXIAL, [1, 1]).faults == ("irregular_slices",)
+
+
+def test_slice_geometry__few_missing_slices_become_empty_planes() -> None:
+    positions = np.delete(np.round(stack(40, 0.625) + 0.3333, 2), [20, 31, 32], axis=0)
+    geometry = slice_geometry(positions, AXIAL, [1, 1])
+    assert geometry.faults == () and geometry.flags == ("gaps_filled",)
+    assert geometry.planes is not None and np.flatnonzero(np.isnan(geometry.planes)).tolist() == [20, 31, 32]
+    np.testing.assert_array_equal(geometry.planes[~np.isnan(geometry.planes)], np.arange(37))
+    assert geometry.affine is not None
+    for plane, place in enumerate(geometry.planes):
+        if not np.isnan(place):
+            np.testing.assert_allclose((geometry.affine @ [0, 0, plane, 1])[2], positions[int(place), 2], atol=0.02)
+    assert geometry.max_gap_mm == pytest.approx(1.875, abs=0.02) and geometry.step_cv > 0.05
+    many = slice_geometry(np.delete(stack(20), [5, 10, 15], axis=0), AXIAL, [1, 1])
+    assert many.faults == ("irregular_slices",) and many.flags == ()
+
+
+def test_slice_geometry__jitter_is_interpolated_onto_even_steps() -> None:
+    positions = stack(12)
+    positions[:, 2] += np.random.default_rng(1).uniform(-0.2, 0.2, 12) * (np.arange(12) % 11 > 0)
+    geometry = slice_geometry(positions, AXIAL, [1, 1])
+    assert geometry.faults == () and geometry.flags == ("slices_resampled",)
+    assert geometry.affine is not None and geometry.planes is not None
+    depth = (geometry.affine @ np.array([[0, 0, k, 1] for k in range(12)]).T)[2]
+    np.testing.assert_allclose(np.interp(geometry.planes, np.arange(12), positions[:, 2]), depth, atol=1e-9)
+
+
+def test_split__stacks_of_two_steps_are_two_blocks_and_needless_tags_are_recorded() -> None:
+    """As the GE head CT, whose AcquisitionNumber changes with nearly every slice."""
+    positions = np.array([[0, 0, z] for z in [*np.arange(6) * 4.0, 21.0, *(21.0 + np.arange(1, 7) * 7.0)]])
+    groups = split_series(headers(positions, acquisition_number=[1, 2, 3, 4, 5, 6, *[7] * 3, *[8] * 4]))
+    assert [group.indices for group in groups] == [tuple(range(6)), tuple(range(6, 13))]
+    assert [group.geometry.step_mm for group in groups] == [4.0, 7.0]
+    assert [(group.split_by, group.volume_index, group.n_volumes) for group in groups] == [("block", 0, 2), ("block", 1, 2)]
+    assert all(group.flags == ("split_by_block",) and group.varying == ("acquisition_number",) for group in groups)
+
+
+def test_split__a_stray_slice_goes_to_a_group_of_its_own() -> None:
+    groups = split_series(headers([*stack(8), [0, 0, 47.0]]))
+    assert [group.indices for group in groups] == [tuple(range(8)), (8,)]
+    assert [group.geometry.faults for group in groups] == [(), ("single_slice",)]
+
+
+def test_split__by_the_tag_that_separates_regular_geometry() -> None:
+    """Two interleaved stacks of 4 and 5 mm that share no position: no block, but the tag knows."""
+    positions = [*np.add(stack(6, 4.0), [0, 0, 1.3]), *stack(6, 5.0)]
+    groups = split_series(headers(positions, acquisition_number=[1] * 6 + [2] * 6))
+    assert [(group.split_by, group.indices) for group in groups] == [
+        ("acquisition_number", tuple(range(6))),
+        ("acquisition_number", tuple(range(6, 12))),
+    ]
+    assert all(group.varying == () and group.geometry.faults == () for group in groups)
+
+
+def test_split__by_two_tags_where_one_leaves_collisions() -> None:
+    """Multi-echo times: three echoes at four times."""
+    rows = [(echo, time, z) for time in range(4) for z in range(5) for echo in range(3)]
+    groups = split_series(
+        headers(
+            [[0, 0, 2.0 * z] for _, _, z in rows],
+            echo_number=[e for e, _, _ in rows],
+            temporal_position=[t for _, t, _ in rows],
+        )
+    )
+    assert {group.split_by for group in groups} == {"echo_number+temporal_position"} and len(groups) == 12
+    for group in groups:
+        assert len({rows[i][:2] for i in group.indices}) == 1
+        assert [rows[i][2] for i in group.indices] == list(range(5))
+
+
+def test_ge_head__two_blocks(shared_data: Path) -> None:
+    """Positions as pydicom reads them: 14 slices every 4.22 mm, 14 every 7.38 mm, 1.14 mm apart."""
+    import pydicom
+
+    paths = sorted((shared_data / "ct_ge_gantry_tilt").glob("*.dcm"))
+    sets = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
+    assert len({str(ds.AcquisitionNumber) for ds in sets}) == 21
+    groups = split_series([read_header(path) for path in paths])
+    assert [len(group.indices) for group in groups] == [14, 14]
+    for group, step in zip(groups, (4.22, 7.38)):
+        z = [float(sets[i].ImagePositionPatient[2]) for i in group.indices]
+        np.testing.assert_allclose(np.diff(z), step, atol=1e-6)
+        assert group.geometry.step_mm == pytest.approx(step, abs=1e-6) and group.split_by == "block"
+        assert "acquisition_number" in group.varying and group.geometry.faults == ()
+        assert group.geometry.tilt_deg == pytest.approx(float(sets[0].GantryDetectorTilt), abs=1e-3)
+
+
+def test_nih_ge_fmri__fifteen_slices_at_ten_times(shared_data: Path) -> None:
+    import pydicom
+
+    paths = sorted((shared_data / "mr_dicom_nih" / "20180918GE" / "mr_0004").glob("*.dcm"))
+    groups = split_series([read_header(path) for path in paths])
+    assert [(len(group.indices), group.split_by) for group in groups] == [(15, "visit")] * 10
+    for k, group in enumerate(groups):
+        numbers = [int(pydicom.dcmread(paths[i], stop_before_pixels=True).InstanceNumber) for i in group.indices]
+        assert sorted(numbers) == list(range(15 * k + 1, 15 * k + 16))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medssl.archive.dicom_header import find_decoder
+from medssl.archive.decoders import decoders
 from medssl.domains.ct import CT
 from medssl.domains.mri import MRI
 from medssl.domains.volume_files import read_label, read_volume
@@ -86,7 +86,7 @@ def test_float64__rounded_to_float32_with_a_flag(tmp_path: Path) -> None:
 
 
 def test_late_wide_value__earlier_slabs_survive_the_change_of_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medssl.domains.volume_files.SLAB_BYTES", 1)
+    monkeypatch.setattr("medssl.domains.volume_stack.SLAB_BYTES", 1)
     array = np.zeros((4, 5, 6), dtype=np.float32)
     array[1, 2] = [1, 200, -300, 0.25, 5, 6]
     raw = read_volume([write_nifti(tmp_path / "v.nii", array, plain_affine())])
@@ -236,11 +236,12 @@ def test_dicom_geometry__refused_by_name(tmp_path: Path) -> None:
     normal = (affine[:3, 2] / np.linalg.norm(affine[:3, 2])) * [-1, -1, 1]
     files = slices_moved(tmp_path / "gap", {5: list(normal)})
     assert reason_of(files) == "irregular_slices"
+    # Three of fourteen slices missing at once are too many to fill.
     assert reason_of(files[:4] + files[7:]) == "irregular_slices"
     files = slices_moved(tmp_path / "same", {5: list(-2.5 * normal)})
     assert reason_of(files) == "collision"
     tilted = affine.copy()
-    tilted[:3, 2] += 0.1 * np.linalg.norm(affine[:3, 2]) * affine[:3, 1] / np.linalg.norm(affine[:3, 1])
+    tilted[:3, 2] += 1.2 * np.linalg.norm(affine[:3, 2]) * affine[:3, 1] / np.linalg.norm(affine[:3, 1])
     assert reason_of(write_dicom_series(tmp_path / "tilt", array, tilted)) == "gantry_tilt"
     files = write_dicom_series(tmp_path / "one", array[..., :1], affine)
     assert reason_of(files) == "single_slice"
@@ -256,21 +257,13 @@ def test_cut_slice__truncated(tmp_path: Path) -> None:
     assert reason_of(files) == "truncated"
 
 
-def test_ge_gantry_tilt__refused(shared_data: Path) -> None:
-    files = sorted((shared_data / "ct_ge_gantry_tilt").glob("*.dcm"))
-    with pytest.raises(GeometryError, match="sheared") as info:
-        CT().read(files, series_id=SERIES)
-    assert info.value.reason == "gantry_tilt"
-    assert SERIES in str(info.value) and "ct_ge" not in str(info.value)
-
-
-def test_covid_ct__jpeg_lossless_through_itk_in_slice_order(shared_data: Path) -> None:
-    """JPEG Lossless has no free pydicom plug-in; the GDCM inside SimpleITK decodes it. File names are not in slice order."""
+def test_covid_ct__jpeg_lossless_in_slice_order(shared_data: Path) -> None:
+    """JPEG Lossless has no free pydicom plug-in. File names are not in slice order."""
     import csv
 
     folder = shared_data / "ct_covid_ct_md"
     files = sorted((folder / "P002").iterdir())
-    assert find_decoder("1.2.840.10008.1.2.4.70") in ("itk", "pydicom")
+    assert "itk" in decoders("1.2.840.10008.1.2.4.70")
     sample = CT().read(files, series_id=SERIES)
     assert sample.image.shape == (1, 512, 512, 28) and sample.image.dtype == np.int16
     assert sample.meta.units == "HU" and sample.image.min() == -1024

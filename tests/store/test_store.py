@@ -247,7 +247,7 @@ def test_manifest__every_parameter_and_another_key_refused(tmp_path: Path) -> No
     create_store(tmp_path / "s", CT(body_hu=-400))
     manifest = read_manifest(tmp_path / "s")
     assert manifest is not None
-    assert manifest["domain"] == {"name": "ct", "version": 1, "params": {"body_hu": -400.0}}
+    assert manifest["domain"] == {"name": "ct", "version": 2, "params": {"body_hu": -400.0, "keep_table": True}}
     assert manifest["codec"] == {"name": "blosc2-zstd", "clevel": 1, "chunk": 64, "block": 32}
     assert manifest["key"] == store_key(CT(body_hu=-400)) != store_key(CT()) != store_key(MRI())
     before = sorted(tmp_path.rglob("*"))
