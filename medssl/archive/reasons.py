@@ -38,6 +38,8 @@ SERIES_REASONS: dict[str, str] = {
     "not_hu": "CT values that are not Hounsfield units",
     "photometric": "a photometric interpretation other than MONOCHROME2",
     "unsupported_pixels": "a pixel layout that has no reader yet",
+    "too_large": "a slide too large to be read whole; it is read in tiles",
+    "empty_tissue": "a slide on which no tissue was found",
 }
 """Reasons of series, and so of all their files."""
 
@@ -73,6 +75,10 @@ FLAGS: dict[str, str] = {
     "patient_unknown": "no usable patient identity",
     "lossy": "lossy compression",
     "patient_shared": "one patient identity on people who differ",
+    "mpp_missing": "a slide that does not state micrometres per pixel",
+    "mpp_estimated": "micrometres per pixel were estimated from the objective",
+    "mpp_user": "micrometres per pixel were given by the user",
+    "single_level": "a slide without a pyramid, slow at coarse resolutions",
 }
 """Quality flags."""
 
