@@ -22,6 +22,7 @@ OBJECTIVES: dict[str, str] = {
 DOMAINS: dict[str, str] = {
     "mri": "medssl.domains.mri:MRI",
     "ct": "medssl.domains.ct:CT",
+    "wsi": "medssl.domains.wsi:WSI",
 }
 NETWORKS: dict[str, str] = {
     "unetr": "medssl.networks.segmentation:build_unetr",

@@ -47,6 +47,8 @@ SERIES_REASONS: dict[str, str] = {
     "not_hu": "CT values that are not Hounsfield units",
     "photometric": "a photometric interpretation other than MONOCHROME2",
     "unsupported_pixels": "a pixel layout that has no reader yet",
+    "too_large": "a slide too large to be read whole; it is read in tiles",
+    "empty_tissue": "a slide on which no tissue was found",
 }
 """Reasons of series, and so of all their files."""
 
@@ -88,6 +90,10 @@ FLAGS: dict[str, str] = {
     "tilt_corrected": "a sheared stack (gantry tilt) was moved slice by slice onto an orthogonal grid",
     "gaps_filled": "missing slices became invalid planes",
     "slices_resampled": "slices of slightly uneven steps were interpolated onto even ones",
+    "mpp_missing": "a slide that does not state micrometres per pixel",
+    "mpp_estimated": "micrometres per pixel were estimated from the objective",
+    "mpp_user": "micrometres per pixel were given by the user",
+    "single_level": "a slide without a pyramid, slow at coarse resolutions",
 }
 """Quality flags."""
 
