@@ -22,6 +22,9 @@ OBJECTIVES: dict[str, str] = {
 DOMAINS: dict[str, str] = {
     "mri": "medssl.domains.mri:MRI",
     "ct": "medssl.domains.ct:CT",
+    "xray": "medssl.domains.xray:XRay",
+    "ultrasound": "medssl.domains.ultrasound:Ultrasound",
+    "microscopy": "medssl.domains.microscopy:Microscopy",
 }
 NETWORKS: dict[str, str] = {
     "unetr": "medssl.networks.segmentation:build_unetr",

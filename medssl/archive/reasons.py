@@ -38,6 +38,7 @@ SERIES_REASONS: dict[str, str] = {
     "not_hu": "CT values that are not Hounsfield units",
     "photometric": "a photometric interpretation other than MONOCHROME2",
     "unsupported_pixels": "a pixel layout that has no reader yet",
+    "no_tissue": "ultrasound without a two-dimensional tissue image",
 }
 """Reasons of series, and so of all their files."""
 
@@ -73,6 +74,11 @@ FLAGS: dict[str, str] = {
     "patient_unknown": "no usable patient identity",
     "lossy": "lossy compression",
     "patient_shared": "one patient identity on people who differ",
+    "frame_time_conflict": "sources of the frame time differ by more than a tenth",
+    "frame_time_unknown": "a clip without any frame time",
+    "colour_doppler": "colour Doppler was found in the tissue image",
+    "region_outside": "ultrasound regions reach beyond the image and were not used",
+    "channels_assumed": "images of one file whose meaning it does not state were taken for channels",
 }
 """Quality flags."""
 
