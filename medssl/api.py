@@ -219,7 +219,7 @@ def manifest_facts(recipe: PretrainRecipe, shelves: Sequence[build.Shelf]) -> di
     """Return what every weights manifest says about the run, besides the encoder itself."""
     section = next(iter(recipe.sources.values()))
     views = VolumeViews(**section.views)
-    spacings = [shelf.reader.record(row.series_id).spacing_mm for shelf in shelves for row in shelf.rows]
+    spacings = [shelf.reader.record(row.series_id).voxel_mm for shelf in shelves for row in shelf.rows]
     facts = facts_of_machine()
     return {
         "spacing_mm": list(views.spacing_mm) if views.spacing_mm else [float(v) for v in np.median(spacings, axis=0)],

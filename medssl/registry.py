@@ -23,6 +23,9 @@ DOMAINS: dict[str, str] = {
     "mri": "medssl.domains.mri:MRI",
     "ct": "medssl.domains.ct:CT",
     "wsi": "medssl.domains.wsi:WSI",
+    "xray": "medssl.domains.xray:XRay",
+    "ultrasound": "medssl.domains.ultrasound:Ultrasound",
+    "microscopy": "medssl.domains.microscopy:Microscopy",
 }
 NETWORKS: dict[str, str] = {
     "unetr": "medssl.networks.segmentation:build_unetr",

@@ -194,7 +194,7 @@ def check_domain(
 
     Args:
         name: Registered name or import path.
-        files: Files of one image that the domain must read.
+        files: Files of one volume, image or clip that the domain must read.
         args: Constructor arguments.
         affine: Expected affine, when known.
 
@@ -203,6 +203,26 @@ def check_domain(
     """
     domain = lookup("domain", name)(**(args or {}))
     sample: Sample = domain.read(list(files), series_id="0" * 32)
+    if sample.meta.kind == "volume":
+        _check_volume(sample, affine)
+    else:
+        assert sample.meta.kind in getattr(domain, "kinds", ()), f"`kinds` of the domain must name {sample.meta.kind}"
+        _check_planar(sample)
+    assert {"mean", "std", "p00_5", "p99_5"} <= set(sample.meta.stats), "meta.stats holds the foreground statistics"
+    assert np.isfinite(sample.image.astype(np.float64)).all(), "NaN voxels are replaced and marked in `valid`"
+    again = domain.read(list(files), series_id="0" * 32)
+    assert np.array_equal(again.image, sample.image), "reading twice must give the same voxels"
+    mask = domain.foreground(sample)
+    space = sample.image.shape[1:] if sample.meta.kind == "volume" else sample.image.shape[-2:]
+    assert mask.shape == space and mask.dtype == bool, f"foreground must be bool {space}"
+    assert sample.valid is None or not (mask & ~sample.valid).any(), "what is not valid is no foreground"
+    params = domain.params()
+    assert isinstance(params, dict) and domain.name and int(domain.version) >= 1, "name, version and params() key the store"
+    assert json.loads(json.dumps(params)) == params, "params() must survive JSON"
+    return sample
+
+
+def _check_volume(sample: Sample, affine: np.ndarray | None) -> None:
     assert sample.image.ndim == 4, f"image must be (C, X, Y, Z); found shape {sample.image.shape}"
     assert sample.image.dtype in (np.int16, np.uint8, np.float32), f"dtype {sample.image.dtype}; accepted: int16, uint8, float32"
     assert sample.affine is not None and sample.spacing_mm is not None, "a volume has an affine and a spacing"
@@ -211,13 +231,25 @@ def check_domain(
     assert np.allclose(np.linalg.norm(sample.affine[:3, :3], axis=0), sample.spacing_mm, rtol=1e-4), (
         "spacing_mm must match the affine"
     )
-    assert {"mean", "std", "p00_5", "p99_5"} <= set(sample.meta.stats), "meta.stats holds the foreground statistics"
-    assert np.isfinite(sample.image.astype(np.float64)).all(), "NaN voxels are replaced and marked in `valid`"
-    again = domain.read(list(files), series_id="0" * 32)
-    assert np.array_equal(again.image, sample.image), "reading twice must give the same voxels"
-    assert isinstance(domain.params(), dict) and domain.name and int(domain.version) >= 1, (
-        "name, version and params() key the store"
-    )
     if affine is not None:
         assert np.allclose(sample.affine, affine, atol=1e-4), f"affine is\n{sample.affine}, expected\n{affine}"
-    return sample
+
+
+def _check_planar(sample: Sample) -> None:
+    clip = sample.meta.kind == "clip"
+    image, times = sample.image, sample.meta.frame_times_ms
+    axes = "(T, C, H, W)" if clip else "(C, H, W)"
+    assert image.ndim == (4 if clip else 3), f"{sample.meta.kind} must be {axes}; found shape {image.shape}"
+    accepted = (np.uint8, np.uint16, np.int16, np.float32)
+    assert image.dtype in accepted, f"dtype {image.dtype}; accepted: uint8, uint16, int16, float32"
+    assert sample.affine is None, "images and clips have no affine"
+    assert sample.spacing_mm is None or (len(sample.spacing_mm) == 2 and min(sample.spacing_mm) > 0), (
+        "spacing_mm is (row step, column step), or None: nothing is assumed"
+    )
+    assert sample.valid is None or (sample.valid.shape == image.shape[-2:] and sample.valid.dtype == bool), "valid is bool (H, W)"
+    assert times is None or (clip and len(times) == len(image) and times[0] == 0 and all(np.diff(times) > 0)), (
+        "frame_times_ms belongs to clips: one time per frame, from 0, rising; None when unknown"
+    )
+    n_channels = image.shape[1] if clip else image.shape[0]
+    assert len(sample.meta.channels) in (0, n_channels), "channels names every channel, or none"
+    assert all(isinstance(value, str | float | bool) for value in sample.meta.facts.values()), "facts are words and numbers"

@@ -49,6 +49,7 @@ SERIES_REASONS: dict[str, str] = {
     "unsupported_pixels": "a pixel layout that has no reader yet",
     "too_large": "a slide too large to be read whole; it is read in tiles",
     "empty_tissue": "a slide on which no tissue was found",
+    "no_tissue": "ultrasound without a two-dimensional tissue image",
 }
 """Reasons of series, and so of all their files."""
 
@@ -94,6 +95,11 @@ FLAGS: dict[str, str] = {
     "mpp_estimated": "micrometres per pixel were estimated from the objective",
     "mpp_user": "micrometres per pixel were given by the user",
     "single_level": "a slide without a pyramid, slow at coarse resolutions",
+    "frame_time_conflict": "sources of the frame time differ by more than a tenth",
+    "frame_time_unknown": "a clip without any frame time",
+    "colour_doppler": "colour Doppler was found in the tissue image",
+    "region_outside": "ultrasound regions reach beyond the image and were not used",
+    "channels_assumed": "images of one file whose meaning it does not state were taken for channels",
 }
 """Quality flags."""
 

@@ -134,9 +134,9 @@ def intensity_stats(array: np.ndarray, mask: np.ndarray, valid: np.ndarray | Non
     from all foreground voxels and quantiles from a strided sample of at most two million of them.
 
     Args:
-        array: (X, Y, Z) uint8, int16 or float32.
-        mask: (X, Y, Z) bool foreground with at least one voxel.
-        valid: (X, Y, Z) bool or None; the denominator of the fraction.
+        array: (X, Y, Z) uint8, int16, uint16 or float32; images and clips in their own axes.
+        mask: Bool foreground of the same shape, with at least one voxel.
+        valid: Bool of the same shape, or None; the denominator of the fraction.
 
     Returns:
         `mean`, `std`, `p00_5`, `p05`, `p50`, `p95`, `p99_5`, `min`, `max` of the foreground and `foreground_fraction`
@@ -154,8 +154,8 @@ def intensity_stats(array: np.ndarray, mask: np.ndarray, valid: np.ndarray | Non
 
 
 def _counted_stats(array: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    offset = 0 if array.dtype == np.uint8 else 32768
-    counts = np.zeros(256 if offset == 0 else 65536, dtype=np.int64)
+    offset = 32768 if array.dtype == np.int16 else 0
+    counts = np.zeros(256 if array.dtype == np.uint8 else 65536, dtype=np.int64)
     for part in slabs(array.shape):
         values = array[part][mask[part]]
         counts += np.bincount(values.astype(np.int32) + offset, minlength=counts.size)
@@ -198,12 +198,14 @@ def foreground_points(mask: np.ndarray, n: int = 512) -> np.ndarray:
     """Return up to n foreground voxels, spread evenly at random over the foreground, the same on every run.
 
     Args:
-        mask: (X, Y, Z) bool, every axis shorter than 65536.
+        mask: (X, Y, Z), or (H, W) of an image or clip, bool, every axis shorter than 65536.
         n: Number wanted.
 
     Returns:
-        (K, 3) uint16 voxel indices in C order; all foreground voxels when there are at most n.
+        (K, 3) or (K, 2) uint16 indices in C order; all foreground voxels when there are at most n.
     """
+    if mask.ndim == 2:
+        return foreground_points(mask[None], n)[:, 1:]
     per_row = np.count_nonzero(mask, axis=2)  # (X, Y)
     ends = np.cumsum(per_row.ravel())
     total = int(ends[-1])

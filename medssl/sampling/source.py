@@ -94,14 +94,15 @@ class ImageSource:
             for item, box in zip(draw.ids, draw.boxes):
                 series_id = self.series[item]
                 record = self.reader.record(series_id)
-                start, size = voxel_box(box, self.view_maker.margin_mm(record.spacing_mm, key), record.spacing_mm)
+                spacing = record.voxel_mm
+                start, size = voxel_box(box, self.view_maker.margin_mm(spacing, key), spacing)
                 image, valid = self.reader.read_box(series_id, start, size)
-                origin = tuple(float(s * d) for s, d in zip(start, record.spacing_mm))
+                origin = tuple(float(s * d) for s, d in zip(start, spacing))
                 crops.append(
                     self.crop(
                         image=image,
                         valid=valid,
-                        spacing_mm=tuple(record.spacing_mm),
+                        spacing_mm=tuple(spacing),
                         origin_mm=origin,
                         box=box,
                         stats=record.stats,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medssl.errors import StoreError
-from medssl.store.manifest import ItemRecord, checksum, item_paths, read_manifest
+from medssl.errors import RequestError, StoreError
+from medssl.store.manifest import PLANAR_CHUNKS, ItemRecord, checksum, item_paths, read_manifest
 from medssl.types import ImageMeta, Sample
 
 MAX_RECORDS = 8192
@@ -87,16 +87,19 @@ class StoreReader:
 
         Args:
             series_id: Id of the item.
-            start: (3,) first voxel along X, Y, Z; may be negative.
-            size: (3,) voxels along X, Y, Z; the box may reach beyond the volume.
+            start: First voxel along X, Y, Z of a volume, H, W of an image, T, H, W of a clip; may be negative.
+            size: Voxels along the same axes; the box may reach beyond the item.
 
         Returns:
-            Voxels (C, *size) in the stored dtype, 0 outside the volume, and (*size) bool, True = real content.
+            Voxels (C, *size) in the stored dtype, 0 outside the item, and (*size) bool, True = real content. For a clip
+            (T, C, H, W) and (T, H, W).
 
         Raises:
             StoreError: The item is missing or damaged.
         """
         record = self.record(series_id)
+        if record.kind == "clip":
+            return self._read_clip_box(record, start, size)
         low = [max(0, int(s)) for s in start]
         high = [min(n, int(s) + int(w)) for s, w, n in zip(start, size, record.shape)]
         extent = tuple(int(w) for w in size)
@@ -115,10 +118,68 @@ class StoreReader:
         valid[place] = True if inner_valid is None else inner_valid
         return image, valid
 
+    def _read_clip_box(self, record: ItemRecord, start: Sequence[int], size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        first, top, left = (int(s) for s in start)
+        n, height, width = (int(w) for w in size)
+        low, high = max(0, first), min(record.shape[0], first + n)
+        image = np.zeros((n, record.channels, height, width), dtype=record.dtype)
+        valid = np.zeros((n, height, width), dtype=bool)
+        if low < high:
+            frames, seen = self.read_frames(record.series_id, range(low, high), (top, left), (height, width))
+            image[low - first : high - first] = frames
+            valid[low - first : high - first] = seen
+        return image, valid
+
+    def read_frames(
+        self, series_id: str, frames: Sequence[int], start: Sequence[int] | None = None, size: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Read chosen frames of a clip, for instance those of `domains.ultrasound.frames_at`, in the order given.
+
+        Chunks hold several frames: each chunk that a wanted frame lies in is decoded once, where frames rise.
+
+        Args:
+            series_id: Id of the clip.
+            frames: Frame numbers.
+            start: (2,) first row and column; may be negative. None reads whole frames.
+            size: (2,) rows and columns; may reach beyond the frame.
+
+        Returns:
+            (len(frames), C, *size) in the stored dtype, 0 outside, and (*size) bool, True = real content.
+
+        Raises:
+            RequestError: The item is no clip, or has no such frame.
+            StoreError: The item is missing or damaged.
+        """
+        record = self.record(series_id)
+        if record.kind != "clip":
+            raise RequestError(f"series {series_id} is a {record.kind}; frames are read from clips: use read_box")
+        n_frames, *shape = record.shape
+        if any(not 0 <= frame < n_frames for frame in frames):
+            raise RequestError(f"series {series_id} has frames 0 to {n_frames - 1}; others were asked for")
+        start = (0, 0) if start is None else start
+        size = shape if size is None else size
+        extent = tuple(int(w) for w in size)
+        image = np.zeros((len(frames), record.channels, *extent), dtype=record.dtype)
+        valid = np.zeros(extent, dtype=bool)
+        low = [max(0, int(s)) for s in start]
+        high = [min(n, int(s) + w) for s, w, n in zip(start, extent, shape)]
+        if any(a >= b for a, b in zip(low, high)):
+            return image, valid
+        voxels, mask, _ = item_paths(self.store, series_id)
+        region = tuple(slice(a, b) for a, b in zip(low, high))
+        place = tuple(slice(a - int(s), b - int(s)) for a, b, s in zip(low, high, start))
+        valid[place] = self._decode(mask, (slice(0, 1), *region), series_id)[0] if record.has_valid else True
+        for places, wanted in _runs(frames):
+            inner = self._decode(voxels, (slice(wanted[0], wanted[-1] + 1), slice(0, record.channels), *region), series_id)
+            image[(places, slice(None), *place)] = inner if len(inner) == len(wanted) else inner[[f - wanted[0] for f in wanted]]
+        return image, valid
+
     def read(self, series_id: str) -> Sample:
         """Read a whole item as the `Sample` that was written."""
         record = self.record(series_id)
-        image, valid = self.read_box(series_id, (0, 0, 0), record.shape)
+        image, valid = self.read_box(series_id, (0,) * len(record.shape), record.shape)
+        if record.kind == "clip":
+            valid = valid[0]
         meta = ImageMeta(
             series_id=series_id,
             domain=record.domain,
@@ -127,6 +188,10 @@ class StoreReader:
             slice_axis=record.slice_axis,
             stats=dict(record.stats),
             flags=record.flags,
+            kind=record.kind,
+            frame_times_ms=record.frame_times_ms,
+            channels=record.channel_names,
+            facts=dict(record.facts),
         )
         return Sample(image, record.spacing_mm, record.affine, valid if record.has_valid else None, meta)
 
@@ -170,3 +235,16 @@ class StoreReader:
             f"series {series_id} is damaged in the store {self.store}; delete items/{series_id}.json there and run "
             "`medssl cache` again: the other items stay valid"
         )
+
+
+def _runs(frames: Sequence[int]) -> Iterator[tuple[slice, list[int]]]:
+    """Yield (places, frame numbers): runs of rising frames that leave out no whole chunk between two of them."""
+    chunk = PLANAR_CHUNKS["clip"][0]
+    begun = 0
+    for place in range(1, len(frames) + 1):
+        ends = (
+            place == len(frames) or not frames[place - 1] < frames[place] or frames[place] // chunk > frames[place - 1] // chunk + 1
+        )
+        if ends:
+            yield slice(begun, place), [int(frame) for frame in frames[begun:place]]
+            begun = place

@@ -1,4 +1,4 @@
-"""Write canonical volumes into the store: lossless, atomic, one item at a time.
+"""Write canonical volumes, images and clips into the store: lossless, atomic, one item at a time.
 
 An item exists once its record does. The record is renamed into place last, after voxels and mask are on disk, so that
 whatever stops the writing (full disk, SIGKILL) leaves complete items and at most a stray temporary file, which the
@@ -26,6 +26,8 @@ from medssl.store.manifest import (
     CHUNK,
     CLEVEL,
     MANIFEST,
+    PLANAR_BLOCKS,
+    PLANAR_CHUNKS,
     ItemRecord,
     checksum,
     describe,
@@ -33,7 +35,7 @@ from medssl.store.manifest import (
     read_manifest,
     store_key,
 )
-from medssl.types import Sample
+from medssl.types import Kind, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +216,10 @@ def _cache_one(
 
 def _mask(domain: Any, sample: Sample) -> np.ndarray:
     find = getattr(domain, "foreground", None)
-    mask: np.ndarray = foreground(sample.image[0], sample.valid) if find is None else find(sample)
+    if find is None:
+        image = sample.image[:, 0].max(axis=0) if sample.meta.kind == "clip" else sample.image[0]
+        return foreground(image, sample.valid)
+    mask: np.ndarray = find(sample)
     return mask
 
 
@@ -222,10 +227,10 @@ def write_item(sample: Sample, store: Path, *, patient_id: str, mask: np.ndarray
     """Write one sample; an item of the same id is replaced.
 
     Args:
-        sample: The canonical volume.
+        sample: The canonical volume, image or clip.
         store: Store folder, prepared by `cache_items` or `create_store`.
         patient_id: Pseudonymous id.
-        mask: (X, Y, Z) bool foreground, from which the points for foreground-biased crops are taken.
+        mask: (X, Y, Z) or (H, W) bool foreground, from which the points for foreground-biased crops are taken.
         source: See `ItemRecord.source`.
 
     Raises:
@@ -234,18 +239,19 @@ def write_item(sample: Sample, store: Path, *, patient_id: str, mask: np.ndarray
     image, valid = sample.image, sample.valid
     if valid is not None and valid.all():
         valid = None
-    assert sample.spacing_mm is not None and len(sample.spacing_mm) == 3
+    kind = sample.meta.kind
+    assert kind != "volume" or (sample.spacing_mm is not None and sample.affine is not None)
     points = foreground_points(mask, MAX_POINTS)
-    voxels = compress(image)
-    mask_bytes = b"" if valid is None else compress(valid[None])
-    _, x, y, z = image.shape
+    voxels = compress(image, kind)
+    mask_bytes = b"" if valid is None else compress(valid[None], "volume" if kind == "volume" else "image")
+    channel_axis = 1 if kind == "clip" else 0
     record = ItemRecord(
         series_id=sample.meta.series_id,
         patient_id=patient_id,
-        channels=image.shape[0],
-        shape=(x, y, z),
+        channels=image.shape[channel_axis],
+        shape=(*image.shape[:channel_axis], *image.shape[channel_axis + 1 :]),
         spacing_mm=sample.spacing_mm,
-        affine=np.asarray(sample.affine, dtype=np.float64),
+        affine=None if sample.affine is None else np.asarray(sample.affine, dtype=np.float64),
         dtype=str(image.dtype),
         stats=dict(sample.meta.stats),
         slice_axis=sample.meta.slice_axis,
@@ -258,6 +264,10 @@ def write_item(sample: Sample, store: Path, *, patient_id: str, mask: np.ndarray
         modality=sample.meta.modality,
         units=sample.meta.units,
         source=source,
+        kind=kind,
+        frame_times_ms=sample.meta.frame_times_ms,
+        channel_names=tuple(sample.meta.channels),
+        facts=dict(sample.meta.facts),
     )
     paths = item_paths(store, record.series_id)
     contents = [voxels, mask_bytes, record.to_json().encode()]
@@ -267,25 +277,29 @@ def write_item(sample: Sample, store: Path, *, patient_id: str, mask: np.ndarray
     return record
 
 
-def compress(array: np.ndarray) -> bytes:
-    """Return (C, X, Y, Z) as a Blosc2 frame: zstd 1, chunks 64^3, blocks 32^3, one channel per chunk.
+def compress(array: np.ndarray, kind: Kind = "volume") -> bytes:
+    """Return an array as a Blosc2 frame: zstd 1, chunked as `manifest` says for its kind.
 
-    16-bit images that shuffling leaves above half their size are written with byte differences too: that saves 6 % of the
-    noisiest CT of `shared/data` and costs a fifth of the reading rate, so it is kept for those.
+    Volumes (C, X, Y, Z) have one channel per chunk. 16-bit images that shuffling leaves above half their size are written with
+    byte differences too: that saves 6 % of the noisiest CT of `shared/data` and costs a fifth of the reading rate, so it is
+    kept for those.
     """
-    frame = _frame(array, differences=False)
-    if array.dtype == np.int16 and len(frame) > DIFFERENCES_ABOVE * array.nbytes:
-        return _frame(array, differences=True)
+    frame = _frame(array, kind, differences=False)
+    if array.dtype in (np.int16, np.uint16) and len(frame) > DIFFERENCES_ABOVE * array.nbytes:
+        return _frame(array, kind, differences=True)
     return frame
 
 
-def _frame(array: np.ndarray, *, differences: bool) -> bytes:
+def _frame(array: np.ndarray, kind: Kind, *, differences: bool) -> bytes:
     """Compress in memory, a slab of one chunk's thickness at a time, so that no contiguous copy of the volume is made."""
     import blosc2
 
     shape = array.shape
-    chunks = (1, *(min(CHUNK, n) for n in shape[1:]))
-    blocks = (1, *(min(BLOCK, n) for n in chunks[1:]))
+    chunks: tuple[int, ...] = (1, *(min(CHUNK, n) for n in shape[1:]))
+    blocks: tuple[int, ...] = (1, *(min(BLOCK, n) for n in chunks[1:]))
+    if kind != "volume":
+        chunks = tuple(min(size, n) for size, n in zip(PLANAR_CHUNKS[kind], shape))
+        blocks = tuple(min(size, n) for size, n in zip(PLANAR_BLOCKS[kind], chunks))
     filters = [blosc2.Filter.SHUFFLE, blosc2.Filter.BYTEDELTA] if differences else [blosc2.Filter.SHUFFLE]
     meta = [0, array.dtype.itemsize] if differences else [0]
     frame = blosc2.empty(
@@ -296,6 +310,10 @@ def _frame(array: np.ndarray, *, differences: bool) -> bytes:
         cparams={"codec": blosc2.Codec.ZSTD, "clevel": CLEVEL, "nthreads": 1, "filters": filters, "filters_meta": meta},
         contiguous=True,
     )
+    if kind != "volume":
+        for start in range(0, shape[0], chunks[0]):
+            frame[start : start + chunks[0]] = np.ascontiguousarray(array[start : start + chunks[0]])
+        return bytes(frame.to_cframe())
     for channel in range(shape[0]):
         for start in range(0, shape[1], chunks[1]):
             stop = min(shape[1], start + chunks[1])

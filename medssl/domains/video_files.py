@@ -1,0 +1,161 @@
+"""Read AVI, MP4, MOV and MPEG clips through PyAV (extra `video`), and moving GIFs through Pillow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medssl.domains.planar import RawPlanar, check_size, frame_indices, os_fault
+from medssl.errors import ImageError
+
+CHROMA_NOISE = 24
+"""Distance of U and V from 128 up to which a sample counts as grey.
+
+Measured on the lung clips of `shared/data`: at most 9 in tinted ones, at most 1 in the others.
+"""
+CONFLICT = 0.10
+
+
+def read_video_file(path: Path, part: Mapping[str, Any] | None = None) -> RawPlanar:
+    """Read a clip.
+
+    Frames come as grey where no frame has colour, else as RGB. Times are the container's time stamps where every frame has
+    one and they rise, else its average rate; where the two disagree by more than a tenth, `frame_time_conflict` is flagged.
+
+    Args:
+        path: The file.
+        part: Which frames, see `domains.base.Domain.read`; the first of them has time 0.
+
+    Returns:
+        (T, 1 or 3, H, W) uint8.
+
+    Raises:
+        ImageError: `no_decoder` without PyAV, `unreadable`, `truncated`, `unsupported_pixels`.
+    """
+    try:
+        import av
+    except ImportError as err:
+        raise ImageError("no_decoder", 'video files need PyAV; install the extra with `pip install "medssl[video]"`') from err
+    try:
+        frames, times, rate = _decode(av, path, "gray")
+        if frames is None:
+            frames, times, rate = _decode(av, path, "rgb24")
+    except ImageError:
+        raise
+    except OSError as err:
+        raise os_fault(err) if type(err) in (FileNotFoundError, PermissionError) else _fault(err) from err
+    except Exception as err:  # PyAV's own classes, whose texts name the file
+        raise _fault(err) from err
+    if frames is None or not times:
+        raise ImageError("truncated", "a video without frames; copy it again from its source")
+    indices = frame_indices(part, len(times))
+    if part is not None:
+        frames = frames[indices]
+    raw = RawPlanar(frames[:, None] if frames.ndim == 3 else frames.transpose(0, 3, 1, 2), kind="clip")
+    _set_times(raw, times, rate, indices)
+    raw.flag("lossy")
+    return raw
+
+
+def _fault(err: Exception) -> ImageError:
+    return ImageError("unreadable", f"a video could not be decoded ({type(err).__name__}); copy it again from its source")
+
+
+def _decode(av: Any, path: Path, pixels: str) -> tuple[np.ndarray | None, list[float | None], float | None]:
+    """Decode all frames, (T, H, W) or (T, H, W, 3); None when grey was asked for and a frame has colour."""
+    times: list[float | None] = []
+    with av.open(str(path), mode="r") as container:
+        if not container.streams.video:
+            raise ImageError("not_image", "a media file without video; leave it out")
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1  # workers read one file each
+        rate = float(stream.average_rate) if stream.average_rate else None
+        height, width = int(stream.codec_context.height), int(stream.codec_context.width)
+        shape = (height, width, 3) if pixels == "rgb24" else (height, width)
+        # Containers that do not count their frames get room for some, and more as they come.
+        capacity = stream.frames if 0 < stream.frames < 1 << 20 else 64
+        check_size(height, width, capacity * math.prod(shape))
+        frames = np.empty((capacity, *shape), dtype=np.uint8)
+        for frame in container.decode(stream):
+            if pixels == "gray" and _has_colour(frame):
+                return None, [], None
+            image = frame.to_ndarray(format=pixels)
+            if image.shape != shape:
+                raise ImageError("geometry", "the frames of a video differ in size; one size is needed; split it")
+            if len(times) == len(frames):
+                check_size(height, width, 2 * frames.nbytes)
+                frames = np.concatenate([frames, np.empty_like(frames)])
+            frames[len(times)] = image
+            times.append(None if frame.pts is None or frame.time is None else float(frame.time) * 1000)
+    return frames[: len(times)], times, rate
+
+
+def _has_colour(frame: Any) -> bool:
+    """Return whether a frame has chroma beyond the noise of its compression, without converting it where it is planar YUV."""
+    if frame.format.name.startswith("gray"):
+        return False
+    if frame.format.name in ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"):
+        for plane in (frame.planes[1], frame.planes[2]):
+            chroma = np.frombuffer(plane, dtype=np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+            if int(chroma.max()) > 128 + CHROMA_NOISE or int(chroma.min()) < 128 - CHROMA_NOISE:
+                return True
+        return False
+    rgb = frame.to_ndarray(format="rgb24")
+    return int((rgb.max(axis=2) - rgb.min(axis=2)).max()) > 2 * CHROMA_NOISE
+
+
+def _set_times(raw: RawPlanar, times: list[float | None], rate: float | None, indices: list[int]) -> None:
+    stamps = np.array([np.nan if time is None else time for time in times])
+    rising = bool(np.isfinite(stamps).all() and (np.diff(stamps) > 0).all())
+    if rising and len(stamps) > 1:
+        step = float(np.diff(stamps).mean())
+        if rate is not None and not 1 - CONFLICT <= step * rate / 1000 <= 1 + CONFLICT:
+            raw.flag("frame_time_conflict")
+        raw.facts["fps_source"] = "timestamps"
+    elif rate is not None:
+        stamps = np.arange(len(times)) * (1000 / rate)
+        raw.facts["fps_source"] = "container"
+    else:
+        raw.facts["fps_source"] = "unknown"
+        raw.flag("frame_time_unknown")
+        return
+    chosen = stamps[indices] - stamps[indices[0]]
+    raw.frame_times_ms = tuple(float(f"{time:.9g}") for time in chosen)
+
+
+def read_gif_file(path: Path, part: Mapping[str, Any] | None = None) -> RawPlanar:
+    """Read a GIF: a clip when it moves, an image when it has one frame.
+
+    Raises:
+        ImageError: `unreadable`, `unsupported_pixels`.
+    """
+    from PIL import Image
+
+    from medssl.domains.image_files import pillow_planar
+
+    try:
+        with Image.open(path) as picture:
+            n_frames = int(getattr(picture, "n_frames", 1))
+            check_size(picture.height, picture.width, n_frames * picture.height * picture.width * 3)
+            frames, starts, now = [], [], 0.0
+            for index in range(n_frames):
+                picture.seek(index)
+                frames.append(pillow_planar(picture.convert("RGB")).array)
+                starts.append(now)
+                now += float(picture.info.get("duration", 0) or 0)
+    except ImageError:
+        raise
+    except Exception as err:
+        raise ImageError("unreadable", f"a GIF could not be decoded ({type(err).__name__}); copy it again from its source") from err
+    if n_frames == 1:
+        return RawPlanar(frames[0])
+    indices = frame_indices(part, n_frames)
+    raw = RawPlanar(np.stack([frames[index] for index in indices]), kind="clip")
+    # A duration of 0 means "as fast as possible": viewers choose, so nobody knows.
+    known = now > 0 and len(set(starts)) == n_frames
+    _set_times(raw, list(starts) if known else [None] * n_frames, None, indices)
+    return raw
