@@ -84,7 +84,7 @@ def group(out: str) -> dict[str, Any]:
     """Group the scan parts that lie in an index folder."""
     from medssl.archive.grouping import regroup
     from medssl.archive.ids import IdKey
-    from medssl.archive.series import Choice
+    from medssl.archive.rows import Choice
 
     nothing = Choice()
     regroup(Path(out), IdKey(b"k" * 32), lambda path: nothing, first_new_part=None)

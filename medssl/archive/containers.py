@@ -24,7 +24,17 @@ MAX_MEMBER_BYTES = 4 << 30
 MAX_TOTAL_BYTES = 1 << 40
 MAX_RATIO = 2000
 """No image compresses further; a bomb does."""
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, NotImplementedError, RuntimeError, ValueError)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,8 @@ def _open(path: Path, kind: str) -> Iterator[tuple[Member, IO[bytes] | None]]:
 
 
 def _inflating(path: Path, kind: str) -> Any:
-    return {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[kind](path, "rb")
+    opener: Any = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[kind]
+    return opener(path, "rb")
 
 
 def _holds_tar(path: Path, kind: str) -> bool:

@@ -42,14 +42,6 @@ SPLIT_TAGS = (
 """Tags that may tell volumes of one series apart, tried in this order."""
 CLOCKS = frozenset({"content_time", "acquisition_time"})
 
-MAPS = frozenset(
-    {
-        "ADC", "FA", "TRACEW", "TRACE", "CBF", "CBV", "MTT", "TTP", "TMAX", "PERFUSION", "T1_MAP", "T2_MAP",
-        "T2STAR_MAP", "SUBTRACTION", "SUBTRACT", "PHASE_MAP", "FIELD_MAP", "EFV", "IODINE", "SEGMENTATION", "DOSE",
-    }
-)  # fmt: skip
-"""ImageType values that name a map computed from other images."""
-
 
 @dataclass(frozen=True)
 class SliceGeometry:
@@ -438,23 +430,3 @@ def mosaic_geometry(header: Mapping[str, Any]) -> SliceGeometry:
     corner = corner + down_column * spacing[0] * (header["rows"] - rows) / 2
     positions = corner + order[:, None] * normal * float(layout["step_mm"])
     return slice_geometry(positions, orientation, spacing)
-
-
-def role_of(image_type: Sequence[str], sop_class_uid: str = "") -> str:
-    """Return the role of an image from ImageType (0008,0008).
-
-    One of source, localiser, reformat, mip, derived_map, screenshot. DERIVED alone does not make a map: converters
-    write it on everything.
-    """
-    values = {part.upper() for value in image_type for part in (value, *value.replace("/", " ").split())}
-    if sop_class_uid.startswith("1.2.840.10008.5.1.4.1.1.7") or {"SCREEN", "SCREENSHOT", "CAPTURE"} & values:
-        return "screenshot"
-    if {"LOCALIZER", "SCOUT"} & values:
-        return "localiser"
-    if {"MIP", "MINIP", "MIN_IP", "MAX_IP", "PROJECTION"} & values:
-        return "mip"
-    if MAPS & values:
-        return "derived_map"
-    if {"REFORMATTED", "MPR", "CSA", "RESAMPLED", "AVERAGE"} & values:
-        return "reformat"
-    return "source"

@@ -18,8 +18,9 @@ from typing import Any
 from medssl.archive._parquet import TableWriter, connect, files_of, quote, stream, temporary, write_json, write_query, write_table
 from medssl.archive.ids import IdKey
 from medssl.archive.paths import to_path
+from medssl.archive.rows import Choice, Scanned, as_record
 from medssl.archive.scan import short_hash, whole_digest
-from medssl.archive.series import Choice, Scanned, as_record, build_group
+from medssl.archive.series import build_group
 from medssl.archive.table import FILE_COLUMNS, PRIVATE_FILE_COLUMNS, PRIVATE_SERIES_COLUMNS, SERIES_COLUMNS
 
 PART_ROWS = 500_000
@@ -100,7 +101,7 @@ def _open(connection: Any, private: Path) -> None:
     connection.execute("CREATE TABLE attached (path VARCHAR, group_key VARCHAR)")
     for row in connection.execute(
         """SELECT h.header, l.group_key FROM live l JOIN headers h USING (header_id)
-        WHERE l.kind = 'volume' AND l.reason IS NULL AND h.header LIKE '%"data_files": ["%'"""
+        WHERE l.kind IN ('volume', 'image') AND l.reason IS NULL AND h.header LIKE '%"data_files": ["%'"""
     ).fetchall():
         names = json.loads(row[0])["data_files"]
         connection.execute("INSERT INTO attached SELECT unnest(?::VARCHAR[]), ?", [names, row[1]])

@@ -33,8 +33,8 @@ from medssl.archive.grouping import regroup, source_state
 from medssl.archive.ids import IdKey, load_key, make_key
 from medssl.archive.listing import LISTING_COLUMNS, Entry, look, read_list, settled, walk
 from medssl.archive.paths import to_path
+from medssl.archive.rows import DOMAINS, Choice
 from medssl.archive.scan import RETRIED, data_unchanged
-from medssl.archive.series import Choice
 from medssl.archive.sweep import LIMIT_S, next_part, sweep
 from medssl.archive.table import FORMAT
 from medssl.errors import RequestError
@@ -138,9 +138,9 @@ def index(
     roots = [_source(Path(source)) for source in sources]
     if not roots:
         raise RequestError(f"no source was given; name one or more folders holding {ACCEPTED}")
-    if modality not in ("unknown", "MR", "CT"):
+    if modality not in ("unknown", *DOMAINS):
         raise RequestError(
-            f"modality: {modality!r}; accepted are MR and CT (what files that do not say hold); leave it out when they differ"
+            f"modality: {modality!r}; accepted are {', '.join(DOMAINS)} (what files that do not say hold); leave it out when they differ"
         )
     options = options or ScanOptions()
     if workers is not None:

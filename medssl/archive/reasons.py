@@ -43,6 +43,8 @@ SERIES_REASONS: dict[str, str] = {
     "localiser": "a localiser",
     "screenshot": "a screenshot or report page",
     "derived_map": "a map computed from other images",
+    "label_image": "the label or overview of a slide, which may show a name",
+    "report": "a structured report",
     "no_domain": "a modality that has no domain yet",
     "not_hu": "CT values that are not Hounsfield units",
     "photometric": "a photometric interpretation other than MONOCHROME2",

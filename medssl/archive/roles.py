@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from medssl.archive.attributes import MODALITIES
 
 ROLES = ("source", "localiser", "reformat", "mip", "derived_map", "screenshot", "report", "unknown")
 MAPS = frozenset(
@@ -67,3 +70,16 @@ def role_of(image_type: Sequence[str], sop_class_uid: str = "") -> str:
     if {"REFORMATTED", "MPR", "CSA", "RESAMPLED", "AVERAGE"} & values:
         return "reformat"
     return "source"
+
+
+def modality_of(header: Mapping[str, Any]) -> str:
+    """Return the modality; what the object is (its SOP class) comes before what its Modality tag says."""
+    stated = str(header.get("modality", "unknown")).upper()
+    stated = stated if stated in MODALITIES else "unknown" if stated == "UNKNOWN" else "other"
+    uid = header.get("sop_class_uid", "")
+    if sop_kind(uid) in ("report", "rt", "waveform", "presentation", "document"):
+        return stated if stated in ("SR", "RTDOSE", "ECG") else "other"
+    by_class = sop_modality(uid)
+    if by_class is None or stated == by_class or {stated, by_class} <= {"CR", "DX"}:
+        return stated
+    return by_class if by_class != "OT" else "other"

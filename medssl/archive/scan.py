@@ -19,11 +19,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from medssl.archive.dicom_header import parse_header
 from medssl.archive.containers import SEPARATOR, copy_limited, in_memory, members
-from medssl.archive.file_headers import CONTAINER_KINDS, DICOM_KINDS, IMAGE_KINDS, VIDEO_KINDS, VOLUME_KINDS, read_volume_header, sniff
+from medssl.archive.dicom_header import parse_header
+from medssl.archive.file_headers import (
+    CONTAINER_KINDS,
+    DICOM_KINDS,
+    IMAGE_KINDS,
+    VIDEO_KINDS,
+    VOLUME_KINDS,
+    read_volume_header,
+    sniff,
+)
 from medssl.archive.image_headers import read_image_header
+from medssl.archive.mosaic import mosaic_layout
+from medssl.archive.multiframe import describe_multiframe
 from medssl.archive.paths import to_path, to_text
+from medssl.archive.roles import modality_of
+from medssl.archive.slide_headers import slide_header
 from medssl.errors import ImageError
 
 HEAD_BYTES = 65536
@@ -193,6 +205,7 @@ def _scan(path: str, row: dict[str, Any], *, nested: bool = False) -> list[dict[
         try:
             if row["kind"] == "dicom":
                 header = _dicom(handle, head, status.st_size)
+                _look_inside(Path(path), kind, head, header)
             elif row["kind"] == "image":
                 header = read_image_header(Path(path), kind)
             else:
@@ -345,6 +358,34 @@ def _dicom(handle: Any, head: bytes, size: int) -> dict[str, Any]:
         if min(header["pixel_length"], header["file_bytes"] - header["pixel_offset"]) < expected:
             header["file_reason"] = "truncated"
     return header
+
+
+def _look_inside(path: Path, kind: str, head: bytes, header: dict[str, Any]) -> None:
+    """Add what lies deeper in objects that hold more than one image: frames, mosaic tiles, the levels of a slide."""
+    if header.get("file_reason") or "rows" not in header:
+        return
+    if kind == "dicom_wsi":
+        header["slide"] = slide_header(path, head[:4096])
+    elif modality_of(header) in ("CT", "MR"):
+        if int(header.get("n_frames") or 1) > 1:
+            parts = describe_multiframe(path)
+            kept = (
+                "echo_time",
+                "b_value",
+                "image_type",
+                "position",
+                "orientation",
+                "pixel_spacing",
+                "slope",
+                "intercept",
+                "rescale_type",
+            )
+            header["parts"] = [
+                {**part, "first": {name: part["first"][name] for name in kept if name in part["first"]}} for part in parts
+            ]
+        elif "MOSAIC" in header.get("image_type", ()):
+            with contextlib.suppress(ImageError):  # the row says `mosaic` then
+                header["mosaic"] = mosaic_layout(path)
 
 
 def _volume(path: Path, kind: str, head: bytes) -> dict[str, Any]:

@@ -30,6 +30,7 @@ PRIVATE_SERIES_COLUMNS: dict[str, str] = {
     "series_id": "VARCHAR",
     "source_tag": "VARCHAR",
     "part": "VARCHAR",
+    "files_of": "VARCHAR",
     "study_uid": "VARCHAR",
     "series_uid": "VARCHAR",
     "mrn": "VARCHAR",
@@ -40,7 +41,8 @@ PRIVATE_SERIES_COLUMNS: dict[str, str] = {
     "perceptual_hash": "VARCHAR",
     "group_key": "VARCHAR",
 }
-"""`part`: JSON, what of its files a series is (see `domains.base.Domain.read`), or null for all of it."""
+"""`part`: JSON, what of its files a series is (see `domains.base.Domain.read`), or null for all of it. `files_of`: the series that owns
+its files where several lie in one file, or null."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class SeriesRow:
         modality: DICOM modality of the closed list in `archive.attributes`, `other` or `unknown`.
         domain: ct, mri, xray, ultrasound, wsi, microscopy, other, or unknown for formats that cannot say.
         kind: volume, volume_4d, image, cine or slide.
-        role: source, localiser, reformat, mip, derived_map, screenshot, report or unknown.
+        role: source, localiser, reformat, mip, derived_map, screenshot, report, label, overview (of slides) or unknown.
         subject_kind: human, phantom, animal or unknown.
         intent: presentation, processing or unknown.
         shape: (X, Y, Z) in canonical axes for volumes; (H, W) images, (T, H, W) clips, (H, W) of the finest level for slides.
@@ -255,6 +257,7 @@ class Archive:
         self.summary = summary
         self._files: dict[str, list[tuple[Path, str]]] | None = None
         self._tags: dict[str, str] | None = None
+        self._owners: dict[str, str] = {}
         self._parts: dict[str, dict[str, Any] | None] | None = None
 
     @property
@@ -347,7 +350,8 @@ class Archive:
     def source_tag(self, series_id: str) -> str:
         """Return a keyed hash over the digests of a series: another value means that its files have changed."""
         if self._tags is None:
-            rows = read_table([self.path / "private" / "series.parquet"], ("series_id", "source_tag", "part"))
+            rows = read_table([self.path / "private" / "series.parquet"], ("series_id", "source_tag", "part", "files_of"))
+            self._owners = {row["series_id"]: row["files_of"] for row in rows if row["files_of"]}
             self._tags = {row["series_id"]: row["source_tag"] for row in rows}
             self._parts = {row["series_id"]: None if row["part"] is None else json.loads(row["part"]) for row in rows}
         if series_id not in self._tags:
@@ -367,9 +371,8 @@ class Archive:
                 if row["series_id"] is not None and row["place"] is not None:
                     table[row["series_id"]].append((row["place"], Path(to_path(row["path"])), row["digest"]))
             self._files = {key: [(path, digest) for _, path, digest in sorted(rows)] for key, rows in table.items()}
-        if series_id not in self._files:
-            raise RequestError(f"the index {self.path} has no series {series_id}")
-        return self._files[series_id]
+        self.source_tag(series_id)
+        return self._files[self._owners.get(series_id, series_id)]
 
 
 def _row(values: dict[str, Any]) -> SeriesRow:

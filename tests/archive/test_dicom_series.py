@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from medssl.archive.dicom_header import read_header
-from medssl.archive.dicom_series import role_of, slice_geometry, split_series
+from medssl.archive.dicom_series import slice_geometry, split_series
+from medssl.archive.roles import role_of
 from tests.synthetic import LPS, oblique_affine, rotation
 
 AXIAL = [1.0, 0, 0, 0, 1, 0]
