@@ -30,7 +30,7 @@ SERIES_REASONS: dict[str, str] = {
     "single_slice": "one slice only",
     "no_decoder": "no decoder for its compression is installed",
     "multiframe": "multi-frame DICOM has no reader yet",
-    "mosaic": "Siemens mosaic has no reader yet",
+    "mosaic": "a Siemens mosaic whose header does not say how it is tiled",
     "localiser": "a localiser",
     "screenshot": "a screenshot or report page",
     "derived_map": "a map computed from other images",
