@@ -39,7 +39,7 @@ SERIES_REASONS: dict[str, str] = {
     "collision": "several slices at one position that no tag separates",
     "single_slice": "one slice only",
     "multiframe": "multi-frame DICOM has no reader yet",
-    "mosaic": "Siemens mosaic has no reader yet",
+    "mosaic": "a Siemens mosaic whose header does not say how it is tiled",
     "localiser": "a localiser",
     "screenshot": "a screenshot or report page",
     "derived_map": "a map computed from other images",

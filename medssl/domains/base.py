@@ -41,7 +41,8 @@ class Domain(Protocol):
             series_id: Its pseudonymous id, for messages and metadata.
             part: What of these files the series is, as `Archive.part(series_id)` gives it: `{"volume": k}` the k-th volume of
                 a four-dimensional file, `{"frames": [[start, stop], ...]}` these frames of a multi-frame file (half-open, in
-                slice order), `{"member": name}` an image inside a container. None: all of it.
+                slice order; as `range` takes them, so `[start, stop, step]` where they lie apart or run backwards),
+                `{"member": name}` an image inside a container. None: all of it.
 
         Raises:
             ImageError: The series cannot be used; `reason` says why.

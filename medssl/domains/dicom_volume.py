@@ -22,6 +22,7 @@ from medssl.domains.volume_stack import RawVolume, Stack, canonical, fault
 from medssl.errors import GeometryError, ImageError
 
 READ_THREADS = 4
+DECODED_AHEAD = 16
 N_FRAMES = 0x00280008
 PHILIPS = b"Philips MR Imaging DD 001"
 PHILIPS_BLOCKS = range(0x10, 0x18)
@@ -304,7 +305,10 @@ def _slow_stack(files: Sequence[Path], headers: Sequence[Header], shape: tuple[i
     def load(k: int) -> tuple[np.ndarray, np.ndarray | None]:
         return load_slice(files[k], headers[k], shape[1:])
 
+    # In runs: decoders faster than this loop would pile up wide temporaries of the whole volume.
     with ThreadPoolExecutor(_pool(len(files))) as pool:
-        for k, (pixels, invalid) in enumerate(pool.map(load, range(len(files)))):
-            stack.put(k, pixels[None], None if invalid is None else invalid[None])
+        for start in range(0, len(files), DECODED_AHEAD):
+            run = range(start, min(start + DECODED_AHEAD, len(files)))
+            for k, (pixels, invalid) in zip(run, pool.map(load, run)):
+                stack.put(k, pixels[None], None if invalid is None else invalid[None])
     return stack
