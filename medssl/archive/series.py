@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 from medssl.archive.dicom_rows import add_dicom
-from medssl.archive.file_rows import add_picture
+from medssl.archive.file_rows import add_picture, add_volume
 from medssl.archive.ids import IdKey
 from medssl.archive.rows import Group, Placed, Scanned
 

@@ -25,6 +25,7 @@ from medssl.archive.reasons import FILE_REASONS, FLAGS, SERIES_REASONS
 from medssl.archive.table import Archive, SeriesRow
 from medssl.domains.volume_files import read_volume
 from medssl.errors import RequestError
+from medssl.registry import DOMAINS, lookup
 from tests.synthetic import oblique_volume, reorient, write_cohort, write_dicom_series, write_itk, write_nifti
 
 
@@ -37,7 +38,11 @@ def consistent(summary: IndexSummary, out: Path) -> list[tuple[str, str | None, 
     assert Counter(row[2] for row in files if row[2]) == summary.reasons
     rows = Archive.open(out).select(rejected=True)
     assert len(rows) == summary.n_series == len({row.series_id for row in rows})
-    assert sum(row.n_files for row in rows) == sum(row[1] is not None for row in files)
+    own = {
+        row[0]
+        for row in duckdb.sql(f"select series_id from '{out / 'private' / 'series.parquet'}' where files_of is null").fetchall()
+    }
+    assert sum(row.n_files for row in rows if row.series_id in own) == sum(row[1] is not None for row in files)
     assert set(summary.reasons) <= {*FILE_REASONS, *SERIES_REASONS}
     assert {flag for row in rows for flag in row.quality_flags} <= set(FLAGS)
     return files
@@ -70,12 +75,11 @@ def test_counts__seen_is_used_plus_reasons(tmp_path: Path) -> None:
     summary = index([source], tmp_path / "out")
     consistent(summary, tmp_path / "out")
     assert summary.reasons == {
-        "broken_link": 1, "duplicate": 1, "empty": 1, "linked_folder": 1, "not_3d": 1, "not_image": 2, "truncated": 1,
-        "unreadable": 1, "unsupported_format": 1,
+        "broken_link": 1, "duplicate": 1, "empty": 1, "linked_folder": 1, "not_image": 2, "truncated": 1, "unreadable": 2,
     }  # fmt: skip
-    assert summary.n_files_used == 14 + 1
-    assert (summary.n_series, summary.n_series_usable) == (3, 2)
-    assert summary.domains == {"mri": 1, "unknown": 1}
+    assert summary.n_files_used == 14 + 1 + 1
+    assert (summary.n_series, summary.n_series_usable) == (4, 4)
+    assert summary.domains == {"mri": 1, "unknown": 3}
 
 
 def test_series_rows__what_the_reader_finds(tmp_path: Path) -> None:
@@ -462,7 +466,7 @@ def test_real_archive__counts_and_verdicts(tmp_path: Path, shared_data: Path) ->
     (covid,) = archive.select("transfer_syntax = 'jpeg_lossless' and n_slices = 28")
     assert (covid.domain, covid.units, covid.status, covid.spacing_mm) == ("ct", "HU", "ok", (0.603516, 0.603516, 2.0))
     # 15 slices x 10 times although no temporal tag varies: ten volumes, not one of 150 slices.
-    fmri = archive.select("n_volumes = 10")
+    fmri = archive.select("volume_axis = 'visit' and vendor = 'ge'")
     assert [row.shape for row in fmri] == [(64, 64, 15)] * 10
     assert sorted(row.volume_index for row in fmri) == list(range(10)) and {row.volume_axis for row in fmri} == {"visit"}
     assert all("patient_unknown" in row.quality_flags for row in fmri)  # PatientID DEV
@@ -471,24 +475,61 @@ def test_real_archive__counts_and_verdicts(tmp_path: Path, shared_data: Path) ->
     for row in fmri:
         k = row.volume_index
         assert numbers[fmri.index(row)] == list(range(15 * k + 1, 15 * k + 16))
-    assert len(archive.select("reason = 'mosaic'", rejected=True)) == 4
+    mosaics = archive.select("volume_axis = 'mosaic' or vendor = 'siemens' and modality = 'MR' and n_slices = 5")
+    assert len(mosaics) == 4 and {row.shape[:2] for row in mosaics} == {(72, 72)}
     (t1,) = archive.select("n_slices = 24 and domain = 'mri' and vendor = 'other'")
     assert (t1.role, t1.quality_flags, t1.plane) == ("source", ("age_conflict", "derived"), "axial")  # its PatientAge is "42"
     assert {row.reason for row in archive.select("domain = 'unknown'", rejected=True)} >= {None, "not_3d", "not_scalar"}
 
 
-def test_usable_rows_of_real_data__can_all_be_read(tmp_path: Path, shared_data: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "at_least"),
+    [
+        (
+            ("mr_dicom_nih", "mr_dicom_t1_studyforrest", "nifti_misc", "nrrd_pyradiomics", "ct_mr_totalseg_examples", "dicom_odd"),
+            40,
+        ),
+        (
+            (
+                "dicom_multiframe",
+                "nifti_orientations",
+                "cxr_hannover",
+                "us_lung_video/cc-by",
+                "fluorescence_ht29",
+                "wsi",
+                "wsi_multistain",
+            ),
+            50,
+        ),
+        (("ct_ge_gantry_tilt", "ct_covid_ct_md", "cine_mr_sunnybrook"), 20),
+    ],
+)
+def test_usable_rows_of_real_data__can_all_be_read(
+    tmp_path: Path, shared_data: Path, names: tuple[str, ...], at_least: int
+) -> None:
     """What a header can tell is told by the index, so reading what it offers does not fail."""
-    names = ("mr_dicom_nih", "mr_dicom_t1_studyforrest", "nifti_misc", "nrrd_pyradiomics", "ct_mr_totalseg_examples", "dicom_odd")
     index([shared_data / name for name in names], tmp_path / "out")
     archive = Archive.open(tmp_path / "out")
-    rows = archive.select()
-    assert len(rows) > 20
+    rows = [row for row in archive.select() if row.kind != "slide"]
+    assert len(rows) >= at_least
     for row in rows:
-        raw = read_volume(archive.files(row.series_id))
-        assert raw.array.shape == row.shape
-        assert raw.spacing_mm == pytest.approx(row.spacing_mm, rel=1e-4)
-        assert raw.slice_axis == row.slice_axis or row.slice_axis is None
+        files, part = archive.files(row.series_id), archive.part(row.series_id)
+        if row.kind == "volume":
+            raw = read_volume(files, part)
+            assert raw.array.shape == row.shape
+            assert row.spacing_mm is None or raw.spacing_mm == pytest.approx(row.spacing_mm, rel=1e-4)
+            assert raw.slice_axis == row.slice_axis or row.slice_axis is None
+            continue
+        name = row.domain if row.domain in DOMAINS else ("ultrasound" if row.kind == "cine" else "microscopy")
+        sample = lookup("domain", name)().read(files, series_id=row.series_id, part=part)
+        assert sample.image.shape[-2:] == row.shape[-2:]
+        assert sample.image.ndim == (4 if row.kind == "cine" else 3)
+
+
+def test_whole_shared_data__every_file_has_a_row_or_a_reason(tmp_path: Path, shared_data: Path) -> None:
+    summary = index([shared_data / "dicom_odd"], tmp_path / "out")
+    consistent(summary, tmp_path / "out")
+    assert summary.n_files_seen == sum(1 for path in (shared_data / "dicom_odd").rglob("*") if path.is_file())
 
 
 def test_modality__named_for_files_that_do_not_say(tmp_path: Path) -> None:
