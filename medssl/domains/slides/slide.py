@@ -298,7 +298,7 @@ class Slide:
         width, height = inside_high[0] - inside_low[0], inside_high[1] - inside_low[1]
         if width <= 0 or height <= 0:
             return np.full((size[1], size[0], 3), 255, dtype=np.uint8), np.zeros((size[1], size[0]), dtype=bool)
-        pixels, corner = handle.read(level, *inside_low, width, height)
+        pixels, corner = handle.read(level, inside_low[0], inside_low[1], width, height)
         origin = [corner[k] - (inside_low[k] - low[k]) for k in range(2)]
         image, mask = self._opaque(pixels, handle)
         if (inside_low, inside_high) != (low, high):
