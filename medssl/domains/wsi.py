@@ -6,6 +6,7 @@ the user gives none, is refused. Label and overview images may show a name and a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from medssl.domains.statistics import intensity_stats, rounded
 from medssl.errors import ImageError, RequestError
 from medssl.types import ImageMeta, Sample
 
+SERIES_ID = re.compile("[0-9a-f]{32}")
 MAX_PIXELS = 64_000_000
 """Of a sample that is one region, in pixels at `mpp`: 8,000 x 8,000, 192 MB."""
 
@@ -31,8 +33,8 @@ class WSI:
     Args:
         mpp: Micrometres per pixel of samples and tiles.
         slide_mpp: Of level 0, for slides that state a wrong one or none.
-        mpp_csv: CSV with the columns `slide` (series id, or name of the file) and `mpp`, or such a table as a mapping; wins over
-            `slide_mpp`, which wins over the file.
+        mpp_csv: CSV with the columns `slide` (series id) and `mpp`, or such a table as a mapping; wins over `slide_mpp`, which
+            wins over the file. Names of files are refused here: they would end in the store's manifest.
         tissue: Preset (`tcga`, `biopsy`, `resection`, `otsu`, `none`) or a mapping, see `slides.tissue.TissueParams`.
         tile_px: Edge of a tile.
         overlap_px: Pixels that neighbouring tiles share.
@@ -67,16 +69,15 @@ class WSI:
         self.mpp_table = (
             dict(mpp_csv) if isinstance(mpp_csv, Mapping) else ({} if mpp_csv is None else read_mpp_table(Path(mpp_csv)))
         )
+        if not all(SERIES_ID.fullmatch(key) for key in self.mpp_table):
+            raise RequestError("wsi: mpp_csv names slides that are no series ids (32 hex digits); `medssl archive ls` lists them")
         self.tissue_params = tissue_params(tissue)
         self._tissue = tissue
         self.tile_px, self.overlap_px, self.min_tissue, self.edge = tile_px, overlap_px, min_tissue, edge
         self.backend, self.icc, self.max_pixels = backend, icc, max_pixels
 
     def params(self) -> dict[str, Any]:
-        """Return the arguments that decide about pixels; a table is returned as such, without the name of its file.
-
-        A table keyed by file names repeats them: give series ids where a store must not hold them.
-        """
+        """Return the arguments that decide about pixels; a table is returned as such, without the name of its file."""
         return {
             "mpp": self.mpp,
             "slide_mpp": self.slide_mpp,

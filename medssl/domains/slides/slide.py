@@ -189,8 +189,8 @@ class Slide:
         if mpp is None:
             raise ImageError(
                 "no_spacing",
-                f"{self.name} does not state its micrometres per pixel; nothing is guessed; give them in a CSV with the columns "
-                "slide,mpp (mpp_csv=FILE), or mpp=VALUE for a single slide",
+                f"{self.name}: the file does not state micrometres per pixel, and nothing is guessed; give them in a CSV with the "
+                "columns slide,mpp (mpp_csv=FILE), or one value for all slides (slide_mpp=VALUE)",
             )
         if mpp.source == "objective":
             logger.warning(
