@@ -143,11 +143,11 @@ class TiffBackend:
                 "unsupported_pixels", "a TIFF other than one 8-bit RGB image; slides are RGB; read it with the domain microscopy"
             )
         self._pages = found.pages
-        self.dimensions = tuple(found.dimensions)
-        self.downsamples = tuple(found.downsamples)
+        self.dimensions: tuple[tuple[int, int], ...] = tuple(found.dimensions)
+        self.downsamples: tuple[float, ...] = tuple(found.downsamples)
         self.properties: Mapping[str, str] = found.properties
         self.form = found.form
-        self.associated = tuple(found.associated)
+        self.associated: tuple[tuple[str, tuple[int, int] | None], ...] = tuple(found.associated)
         tag = self._pages[0].tags.get("InterColorProfile")
         self.icc = None if tag is None else bytes(tag.value)
         if any(math.prod(page.chunks) > SEGMENT_BYTES for page in self._pages):
@@ -229,8 +229,8 @@ class PillowBackend:
             if isinstance(err, ImageError):
                 raise
             raise unreadable(err) from err
-        self.dimensions = ((self._array.shape[1], self._array.shape[0]),)
-        self.downsamples = (1.0,)
+        self.dimensions: tuple[tuple[int, int], ...] = ((self._array.shape[1], self._array.shape[0]),)
+        self.downsamples: tuple[float, ...] = (1.0,)
         self.properties: Mapping[str, str] = {}
         self.form = "picture"
         self.associated: tuple[tuple[str, tuple[int, int] | None], ...] = ()

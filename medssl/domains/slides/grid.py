@@ -124,7 +124,8 @@ def positions(length: int, span: float, step: float, edge: str) -> np.ndarray:
         count = 1 + max(0, math.ceil((length - span - ROUNDING) / step))
     else:
         count = max(0, math.floor((length + ROUNDING - span) / step) + 1)
-    return np.floor(np.arange(count) * step + 0.5).astype(np.int64)
+    places: np.ndarray = np.floor(np.arange(count) * step + 0.5)
+    return places.astype(np.int64)
 
 
 def tissue_share(tissue: TissueMask, coords: np.ndarray, span: tuple[float, float]) -> np.ndarray:
@@ -156,6 +157,7 @@ def tissue_share(tissue: TissueMask, coords: np.ndarray, span: tuple[float, floa
         return value
 
     inside = upto(y1, x1) - upto(y0, x1) - upto(y1, x0) + upto(y0, x0)
-    share = inside / ((x1 - x0) * (y1 - y0))
+    share: np.ndarray = inside / ((x1 - x0) * (y1 - y0))
     # Cancellation of large sums leaves 1e-12 where there is nothing, and "any touch" asks for more than zero.
-    return np.where(share < 1e-7, 0.0, np.minimum(share, 1.0)).astype(np.float32)
+    share = np.where(share < 1e-7, 0.0, np.minimum(share, 1.0))
+    return share.astype(np.float32)

@@ -189,8 +189,8 @@ class Slide:
         if mpp is None:
             raise ImageError(
                 "no_spacing",
-                f"{self.name} does not state its micrometres per pixel; nothing is guessed; give them in a CSV with the columns "
-                "slide,mpp (mpp_csv=FILE), or mpp=VALUE for a single slide",
+                f"{self.name}: the file does not state micrometres per pixel, and nothing is guessed; give them in a CSV with the "
+                "columns slide,mpp (mpp_csv=FILE), or one value for all slides (slide_mpp=VALUE)",
             )
         if mpp.source == "objective":
             logger.warning(
@@ -298,7 +298,7 @@ class Slide:
         width, height = inside_high[0] - inside_low[0], inside_high[1] - inside_low[1]
         if width <= 0 or height <= 0:
             return np.full((size[1], size[0], 3), 255, dtype=np.uint8), np.zeros((size[1], size[0]), dtype=bool)
-        pixels, corner = handle.read(level, *inside_low, width, height)
+        pixels, corner = handle.read(level, inside_low[0], inside_low[1], width, height)
         origin = [corner[k] - (inside_low[k] - low[k]) for k in range(2)]
         image, mask = self._opaque(pixels, handle)
         if (inside_low, inside_high) != (low, high):

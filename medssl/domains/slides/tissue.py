@@ -26,6 +26,8 @@ AREA_TILE = 512
 """Areas are counted in squares of so many level-0 pixels, as in CLAM's presets."""
 MIN_CONTRAST = 10.0
 """Grey levels between the means of Otsu's two classes; glass without tissue has noise of two or three."""
+SMALL_SHARE = 0.02
+"""Limits of area are at most this share of the picture: a preset made for whole slides must not empty a small region."""
 BORDER = 0.05
 """White border around the picture before Otsu, as a share of its edges: a tile full of tissue has no background of its own."""
 HSV_METHODS = ("hsv", "otsu", "none")
@@ -52,7 +54,7 @@ class TissueParams:
     saturation: float = 8.0
     median: int = 7
     close: int = 4
-    close_um: float = 16.0
+    close_um: float = 8.0
     min_area: float = 16.0
     min_hole: float = 4.0
     max_holes: int = 8
@@ -132,7 +134,8 @@ def saturation_of(image: np.ndarray) -> np.ndarray:
 def grey_of(image: np.ndarray) -> np.ndarray:
     """Return ITU-R BT.601 luma (...) uint8 of (..., 3) uint8."""
     weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    return np.rint(image.astype(np.float32) @ weights).astype(np.uint8)
+    value: np.ndarray = np.rint(image.astype(np.float32) @ weights)
+    return value.astype(np.uint8)
 
 
 def find_tissue(slide: Slide, tissue: TissueParams | Mapping[str, Any] | str = "tcga") -> TissueMask:
@@ -189,7 +192,7 @@ def _by_otsu(image: np.ndarray, scale: tuple[float, float], params: TissueParams
     threshold = otsu_with_border(grey)
     if threshold is None:
         return np.zeros(grey.shape, dtype=bool)
-    mask = grey <= threshold
+    mask: np.ndarray = grey <= threshold
     radius = round(params.close_um / params.mpp)
     if radius < 1:
         return mask
@@ -224,16 +227,18 @@ def keep_pieces(mask: np.ndarray, unit: float, params: TissueParams) -> np.ndarr
     """
     from scipy import ndimage
 
+    min_area = min(params.min_area * unit, SMALL_SHARE * mask.size)
+    min_hole = min(params.min_hole * unit, SMALL_SHARE * mask.size)
     pieces, count = ndimage.label(mask, structure=np.ones((3, 3), dtype=int))
     out = np.zeros(mask.shape, dtype=bool)
     for index, window in enumerate(ndimage.find_objects(pieces, max_label=count), start=1):
         piece = pieces[window] == index
-        if piece.sum() <= params.min_area * unit:
+        if piece.sum() <= min_area:
             continue
         filled = ndimage.binary_fill_holes(piece)
         holes, n_holes = ndimage.label(filled & ~piece)
         sizes = np.bincount(holes.ravel(), minlength=n_holes + 1)[1:]
-        large = [k for k in np.argsort(-sizes, kind="stable") if sizes[k] > params.min_hole * unit][: params.max_holes]
+        large = [k for k in np.argsort(-sizes, kind="stable") if sizes[k] > min_hole][: params.max_holes]
         out[window] |= filled & ~np.isin(holes, [k + 1 for k in large])
     return out
 
