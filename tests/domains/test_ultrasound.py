@@ -262,6 +262,15 @@ def test_every_real_clip__frames_of_the_manifest(shared_data: Path) -> None:
         assert 0.7 < sample.meta.facts["sector_fraction"] < 1
 
 
+@pytest.mark.parametrize(("codec", "pixels"), [("mpeg4", "yuv420p"), ("mjpeg", "yuvj422p"), ("ffv1", "gray"), ("ffv1", "yuv444p")])
+def test_grey_video__equals_pyav(tmp_path: Path, codec: str, pixels: str) -> None:
+    av = pytest.importorskip("av")
+    path = write_video(tmp_path / "g.avi", np.repeat(us_loop(5)[..., None], 3, axis=-1), codec=codec, pixels=pixels)
+    with av.open(str(path)) as container:
+        expected = np.stack([frame.to_ndarray(format="gray") for frame in container.decode(video=0)])
+    np.testing.assert_array_equal(read(path, sector=False).image[:, 0], expected)
+
+
 def test_video__colour_and_rates(tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     path = write_video(tmp_path / "c.avi", coloured_loop(), fps=20)
