@@ -142,7 +142,7 @@ def dicom_frame_times(header: Any, n_frames: int) -> tuple[tuple[float, ...] | N
     """
     steps: dict[str, float] = {}
     vector = numbers(header, "FrameTimeVector")
-    if len(vector) == n_frames > 1 and min(vector[1:]) >= 0 and sum(vector[1:]) > 0:
+    if len(vector) == n_frames > 1 and min(vector[1:]) > 0:
         steps["vector"] = sum(vector[1:]) / (n_frames - 1)
     if (step := number(header, "FrameTime", 0.0)) > 0:
         steps["frame_time"] = step

@@ -21,7 +21,8 @@ CONFLICT = 0.10
 PLANAR_YUV = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 FULL_RANGE = 2
 """AVCOL_RANGE_JPEG of FFmpeg."""
-VIDEO_RANGE = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)
+VIDEO_RANGE = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8).tobytes()
+"""What each byte of video-range luminance is in full range."""
 
 
 def read_video_file(path: Path, part: Mapping[str, Any] | None = None) -> RawPlanar:
@@ -123,7 +124,10 @@ def _grey(frame: Any) -> np.ndarray:
         return grey
     luminance = _plane(frame.planes[0])
     full_range = frame.format.name.startswith("yuvj") or int(frame.color_range) == FULL_RANGE
-    return luminance if full_range else VIDEO_RANGE[luminance]
+    if full_range:
+        return luminance
+    # bytes.translate is several times as fast as indexing a table with an array.
+    return np.frombuffer(luminance.tobytes().translate(VIDEO_RANGE), dtype=np.uint8).reshape(luminance.shape)
 
 
 def _set_times(raw: RawPlanar, times: list[float | None], rate: float | None, indices: list[int]) -> None:
