@@ -17,12 +17,13 @@ SYNTAXES = {"explicit": "1.2.840.10008.1.2.1", "rle": "1.2.840.10008.1.2.5", "bi
 
 
 def radiograph(shape: tuple[int, int] = (60, 48), *, bits: int = 12, seed: int = 0) -> np.ndarray:
-    """Return a smooth, asymmetric (H, W) uint16 image that uses most of its bits."""
+    """Return an asymmetric (H, W) uint16 image that uses most of its bits, without a flat line at its border."""
     rng = np.random.default_rng(seed)
     y, x = np.meshgrid(np.linspace(-1, 1, shape[0]), np.linspace(-1, 1, shape[1]), indexing="ij")
     body = np.exp(-((x - 0.2) ** 2) * 2 - (y + 0.1) ** 2)
     top = (1 << bits) - 1
-    return np.clip(body * 0.9 * top + rng.normal(0, top / 200, shape), 0, top).astype(np.uint16)
+    ribs = 0.12 * (1 + np.sin(9 * y + 2 * x) * np.cos(7 * x))
+    return np.clip((body * 0.7 + ribs) * top + rng.normal(0, top / 200, shape), 0, top).astype(np.uint16)
 
 
 def write_planar_dicom(

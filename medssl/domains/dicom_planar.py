@@ -17,7 +17,7 @@ import numpy as np
 
 from medssl.archive.dicom_header import COMPRESSED, LOSSY_SYNTAXES, UNCOMPRESSED, find_decoder, syntax_name
 from medssl.archive.reasons import SERIES_REASONS
-from medssl.domains.planar import check_size, frame_indices, os_fault
+from medssl.domains.planar import check_size, frame_indices, os_fault, quiet_decoders
 from medssl.errors import ImageError
 
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
@@ -62,6 +62,7 @@ def read_planar_dicom(
     Raises:
         ImageError: `no_domain`, `no_decoder`, `truncated`, `unreadable`, `unsupported_pixels`, `photometric`, `not_image`.
     """
+    quiet_decoders()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's warnings quote values of the header
         try:

@@ -6,7 +6,6 @@ where it is installed (extra `wsi`), else by Pillow; 16-bit colour PNG, which Pi
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from pathlib import Path
@@ -15,7 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from medssl.domains.planar import RawPlanar, check_size, finite, narrow, os_fault
+from medssl.domains.planar import RawPlanar, check_size, finite, narrow, os_fault, quiet_decoders
 from medssl.errors import ImageError
 
 MM_PER = {
@@ -47,6 +46,7 @@ def read_image_file(path: Path) -> RawPlanar:
     Raises:
         ImageError: `unreadable`, `truncated`, `unsupported_pixels` or of the operating system.
     """
+    quiet_decoders()
     try:
         with open(path, "rb") as handle:
             head = handle.read(32)
@@ -124,13 +124,15 @@ def _planar(array: np.ndarray, *, alpha: bool = False) -> RawPlanar:
 def _read_deep_png(path: Path, head: bytes) -> RawPlanar:
     import SimpleITK as sitk
 
+    if head[25] == 4:
+        raise ImageError("unsupported_pixels", "16-bit grey PNG with alpha; export it without alpha")
     width, height = (int.from_bytes(head[start : start + 4], "big") for start in (16, 20))
     check_size(height, width, height * width * 8)
     sitk.ProcessObject.GlobalWarningDisplayOff()
     reader = sitk.ImageFileReader()
     reader.SetImageIO("PNGImageIO")
     reader.SetFileName(str(path))
-    return _planar(sitk.GetArrayFromImage(reader.Execute()), alpha=head[25] in (4, 6))
+    return _planar(sitk.GetArrayFromImage(reader.Execute()), alpha=head[25] == 6)
 
 
 def _read_tiff(path: Path) -> RawPlanar:
@@ -138,7 +140,6 @@ def _read_tiff(path: Path) -> RawPlanar:
         import tifffile
     except ImportError:
         return _read_pillow(path)
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # its log names the file and quotes it
     try:
         with tifffile.TiffFile(path) as tif:
             return _tiff_planar(tif)

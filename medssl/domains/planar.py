@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,12 @@ def os_fault(err: OSError) -> ImageError:
     """Return the error for a file that the operating system could not read."""
     reason = {FileNotFoundError: "vanished", PermissionError: "permission"}.get(type(err), "io_error")
     return ImageError(reason, f"a file could not be read ({err.strerror}); check that it is there and readable")
+
+
+def quiet_decoders() -> None:
+    """Keep the loggers of pydicom, tifffile and Pillow silent: their lines name files and quote headers."""
+    for name in ("pydicom", "tifffile", "PIL"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def one_file(files: Sequence[Path]) -> Path:

@@ -142,7 +142,7 @@ def dicom_frame_times(header: Any, n_frames: int) -> tuple[tuple[float, ...] | N
     """
     steps: dict[str, float] = {}
     vector = numbers(header, "FrameTimeVector")
-    if len(vector) == n_frames > 1 and min(vector[1:]) >= 0 and sum(vector[1:]) > 0:
+    if len(vector) == n_frames > 1 and min(vector[1:]) > 0:
         steps["vector"] = sum(vector[1:]) / (n_frames - 1)
     if (step := number(header, "FrameTime", 0.0)) > 0:
         steps["frame_time"] = step
@@ -178,9 +178,9 @@ def frames_at(times_ms: Sequence[float], fps: float, *, start_ms: float = 0.0, c
     if not fps > 0:
         raise RequestError(f"fps is {fps}; a rate above 0 is needed")
     times = np.asarray(times_ms, dtype=np.float64)
-    # The last frame lasts as long as the others do on average; half a step forgives rounded frame times.
+    # The last frame lasts as long as the others do on average; a billionth forgives rounding.
     step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1000 / fps
-    n = max(0, int(np.floor((times[-1] + step / 2 - start_ms) * fps / 1000)) + 1)
+    n = max(0, int(np.ceil((times[-1] + step - start_ms) * fps / 1000 - 1e-9)))
     wanted = start_ms + np.arange(n if count is None else min(n, count)) * (1000 / fps)
     right = np.clip(np.searchsorted(times, wanted), 1, max(1, len(times) - 1))
     if len(times) == 1:

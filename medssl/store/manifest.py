@@ -80,7 +80,7 @@ class ItemRecord:
         checksum: Hash over the bytes of the voxel file and of the mask file.
         n_bytes: Bytes on disk of both.
         domain: Domain name.
-        modality: `CT`, `MR` or `unknown`.
+        modality: DICOM modality of those that the domain takes, or `unknown`.
         units: `HU` or `arbitrary`.
         source: Keyed hash of the source files' digests: another value means that the files have changed.
         kind: `volume`, `image` or `clip`.

@@ -152,7 +152,7 @@ class StoreReader:
         """
         record = self.record(series_id)
         if record.kind != "clip":
-            raise RequestError(f"series {series_id} is a {record.kind}; frames are read from clips: use read_box")
+            raise RequestError(f"series {series_id} is no clip but of the kind {record.kind}; use read_box")
         n_frames, *shape = record.shape
         if any(not 0 <= frame < n_frames for frame in frames):
             raise RequestError(f"series {series_id} has frames 0 to {n_frames - 1}; others were asked for")

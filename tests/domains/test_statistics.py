@@ -21,11 +21,14 @@ from medssl.domains.volume_files import read_volume
 from tests.synthetic import oblique_volume
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "float32"])
 def test_intensity_stats__equal_numpy_on_the_foreground(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medssl.domains.statistics.SLAB_VOXELS", 500)
     array = oblique_volume()[0]
-    array = (array // 2).astype(dtype) if dtype == "uint8" else (array - 150).astype(dtype)
+    if dtype == "uint16":
+        array = (array.astype(np.int32) * 140).astype(np.uint16)  # above what int16 holds
+    else:
+        array = (array // 2).astype(dtype) if dtype == "uint8" else (array - 150).astype(dtype)
     if dtype == "float32":
         array = array + np.float32(0.25)
     mask = array > np.median(array)
@@ -122,3 +125,13 @@ def test_domain_statistics__computed_and_not_applied(shared_data: Path) -> None:
     assert read.meta.stats["foreground_fraction"] == 1
     assert read.meta.stats["mean"] == pytest.approx(read.image.mean(dtype=np.float64), rel=1e-8)
     assert read.meta.stats["p95"] == pytest.approx(np.quantile(read.image, 0.95), rel=1e-8)
+
+
+def test_foreground_points__of_an_image() -> None:
+    mask = np.zeros((50, 70), dtype=bool)
+    mask[10:40, 20:65] = True
+    points = foreground_points(mask, 100)
+    assert points.shape == (100, 2) and points.dtype == np.uint16
+    assert mask[tuple(points.T.astype(int))].all() and len(np.unique(points, axis=0)) == 100
+    assert np.abs(points.mean(axis=0) - np.argwhere(mask).mean(axis=0)).max() < 3
+    np.testing.assert_array_equal(foreground_points(mask, 10_000), np.argwhere(mask))
