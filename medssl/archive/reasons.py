@@ -13,6 +13,7 @@ FILE_REASONS: dict[str, str] = {
     "broken_link": "a symbolic link to nothing",
     "linked_folder": "a symbolic link to a folder; links to folders are not followed",
     "io_error": "the operating system could not read it",
+    "withdrawn": "withdrawn from the archive",
     "sidecar": "a converter's JSON file, read for its modality",
     "duplicate": "the same bytes as a file that is used",
 }
