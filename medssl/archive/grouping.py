@@ -15,7 +15,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from medssl.archive._parquet import TableWriter, connect, files_of, quote, stream, temporary, write_json, write_query, write_table
+from medssl.archive._parquet import TableWriter, connect, files_of, quote, stream, write_json, write_query, write_table
+from medssl.archive.decisions import apply_splits, apply_withdrawals
 from medssl.archive.ids import IdKey
 from medssl.archive.paths import to_path
 from medssl.archive.rows import Choice, Scanned, as_record
@@ -296,9 +297,12 @@ def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> N
     try:
         connection.execute(f"CREATE TABLE s AS {joined(private / 'rows.parquet', new['series'])}")
         connection.execute(f"CREATE TABLE p AS {joined(private / 'series.parquet', new['private'])}")
-        write_query(temporary(private / "files.parquet"), joined(private / "files.parquet", new["files"]), connection)
-        temporary(private / "files.parquet").replace(private / "files.parquet")
+        connection.execute(f"CREATE TABLE f AS {joined(private / 'files.parquet', new['files'])}")
         write_query(private / "rows.parquet", "SELECT * FROM s", connection)
+        apply_splits(connection, private)
+        apply_withdrawals(connection, private)
+        connection.execute("UPDATE f SET reason = 'withdrawn' WHERE series_id IN (SELECT series_id FROM withdrawn_series)")
+        write_query(private / "files.parquet", "SELECT * FROM f", connection)
         write_query(private / "series.parquet", "SELECT * FROM p ORDER BY series_id", connection)
         write_query(private / "marks.parquet", "SELECT * FROM marks", connection)
         _write_public_files(connection, out)

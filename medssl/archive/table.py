@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from medssl.archive._parquet import connect, quote, read_table
+from medssl.archive.condition import NEVER_UNKNOWN, check_condition, inside, refuse, unknown_as_null
 from medssl.archive.containers import SEPARATOR, unpack
 from medssl.archive.paths import to_path
-from medssl.errors import ImageError, RequestError, near
+from medssl.errors import ImageError, RequestError
 
 FORMAT = 2
 """2: the whole column set."""
@@ -244,6 +245,23 @@ SERIES_COLUMNS: dict[str, str] = {field.name: _TYPES[str(field.type).removesuffi
 TUPLES = tuple(name for name, kind in SERIES_COLUMNS.items() if kind.endswith("[]"))
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What a condition selects, and what it could not decide.
+
+    Args:
+        rows: Rows in the order of their series ids.
+        n_undecided: Rows left out only because a column says nothing: for some value of it they would have been selected.
+        unknown: Column -> how many of these rows say nothing in it. One row may count in several columns.
+        n_rejected: Rows that meet the condition but cannot be read as an image; left out unless asked for.
+    """
+
+    rows: list[SeriesRow]
+    n_undecided: int = 0
+    unknown: dict[str, int] = field(default_factory=dict)
+    n_rejected: int = 0
+
+
 class Archive:
     """An index on disk.
 
@@ -300,31 +318,51 @@ class Archive:
         Raises:
             RequestError: The condition is not valid SQL on these columns.
         """
+        return self.choose(where, rejected=rejected).rows
+
+    def choose(self, where: str | None = None, *, rejected: bool = False) -> Selection:
+        """Return what a condition selects, and how many rows it lost to values that are unknown.
+
+        A row is lost to unknown when the condition is neither true nor false once every `unknown`, null and empty list
+        counts as null: `modality = 'CT'` loses rows of unknown modality, `modality = 'CT' and kvp > 100` does not lose an MR
+        row without kvp.
+
+        Args:
+            where: See `select`. Subqueries may read the table `series` and nothing else.
+            rejected: Include rows of status `rejected`.
+
+        Raises:
+            RequestError: The condition is not valid SQL on these columns.
+        """
         import duckdb
 
-        names = [field.name for field in fields(SeriesRow)]
-        condition = f"({where})" if where and where.strip() else "true"
-        query = f"SELECT {', '.join(names)} FROM series WHERE {condition}"
-        if not rejected:
-            query += " AND status <> 'rejected'"
-        query += " ORDER BY series_id"
+        names = list(SERIES_COLUMNS)
+        text = where if where and where.strip() else "true"
         connection = connect()
         try:
             connection.execute(f"CREATE TABLE series AS SELECT * FROM read_parquet({quote(self.path / 'series.parquet')})")
             connection.execute("SET enable_external_access = false")
             connection.execute("SET lock_configuration = true")
-            if len(connection.extract_statements(query)) != 1:
-                raise RequestError(f"where: {where!r} is more than one statement; give one condition")
+            named = check_condition(connection, text, names)
+            usable = "true" if rejected else "status <> 'rejected'"
+            query = f"SELECT {', '.join(names)} FROM series WHERE {inside(text)} AND {usable} ORDER BY series_id"
             found = connection.execute(query).fetchall()
+            counted = f"SELECT count(*) FROM series WHERE {inside(text)} AND status = 'rejected'"
+            (n_rejected,) = connection.execute(counted).fetchone()
+            # The condition may name the table, so its stand-in has the same name. Decided rows drop out of both tests.
+            known = f"(SELECT {unknown_as_null(SERIES_COLUMNS.items())} FROM series WHERE {usable}) AS series"
+            missed = f"SELECT series_id FROM series WHERE {inside(text)} IS NOT TRUE"
+            named = [name for name in named if name not in NEVER_UNKNOWN]
+            counts = ", ".join(["count(*)", *(f"count(*) FILTER ({name} IS NULL)" for name in named)])
+            blank = " OR ".join(["false", *(f"{name} IS NULL" for name in named)])
+            lost = f"SELECT {counts} FROM {known} WHERE {inside(text)} IS NULL AND ({blank}) AND series_id IN ({missed})"
+            n_undecided, *unknown = connection.execute(lost).fetchone()
         except duckdb.Error as err:
-            first = str(err).splitlines()[0]
-            unknown = first.split('"')[1] if 'column "' in first else ""
-            raise RequestError(
-                f"where: {where!r} is not a condition that can be used ({first}){near(unknown, names)}; columns: {', '.join(names)}"
-            ) from err
+            raise refuse(text, str(err).splitlines()[0], names) from err
         finally:
             connection.close()
-        return [_row(dict(zip(names, values))) for values in found]
+        per_column = {name: n for name, n in zip(named, unknown) if n}
+        return Selection([_row(dict(zip(names, values))) for values in found], n_undecided, per_column, n_rejected)
 
     def files(self, series_id: str) -> list[Path]:
         """Return the source files of a series, DICOM slices in slice order.
