@@ -104,7 +104,7 @@ def test_no_tiles__a_file_with_no_rows(tiles: Tiles, tmp_path: Path) -> None:
 def test_failure_inside__leaves_nothing_and_the_old_file(tmp_path: Path) -> None:
     path = write_features(tmp_path / "a.h5", np.ones((2, 3)), np.zeros((2, 2)), {})
     before = path.read_bytes()
-    with pytest.raises(KeyError), FeatureWriter(path, 3, {}) as writer:
+    with pytest.raises(KeyError), FeatureWriter(path, 3, {}) as writer:  # noqa: PT012
         writer.append(np.ones((1, 3)), np.zeros((1, 2)))
         raise KeyError
     with pytest.raises(RequestError, match="not finite in float16"), FeatureWriter(path, 3, {}, dtype="float16") as writer:
