@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         rows[-2]["ours_is_times_faster"] = ratios[-1]
     checks = [Check("rate over bare PyAV, slowest clip", min(ratios), 0.9)]
     notes = ["frames are equal value by value", f"median over clips: {statistics.median(ratios):.2f} times as fast"]
-    return finish(Result("cine_decode", rows, checks, vars(options), notes), options.out)
+    settings = {**vars(options), "clips": [clip.name for clip in clips]}
+    return finish(Result("cine_decode", rows, checks, settings, notes), options.out)
 
 
 if __name__ == "__main__":
