@@ -1,4 +1,4 @@
-"""index, cache, archive."""
+"""index, cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import typer
 
 from medssl.cli import show
 
-archive_app = typer.Typer(help="Look into an archive index.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 
 
@@ -69,28 +68,3 @@ def cache(
         )
         lines += show.failures(facts["failed"])
     show.result(done, json, "\n".join(lines))
-
-
-@archive_app.command("ls")
-def archive_ls(
-    archive: Annotated[Path, typer.Argument(help="Archive folder.")],
-    where: Annotated[str | None, typer.Option(help="SQL condition, for instance \"modality = 'MR' and n_slices > 32\".")] = None,
-    limit: Annotated[int, typer.Option(help="Rows to show.")] = 20,
-    json: Json = False,
-) -> None:
-    """List series of an index."""
-    from medssl.archive.table import Archive
-
-    rows = Archive.open(archive).select(where)
-    columns = ("series_id", "modality", "domain", "shape", "spacing_mm", "split", "status")
-    cells = [[_short(getattr(row, name)) for name in columns] for row in rows[:limit]]
-    more = f"\n... {len(rows) - limit} more (--limit)" if len(rows) > limit else ""
-    show.result([asdict(row) for row in rows], json, f"{show.table(cells, columns)}{more}\n{len(rows)} series")
-
-
-def _short(value: object) -> str:
-    if isinstance(value, str) and len(value) == 32:
-        return value[:8]
-    if isinstance(value, tuple | list):
-        return "x".join(f"{v:g}" for v in value)
-    return str(value)
