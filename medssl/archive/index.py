@@ -271,7 +271,11 @@ def _write_listing(private: Path, listing: Iterator[Entry], roots: Sequence[Path
         kept = "true" if keep_others else f"NOT ({under})"
         rows += f""" UNION ALL SELECT * FROM read_parquet({quote(old)})
         WHERE {kept} AND source_id NOT IN (SELECT source_id FROM read_parquet({quote(new)}))"""
-    write_query(old, f"SELECT DISTINCT ON (source_id) * FROM ({rows}) ORDER BY source_id")
+    connection = connect(private / "spill")
+    try:
+        write_query(old, f"SELECT DISTINCT ON (source_id) * FROM ({rows}) ORDER BY source_id", connection)
+    finally:
+        connection.close()
     new.unlink()
 
 
@@ -376,7 +380,9 @@ def read_splits(path: Path) -> dict[str, list[str]]:
             raise RequestError(f"splits {path}: line {line}: another split than {', '.join(SPLITS)}; correct the table")
         patient = row.get("patient") or stem(file)
         if file in table and table[file][0] != split:
-            raise RequestError(f"splits {path}: line {line}: a file that is in {table[file][0]} and in {split}; keep one of the two rows")
+            raise RequestError(
+                f"splits {path}: line {line}: a file that is in {table[file][0]} and in {split}; keep one of the two rows"
+            )
         if by_patient.setdefault(patient, split) != split:
             raise RequestError(
                 f"splits {path}: line {line}: one patient is in {by_patient[patient]} and in {split}; "
