@@ -7,6 +7,7 @@ printed and left behind is searched.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -88,8 +89,6 @@ class House:
 
     def searcher(self) -> planted.Searcher:
         """Return a searcher that also knows the sources' paths and what identifies their bytes."""
-        import hashlib
-
         from medssl.archive.scan import file_digest, short_hash
 
         extra = {}
@@ -344,3 +343,22 @@ def test_whole_road__says_and_leaves_nothing(tmp_path: Path) -> None:
     assert not leaks, "\n".join(leaks)
     assert open_to_others(house.out) == []
     assert not house.attempts.exists(), house.attempts.read_text()
+
+
+def test_leaks__are_seen_wherever_they_are(tmp_path: Path) -> None:
+    """The checks above can fail: on what is said, on what lies about, on rights, on a hash without a key, on a call home."""
+    house = House(tmp_path)
+    house.sources.mkdir()
+    (house.sources / "0001.dcm").write_bytes(b"some image")
+    house.run_alone(step("index", house.data / "Zebediah", "--out", house.out / "none", status=2))  # quotes the path that was typed
+    assert any("says" in line and "Zebediah" in line for line in house.leaks())
+    house.said.clear()
+    assert house.leaks() == []
+    for place in ("out", "cwd", "tmp", "home"):
+        (tmp_path / place / ".spill").write_text("born 12.03.1957")
+    assert len({line.split("/")[0] for line in house.leaks()}) == 4
+    (house.out / "x.json").write_text(f'"{hashlib.sha256(b"some image").hexdigest()}"')
+    assert any("digest of a file" in line for line in house.leaks())
+    (house.out / "private").mkdir(mode=0o700)
+    (house.out / "private" / "x").touch(mode=0o644)
+    assert open_to_others(house.out) == ["private/x has mode 0644"]
