@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medssl.archive.table import Archive, SeriesRow
-from medssl.errors import LeakageError, RecipeError, RegistryError, RequestError, near
+from medssl.errors import LeakageError, RecipeError, RegistryError, RequestError, header_words, near
 from medssl.recipe import Component, EvaluateRecipe, FinetuneRecipe, OptimSection, PretrainRecipe, SourceSection
 from medssl.registry import ENCODERS, lookup
 from medssl.sampling.items import Item, freeze
@@ -414,7 +414,9 @@ def read_targets(table: str, file_column: str, target: str, shelf: Shelf) -> dic
         columns = reader.fieldnames or []
         missing = [column for column in (file_column, target) if column not in columns]
         if missing:
-            raise RequestError(f"{path.name} has no column {', '.join(missing)}; it has {', '.join(columns)}")
+            raise RequestError(
+                f"{path.name} has no column {', '.join(missing)}; it has {header_words(columns, (file_column, target))}"
+            )
         labels = {Path(row[file_column]).name: row[target] for row in reader if row[target] not in ("", None)}
     found = {}
     for row in shelf.rows:

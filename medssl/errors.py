@@ -85,3 +85,14 @@ def near(name: str, known: Iterable[str]) -> str:
     """Return ' (did you mean "x"?)' for the closest known name, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f' (did you mean "{match[0]}"?)' if match else ""
+
+
+def header_words(columns: Iterable[str], known: Iterable[str]) -> str:
+    """Return the titles of a table's columns for a message, if its first line is a header at all.
+
+    The first line of a table without one holds file names and patients, which no message may quote.
+    """
+    columns = list(columns)
+    if not columns:
+        return "none"
+    return ", ".join(columns) if set(columns) & set(known) else f"{len(columns)} that are not known here (no header line?)"

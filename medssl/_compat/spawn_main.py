@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
+from medssl._compat.quiet import silence_libraries
+
 
 @contextlib.contextmanager
 def _hidden_main() -> Iterator[None]:
@@ -28,7 +30,7 @@ def _hidden_main() -> Iterator[None]:
 
 def spawn_pool(workers: int) -> ProcessPoolExecutor:
     """Return a pool of spawned processes that are already started."""
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=silence_libraries)
     with _hidden_main():
         pool.submit(int)  # the first submit starts all workers of a spawn pool
     return pool

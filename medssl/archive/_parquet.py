@@ -27,6 +27,8 @@ def connect(spill: Path | None = None) -> Any:
     connection.execute("SET autoinstall_known_extensions = false")
     connection.execute("SET enable_progress_bar = false")
     connection.execute("SET preserve_insertion_order = true")
+    # DuckDB's own default is a folder .tmp where the user stands, open to others.
+    connection.execute("SET temp_directory = ''")
     if spill is not None:
         spill.mkdir(mode=0o700, exist_ok=True)
         connection.execute(f"SET memory_limit = '{MEMORY}'")
@@ -120,8 +122,9 @@ def write_query(path: Path, query: str, connection: Any = None) -> None:
     aside = temporary(path)
     own = connect() if connection is None else connection
     try:
-        own.execute(f"COPY ({query}) TO {quote(aside)} (FORMAT parquet, COMPRESSION zstd)")
-        os.chmod(aside, 0o600)
+        # The file is there with the owner's rights before DuckDB fills it: a kill leaves nothing that others may read.
+        os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+        own.execute(f"COPY ({query}) TO {quote(aside)} (FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false)")
         with open(aside, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(aside, path)

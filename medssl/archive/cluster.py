@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Executor
 
+from medssl._compat.quiet import silence_libraries
 from medssl.errors import RequestError
 
 
@@ -30,4 +31,5 @@ def executor_of(address: str | None) -> Iterator[Executor | None]:
             f"dask: no scheduler answers at {address} ({type(err).__name__}); start one, or correct the address"
         ) from err
     with client, client.get_executor() as executor:
+        client.register_worker_callbacks(silence_libraries)  # workers that join later too
         yield executor

@@ -37,7 +37,7 @@ from medssl.archive.rows import DOMAINS, Choice
 from medssl.archive.scan import RETRIED, data_unchanged
 from medssl.archive.sweep import LIMIT_S, next_part, sweep
 from medssl.archive.table import FORMAT
-from medssl.errors import RequestError
+from medssl.errors import RequestError, header_words
 
 logger = logging.getLogger(__name__)
 
@@ -271,7 +271,11 @@ def _write_listing(private: Path, listing: Iterator[Entry], roots: Sequence[Path
         kept = "true" if keep_others else f"NOT ({under})"
         rows += f""" UNION ALL SELECT * FROM read_parquet({quote(old)})
         WHERE {kept} AND source_id NOT IN (SELECT source_id FROM read_parquet({quote(new)}))"""
-    write_query(old, f"SELECT DISTINCT ON (source_id) * FROM ({rows}) ORDER BY source_id")
+    connection = connect(private / "spill")
+    try:
+        write_query(old, f"SELECT DISTINCT ON (source_id) * FROM ({rows}) ORDER BY source_id", connection)
+    finally:
+        connection.close()
     new.unlink()
 
 
@@ -355,29 +359,33 @@ def read_splits(path: Path) -> dict[str, list[str]]:
         with open(path, newline="", encoding="utf-8-sig") as handle:
             reader = csv.DictReader(handle)
             names = [name.strip() for name in reader.fieldnames or ()]
-            rows = [{str(name).strip(): str(value or "").strip() for name, value in row.items()} for row in reader]
+            rows = [
+                (reader.line_num, {str(name).strip(): str(value or "").strip() for name, value in row.items()}) for row in reader
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as err:
         raise RequestError(f"splits {path} cannot be read ({type(err).__name__}); a CSV with columns file,split is needed") from err
     missing = [name for name in ("file", "split") if name not in names]
     if missing:
         raise RequestError(
-            f"splits {path}: no column {' and '.join(missing)} among {', '.join(names) or 'none'}; "
+            f"splits {path}: no column {' and '.join(missing)} among {header_words(names, ('file', 'split', 'patient'))}; "
             "columns file,split (and optionally patient) are needed"
         )
     table: dict[str, list[str]] = {}
     by_patient: dict[str, str] = {}
-    for row in rows:
+    for line, row in rows:  # messages name the line: files and patients are not quoted
         file, split = row["file"], row["split"].lower()
         if not file:
             continue
         if split not in SPLITS:
-            raise RequestError(f"splits {path}: split {split!r}; {', '.join(SPLITS)} are accepted; correct the table")
+            raise RequestError(f"splits {path}: line {line}: another split than {', '.join(SPLITS)}; correct the table")
         patient = row.get("patient") or stem(file)
         if file in table and table[file][0] != split:
-            raise RequestError(f"splits {path}: {file} is in {table[file][0]} and in {split}; keep one of the two rows")
+            raise RequestError(
+                f"splits {path}: line {line}: a file that is in {table[file][0]} and in {split}; keep one of the two rows"
+            )
         if by_patient.setdefault(patient, split) != split:
             raise RequestError(
-                f"splits {path}: one patient is in {by_patient[patient]} and in {split}, second at {file}; "
+                f"splits {path}: line {line}: one patient is in {by_patient[patient]} and in {split}; "
                 "a patient belongs to one split: correct the table"
             )
         table[file] = [split, patient]

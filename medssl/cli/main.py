@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 
 import typer
 
+from medssl._compat.quiet import silence_libraries
 from medssl.cli import archive, data, demo, info, labels, results, training
 from medssl.errors import MedsslError
 
@@ -49,9 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line and leave with its exit status."""
     # read by OpenMP when torch loads: threads that spin at a barrier make a step five times slower on a shared machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    warnings.filterwarnings("ignore", module=r"pydicom|nibabel|SimpleITK")  # their texts quote file content
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    logging.getLogger("nibabel").setLevel(logging.CRITICAL)
+    silence_libraries()
     try:
         status = app(argv, standalone_mode=False)
     except MedsslError as err:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medssl.errors import RequestError, near
+from medssl.errors import RequestError, header_words, near
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
@@ -150,7 +150,7 @@ def _reader(path: Path) -> Callable[[Path], tuple[list[Case], dict[int, str]]]:
         return _read_nnunet
     if (path / "dataset.json").is_file():
         return lambda folder: _read_decathlon(folder / "dataset.json")
-    have = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+    have = f"{n} other files and folders" if (n := sum(1 for _ in path.iterdir())) else "nothing"
     raise RequestError(f"cohort {path}: the folder holds {have}; {FORMS}")
 
 
@@ -181,7 +181,7 @@ def _read_csv(path: Path) -> tuple[list[Case], dict[int, str]]:
 def _read_decathlon(path: Path) -> tuple[list[Case], dict[int, str]]:
     content = _json(path)
     if "training" not in content:
-        raise RequestError(f"cohort {path}: no key training (it has {', '.join(sorted(content)[:8])}); {FORMS}")
+        raise RequestError(f"cohort {path}: no key training among its {len(content)}; {FORMS}")
     cases = []
     for key, split in (("training", "train"), ("validation", "val"), ("test", "test")):
         for number, item in enumerate(content.get(key, []), start=1):
@@ -268,9 +268,10 @@ def _rows(table: Path, *, required: Iterable[str], optional: Iterable[str]) -> l
         columns = [name.strip() for name in reader.fieldnames or []]
         for name in required:
             if name not in columns:
+                known = {*required, *optional}
                 raise RequestError(
-                    f"cohort {table}: no column {name}{near(name, columns)} "
-                    f"(it has {', '.join(columns) or 'no header'}); needed: {', '.join(required)}; "
+                    f"cohort {table}: no column {name}{near(name, columns) if known & set(columns) else ''} "
+                    f"(it has {header_words(columns, known)}); needed: {', '.join(required)}; "
                     f"optional: {', '.join(optional)}"
                 )
         rows = []
@@ -282,7 +283,7 @@ def _rows(table: Path, *, required: Iterable[str], optional: Iterable[str]) -> l
 def _split(word: str, table: Path, line: int) -> str:
     split = SPLIT_WORDS.get(word.strip().lower())
     if split is None:
-        raise RequestError(f'cohort {table}: line {line}: split is "{word}"; use {", ".join(SPLITS)}')
+        raise RequestError(f"cohort {table}: line {line}: another split than {', '.join(SPLITS)}; correct the table")
     return split
 
 

@@ -206,10 +206,11 @@ def test_requests__refused_before_anything_is_written(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("name,split\na,train\n", "no column file among name, split"),
-        ("file,split\na,dev\n", "'dev'; train, val, test, unknown are accepted"),
-        ("file,split\na,train\na,test\n", "a is in train and in test"),
+        ("file,split\na,dev\n", "line 2: another split than train, val, test, unknown"),
+        ("file,split\na,train\na,test\n", "line 3: a file that is in train and in test"),
         ("file,split,patient\na,train,p\nb,test,p\n", "one patient is in train and in test"),
         ("", "no column file and split among none"),
+        ("doe.nii,train\nroe.nii,test\n", "no column file and split among 2 that are not known here"),
     ],
 )
 def test_splits__faults_named(tmp_path: Path, text: str, message: str) -> None:

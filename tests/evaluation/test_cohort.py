@@ -108,7 +108,7 @@ def test_csv__same_file_name_in_two_folders_are_two_cases(tmp_path: Path) -> Non
     [
         (["a.nii,train,1,p", "b.nii,test,,p"], r"1 patient\(s\) on two sides .*train and test"),
         (["a.nii,train,1,p", "a.nii,train,2,p"], "entries 1 and 2 are the same image"),
-        (["a.nii,dev,1,p"], 'line 2: split is "dev"; use train, val, test'),
+        (["a.nii,dev,1,p"], "line 2: another split than train, val, test"),
         (["a.nii,train,first,p"], "line 2: few_label_rank is not a whole number"),
         ([], "no cases in it"),
     ],
