@@ -7,6 +7,8 @@ of a level, a float (scanners state 3.9998; cutting it to 3 would change the siz
 from __future__ import annotations
 
 import csv
+import functools
+import io
 import logging
 import math
 from collections.abc import Mapping
@@ -391,11 +393,17 @@ def _fit(
     return (low[0], low[1], high[0], high[1])
 
 
-def _to_srgb(image: np.ndarray, profile: bytes) -> np.ndarray:
-    from io import BytesIO
+@functools.lru_cache(maxsize=8)
+def _srgb_transform(profile: bytes) -> Any:
+    """Return Pillow's transform from a profile to sRGB; building it takes longer than a tile."""
+    from PIL import ImageCms
 
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), "RGB", "RGB")
+
+
+def _to_srgb(image: np.ndarray, profile: bytes) -> np.ndarray:
     from PIL import Image, ImageCms
 
-    source = ImageCms.ImageCmsProfile(BytesIO(profile))
     picture = Image.fromarray(np.ascontiguousarray(image))
-    return np.asarray(ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB"))
+    return np.asarray(ImageCms.applyTransform(picture, _srgb_transform(profile)))
