@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from medssl.archive.reasons import FLAGS, IMAGE_REASONS
+from medssl.archive.slide_headers import slide_header
 from medssl.domains.base import Domain
 from medssl.domains.slides.handles import HANDLES, Handles
 from medssl.domains.slides.slide import Slide, open_slide, read_mpp_table
@@ -398,6 +400,29 @@ def test_broken_files__end_with_a_reason(tmp_path: Path) -> None:
         "text.svs": "unsupported_format",
         "missing.svs": "vanished",
     }
+
+
+def test_odd_files__libraries_do_not_name_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """tifffile logs `<tifffile.TiffFile 'doe_jane.ome.tif'> ...`; libraries in C write to stderr."""
+    path = slides.write_ome(tmp_path / "doe_jane.ome.tif")
+    path.write_bytes(path.read_bytes().replace(b"<Pixels", b"<Pix<ls"))
+    with caplog.at_level(logging.DEBUG):
+        with tifffile.TiffFile(path) as tif:
+            logging.getLogger("tifffile").setLevel(logging.NOTSET)
+            _ = tif.series
+        assert "doe_jane" in caplog.text  # so this file is one that it would name
+        caplog.clear()
+        cut = tmp_path / "doe_cut.svs"
+        cut.write_bytes(slides.write_svs(tmp_path / "slide.svs").read_bytes()[:3000])
+        for each in (path, cut):
+            with contextlib.suppress(ImageError):
+                slide_header(each, each.read_bytes()[:4096])
+            for backend in ("auto", "openslide", "tifffile", "pillow"):
+                with contextlib.suppress(ImageError):
+                    open_slide(each, mpp=0.5, backend=backend).read(0, 0, (64, 64), 0.5)
+    assert "doe" not in caplog.text + "".join(capfd.readouterr())
 
 
 def test_table_of_file_names__is_refused_by_the_domain() -> None:
