@@ -158,7 +158,13 @@ def damage(path: Path, page: int, tiles: Sequence[int]) -> Path:
 
 
 def write_dicom_wsi(
-    path: Path, paint: Paint = texture, *, size: tuple[int, int] = (384, 256), mpp: float = 0.5, tile: int = 128
+    path: Path,
+    paint: Paint = texture,
+    *,
+    size: tuple[int, int] = (384, 256),
+    mpp: float = 0.5,
+    tile: int = 128,
+    factor: float = 1.0,
 ) -> Path:
     """One level of a DICOM slide: JPEG frames, TILED_FULL."""
     from io import BytesIO
@@ -199,7 +205,9 @@ def write_dicom_wsi(
         for column in range(columns):
             edges = np.arange(tile + 1)
             picture = BytesIO()
-            Image.fromarray(paint(column * tile + edges, row * tile + edges)).save(picture, "JPEG", quality=95)
+            Image.fromarray(paint((column * tile + edges) * factor, (row * tile + edges) * factor)).save(
+                picture, "JPEG", quality=95
+            )
             frames.append(picture.getvalue())
     ds.PixelData = encapsulate(frames)
     ds["PixelData"].VR = "OB"

@@ -6,6 +6,7 @@ know. Text of the file is never returned: names are mapped to closed lists, beca
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -258,6 +259,18 @@ def _header(
     }
 
 
+def open_tiff(path: Path) -> Any:
+    """Open a file with tifffile, whose log is silenced for good: its messages name the file.
+
+    Raises:
+        ImportError: tifffile is not installed.
+    """
+    import tifffile
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
+    return tifffile.TiffFile(path)
+
+
 # --- TIFF, by tifffile -------------------------------------------------------------------------------------------------------
 
 
@@ -380,13 +393,9 @@ def _tiff_associated(tif: Any) -> list[tuple[str, tuple[int, int]]]:
 
 def _by_tifffile(path: Path) -> dict[str, Any] | None:
     try:
-        import tifffile
-    except ImportError:
-        return None
-    try:
-        with tifffile.TiffFile(path) as tif:
+        with open_tiff(path) as tif:
             slide = tiff_slide(tif)
-    except Exception:  # not a TIFF that it can parse; its exceptions quote the file, and another reader may say more
+    except Exception:  # not installed, or not a TIFF that it can parse; its exceptions quote the file
         return None
     if slide is None or (slide.form != "aperio" and not _is_slide(slide.dimensions)):
         return None
@@ -401,15 +410,11 @@ def check_tiff(path: Path) -> bool | None:
         ImageError: `truncated`.
     """
     try:
-        import tifffile
-    except ImportError:
-        return None
-    try:
-        with tifffile.TiffFile(path) as tif:
+        with open_tiff(path) as tif:
             page: Any = tif.pages[0]
             end = max((start + count for start, count in zip(page.dataoffsets, page.databytecounts) if count), default=0)
             lossy = int(page.compression) in _LOSSY_TIFF
-    except Exception:  # OpenSlide opened it, so it is readable: what tifffile says against it does not count
+    except Exception:  # not installed; or OpenSlide opened it, and what tifffile says against it does not count
         return None
     if end > path.stat().st_size:
         raise ImageError("truncated", "the slide ends before its last tile; copy it again from its source")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from medssl.archive.reasons import FLAGS, IMAGE_REASONS
+from medssl.archive.slide_headers import slide_header
 from medssl.domains.base import Domain
 from medssl.domains.slides.handles import HANDLES, Handles
 from medssl.domains.slides.slide import Slide, open_slide, read_mpp_table
@@ -76,6 +78,14 @@ def test_dicom_slide__reads_what_was_painted(tmp_path: Path) -> None:
     sample = WSI(mpp=0.5).read([slides.write_dicom_wsi(tmp_path / "slide.dcm")], series_id=ID)
     truth = slides.whole(slides.texture, (384, 256))
     assert np.abs(sample.image.transpose(1, 2, 0).astype(int) - truth).mean() < 1.0  # JPEG
+
+
+def test_dicom_slide__any_file_opens_all_levels(tmp_path: Path) -> None:
+    fine = slides.write_dicom_wsi(tmp_path / "fine.dcm")
+    coarse = slides.write_dicom_wsi(tmp_path / "coarse.dcm", size=(96, 64), mpp=2.0, factor=4.0)
+    for path in (fine, coarse):
+        info = open_slide(path).info
+        assert (info.level_dimensions, info.mpp) == (((384, 256), (96, 64)), pytest.approx(0.5))
 
 
 # --- exact scale -------------------------------------------------------------------------------------------------------------
@@ -192,6 +202,34 @@ def test_transparent_pixels__become_white_and_not_valid(pyramid: Path, monkeypat
     region = slide.read(0, 0, (20, 20), 0.25)
     assert (region.image[:10] == 255).all() and (region.image[10:] < 255).any()
     assert region.valid is not None and not region.valid[:10].any() and region.valid[10:].all()
+
+
+def gamma_one_profile() -> bytes:
+    """The sRGB profile with its three tone curves replaced by straight lines."""
+    from PIL import ImageCms
+
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for k in range(int.from_bytes(data[128:132], "big")):
+        entry = 132 + 12 * k
+        if data[entry : entry + 4] in (b"rTRC", b"gTRC", b"bTRC"):
+            start = int.from_bytes(data[entry + 4 : entry + 8], "big")
+            data[start : start + 12] = b"curv" + bytes(8)  # a curve of no points is the identity
+            data[entry + 8 : entry + 12] = (12).to_bytes(4, "big")
+    return bytes(data)
+
+
+def test_icc__is_kept_and_converted_to_srgb_on_request(tmp_path: Path) -> None:
+    profile = gamma_one_profile()
+    image = slides.whole(slides.texture, (64, 48))
+    Image.fromarray(image).save(tmp_path / "roi.png", icc_profile=profile)
+    plain = open_slide(tmp_path / "roi.png", mpp=0.5)
+    assert plain.info.icc == profile
+    np.testing.assert_array_equal(plain.read(0, 0, (64, 48), 0.5).image, image)
+    converted = open_slide(tmp_path / "roi.png", mpp=0.5, icc=True).read(0, 0, (64, 48), 0.5).image
+    # IEC 61966-2-1: linear light to sRGB.
+    light = image / 255.0
+    expected = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    assert np.abs(converted - expected).max() <= 2
 
 
 def test_overview__has_the_size_of_the_slide(pyramid: Path) -> None:
@@ -362,6 +400,29 @@ def test_broken_files__end_with_a_reason(tmp_path: Path) -> None:
         "text.svs": "unsupported_format",
         "missing.svs": "vanished",
     }
+
+
+def test_odd_files__libraries_do_not_name_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """tifffile logs `<tifffile.TiffFile 'doe_jane.ome.tif'> ...`; libraries in C write to stderr."""
+    path = slides.write_ome(tmp_path / "doe_jane.ome.tif")
+    path.write_bytes(path.read_bytes().replace(b"<Pixels", b"<Pix<ls"))
+    with caplog.at_level(logging.DEBUG):
+        with tifffile.TiffFile(path) as tif:
+            logging.getLogger("tifffile").setLevel(logging.NOTSET)
+            _ = tif.series
+        assert "doe_jane" in caplog.text  # so this file is one that it would name
+        caplog.clear()
+        cut = tmp_path / "doe_cut.svs"
+        cut.write_bytes(slides.write_svs(tmp_path / "slide.svs").read_bytes()[:3000])
+        for each in (path, cut):
+            with contextlib.suppress(ImageError):
+                slide_header(each, each.read_bytes()[:4096])
+            for backend in ("auto", "openslide", "tifffile", "pillow"):
+                with contextlib.suppress(ImageError):
+                    open_slide(each, mpp=0.5, backend=backend).read(0, 0, (64, 64), 0.5)
+    assert "doe" not in caplog.text + "".join(capfd.readouterr())
 
 
 def test_table_of_file_names__is_refused_by_the_domain() -> None:

@@ -326,3 +326,24 @@ def test_damaged_tiles__white_and_counted_then_the_slide_fails(
     with pytest.raises(ImageError, match=r"2 of 120 tiles cannot be decoded; at most 1% are accepted") as caught:
         list(Tiles(slide, tiles.grid))
     assert caught.value.reason == "unreadable"
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # from MONAI's own reader
+def test_monai__patches_of_our_reader_are_those_of_openslide(tmp_path: Path) -> None:
+    from monai.data import PatchWSIDataset
+
+    from medssl.domains.slides.monai_reader import SlideReader
+
+    path = slides.write_svs(tmp_path / "slide.svs")
+    for level in (0, 1):
+        data = [{"image": str(path), "location": [300, 400]}, {"image": str(path), "location": [512, 256]}]
+        found = [
+            PatchWSIDataset(data, patch_size=(96, 64), patch_level=level, reader=reader, include_label=False)
+            for reader in (SlideReader(level=level), "openslide")
+        ]
+        for ours, theirs in zip(*found):
+            assert ours["image"].shape == (3, 96, 64)
+            np.testing.assert_array_equal(np.asarray(ours["image"]), np.asarray(theirs["image"]))
+    reader = SlideReader()
+    assert reader.get_mpp(reader.read(path), 1) == pytest.approx((0.504, 0.504))
+    assert reader.get_power(reader.read(path), 1) == pytest.approx(20.0)

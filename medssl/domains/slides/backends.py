@@ -5,8 +5,10 @@ Legend: W, H in pixels; x to the right, y down; sizes are (width, height), array
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from medssl.archive.slide_headers import PLANAR_PIXELS, picture_size, tiff_slide, unreadable
+from medssl.archive.slide_headers import PLANAR_PIXELS, open_tiff, picture_size, tiff_slide, unreadable
 from medssl.errors import ImageError, RequestError
 
 BACKENDS = ("openslide", "tifffile", "pillow")
@@ -133,7 +135,7 @@ class TiffBackend:
         self._decoded_bytes = 0
         self.version = str(tifffile.__version__)
         try:
-            self._file = tifffile.TiffFile(path)
+            self._file = open_tiff(path)
             found = tiff_slide(self._file)
         except Exception as err:  # tifffile's exceptions have no common base and may quote the file
             raise unreadable(err) from err
@@ -212,8 +214,10 @@ class PillowBackend:
         from PIL import Image
 
         self.version = str(PIL.__version__)
+        logging.getLogger("PIL").setLevel(logging.WARNING)  # its debug messages quote the tags of the file
         try:
-            with Image.open(path) as picture:
+            with warnings.catch_warnings(), Image.open(path) as picture:
+                warnings.simplefilter("ignore")  # they may quote text of the file
                 if picture.width * picture.height > PLANAR_PIXELS:
                     raise ImageError(
                         "too_large",
