@@ -56,7 +56,9 @@ def split(
     fractions: Annotated[str, typer.Option(help="Of patients.")] = "train=0.8,val=0.1,test=0.1",
     by: Annotated[str, typer.Option(help="Columns in whose values the fractions hold too, for instance modality,site.")] = "",
     seed: Annotated[int, typer.Option(help="Another one draws another split, for patients not decided yet.")] = 0,
-    merge: Annotated[Path | None, typer.Option(help="CSV patient,same_as[,issuer,same_as_issuer]: two PatientIDs of one person.")] = None,
+    merge: Annotated[
+        Path | None, typer.Option(help="CSV patient,same_as[,issuer,same_as_issuer]: two PatientIDs of one person.")
+    ] = None,
     key_file: Key = None,
     redraw: Annotated[
         bool, typer.Option("--redraw", help="Forget earlier draws: runs made with them are not disjoint from the new test.")
@@ -102,9 +104,7 @@ def leakage(
     from medssl.archive.leakage import find_leakage
     from medssl.archive.table import Archive
 
-    found = find_leakage(
-        Archive.open(archive), Archive.open(against), where=where, against_where=against_where, distance=distance
-    )
+    found = find_leakage(Archive.open(archive), Archive.open(against), where=where, against_where=against_where, distance=distance)
     lines = [f"{found.n_series[0]} series against {found.n_series[1]}"]
     if found.n_patients is None:
         lines.append("patients: not compared")
@@ -125,7 +125,9 @@ def withdraw(
     request: Annotated[Path, typer.Argument(help="CSV kind,value[,issuer]: patient, accession, study_uid, series_id ...")],
     store: Annotated[list[Path] | None, typer.Option(help="Store folder outside the archive; may be given again.")] = None,
     embeddings: Annotated[list[Path] | None, typer.Option(help="Folder of embeddings; may be given again.")] = None,
-    runs: Annotated[list[Path] | None, typer.Option(help="Folder to look through for runs and exports; may be given again.")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Option(help="Folder to look through for runs and exports; may be given again.")
+    ] = None,
     key_file: Key = None,
     json: Json = False,
 ) -> None:
@@ -133,9 +135,7 @@ def withdraw(
     from medssl.archive.table import Archive
     from medssl.archive.withdraw import withdraw as run
 
-    done = run(
-        Archive.open(archive), request, stores=store or [], embeddings=embeddings or [], runs=runs or [], key_file=key_file
-    )
+    done = run(Archive.open(archive), request, stores=store or [], embeddings=embeddings or [], runs=runs or [], key_file=key_file)
     lines = [
         f"{done.n_series} series of {done.n_patients} patients are withdrawn, {done.n_new} of them new",
         f"deleted: {done.n_stored} files in stores, {done.n_embeddings} embeddings",
@@ -143,7 +143,9 @@ def withdraw(
     if done.n_unmatched:
         lines.append(f"lines that match nothing now: {_counts(done.n_unmatched)}")
     if done.n_several:
-        lines.append(f"{done.n_several} PatientIDs stand for several patients; all were withdrawn (the column issuer tells them apart)")
+        lines.append(
+            f"{done.n_several} PatientIDs stand for several patients; all were withdrawn (the column issuer tells them apart)"
+        )
     for one in done.runs:
         lines.append(f"seen by run {one['run']}: {one['series']} series ({_counts(one['splits'])})")
     lines += [f"  weights: {path}" for path in done.exports]
@@ -173,7 +175,9 @@ def release(
     if done.left_out:
         lines.append(f"tables left out because every cell would be hidden: {', '.join(done.left_out)}")
     if done.n_left_out_series:
-        lines.append(f"{done.n_left_out_series} series without a patient identity are not counted (this line is for you, not released)")
+        lines.append(
+            f"{done.n_left_out_series} series without a patient identity are not counted (this line is for you, not released)"
+        )
     lines.append("two releases of a growing archive can be subtracted from each other by whoever holds both")
     show.result({"out": str(out), **done.content()}, json, "\n".join(lines))
 
