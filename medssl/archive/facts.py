@@ -116,6 +116,7 @@ def collect_facts(archive: Archive) -> dict[str, Any]:
             "usable": len(usable),
             "patients": len({row.patient_id for row in usable}),
             "patients_unknown": len({row.patient_id for row in usable if "patient_unknown" in row.quality_flags}),
+            "patients_torn": _torn(usable),
             "studies": len({row.study_id for row in usable}),
             "bytes": sum(row.bytes for row in usable),
             "rejected": _reasons(rows, meanings),
@@ -127,6 +128,14 @@ def collect_facts(archive: Archive) -> dict[str, Any]:
         "unknown": _unknown(usable),
         "geometry": _geometry(usable),
     }
+
+
+def _torn(rows: Iterable[SeriesRow]) -> int:
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        if row.split != "unknown":
+            splits.setdefault(row.patient_id, set()).add(row.split)
+    return sum(len(found) > 1 for found in splits.values())
 
 
 def _reasons(rows: Iterable[SeriesRow], meanings: Mapping[str, str]) -> list[dict[str, Any]]:

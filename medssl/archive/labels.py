@@ -22,7 +22,7 @@ from typing import Any
 
 from medssl.archive._parquet import TEMPORARY
 from medssl.archive.ids import normalise
-from medssl.archive.owner import owner_files, owner_series, study_uid_of
+from medssl.archive.owner import LISTED, owner_files, owner_series, study_uid_of
 from medssl.archive.table import Archive, SeriesRow
 from medssl.errors import RequestError, StoreError, near
 
@@ -268,9 +268,7 @@ class _Finder:
         }
         self._index: dict[tuple[str, ...], list[str]] = defaultdict(list)
         if by in ("sop_uid", "path"):
-            table = owner_files(archive, ["sop_uid" if by == "sop_uid" else "path"])
-            self._need(by, table.missing, archive)
-            self._add_files(table.rows, {key[0] for key in keys})
+            self._add_files(archive, {key[0] for key in keys if key[0]})
         else:
             needed = {"accession": ("accession",), "mrn_date": ("mrn", "study_date"), "study_uid": ()}[by]
             self._need(by, [name for name in owner.missing if name in needed], archive)
@@ -299,24 +297,25 @@ class _Finder:
         day = read_date(str(record["study_date"] or ""))
         return (normalise(record["mrn"]), day) if record["mrn"] and day else None
 
-    def _add_files(self, files: Sequence[Mapping[str, Any]], wanted: set[str]) -> None:
+    def _add_files(self, archive: Archive, wanted: set[str]) -> None:
         if self._by == "sop_uid":
-            for file in files:
-                if file["sop_uid"] and file["sop_uid"] in wanted:
-                    self._index[(file["sop_uid"],)].append(file["series_id"])
+            table = owner_files(archive, ["sop_uid"], f"sop_uid {LISTED}", sorted(wanted))
+            self._need(self._by, table.missing, archive)
+            for file in table.rows:
+                self._index[(file["sop_uid"],)].append(file["series_id"])
             return
         # A path of the table is the end of a path of the archive: of a file, or of the folder that holds it.
         ends: dict[str, set[str]] = defaultdict(set)
-        for path in wanted:
-            clean = _clean(path)
-            if clean:
-                ends[clean.rpartition("/")[2]].add(clean)
-        for file in files:
+        for clean in filter(None, map(_clean, wanted)):
+            ends[clean.rpartition("/")[2]].add(clean)
+        parts = "string_split(path, '/')"
+        table = owner_files(archive, ["path"], f"{parts}[-1] {LISTED} OR {parts}[-2] {LISTED}", sorted(ends))
+        for file in table.rows:
             whole = str(file["path"])
             folder, _, name = whole.rpartition("/")
             for end, place in ((name, whole), (folder.rpartition("/")[2], folder)):
                 for clean in ends.get(end, ()):
-                    if place == clean or (place.endswith(f"/{clean.lstrip('/')}") and not clean.startswith("/")):
+                    if place == clean or (not clean.startswith("/") and place.endswith(f"/{clean}")):
                         self._index[(clean,)].append(file["series_id"])
 
     def find(self, key: tuple[str, ...]) -> tuple[str, list[str]]:

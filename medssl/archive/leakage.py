@@ -15,7 +15,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from medssl.archive.owner import owner_files, owner_series
+from medssl.archive._parquet import connect, quote
+from medssl.archive.owner import LISTED, owner_series
 from medssl.archive.table import Archive, SeriesRow
 from medssl.errors import RequestError
 
@@ -87,7 +88,7 @@ def find_leakage(
     same_key = archive.key_fingerprint == other.key_fingerprint
     found = Leakage(same_key, (len(one), len(two)))
     _compare_patients(found, one, two)
-    certain = set(_shared(_digests(archive, one), _digests(other, two)))
+    certain = set(_same_files(archive, other, one, two))
     hashes, pictures = _hashes(found, archive, one, "the first archive"), _hashes(found, other, two, "the second archive")
     certain |= set(_shared(_one_each(hashes, "content_hash"), _one_each(pictures, "content_hash")))
     found.content = sorted(certain)
@@ -119,14 +120,19 @@ def _compare_patients(found: Leakage, one: Sequence[SeriesRow], two: Sequence[Se
             found.notes.append(f"{n} series of the {name} selection have no usable patient identity: their people may be in both")
 
 
-def _digests(archive: Archive, rows: Sequence[SeriesRow]) -> dict[str, set[str]]:
-    """Return digest of a file -> series."""
-    wanted = {row.series_id for row in rows}
-    found: dict[str, set[str]] = defaultdict(set)
-    for file in owner_files(archive, ["digest"]).rows:
-        if file["digest"] and file["series_id"] in wanted:
-            found[file["digest"]].add(file["series_id"])
-    return found
+def _same_files(archive: Archive, other: Archive, one: Sequence[SeriesRow], two: Sequence[SeriesRow]) -> Iterator[Pair]:
+    """Yield pairs of series that share the bytes of a file."""
+    left, right = (quote(index.path / "private" / "files.parquet") for index in (archive, other))
+    connection = connect()
+    try:
+        pairs = connection.execute(
+            f"SELECT DISTINCT a.series_id, b.series_id FROM read_parquet({left}) a JOIN read_parquet({right}) b USING (digest) "
+            f"WHERE digest <> '' AND a.series_id {LISTED} AND b.series_id {LISTED}",
+            [[row.series_id for row in one], [row.series_id for row in two]],
+        ).fetchall()
+    finally:
+        connection.close()
+    yield from pairs
 
 
 def _hashes(found: Leakage, archive: Archive, rows: Sequence[SeriesRow], name: str) -> dict[str, Mapping[str, str | None]]:

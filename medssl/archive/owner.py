@@ -20,6 +20,9 @@ from medssl.archive.ids import IdKey, load_key
 from medssl.archive.table import Archive
 from medssl.errors import RequestError, StoreError
 
+LISTED = "IN (SELECT unnest(?::VARCHAR[]))"
+"""Condition on a column, with one list of texts as its parameter."""
+
 
 @dataclass(frozen=True)
 class OwnerTable:
@@ -39,10 +42,17 @@ def owner_series(archive: Archive, names: Sequence[str]) -> OwnerTable:
     return _read(archive.path / "private" / "series.parquet", ["series_id", *names])
 
 
-def owner_files(archive: Archive, names: Sequence[str]) -> OwnerTable:
-    """Read columns of `private/files.parquet` for the files that belong to a series, always with `series_id`."""
-    table = _read(archive.path / "private" / "files.parquet", ["series_id", *names])
-    return OwnerTable([row for row in table.rows if row["series_id"] is not None], table.missing)
+def owner_files(archive: Archive, names: Sequence[str], condition: str, values: Sequence[str]) -> OwnerTable:
+    """Read columns of `private/files.parquet` for some files of series, always with `series_id`.
+
+    Args:
+        archive: The index; it may have many millions of files, so that the condition is for DuckDB.
+        names: Columns.
+        condition: SQL with `?` for the values, for instance `series_id {LISTED}`.
+        values: Texts that every `?` stands for, as a list.
+    """
+    path = archive.path / "private" / "files.parquet"
+    return _read(path, ["series_id", *names], f"series_id IS NOT NULL AND ({condition})", list(values))
 
 
 def columns_of(path: Path) -> list[str]:
@@ -54,17 +64,19 @@ def columns_of(path: Path) -> list[str]:
         connection.close()
 
 
-def _read(path: Path, names: Sequence[str]) -> OwnerTable:
+def _read(path: Path, names: Sequence[str], condition: str = "true", values: Sequence[str] = ()) -> OwnerTable:
     there = set(columns_of(path))
-    wanted = ", ".join(name if name in there else f"NULL AS {name}" for name in names)
+    columns = ", ".join(name if name in there else f"NULL::VARCHAR AS {name}" for name in names)
+    table = f"(SELECT {columns} FROM read_parquet({quote(path)})) AS t"
+    parameters = [list(values)] * condition.count("?")
     connection = connect()
     try:
-        found = connection.execute(f"SELECT {wanted} FROM read_parquet({quote(path)}) ORDER BY series_id").fetchall()
+        counts = connection.execute(f"SELECT {', '.join(f'count({name})' for name in names)} FROM {table}").fetchone()
+        rows = connection.execute(f"SELECT * FROM {table} WHERE {condition} ORDER BY series_id", parameters).fetchall()
     finally:
         connection.close()
-    rows = [dict(zip(names, row)) for row in found]
-    silent = tuple(name for name in names if all(row[name] is None for row in rows))
-    return OwnerTable(rows, silent)
+    silent = tuple(name for name, n in zip(names, counts) if n == 0)
+    return OwnerTable([dict(zip(names, row)) for row in rows], silent)
 
 
 def study_uid_of(row: dict[str, Any]) -> str | None:

@@ -34,7 +34,7 @@ from pathlib import Path
 from medssl.archive._parquet import connect, write_table
 from medssl.archive.decisions import SPLIT_COLUMNS, load_series, read_splits_decided, write_series
 from medssl.archive.ids import normalise
-from medssl.archive.owner import locked, owner_files, owner_key, owner_series
+from medssl.archive.owner import LISTED, locked, owner_files, owner_key, owner_series
 from medssl.archive.table import Archive, SeriesRow
 from medssl.errors import RequestError, near
 
@@ -354,12 +354,12 @@ def _ties(archive: Archive, rows: Sequence[SeriesRow], summary: SplitSummary) ->
             groups["content", row["content_hash"]].append(row["series_id"])
     conflict = {row.series_id for row in rows if "uid_conflict" in row.quality_flags and row.pair_group is None}
     if conflict:
-        files = owner_files(archive, ["sop_uid"])
+        files = owner_files(archive, ["sop_uid"], f"series_id {LISTED}", sorted(conflict))
         if "sop_uid" in files.missing:
             summary.notes.append("uid_conflict: no instance UIDs in the index, so all rows with this flag stay together")
             groups["conflict", ""] = sorted(conflict)
         for file in files.rows:
-            if file["sop_uid"] and file["series_id"] in conflict:
+            if file["sop_uid"]:
                 groups["sop", file["sop_uid"]].append(file["series_id"])
     return [sorted(set(group)) for group in groups.values() if len(set(group)) > 1]
 

@@ -30,7 +30,7 @@ from typing import Any
 from medssl.archive._parquet import connect, quote, write_json, write_table
 from medssl.archive.decisions import WITHDRAWN_COLUMNS, apply_withdrawals, load_series, read_withdrawn, write_series
 from medssl.archive.ids import normalise
-from medssl.archive.owner import columns_of, locked, owner_files, owner_key, owner_series, study_uid_of, write_query
+from medssl.archive.owner import LISTED, columns_of, locked, owner_files, owner_key, owner_series, study_uid_of, write_query
 from medssl.archive.table import FILE_COLUMNS, Archive
 from medssl.errors import RequestError, StoreError, near
 
@@ -206,7 +206,8 @@ def _resolve(
     found.n_unmatched = {kind: n for kind, n in unmatched.items() if n}
     series = {value for kind, value in listed if kind == "series_id"}
     if series:  # by their files too: a better reader may give the same images another series id
-        listed |= {("digest", file["digest"]) for file in owner_files(archive, ["digest"]).rows if file["series_id"] in series}
+        files = owner_files(archive, ["digest"], f"series_id {LISTED}", sorted(series))
+        listed |= {("digest", file["digest"]) for file in files.rows if file["digest"]}
     return listed
 
 

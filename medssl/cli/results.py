@@ -57,16 +57,29 @@ def export(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder or demo folder.")],
+    run: Annotated[Path, typer.Argument(help="Run folder, demo folder or archive.")],
     out: Annotated[Path | None, typer.Option("--out", help="HTML file; default RUN/report.html.")] = None,
     with_images: Annotated[bool, typer.Option(help="Include pictures of patients: the page is private then.")] = False,
     json: Json = False,
 ) -> None:
     """Draw one self-contained HTML page."""
-    from medssl.report.page import report as draw
+    if (run / "series.parquet").is_file():
+        path = _archive_report(run, out or run / "report.html", with_images)
+    else:
+        from medssl.report.page import report as draw
 
-    path = draw(run, out or run / "report.html", with_images=with_images)
+        path = draw(run, out or run / "report.html", with_images=with_images)
     show.result({"report": str(path)}, json, str(path))
+
+
+def _archive_report(archive: Path, out: Path, with_images: bool) -> Path:
+    from medssl.archive.facts import collect_facts
+    from medssl.archive.table import Archive
+    from medssl.cli.thumbnails import draw_pictures
+    from medssl.report.archive_page import archive_report
+
+    opened = Archive.open(archive)
+    return archive_report(collect_facts(opened), out, pictures=draw_pictures(opened) if with_images else None)
 
 
 def _number(value: float | None) -> str:
