@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from medssl.errors import RequestError
 
@@ -47,3 +49,50 @@ def _tells(hidden: list[int], k: int) -> bool:
     """Return whether the number of hidden counts and their sum give one of them away."""
     n, total = len(hidden), sum(hidden)
     return n < 2 or total < k or (max(hidden) < k and total in (n, n * (k - 1)))
+
+
+def suppress_partitions(columns: Mapping[str, Sequence[str]], people: Sequence[str], k: int) -> dict[str, set[str]]:
+    """Return which values of each column may be shown with their counts, when all columns are shown beside each other.
+
+    A value is small when fewer than `k` people have it, however many rows they have. Each column is treated by `suppress_small`. Then
+    the columns are taken together: knowing which combinations of values occur (every X-ray is an image, say), a reader can add and
+    subtract counts of several columns. As long as a small count is such a combination of shown counts and the total, the shown count
+    with the fewest people among those needed for it is hidden too.
+
+    Args:
+        columns: Name -> value of each row. Each column is a partition of the same rows.
+        people: Who each row is about.
+        k: Smallest number of people that a count may be about.
+
+    Returns:
+        Column -> values that may be shown. An empty set: leave the column out, with its values (see `suppress_small`).
+    """
+    groups: dict[tuple[str, str], set[str]] = {}
+    for column, values in columns.items():
+        for value, person in zip(values, people):
+            groups.setdefault((column, value), set()).add(person)
+    count = {cell: len(group) for cell, group in groups.items()}
+    shown: set[tuple[str, str]] = set()
+    for column in columns:
+        of_column = {value: n for (name, value), n in count.items() if name == column}
+        shown |= {(column, value) for value, n in suppress_small(of_column, k).items() if n is not None}
+    small = [cell for cell, n in count.items() if n < k]
+    combinations = sorted(set(zip(*columns.values())))
+    holds = {
+        cell: np.array([cell in zip(columns, combination) for combination in combinations], dtype=np.float64) for cell in count
+    }
+    while needed := next((found for cell in small if (found := _derivation(holds[cell], shown, holds))), None):
+        shown.remove(min(needed, key=lambda cell: (count[cell], cell)))
+    return {column: {value for name, value in shown if name == column} for column in columns}
+
+
+def _derivation(
+    secret: np.ndarray, shown: set[tuple[str, str]], holds: Mapping[tuple[str, str], np.ndarray]
+) -> list[tuple[str, str]]:
+    """Return the shown cells from which, and the total, a count can be computed; nothing when it cannot."""
+    cells = sorted(shown)
+    known = np.stack([holds[cell] for cell in cells] + [np.ones_like(secret)], axis=1)
+    weights = np.linalg.lstsq(known, secret, rcond=None)[0]
+    if np.abs(known @ weights - secret).max() > 1e-6:
+        return []
+    return [cell for cell, weight in zip(cells, weights) if abs(weight) > 1e-6]

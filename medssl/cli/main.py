@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from medssl.cli import data, demo, info, results, training
+from medssl.cli import card, data, demo, info, results, training
 from medssl.errors import MedsslError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("demo")(demo.demo)
 app.command("index")(data.index)
 app.command("cache")(data.cache)
 app.add_typer(data.archive_app, name="archive")
+app.add_typer(card.card_app, name="card")
 app.command("pretrain")(training.pretrain)
 app.command("finetune")(training.finetune)
 app.command("label-curve")(training.label_curve)
