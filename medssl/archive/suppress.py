@@ -21,8 +21,7 @@ def suppress_small(counts: Mapping[str, int], k: int) -> dict[str, int | None]:
        with all that equal it. Equal counts go together so that the choice depends on the values alone and their names say nothing.
 
     Then each hidden count has at least two values that lead to the same output. Where everything is hidden, rule 2 may have had
-    nothing left to hide: leave such a table out altogether,
-    since the number of its cells may already tell (twelve cells and a total of twelve).
+    nothing left to hide: leave such a table out altogether, since the number of its cells may tell (twelve cells, total twelve).
 
     Args:
         counts: Name of the cell -> people (or whatever must not be singled out) in it, at least 0.
