@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1] / "medssl"
 OPEN = {"errors", "types", "registry", "seeding", "weights", "feature_statistics", "_compat", ""}
 MAY_IMPORT = {
     "archive": set(),
+    "cards": {"archive"},
     "domains": {"archive"},
     "store": {"archive", "domains"},
     "sampling": {"archive", "domains", "store"},

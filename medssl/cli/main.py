@@ -8,7 +8,7 @@ import sys
 import typer
 
 from medssl._compat.quiet import silence_libraries
-from medssl.cli import archive, data, demo, info, labels, results, training
+from medssl.cli import archive, card, data, demo, info, labels, results, training
 from medssl.errors import MedsslError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("index")(data.index)
 app.command("cache")(data.cache)
 app.add_typer(archive.app, name="archive")
 app.add_typer(labels.app, name="labels")
+app.add_typer(card.card_app, name="card")
 app.command("pretrain")(training.pretrain)
 app.command("finetune")(training.finetune)
 app.command("label-curve")(training.label_curve)
