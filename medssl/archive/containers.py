@@ -42,7 +42,7 @@ class Member:
     """One file inside a container.
 
     Args:
-        name: Its name there, or `` for the content of a single compressed file (private).
+        name: Its name there; of a single compressed file, the container's without its last suffix (private).
         size: Bytes; -1 when the container does not say.
         reason: Why it is not read, or None.
     """
@@ -104,7 +104,7 @@ def _open(path: Path, kind: str) -> Iterator[tuple[Member, IO[bytes] | None]]:
                     yield Member(item.name, item.size), tar.extractfile(item)
         return
     with _inflating(path, kind) as stream:
-        yield Member("", -1), stream
+        yield Member(path.stem, -1), stream
 
 
 def _inflating(path: Path, kind: str) -> Any:

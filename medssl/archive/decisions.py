@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medssl.archive._parquet import connect, quote, read_table, write_json
-from medssl.archive.owner import columns_of, write_query
+from medssl.archive._parquet import connect, quote, read_table, write_json, write_query
+from medssl.archive.owner import columns_of
 from medssl.archive.table import Archive
 
 SPLIT_COLUMNS = {"patient_id": "VARCHAR", "split": "VARCHAR", "origin": "VARCHAR"}
@@ -90,7 +90,7 @@ def apply_withdrawals(
 
 def write_series(archive: Archive, connection: Any, table: str = "s") -> None:
     """Replace `series.parquet` by a table of the connection and bring `summary.json` up to date."""
-    write_query(connection, f"SELECT * FROM {table} ORDER BY series_id", archive.path / "series.parquet")
+    write_query(archive.path / "series.parquet", f"SELECT * FROM {table} ORDER BY series_id", connection)
     refresh_summary(archive)
 
 

@@ -97,6 +97,8 @@ _NRRD_TYPES = {
     "ulonglong": "u8", "unsigned long long": "u8", "uint64": "u8", "uint64_t": "u8",
     "float": "f4", "double": "f8",
 }  # fmt: skip
+MAX_META_TEXT = 255
+"""ITK reads Name and Comment into fixed buffers: 300 characters end the process."""
 _META_TYPES = {
     "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4",
     "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4",
@@ -457,6 +459,8 @@ def _nrrd_geometry(fields: dict[str, str]) -> tuple[np.ndarray | None, tuple[str
 
 def _metaimage(path: Path) -> VolumeHeader:
     fields, offset = _fields(path, "=", "ElementDataFile")
+    if any(len(fields.get(name, "")) > MAX_META_TEXT for name in ("Name", "Comment")):
+        raise ImageError("unreadable", f"a MetaImage text of more than {MAX_META_TEXT} characters, which ends ITK; shorten it")
     ndim = int(fields["NDims"])
     shape = tuple(int(n) for n in fields["DimSize"].split())[:ndim]
     dtype = _META_TYPES.get(fields["ElementType"])

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medssl.archive._parquet import TEMPORARY, connect, quote
+from medssl.archive._parquet import connect, quote
 from medssl.archive.ids import IdKey, load_key
 from medssl.archive.table import Archive
-from medssl.errors import RequestError, StoreError
+from medssl.errors import RequestError
 
 LISTED = "IN (SELECT unnest(?::VARCHAR[]))"
 """Condition on a column, with one list of texts as its parameter."""
@@ -124,26 +124,3 @@ def locked(archive: Archive) -> Iterator[None]:
         except OSError as err:
             raise RequestError(f"{archive.path} is being written by another process; wait until it has finished") from err
         yield
-
-
-def write_query(connection: Any, query: str, path: Path) -> None:
-    """Write the result of a query as one Parquet file, aside and renamed, mode 0600.
-
-    Raises:
-        StoreError: The disk is full or failing; the old file, if any, is still there.
-    """
-    import duckdb
-
-    aside = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        connection.execute(f"COPY ({query}) TO {quote(aside)} (FORMAT parquet, COMPRESSION zstd)")
-        os.chmod(aside, 0o600)
-        with open(aside, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(aside, path)
-    except (OSError, duckdb.Error) as err:
-        aside.unlink(missing_ok=True)
-        raise StoreError(
-            f"{path.name} could not be written in {path.parent} ({type(err).__name__}); what was written before stays valid; "
-            "free some space or check the disk, and run the same command again"
-        ) from err

@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medssl.archive._parquet import connect, quote, write_json, write_table
+from medssl.archive._parquet import connect, quote, write_json, write_query, write_table
 from medssl.archive.decisions import WITHDRAWN_COLUMNS, apply_withdrawals, load_series, read_withdrawn, write_series
 from medssl.archive.ids import normalise
-from medssl.archive.owner import LISTED, columns_of, locked, owner_files, owner_key, owner_series, study_uid_of, write_query
+from medssl.archive.owner import LISTED, columns_of, locked, owner_files, owner_key, owner_series, study_uid_of
 from medssl.archive.table import FILE_COLUMNS, Archive
 from medssl.errors import RequestError, StoreError, near
 
@@ -243,14 +243,14 @@ def _write_files(archive: Archive, connection: Any) -> None:
     parts: list[str] = []
     for part in manifest["parts"]:
         name = f"part-{number + len(parts):08d}.parquet"
-        write_query(connection, f"SELECT {others}, {reason} AS reason FROM read_parquet({quote(folder / part)})", folder / name)
+        write_query(folder / name, f"SELECT {others}, {reason} AS reason FROM read_parquet({quote(folder / part)})", connection)
         parts.append(name)
     write_json(folder / "manifest.json", {**manifest, "parts": parts})
     for path in old:
         path.unlink(missing_ok=True)
     if "reason" in columns_of(archive.path / "private" / "files.parquet"):
         query = f"SELECT * REPLACE ({reason} AS reason) FROM f"
-        write_query(connection, query, archive.path / "private" / "files.parquet")
+        write_query(archive.path / "private" / "files.parquet", query, connection)
 
 
 def delete_items(folder: Path, series_ids: Iterable[str]) -> int:

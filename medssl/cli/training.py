@@ -98,7 +98,7 @@ def summary_table(summary: dict[str, Any]) -> str:
             row["labels"],
             row["arm"],
             f"{row['dice']:.3f}",
-            f"{row['low']:.3f} to {row['high']:.3f}",
+            "-" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}",  # one test case has no interval
             len(row["seeds"]),
             row["n_test"],
         ]
@@ -106,8 +106,6 @@ def summary_table(summary: dict[str, Any]) -> str:
     ]
     text = show.table(rows, ["labels", "arm", "Dice", "95 % interval", "seeds", "test cases"])
     for row in summary["differences"]:
-        text += (
-            f"\n{row['labels']} labels: {row['arm']} minus {row['against']} {row['difference']:+.3f} "
-            f"({row['low']:+.3f} to {row['high']:+.3f}, paired over test patients)"
-        )
+        interval = "" if row["low"] is None else f" ({row['low']:+.3f} to {row['high']:+.3f}, paired over test patients)"
+        text += f"\n{row['labels']} labels: {row['arm']} minus {row['against']} {row['difference']:+.3f}{interval}"
     return text
