@@ -17,7 +17,9 @@ def index(
     sources: Annotated[list[Path], typer.Argument(help="Folders or files to scan.")],
     out: Annotated[Path, typer.Option("--out", help="Archive folder to write; run again to add what is new or changed.")],
     site: Annotated[str, typer.Option(help="Your name for where the images come from.")] = "unknown",
-    modality: Annotated[str, typer.Option(help="MR or CT, for files that do not say (NIfTI, NRRD, MHA).")] = "unknown",
+    modality: Annotated[
+        str, typer.Option(help="MR, CT, CR, DX, US, SM or GM, for files that do not say (NIfTI, NRRD, MHA, pictures, videos).")
+    ] = "unknown",
     splits: Annotated[Path | None, typer.Option(help="CSV with file,split[,patient]: which image is train, val or test.")] = None,
     key_file: Annotated[
         Path | None, typer.Option(help="Your secret key for pseudonymous ids; made in OUT/private when absent.")

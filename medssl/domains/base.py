@@ -42,7 +42,8 @@ class Domain(Protocol):
             part: What of these files the series is, as `Archive.part(series_id)` gives it: `{"volume": k}` the k-th volume of
                 a four-dimensional file, `{"frames": [[start, stop], ...]}` these frames of a multi-frame file (half-open, in
                 slice order; as `range` takes them, so `[start, stop, step]` where they lie apart or run backwards),
-                `{"member": name}` an image inside a container. None: all of it.
+                `{"member": name}` an associated image of a slide, `{"box": [x, y, width, height]}` a region of a slide in pixels of its
+                finest level. None: all of it.
 
         Raises:
             ImageError: The series cannot be used; `reason` says why.
