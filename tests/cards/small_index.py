@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medssl.archive._parquet import write_json, write_table
-from medssl.archive.series import as_record
-from medssl.archive.table import FORMAT, PRIVATE_FILE_COLUMNS, SERIES_COLUMNS, SeriesRow
+from medssl.archive.rows import as_record
+from medssl.archive.table import FORMAT, PRIVATE_FILE_COLUMNS, PRIVATE_SERIES_COLUMNS, SERIES_COLUMNS, SeriesRow
 
 
 def write_index(folder: Path, rows: Sequence[SeriesRow], *, key: str = "0" * 16) -> Path:
@@ -20,6 +20,8 @@ def write_index(folder: Path, rows: Sequence[SeriesRow], *, key: str = "0" * 16)
         for i, row in enumerate(rows)
     ]
     write_table(folder / "private" / "files.parquet", PRIVATE_FILE_COLUMNS, files)
+    tags = [{"series_id": row.series_id, "source_tag": f"{i:032x}"} for i, row in enumerate(rows)]
+    write_table(folder / "private" / "series.parquet", PRIVATE_SERIES_COLUMNS, tags)
     write_json(folder / "summary.json", {"format": FORMAT, "key": key})
     return folder
 

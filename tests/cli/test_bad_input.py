@@ -38,7 +38,7 @@ def body(seed: int, shape: tuple[int, ...] = (20, 22, 18)) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five good volumes, one constant, one with NaN voxels, one 4D, one that is no image."""
+    """Five good volumes, one constant, one with NaN voxels, two in a 4-D file, one 5-D, one that is no image."""
     root = tmp_path_factory.mktemp("archive")
     images = root / "images"
     images.mkdir()
@@ -49,11 +49,13 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     holes[8:12, 8:12, 8:12] = np.nan
     write_volume(images / "holes.nii.gz", holes)
     write_volume(images / "four_d.nii.gz", np.stack([body(1), body(2)], axis=-1))
+    write_volume(images / "five_d.nii.gz", np.stack([np.stack([body(1), body(2)], axis=-1)] * 2, axis=-1))
     (images / "broken.nii.gz").write_bytes(b"\x1f\x8b" + b"not really gzip" * 10)
     from medssl.archive.index import index
 
     summary = index([images], root / "index", modality="MR")
-    assert summary.n_files_seen == summary.n_files_used + sum(summary.reasons.values()) == 9
+    assert summary.n_files_seen == summary.n_files_used + sum(summary.reasons.values()) == 10
+    assert summary.reasons["not_3d"] == 1
     return root / "index"
 
 
@@ -66,7 +68,7 @@ def test_pretraining__goes_on_without_bad_images_and_counts_them(
     assert status == 0
     result = json.loads(out)
     assert result["status"] == "finished"
-    assert result["items"] == 6  # five good ones, and the one whose NaN voxels are marked invalid
+    assert result["items"] == 8  # five good ones, the one whose NaN voxels are marked invalid, the two volumes of the 4-D file
     assert list(result["failed"].values()) == ["constant"]
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["items"]["failed"] == {"constant": 1}
