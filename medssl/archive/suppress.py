@@ -8,6 +8,9 @@ import numpy as np
 
 from medssl.errors import RequestError
 
+Cell = tuple[str, str]
+"""Column and value."""
+
 
 def suppress_small(counts: Mapping[str, int], k: int) -> dict[str, int | None]:
     """Return the counts with None where a number may not be shown.
@@ -66,32 +69,34 @@ def suppress_partitions(columns: Mapping[str, Sequence[str]], people: Sequence[s
     Returns:
         Column -> values that may be shown. An empty set: leave the column out, with its values (see `suppress_small`).
     """
-    groups: dict[tuple[str, str], set[str]] = {}
+    if not people:
+        return {column: set() for column in columns}
+    groups: dict[Cell, set[str]] = {}
     for column, values in columns.items():
         for value, person in zip(values, people):
             groups.setdefault((column, value), set()).add(person)
     count = {cell: len(group) for cell, group in groups.items()}
-    shown: set[tuple[str, str]] = set()
+    shown: set[Cell] = set()
     for column in columns:
         of_column = {value: n for (name, value), n in count.items() if name == column}
         shown |= {(column, value) for value, n in suppress_small(of_column, k).items() if n is not None}
     small = [cell for cell, n in count.items() if n < k]
-    combinations = sorted(set(zip(*columns.values())))
-    holds = {
-        cell: np.array([cell in zip(columns, combination) for combination in combinations], dtype=np.float64) for cell in count
-    }
-    while needed := next((found for cell in small if (found := _derivation(holds[cell], shown, holds))), None):
+    occurring = dict(zip(columns, np.array(sorted(set(zip(*columns.values()))), dtype=object).T))
+    holds = [(occurring[column] == value).astype(np.float64) for column, value in count]
+    everything = np.ones_like(holds[0])
+    # QR keeps all lengths and angles of these vectors, so that what follows does not grow with the number of combinations.
+    *short, total = np.linalg.qr(np.stack([*holds, everything], axis=1), mode="r").T
+    vectors = dict(zip(count, short))
+    while needed := next((found for cell in small if (found := _derivation(vectors[cell], shown, vectors, total))), None):
         shown.remove(min(needed, key=lambda cell: (count[cell], cell)))
     return {column: {value for name, value in shown if name == column} for column in columns}
 
 
-def _derivation(
-    secret: np.ndarray, shown: set[tuple[str, str]], holds: Mapping[tuple[str, str], np.ndarray]
-) -> list[tuple[str, str]]:
+def _derivation(secret: np.ndarray, shown: set[Cell], vectors: Mapping[Cell, np.ndarray], total: np.ndarray) -> list[Cell]:
     """Return the shown cells from which, and the total, a count can be computed; nothing when it cannot."""
     cells = sorted(shown)
-    known = np.stack([holds[cell] for cell in cells] + [np.ones_like(secret)], axis=1)
+    known = np.stack([vectors[cell] for cell in cells] + [total], axis=1)
     weights = np.linalg.lstsq(known, secret, rcond=None)[0]
-    if np.abs(known @ weights - secret).max() > 1e-6:
+    if np.linalg.norm(known @ weights - secret) > 1e-6:
         return []
     return [cell for cell, weight in zip(cells, weights) if abs(weight) > 1e-6]

@@ -48,6 +48,7 @@ def test_wrong_arguments__say_so() -> None:
         suppress_small({"a": -1}, 3)
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(1, 20))
 def test_whatever_the_counts__nothing_small_is_shown_or_left_over(counts: dict[str, int], k: int) -> None:
     shown = suppress_small(counts, k)
@@ -60,6 +61,7 @@ def test_whatever_the_counts__nothing_small_is_shown_or_left_over(counts: dict[s
         assert hidden == []
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(1, 20), st.randoms())
 def test_names_and_order__do_not_matter(counts: dict[str, int], k: int, random: object) -> None:
     names = list(counts)
