@@ -85,8 +85,7 @@ def suppress_partitions(columns: Mapping[str, Sequence[str]], people: Sequence[s
     holds = [(occurring[column] == value).astype(np.float64) for column, value in count]
     everything = np.ones_like(holds[0])
     # QR keeps all lengths and angles of these vectors, so that what follows does not grow with the number of combinations.
-    triangle = np.asarray(np.linalg.qr(np.stack([*holds, everything], axis=1), mode="r"))
-    *short, total = triangle.T
+    *short, total = np.linalg.qr(np.stack([*holds, everything], axis=1)).R.T
     vectors = dict(zip(count, short))
     while needed := next((found for cell in small if (found := _derivation(vectors[cell], shown, vectors, total))), None):
         shown.remove(min(needed, key=lambda cell: (count[cell], cell)))
