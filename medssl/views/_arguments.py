@@ -45,6 +45,35 @@ def triple(name: str, value: Any, **limits: Any) -> Triple:
     return x, y, z
 
 
+def two(name: str, value: Any) -> list[Any]:
+    """Return two values; a single one serves both axes."""
+    values = list(value) if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str) else [value] * 2
+    if len(values) != 2:
+        raise RequestError(f"{name}: found {value!r}; accepted is one number, or two (rows, columns); change {name} of the view")
+    return values
+
+
+def pair(name: str, value: Any, **limits: Any) -> tuple[int, int]:
+    """Return two checked whole numbers, rows and columns."""
+    rows, columns = (int(number(name, item, **limits)) for item in two(name, value))
+    return rows, columns
+
+
+def one_of(name: str, value: Any, accepted: Sequence[str]) -> str:
+    """Return a checked word."""
+    if value not in accepted:
+        raise RequestError(f"{name}: found {value!r}; accepted is {' or '.join(accepted)}; change {name} of the view")
+    return str(value)
+
+
+def share_range(name: str, value: Any) -> tuple[float, float]:
+    """Return a checked range (lo, hi) of shares, 0 < lo <= hi <= 1."""
+    low, high = positive_range(name, value)
+    if high > 1:
+        raise RequestError(f"{name}: found {value!r}; accepted is [lo, hi] with 0 < lo <= hi <= 1; change {name} of the view")
+    return low, high
+
+
 def positive_range(name: str, value: Any) -> tuple[float, float]:
     """Return a checked range (lo, hi) of positive factors."""
     good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
