@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from medssl import build
+from medssl import build, data_sources
+from medssl.data_sources import ImageLike
 from medssl.errors import RequestError
 from medssl.evaluation.controls import control_features
 from medssl.evaluation.features import embed, probe_table
@@ -23,12 +24,10 @@ from medssl.evaluation.scores import METRICS
 from medssl.recipe import EvaluateRecipe, PretrainRecipe, ProbeSection, Recipe, SourceSection
 from medssl.sampling.items import Item, items_hash
 from medssl.sampling.items import write as write_items
-from medssl.sampling.source import ImageSource
 from medssl.training import distributed
 from medssl.training.loop import Callback, train
 from medssl.training.monitors import CollapseMonitor, feature_monitors
 from medssl.training.run_folder import RunFolder, facts_of_machine, now
-from medssl.views.pipeline import VolumeViews
 from medssl.weights import find_part, load_part, private_folder, write_atomic
 
 Progress = Callable[[int, int], None]
@@ -88,9 +87,9 @@ def cache(recipe: Any, overrides: Sequence[str] = (), on_progress: Progress | No
         raise RequestError("this recipe needs no store: fine-tuning reads its cohort directly")
     result = {}
     for name, section in sources.items():
-        shelf = build.fill_shelf(name, section, on_progress=on_progress)
+        shelf = data_sources.fill_shelf(name, section, on_progress=on_progress)
         done = shelf.summary
-        folder = str(build.store_folder(section, shelf.domain))
+        folder = str(data_sources.store_folder(section, shelf.domain))
         result[name] = {"written": done.written, "present": done.present, "failed": done.failed, "store": folder}
     return result
 
@@ -126,7 +125,7 @@ def pretrain(
         _check_resume(run, recipe, resume)
     world = distributed.start()
     shelves = _fill(recipe, world, on_cache)
-    items = build.freeze_items(shelves, recipe.sources)
+    items = data_sources.freeze_items(shelves, recipe.sources)
     fingerprint = items_hash(items)
     failed = {series: why for shelf in shelves for series, why in shelf.summary.failed.items()}
     probes = [build_probe(name, probe, recipe, shelves) for name, probe in recipe.probes.items()]
@@ -136,7 +135,9 @@ def pretrain(
     distributed.barrier(world)
     objective, encoders = build.build_objective(recipe)
     objective.to(world.device)
-    sources = {shelf.name: build.training_source(shelf, recipe.sources[shelf.name], items, recipe.train.batch) for shelf in shelves}
+    sources = {
+        shelf.name: data_sources.training_source(shelf, recipe.sources[shelf.name], items, recipe.train.batch) for shelf in shelves
+    }
     for source in sources.values():
         _check_specs(objective, source)
     monitor = build_monitor(recipe, shelves[0])
@@ -176,29 +177,29 @@ def _check_resume(run: RunFolder, recipe: PretrainRecipe, resume: bool) -> None:
         )
 
 
-def _fill(recipe: PretrainRecipe, world: distributed.World, on_cache: Progress | None) -> list[build.Shelf]:
+def _fill(recipe: PretrainRecipe, world: distributed.World, on_cache: Progress | None) -> list[data_sources.Shelf]:
     """Fill the stores on rank 0 first; the others then find everything present."""
     progress = on_cache if world.is_main else None
     if not world.is_main:
         distributed.barrier(world)
-    shelves = [build.fill_shelf(name, section, on_progress=progress) for name, section in recipe.sources.items()]
+    shelves = [data_sources.fill_shelf(name, section, on_progress=progress) for name, section in recipe.sources.items()]
     if world.is_main:
         distributed.barrier(world)
     return shelves
 
 
-def _check_specs(objective: Any, source: ImageSource) -> None:
-    spec = source.view_maker.spec  # type: ignore[attr-defined]
-    wanted = objective.view_specs.get(source.view_maker.name)
-    if wanted is None or tuple(wanted.size) != tuple(spec.size):
-        raise RequestError(
-            f"source {source.name} makes views {source.view_maker.name} of {spec.size}, the objective wants "
-            f"{ {name: s.size for name, s in objective.view_specs.items()} }; give all sources the same views"
-        )
+def _check_specs(objective: Any, source: ImageLike) -> None:
+    for name, spec in data_sources.specs(source.view_maker).items():
+        wanted = objective.view_specs.get(name)
+        if wanted is None or tuple(wanted.size) != tuple(spec.size):
+            raise RequestError(
+                f"source {source.name} makes views {name} of {spec.size}, the objective wants "
+                f"{ {name: s.size for name, s in objective.view_specs.items()} }; give all sources of a kind the same views"
+            )
 
 
 def _run_facts(
-    recipe: PretrainRecipe, items: Sequence[Item], shelves: Sequence[build.Shelf], failed: Mapping[str, Any], world_size: int
+    recipe: PretrainRecipe, items: Sequence[Item], shelves: Sequence[data_sources.Shelf], failed: Mapping[str, Any], world_size: int
 ) -> dict[str, Any]:
     reasons: dict[str, int] = {}
     for reason, _ in failed.values():
@@ -215,17 +216,21 @@ def _run_facts(
     }
 
 
-def manifest_facts(recipe: PretrainRecipe, shelves: Sequence[build.Shelf]) -> dict[str, Any]:
+def manifest_facts(recipe: PretrainRecipe, shelves: Sequence[data_sources.Shelf]) -> dict[str, Any]:
     """Return what every weights manifest says about the run, besides the encoder itself."""
     section = next(iter(recipe.sources.values()))
-    views = VolumeViews(**section.views)
-    spacings = [shelf.reader.record(row.series_id).voxel_mm for shelf in shelves for row in shelf.rows]
+    views = data_sources.make_views(section.views)
+    given = getattr(views, "spacing_mm", None)
+    records = [shelf.reader.record(row.series_id) for shelf in shelves for row in shelf.rows]
+    spacings = [record.spacing_mm for record in records if record.kind == "volume"]
+    median = [float(v) for v in np.median(np.asarray(spacings), axis=0)] if spacings else None
     facts = facts_of_machine()
     return {
-        "spacing_mm": list(views.spacing_mm) if views.spacing_mm else [float(v) for v in np.median(spacings, axis=0)],
-        "spacing_source": "views" if views.spacing_mm else "median of the items",
+        "spacing_mm": list(given) if given else median,
+        "spacing_source": "views" if given else "median of the items",
         "image_size": list(views.size),
         "intensity": {"normalize": section.views.get("normalize", "zscore")},
+        "views": {name: dict(source.views) for name, source in recipe.sources.items()},
         "domains": sorted({shelf.domain.name for shelf in shelves}),
         "licence": recipe.export.licence,
         "data_cards": [],
@@ -237,16 +242,16 @@ def manifest_facts(recipe: PretrainRecipe, shelves: Sequence[build.Shelf]) -> di
     }
 
 
-def build_monitor(recipe: PretrainRecipe, shelf: build.Shelf) -> list[Callback]:
+def build_monitor(recipe: PretrainRecipe, shelf: data_sources.Shelf) -> list[Callback]:
     """Return the collapse monitor: features of the middle of the first items, seen twice (plain and augmented)."""
     count = min(recipe.train.monitor_items, len(shelf.rows))
     if count < 2:
         return []
     section = recipe.sources[shelf.name]
     series = [row.series_id for row in shelf.rows[:count]]
-    plain = build.evaluation_source("monitor", shelf, section, series)
-    augmented_views = VolumeViews(**{key: value for key, value in section.views.items() if key != "mask"})
-    augmented = build.evaluation_source("monitor", shelf, section, series, augmented_views)
+    plain = data_sources.evaluation_source("monitor", shelf, section, series)
+    augmented_views = data_sources.make_views({key: value for key, value in section.views.items() if key not in ("mask", "local")})
+    augmented = data_sources.evaluation_source("monitor", shelf, section, series, augmented_views)
     collapse = CollapseMonitor()
 
     def look(step: int, parts: Mapping[str, nn.Module]) -> Mapping[str, float]:
@@ -254,8 +259,8 @@ def build_monitor(recipe: PretrainRecipe, shelf: build.Shelf) -> list[Callback]:
         if encoder is None:
             return {}
         device = next(encoder.parameters()).device
-        first, _ = embed(encoder, build.images_and_ids(plain, device))
-        second, _ = embed(encoder, build.images_and_ids(augmented, device))
+        first, _ = embed(encoder, data_sources.images_and_ids(plain, device))
+        second, _ = embed(encoder, data_sources.images_and_ids(augmented, device))
         metrics = feature_monitors(torch.from_numpy(first), torch.from_numpy(second))
         collapse.check(metrics, step)
         return metrics
@@ -263,7 +268,7 @@ def build_monitor(recipe: PretrainRecipe, shelf: build.Shelf) -> list[Callback]:
     return [Callback(recipe.train.monitor_every, look)]
 
 
-def build_probe(name: str, probe: ProbeSection, recipe: PretrainRecipe, shelves: Sequence[build.Shelf]) -> Callback:
+def build_probe(name: str, probe: ProbeSection, recipe: PretrainRecipe, shelves: Sequence[data_sources.Shelf]) -> Callback:
     """Return a live probe on `val` patients that no source trains on; their labels reach neither loss nor schedule.
 
     The first probe of a recipe chooses `weights/best` by its linear score (R2 or balanced accuracy).
@@ -273,15 +278,15 @@ def build_probe(name: str, probe: ProbeSection, recipe: PretrainRecipe, shelves:
         RequestError: There are too few labelled items.
     """
     source_name, section = next(iter(recipe.sources.items()))
-    shelf = build.fill_shelf(f"probe {name}", section, where=probe.where)
+    shelf = data_sources.fill_shelf(f"probe {name}", section, where=probe.where)
     for trained in shelves:
         build.refuse_leakage(trained.rows, shelf.rows, f"probe {name}")
     targets, series, groups = labelled_rows(shelf, probe.table, probe.file_column, probe.target, probe.task, probe.max_items)
-    source = build.evaluation_source(source_name, shelf, section, series)
+    source = data_sources.evaluation_source(source_name, shelf, section, series)
 
     def look(_step: int, parts: Mapping[str, nn.Module]) -> Mapping[str, float]:
         encoder = parts["encoder"]
-        features, _ = embed(encoder, build.images_and_ids(source, next(encoder.parameters()).device))
+        features, _ = embed(encoder, data_sources.images_and_ids(source, next(encoder.parameters()).device))
         rows = linear_probe(features, targets, groups, task=probe.task, draws=1) + knn_probe(
             features, targets, groups, task=probe.task, k=probe.k, draws=1
         )
@@ -292,10 +297,10 @@ def build_probe(name: str, probe: ProbeSection, recipe: PretrainRecipe, shelves:
 
 
 def labelled_rows(
-    shelf: build.Shelf, table: str, file_column: str, target: str, task: str, limit: int | None = None
+    shelf: data_sources.Shelf, table: str, file_column: str, target: str, task: str, limit: int | None = None
 ) -> tuple[np.ndarray, list[str], list[str] | None]:
     """Return (targets, series ids, patients) of the labelled rows of a shelf; patients is None when they are unknown."""
-    found = build.read_targets(table, file_column, target, shelf)
+    found = data_sources.read_targets(table, file_column, target, shelf)
     rows = [row for row in shelf.rows if row.series_id in found][:limit]
     texts = [found[row.series_id] for row in rows]
     if task == "regression":
@@ -310,16 +315,16 @@ def labelled_rows(
     return targets, [row.series_id for row in rows], patients if known else None
 
 
-def build_embedder(sources: Mapping[str, ImageSource], shelves: Sequence[build.Shelf], recipe: PretrainRecipe) -> Any:
+def build_embedder(sources: Mapping[str, ImageLike], shelves: Sequence[data_sources.Shelf], recipe: PretrainRecipe) -> Any:
     """Return ({part: module}, source name) -> (ids, features), for objectives that look at all items once an epoch."""
     by_name = {shelf.name: shelf for shelf in shelves}
 
     def embedder(parts: Mapping[str, nn.Module], name: str) -> tuple[torch.Tensor, torch.Tensor]:
         ids = sorted(sources[name].series)
         series = [sources[name].series[item] for item in ids]
-        source = build.evaluation_source(name, by_name[name], recipe.sources[name], series)
+        source = data_sources.evaluation_source(name, by_name[name], recipe.sources[name], series)
         encoder = parts["encoder"]
-        features, _ = embed(encoder, build.images_and_ids(source, next(encoder.parameters()).device))
+        features, _ = embed(encoder, data_sources.images_and_ids(source, next(encoder.parameters()).device))
         return torch.tensor(ids), torch.from_numpy(features)
 
     return embedder
@@ -362,7 +367,7 @@ def _both(board: _Board, on_step: StepProgress | None) -> StepProgress:
     return call
 
 
-def write_reconstructions(objective: Any, source: ImageSource, run: RunFolder, device: torch.device, count: int = 3) -> None:
+def write_reconstructions(objective: Any, source: ImageLike, run: RunFolder, device: torch.device, count: int = 3) -> None:
     """Leave a few reconstructions in figures/reconstruction.npz for the report, when the objective can make them."""
     if not hasattr(objective, "reconstruct"):
         return
@@ -409,14 +414,14 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
     encoder = build.load_encoder(weights)
     _, manifest = load_part(weights)
     section = evaluation_section(recipe, manifest)
-    shelf = build.fill_shelf("source", section, on_progress=on_cache)
+    shelf = data_sources.fill_shelf("source", section, on_progress=on_cache)
     leakage = refuse_pretraining_patients(weights, shelf)
     targets, series, groups = labelled_rows(shelf, recipe.table, recipe.file_column, recipe.target, recipe.task)
-    source = build.evaluation_source("source", shelf, section, series)
+    source = data_sources.evaluation_source("source", shelf, section, series)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def batches() -> Any:
-        return build.images_and_ids(source, device, recipe.batch)
+        return data_sources.images_and_ids(source, device, recipe.batch)
 
     features, _ = embed(encoder.to(device), batches())
     controls = control_features(lambda: build.build_encoder(manifest["encoder"]), batches, seed=recipe.seed, device=device)
@@ -448,7 +453,7 @@ def evaluation_section(recipe: EvaluateRecipe, manifest: Mapping[str, Any]) -> S
     return recipe.source.model_copy(update={"views": views})
 
 
-def refuse_pretraining_patients(weights: Path | str, shelf: build.Shelf) -> str:
+def refuse_pretraining_patients(weights: Path | str, shelf: data_sources.Shelf) -> str:
     """Refuse an evaluation on patients that the weights have seen, as far as the run folder is at hand.
 
     Returns:

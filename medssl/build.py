@@ -3,82 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from medssl.archive.table import Archive, SeriesRow
-from medssl.errors import LeakageError, RecipeError, RegistryError, RequestError, header_words, near
-from medssl.recipe import Component, EvaluateRecipe, FinetuneRecipe, OptimSection, PretrainRecipe, SourceSection
-from medssl.registry import ENCODERS, lookup
-from medssl.sampling.items import Item, freeze
-from medssl.sampling.samplers import SAMPLERS, CentreSampler
-from medssl.sampling.source import ImageSource
+from medssl.archive.table import SeriesRow
+from medssl.data_sources import make_views, source_faults, specs
+from medssl.errors import LeakageError, RecipeError, RequestError, near
+from medssl.recipe import Component, EvaluateRecipe, FinetuneRecipe, OptimSection, PretrainRecipe
+from medssl.registry import ENCODERS, component_faults, lookup
 from medssl.seeding import derive_seed
-from medssl.store.manifest import store_key
-from medssl.store.reader import StoreReader
-from medssl.store.writer import CacheSummary, cache_items
 from medssl.training.loop import LoopSettings, Stage
 from medssl.training.optim import OptimSettings
-from medssl.types import DrawKey, Views
-from medssl.views.pipeline import Crop, VolumeViews
+from medssl.types import ViewSpec
+from medssl.views.pipeline import VolumeViews
 from medssl.weights import load_part
 
-Progress = Callable[[int, int], None]
-_GIVEN = ("encoder", "image_size", "spacing_mm", "view")  # what the builder itself gives to an objective
-
-
-def argument_faults(path: str, target: Any, args: Mapping[str, Any], given: Iterable[str] = ()) -> list[str]:
-    """Compare the arguments of a component with the signature of its constructor.
-
-    Args:
-        path: Dotted path of the component in the recipe.
-        target: Class or function.
-        args: What the recipe gives.
-        given: What the builder gives.
-    """
-    parameters = inspect.signature(target).parameters
-    accepted = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name not in ("self", *given)]
-    faults = [f"{path}.{name}: unknown key{near(name, accepted)}" for name in args if name not in accepted]
-    needed = [name for name in accepted if parameters[name].default is inspect.Parameter.empty]
-    return faults + [f"{path}.{name}: required and missing" for name in needed if name not in args]
-
-
-def component_faults(path: str, kind: str, component: Component, given: Iterable[str] = ()) -> list[str]:
-    """Check the name and the arguments of a registered component."""
-    try:
-        target = lookup(kind, component.name)
-    except RegistryError as err:
-        return [f"{path}.name: {err}"]
-    return argument_faults(path, target, component.args, given)
-
-
-def view_faults(path: str, views: Mapping[str, Any]) -> list[str]:
-    """Check the arguments of the views, their values included."""
-    views = {"size": 16, **views} if path == "source.views" else views  # evaluation takes the size from the weights
-    faults = argument_faults(path, VolumeViews, views, given=("name", "count"))
-    if faults:
-        return faults
-    try:
-        VolumeViews(**views)
-    except (RequestError, TypeError, ValueError) as err:
-        return [f"{path}.{err}"]
-    return []
-
-
-def source_faults(path: str, source: SourceSection) -> list[str]:
-    """Check one source."""
-    faults = component_faults(f"{path}.domain", "domain", source.domain)
-    if source.sampler.name not in SAMPLERS:
-        faults.append(f'{path}.sampler.name: unknown sampler "{source.sampler.name}"{near(source.sampler.name, SAMPLERS)}')
-    else:
-        given = ("source", "ids", "record", "box_size_mm", "batch")
-        faults += argument_faults(f"{path}.sampler", SAMPLERS[source.sampler.name], source.sampler.args, given)
-    return faults + view_faults(f"{path}.views", source.views)
+_GIVEN = ("encoder", "image_size", "spacing_mm", "view", "view_specs")  # what the builder itself gives to an objective
 
 
 def pretrain_faults(recipe: PretrainRecipe) -> list[str]:
@@ -88,7 +31,7 @@ def pretrain_faults(recipe: PretrainRecipe) -> list[str]:
         faults += component_faults(f"encoders.{name}" if len(recipe.encoders) > 1 else "encoder", "encoder", encoder)
     arguments = {key: value for key, value in recipe.objective.args.items() if key != "encoder"}  # which encoder: by name
     faults += component_faults("objective", "objective", Component(name=recipe.objective.name, **arguments), _GIVEN)
-    return faults or fit_faults(recipe) or crop_faults(recipe)
+    return faults or fit_faults(recipe) or crop_faults(recipe) or specs_faults(recipe)
 
 
 def fit_faults(recipe: PretrainRecipe) -> list[str]:
@@ -112,18 +55,17 @@ def crop_faults(recipe: PretrainRecipe) -> list[str]:
     """Check that the patch of each encoder divides every crop, and that mask cells divide it too."""
     faults = []
     for source_name, source in recipe.sources.items():
-        views = VolumeViews(**source.views)
+        views = make_views(source.views)
+        size, grid = (views.size, views.mask_grid) if isinstance(views, VolumeViews) else (views.size, None)
         path = "views" if len(recipe.sources) == 1 else f"sources.{source_name}.views"
         for name, encoder in recipe.encoders.items():
             patch = lookup("encoder", encoder.name).divisor(encoder.args)
             place = "encoder" if len(recipe.encoders) == 1 else f"encoders.{name}"
-            if any(n % p for n, p in zip(views.size, patch)):
-                faults.append(
-                    f"{place}: patch {patch} does not divide {path}.size {views.size}; choose sizes that are multiples of it"
-                )
-            if recipe.objective.name == "mae" and views.mask_grid != tuple(n // p for n, p in zip(views.size, patch)):
+            if any(n % p for n, p in zip(size, patch)):
+                faults.append(f"{place}: patch {patch} does not divide {path}.size {size}; choose sizes that are multiples of it")
+            if recipe.objective.name == "mae" and grid != tuple(n // p for n, p in zip(size, patch)):
                 faults.append(f"{path}.mask.cell: objective mae drops tokens, so a mask cell must be one patch: cell={list(patch)}")
-        if recipe.objective.name.startswith("mae") and views.mask_grid is None:
+        if recipe.objective.name.startswith("mae") and grid is None:
             faults.append(
                 f"{path}.mask: required by objective {recipe.objective.name}; for instance mask: {{ratio: 0.75, cell: 16}}"
             )
@@ -209,13 +151,38 @@ def build_objective(recipe: PretrainRecipe) -> tuple[Any, list[Any]]:
     """
     torch.manual_seed(derive_seed(recipe.train.seed, "init"))
     encoders = {name: build_encoder(component) for name, component in recipe.encoders.items()}
-    views = VolumeViews(**next(iter(recipe.sources.values())).views)
     args = dict(recipe.objective.args)
     chosen = args.pop("encoder", next(iter(encoders)))
-    objective = lookup("objective", recipe.objective.name)(
-        encoders[chosen], image_size=views.size, spacing_mm=views.spacing_mm, view=views.name, **args
-    )
+    target = lookup("objective", recipe.objective.name)
+    first = make_views(next(iter(recipe.sources.values())).views)
+    given = {
+        "image_size": first.size,
+        "spacing_mm": first.spec.spacing_mm,
+        "view": first.name,
+        "view_specs": all_specs(recipe),
+    }
+    accepted = inspect.signature(target).parameters
+    objective = target(encoders[chosen], **{key: value for key, value in given.items() if key in accepted}, **args)
     return objective, list(encoders.values())
+
+
+def all_specs(recipe: PretrainRecipe) -> dict[str, ViewSpec]:
+    """Return what the sources deliver, by key of the batch; sources of one kind must agree (`specs_faults`)."""
+    return {key: spec for source in recipe.sources.values() for key, spec in specs(make_views(source.views)).items()}
+
+
+def specs_faults(recipe: PretrainRecipe) -> list[str]:
+    """Check that sources of one kind make the same views: a batch key means one shape in a run."""
+    faults, seen = [], dict[str, tuple[str, ViewSpec]]()
+    for name, source in recipe.sources.items():
+        for key, spec in specs(make_views(source.views)).items():
+            other, known = seen.setdefault(key, (name, spec))
+            if (known.size, known.count) != (spec.size, spec.count):
+                faults.append(
+                    f"sources.{name}.views: {key} is {spec.size} x {spec.count} here and {known.size} x {known.count} in "
+                    f"source {other}; give sources of one kind the same size and count"
+                )
+    return faults
 
 
 def optim_settings(section: OptimSection) -> OptimSettings:
@@ -266,171 +233,6 @@ def loop_settings(recipe: PretrainRecipe) -> LoopSettings:
         keep_checkpoints=train.keep_checkpoints,
         log_every=train.log_every,
     )
-
-
-@dataclass
-class Shelf:
-    """The selected rows of one source, cached: what is ready to be drawn from.
-
-    Args:
-        name: Name of the source.
-        archive: The opened archive.
-        rows: Rows that are in the store, sorted by series_id.
-        domain: The domain.
-        reader: The store.
-        summary: What caching did and what it could not use.
-    """
-
-    name: str
-    archive: Archive
-    rows: list[SeriesRow]
-    domain: Any
-    reader: StoreReader
-    summary: CacheSummary
-
-
-def store_folder(source: SourceSection, domain: Any) -> Path:
-    """Return the folder of a source's store: same key, same bytes."""
-    root = Path(source.store) if source.store else Path(source.index) / "store"
-    return root / f"{domain.name}-{store_key(domain)}"
-
-
-def select_rows(source: SourceSection, domain_name: str, archive: Archive, where: str | None = None) -> list[SeriesRow]:
-    """Return the usable volumes of a source.
-
-    Raises:
-        RequestError: The selection is empty; the message counts what each condition left.
-    """
-    condition = where or source.where
-    rows = archive.select(condition)
-    usable = [r for r in rows if r.domain == domain_name and r.kind == "volume" and r.status != "rejected"]
-    if not usable:
-        unknown = sum(row.domain == "unknown" for row in rows)
-        hint = f"{unknown} do not say what they are: index them again with --modality; " if unknown else ""
-        raise RequestError(
-            f"the selection is empty: {condition!r} matches {len(rows)} of {len(archive.select(None))} series in {source.index}, "
-            f"none of them a usable {domain_name} volume; {hint}look with `medssl archive ls {source.index}`"
-        )
-    return sorted(usable, key=lambda row: row.series_id)
-
-
-def fill_shelf(name: str, source: SourceSection, where: str | None = None, on_progress: Progress | None = None) -> Shelf:
-    """Select the rows of a source and write what the store lacks.
-
-    Raises:
-        RequestError: No item is left; failures are counted by reason.
-    """
-    domain = build_domain(source.domain)
-    archive = Archive.open(Path(source.index))
-    rows = select_rows(source, domain.name, archive, where)
-    folder = store_folder(source, domain)
-    summary = cache_items(archive, rows, domain, folder, on_progress=on_progress)
-    kept = [row for row in rows if row.series_id not in summary.failed]
-    if not kept:
-        reasons = sorted({reason for reason, _ in summary.failed.values()})
-        raise RequestError(
-            f"source {name}: none of {len(rows)} volumes could be cached ({', '.join(reasons)}); nothing to train on"
-        )
-    return Shelf(name, archive, kept, domain, StoreReader(folder), summary)
-
-
-def freeze_items(shelves: Sequence[Shelf], sources: Mapping[str, SourceSection]) -> list[Item]:
-    """Number the items of all sources."""
-    return freeze(
-        [
-            (shelf.name, Path(sources[shelf.name].index).name, row.series_id, row.patient_id, row.split)
-            for shelf in shelves
-            for row in shelf.rows
-        ]
-    )
-
-
-def training_source(shelf: Shelf, section: SourceSection, items: Sequence[Item], batch: int) -> ImageSource:
-    """Build the source that the loop draws from."""
-    series = {item.id: item.series_id for item in items if item.source == shelf.name}
-    views = VolumeViews(**section.views)
-    sampler = SAMPLERS[section.sampler.name](
-        shelf.name,
-        sorted(series),
-        lambda item: shelf.reader.record(series[item]),
-        views.box_size_mm,
-        batch=batch,
-        **section.sampler.args,
-    )
-    return ImageSource(shelf.name, shelf.domain.name, shelf.reader, series, sampler, views, crop=Crop, weight=section.weight)
-
-
-def plain_views(section: SourceSection) -> VolumeViews:
-    """Return the evaluation views of a source: its size, spacing and normalisation, and nothing random."""
-    keep = ("size", "spacing_mm", "normalize")
-    return VolumeViews(**{key: value for key, value in section.views.items() if key in keep})
-
-
-def evaluation_source(
-    name: str, shelf: Shelf, section: SourceSection, series: Sequence[str], views: VolumeViews | None = None
-) -> ImageSource:
-    """Build a source that shows the middle of each series, in the order given."""
-    numbered = dict(enumerate(series))
-    views = views or plain_views(section)
-    sampler = CentreSampler(name, sorted(numbered), lambda item: shelf.reader.record(numbered[item]), views.box_size_mm)
-    return ImageSource(name, shelf.domain.name, shelf.reader, numbered, sampler, views, crop=Crop)
-
-
-def evaluation_batches(source: ImageSource, device: torch.device, batch: int = 4, seed: int = 0) -> Iterable[Views]:
-    """Yield views of all items of an evaluation source, in id order."""
-    for first in range(0, len(source), batch):
-        keys = [DrawKey(seed, 0, place) for place in range(first, min(first + batch, len(source)))]
-        yield source.views(source.fetch(keys), device)
-
-
-def images_and_ids(source: ImageSource, device: torch.device, batch: int = 4) -> Iterable[tuple[Tensor, list[int]]]:
-    """Yield (B, C, *size) images and ids, as `evaluation.features.embed` takes them."""
-    for views in evaluation_batches(source, device, batch):
-        yield views[source.view_maker.name][:, 0], views.meta.ids.tolist()
-
-
-def read_targets(table: str, file_column: str, target: str, shelf: Shelf) -> dict[str, str]:
-    """Join a CSV of labels to series by the name of the image file, or of the DICOM folder.
-
-    Args:
-        table: CSV with a header.
-        file_column: Column with the name.
-        target: Column with the label.
-        shelf: The rows to find.
-
-    Returns:
-        series_id -> label text; series without a label are left out.
-
-    Raises:
-        RequestError: A column is missing, or nothing matches.
-    """
-    import csv
-
-    path = Path(table)
-    if not path.is_file():
-        raise RequestError(f"no such table: {table}; give a CSV with the columns {file_column} and {target}")
-    with open(path, newline="") as stream:
-        reader = csv.DictReader(stream)
-        columns = reader.fieldnames or []
-        missing = [column for column in (file_column, target) if column not in columns]
-        if missing:
-            raise RequestError(
-                f"{path.name} has no column {', '.join(missing)}; it has {header_words(columns, (file_column, target))}"
-            )
-        labels = {Path(row[file_column]).name: row[target] for row in reader if row[target] not in ("", None)}
-    found = {}
-    for row in shelf.rows:
-        files = shelf.archive.files(row.series_id)
-        names = [files[0].name, files[0].parent.name] if files else []
-        match = next((labels[name] for name in names if name in labels), None)
-        if match is not None:
-            found[row.series_id] = match
-    if not found:
-        raise RequestError(
-            f"none of the {len(shelf.rows)} selected series is named in column {file_column} of {path.name}; "
-            "names are compared with the image file's name, or the DICOM folder's"
-        )
-    return found
 
 
 def refuse_leakage(train: Sequence[SeriesRow], held_out: Sequence[SeriesRow], what: str) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from medssl import build
+from medssl.data_sources import random_views
 from medssl.errors import RequestError
 from medssl.recipe import PretrainRecipe, Recipe
 from medssl.training.run_folder import facts_of_machine
-from medssl.types import StepContext, Views, ViewsMeta
-from medssl.views.pipeline import VolumeViews
+from medssl.types import StepContext, Views
 
 EXTRAS = {"dicom": ("openjpeg", "rle", "jpeg_ls"), "test": ("pytest",)}
 
@@ -63,7 +63,7 @@ def predict(raw: Mapping[str, Any], steps: int = 3) -> dict[str, Any]:
     for encoder in encoders:
         encoder.checkpoint_blocks = recipe.train.checkpoint_blocks
     micro_steps, micro = build.loop_settings(recipe).micro_steps(1)
-    views = random_views(VolumeViews(**next(iter(recipe.sources.values())).views), micro, encoders[0].in_channels, device)
+    views = random_views(next(iter(recipe.sources.values())), micro, encoders[0].in_channels, device)
     stages = build.build_stages(recipe)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=0.0)
@@ -80,19 +80,6 @@ def predict(raw: Mapping[str, Any], steps: int = 3) -> dict[str, Any]:
         "peak_memory_gib": round(peak_memory(device), 2),
         "note": "measured on random images of the recipe's size; reading and augmentation come on top",
     }
-
-
-def random_views(maker: VolumeViews, batch: int, channels: int, device: torch.device) -> Views:
-    """Return views of the right shapes, filled with noise."""
-    shape = (batch, 1, channels, *maker.size)
-    data = {maker.name: torch.randn(shape, device=device)}
-    if maker.mask_grid is not None:
-        cells = int(torch.tensor(maker.mask_grid).prod())
-        row = torch.arange(cells) < int(maker.mask_ratio * cells)
-        data[f"{maker.name}_mask"] = row.reshape(1, 1, *maker.mask_grid).expand(batch, 1, *maker.mask_grid).to(device)
-    valid = torch.ones((batch, 1, *maker.size), dtype=torch.bool, device=device)
-    meta = ViewsMeta("doctor", "none", torch.arange(batch), {}, {}, {maker.name: valid}, ())
-    return Views(data, meta)
 
 
 def one_step(objective: Any, views: Views, optimiser: Any, precision: str, device: torch.device) -> float:

@@ -54,10 +54,26 @@ class SourceSection(Node):
         "split not in ('val', 'test')", description="SQL condition on the index; rows it cannot decide are counted and left out"
     )
     domain: ComponentField = Field(description="mri or ct")
-    sampler: ComponentField = Field(default_factory=lambda: Component(name="crops"))
-    views: dict[str, Any] = Field(description="Arguments of the views: size, spacing_mm, normalize, flip, ..., mask")
+    sampler: ComponentField = Field(
+        default_factory=lambda: Component(name="crops"), description="crops, or planes where views.kind is image or stack"
+    )
+    views: dict[str, Any] = Field(
+        description="kind (volume, image or stack) and arguments of the views: size, normalize, flip, ..."
+    )
     store: str | None = Field(None, description="Store folder; default ARCHIVE/store")
     weight: float = Field(1.0, gt=0, description="Relative frequency of steps that use this source")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sampler_of_views(cls, raw: Any) -> Any:
+        """A sampler without a name is the one that goes with the views."""
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("views"), Mapping):
+            return raw
+        sampler = raw.get("sampler") or {}
+        if isinstance(sampler, Mapping) and "name" not in sampler:
+            name = "crops" if raw["views"].get("kind", "volume") == "volume" else "planes"
+            return {**raw, "sampler": {"name": name, **sampler}}
+        return raw
 
 
 class ScheduleSection(Node):

@@ -7,6 +7,8 @@ import path with a colon ("mypackage.encoders:MyEncoder"); `medssl.testing` chec
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from medssl.errors import RegistryError, near
@@ -58,3 +60,28 @@ def lookup(kind: str, name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as err:
         raise RegistryError(f'{kind} "{name}": cannot import {target} ({err}); check the import path') from err
+
+
+def argument_faults(path: str, target: Any, args: Mapping[str, Any], given: Iterable[str] = ()) -> list[str]:
+    """Compare the arguments of a component with the signature of its constructor.
+
+    Args:
+        path: Dotted path of the component in the recipe.
+        target: Class or function.
+        args: What the recipe gives.
+        given: What the builder gives.
+    """
+    parameters = inspect.signature(target).parameters
+    accepted = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name not in ("self", *given)]
+    faults = [f"{path}.{name}: unknown key{near(name, accepted)}" for name in args if name not in accepted]
+    needed = [name for name in accepted if parameters[name].default is inspect.Parameter.empty]
+    return faults + [f"{path}.{name}: required and missing" for name in needed if name not in args]
+
+
+def component_faults(path: str, kind: str, component: Any, given: Iterable[str] = ()) -> list[str]:
+    """Check the name and the arguments of a registered component (anything with `name` and `args`)."""
+    try:
+        target = lookup(kind, component.name)
+    except RegistryError as err:
+        return [f"{path}.name: {err}"]
+    return argument_faults(path, target, component.args, given)

@@ -184,6 +184,29 @@ class Views:
 
 
 @dataclass
+class Stack:
+    """Planes of B items in order, slices or frames: what an encoder of stacks takes instead of one tensor.
+
+    Args:
+        planes: (B, N, C, H, W).
+        valid: (B, N) bool, True = a real plane, False = padding.
+        depth: (B, N) place of each plane: mm along the slice axis, ms for frames.
+    """
+
+    planes: Tensor
+    valid: Tensor
+    depth: Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> Stack:
+        """Move the planes as `Tensor.to` does, and the rest to the same device."""
+        planes = self.planes.to(*args, **kwargs)
+        return Stack(planes, self.valid.to(planes.device), self.depth.to(planes.device))
+
+    def __len__(self) -> int:
+        return len(self.planes)
+
+
+@dataclass
 class EncoderOutput:
     """What `Encoder.forward_features` returns.
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "report": set(),
     "phantoms": set(),
 }
-TOP = {"recipe", "build", "api", "cli", "demo", "doctor", "testing", "__main__"}
+TOP = {"recipe", "build", "data_sources", "api", "cli", "demo", "doctor", "testing", "__main__"}
 
 
 def package_of(module: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from medssl.errors import RequestError
 from medssl.evaluation.features import Batch, embed
 from medssl.seeding import derive_seed
+from medssl.types import Stack
 
 PERCENTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
@@ -82,7 +83,8 @@ def control_features(
     """
     untrained, _ = embed(random_init(build, seed).to(device), batches())
     pixels, statistics = [], []
-    for images, _ in batches():
+    for shown, _ in batches():
+        images = shown.planes.transpose(1, 2) if isinstance(shown, Stack) else shown  # (B, C, N, H, W): planes as a volume
         pixels.append(small_images(images, size).cpu().numpy())
         statistics.append(intensity_statistics(images).cpu().numpy())
     return {

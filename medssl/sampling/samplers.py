@@ -129,6 +129,3 @@ class CentreSampler:
         start = place_box(extent / 2, size, extent, spacing)
         box = Box(tuple(float(v) for v in start), tuple(float(v) for v in size))  # type: ignore[arg-type]
         return Draw(self.source, (item,), (box,))
-
-
-SAMPLERS: dict[str, type[CropSampler]] = {"crops": CropSampler}

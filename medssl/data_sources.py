@@ -1,0 +1,343 @@
+"""From a recipe's sources to objects: what is selected, cached, drawn from, and shown to probes.
+
+Views come in three kinds (`views.kind` of a source): `volume` crops of volumes; `image` pictures, single slices and frames;
+`stack` slices of a volume or frames of a clip, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medssl.archive.table import Archive, SeriesRow
+from medssl.errors import RequestError, header_words, near
+from medssl.recipe import SourceSection
+from medssl.registry import argument_faults, component_faults, lookup
+from medssl.sampling.items import Item, freeze
+from medssl.sampling.planes import MiddlePlanes, PlaneSampler, PlaneSource
+from medssl.sampling.samplers import CentreSampler, CropSampler
+from medssl.sampling.source import ImageSource
+from medssl.store.manifest import store_key
+from medssl.store.reader import StoreReader
+from medssl.store.writer import CacheSummary, cache_items
+from medssl.types import Box, DrawKey, Stack, Views, ViewsMeta, ViewSpec
+from medssl.views.pipeline import Crop, VolumeViews
+from medssl.views.planes import Planes, PlaneViews
+
+Progress = Callable[[int, int], None]
+ViewMaker = VolumeViews | PlaneViews
+ImageLike = ImageSource | PlaneSource
+
+
+@dataclass(frozen=True)
+class ViewKind:
+    """One kind of views.
+
+    Args:
+        items: Values of the index column `kind` that such views can be made of.
+        maker: Class of the view maker.
+        sampler: Name and class of its sampler.
+        given: Arguments of the sampler that the source gives.
+        plain: Arguments of the maker that evaluation keeps.
+    """
+
+    items: tuple[str, ...]
+    maker: type[VolumeViews] | type[PlaneViews]
+    sampler: tuple[str, type[CropSampler] | type[PlaneSampler]]
+    given: tuple[str, ...]
+    plain: tuple[str, ...]
+
+
+_PLAIN_PLANES = ("size", "slices", "normalize", "channels")
+VIEW_KINDS: dict[str, ViewKind] = {
+    "volume": ViewKind(
+        ("volume",),
+        VolumeViews,
+        ("crops", CropSampler),
+        ("source", "ids", "record", "box_size_mm", "batch"),
+        ("size", "spacing_mm", "normalize"),
+    ),
+    "image": ViewKind(
+        ("image", "volume", "cine"),
+        PlaneViews,
+        ("planes", PlaneSampler),
+        ("source", "ids", "record", "slices", "batch"),
+        _PLAIN_PLANES,
+    ),
+    "stack": ViewKind(
+        ("volume", "cine"), PlaneViews, ("planes", PlaneSampler), ("source", "ids", "record", "slices", "batch"), _PLAIN_PLANES
+    ),
+}
+
+
+def view_kind(views: Mapping[str, Any]) -> ViewKind:
+    """Return the kind of views that a `views` section asks for; `volume` when it does not say."""
+    return VIEW_KINDS[str(views.get("kind", "volume"))]
+
+
+def make_views(views: Mapping[str, Any]) -> ViewMaker:
+    """Build the view maker of a `views` section; its key in a batch is the name of its kind."""
+    kind = str(views.get("kind", "volume"))
+    return VIEW_KINDS[kind].maker(kind, **{key: value for key, value in views.items() if key != "kind"})
+
+
+def specs(maker: Any) -> dict[str, ViewSpec]:
+    """Return what a maker puts into a batch, by key."""
+    return maker.specs if isinstance(maker, PlaneViews) else {maker.name: maker.spec}
+
+
+def plain_views(views: Mapping[str, Any]) -> ViewMaker:
+    """Build the evaluation views of a `views` section: its size, spacing and normalisation, and nothing random."""
+    keep = ("kind", *view_kind(views).plain)
+    return make_views({key: value for key, value in views.items() if key in keep})
+
+
+def view_faults(path: str, views: Mapping[str, Any]) -> list[str]:
+    """Check the arguments of the views, their values included."""
+    views = {"size": 16, **views} if path == "source.views" else views  # evaluation takes the size from the weights
+    kind = views.get("kind", "volume")
+    if kind not in VIEW_KINDS:
+        return [f'{path}.kind: unknown kind "{kind}"{near(str(kind), VIEW_KINDS)}; accepted: {", ".join(VIEW_KINDS)}']
+    given = {key: value for key, value in views.items() if key != "kind"}
+    faults = argument_faults(path, VIEW_KINDS[kind].maker, given, given=("name", "count") if kind == "volume" else ("name",))
+    if kind != "volume" and (kind == "stack") != (views.get("slices") is not None):
+        wanted = "required for" if kind == "stack" else "only for"
+        faults.append(f"{path}.slices: {wanted} kind: stack (planes per view)")
+    if faults:
+        return faults
+    try:
+        make_views(views)
+    except (RequestError, TypeError, ValueError) as err:
+        return [f"{path}.{err}"]
+    return []
+
+
+def source_faults(path: str, source: SourceSection) -> list[str]:
+    """Check one source."""
+    faults = component_faults(f"{path}.domain", "domain", source.domain)
+    broken = view_faults(f"{path}.views", source.views)
+    if broken:
+        return faults + broken
+    kind = view_kind(source.views)
+    name, sampler = kind.sampler
+    if source.sampler.name != name:
+        return [*faults, f'{path}.sampler.name: "{source.sampler.name}" does not go with these views; accepted: {name}']
+    return faults + argument_faults(f"{path}.sampler", sampler, source.sampler.args, kind.given)
+
+
+@dataclass
+class Shelf:
+    """The selected rows of one source, cached: what is ready to be drawn from.
+
+    Args:
+        name: Name of the source.
+        archive: The opened archive.
+        rows: Rows that are in the store, sorted by series_id.
+        domain: The domain.
+        reader: The store.
+        summary: What caching did and what it could not use.
+    """
+
+    name: str
+    archive: Archive
+    rows: list[SeriesRow]
+    domain: Any
+    reader: StoreReader
+    summary: CacheSummary
+
+
+def store_folder(source: SourceSection, domain: Any) -> Path:
+    """Return the folder of a source's store: same key, same bytes."""
+    root = Path(source.store) if source.store else Path(source.index) / "store"
+    return root / f"{domain.name}-{store_key(domain)}"
+
+
+def select_rows(source: SourceSection, domain_name: str, archive: Archive, where: str | None = None) -> list[SeriesRow]:
+    """Return the series of a source that its views can be made of.
+
+    Raises:
+        RequestError: The selection is empty; the message counts what each condition left.
+    """
+    condition = where or source.where
+    rows = archive.select(condition)
+    kinds = view_kind(source.views).items
+    usable = [r for r in rows if r.domain == domain_name and r.kind in kinds and r.status != "rejected"]
+    if not usable:
+        unknown = sum(row.domain == "unknown" for row in rows)
+        hint = f"{unknown} do not say what they are: index them again with --modality; " if unknown else ""
+        raise RequestError(
+            f"the selection is empty: {condition!r} matches {len(rows)} of {len(archive.select(None))} series in {source.index}, "
+            f"none of them a usable {domain_name} {' or '.join(kinds)}; {hint}look with `medssl archive ls {source.index}`"
+        )
+    return sorted(usable, key=lambda row: row.series_id)
+
+
+def fill_shelf(name: str, source: SourceSection, where: str | None = None, on_progress: Progress | None = None) -> Shelf:
+    """Select the rows of a source and write what the store lacks.
+
+    Raises:
+        RequestError: No item is left; failures are counted by reason.
+    """
+    domain = lookup("domain", source.domain.name)(**source.domain.args)
+    archive = Archive.open(Path(source.index))
+    rows = select_rows(source, domain.name, archive, where)
+    folder = store_folder(source, domain)
+    summary = cache_items(archive, rows, domain, folder, on_progress=on_progress)
+    kept = [row for row in rows if row.series_id not in summary.failed]
+    if not kept:
+        reasons = sorted({reason for reason, _ in summary.failed.values()})
+        raise RequestError(f"source {name}: none of {len(rows)} series could be cached ({', '.join(reasons)}); nothing to train on")
+    return Shelf(name, archive, kept, domain, StoreReader(folder), summary)
+
+
+def freeze_items(shelves: Sequence[Shelf], sources: Mapping[str, SourceSection]) -> list[Item]:
+    """Number the items of all sources."""
+    return freeze(
+        [
+            (shelf.name, Path(sources[shelf.name].index).name, row.series_id, row.patient_id, row.split)
+            for shelf in shelves
+            for row in shelf.rows
+        ]
+    )
+
+
+def training_source(shelf: Shelf, section: SourceSection, items: Sequence[Item], batch: int) -> ImageLike:
+    """Build the source that the loop draws from."""
+    series = {item.id: item.series_id for item in items if item.source == shelf.name}
+    views = make_views(section.views)
+
+    def record(item: int) -> Any:
+        return shelf.reader.record(series[item])
+
+    if isinstance(views, VolumeViews):
+        crops = CropSampler(shelf.name, sorted(series), record, views.box_size_mm, batch=batch, **section.sampler.args)
+        return ImageSource(shelf.name, shelf.domain.name, shelf.reader, series, crops, views, crop=Crop, weight=section.weight)
+    planes = PlaneSampler(shelf.name, sorted(series), record, views.slices, batch=batch, **section.sampler.args)
+    return PlaneSource(shelf.name, shelf.domain.name, shelf.reader, series, planes, views, planes=Planes, weight=section.weight)
+
+
+def evaluation_source(
+    name: str, shelf: Shelf, section: SourceSection, series: Sequence[str], views: ViewMaker | None = None
+) -> ImageLike:
+    """Build a source that shows the middle of each series (a stack: all of it, evenly), in the order given."""
+    numbered = dict(enumerate(series))
+    views = views or plain_views(section.views)
+
+    def record(item: int) -> Any:
+        return shelf.reader.record(numbered[item])
+
+    if isinstance(views, VolumeViews):
+        centre = CentreSampler(name, sorted(numbered), record, views.box_size_mm)
+        return ImageSource(name, shelf.domain.name, shelf.reader, numbered, centre, views, crop=Crop)
+    middle = MiddlePlanes(name, sorted(numbered), record, views.slices, section.sampler.args.get("axis", "auto"))
+    return PlaneSource(name, shelf.domain.name, shelf.reader, numbered, middle, views, planes=Planes)
+
+
+def evaluation_batches(source: ImageLike, device: torch.device, batch: int = 4, seed: int = 0) -> Iterable[Views]:
+    """Yield views of all items of an evaluation source, in id order."""
+    for first in range(0, len(source), batch):
+        keys = [DrawKey(seed, 0, place) for place in range(first, min(first + batch, len(source)))]
+        yield source.views(source.fetch(keys), device)
+
+
+def images_and_ids(source: ImageLike, device: torch.device, batch: int = 4) -> Iterable[tuple[Tensor | Stack, list[int]]]:
+    """Yield (B, C, *size) images, or stacks, and ids, as `evaluation.features.embed` takes them."""
+    for views in evaluation_batches(source, device, batch):
+        yield first_view(views, source.view_maker.name), views.meta.ids.tolist()
+
+
+def first_view(views: Views, name: str) -> Tensor | Stack:
+    """Return the first view of each item: what an encoder takes."""
+    if f"{name}_depth" not in views or views[name].dim() != 6:
+        return views[name][:, 0]
+    valid = views.meta.valid[name][:, 0].flatten(2).any(dim=2)
+    return Stack(views[name][:, 0], valid, views[f"{name}_depth"][:, 0])
+
+
+def random_views(section: SourceSection, batch: int, channels: int, device: torch.device) -> Views:
+    """Return training views of noise in the recipe's sizes, for measuring a step."""
+    maker = make_views(section.views)
+    rng = np.random.default_rng(0)
+    stats = {"mean": 0.5, "std": 0.3, "p00_5": 0.0, "p99_5": 1.0, "min": 0.0}
+    keys = tuple(DrawKey(0, 0, place) for place in range(batch))
+    if isinstance(maker, VolumeViews):
+        spacing = maker.view_spacing_mm((1.0, 1.0, 1.0))
+        box = Box((0.0, 0.0, 0.0), maker.box_size_mm(spacing))
+        crops = [
+            Crop(
+                rng.random((channels, *maker.size), np.float32),
+                np.ones(maker.size, bool),
+                spacing,
+                (0.0, 0.0, 0.0),
+                box,
+                stats,
+                key,
+                n,
+            )
+            for n, key in enumerate(keys)
+        ]
+        data, seen, _, _ = maker.batch(crops, device)
+        valid = {maker.name: seen}
+    else:
+        n = maker.slices or 1
+        shape = (n, channels, *maker.size)
+        depth = np.arange(n, dtype=float)
+        items = [
+            Planes(
+                rng.random(shape, np.float32), np.ones((n, *maker.size), bool), None, depth, depth / max(n - 1, 1), stats, key, k
+            )
+            for k, key in enumerate(keys)
+        ]
+        data, valid, _ = maker.batch(items, device)
+    meta = ViewsMeta("doctor", "none", torch.arange(batch), {}, {}, valid, keys)
+    return Views(data, meta)
+
+
+def read_targets(table: str, file_column: str, target: str, shelf: Shelf) -> dict[str, str]:
+    """Join a CSV of labels to series by the name of the image file, or of the DICOM folder.
+
+    Args:
+        table: CSV with a header.
+        file_column: Column with the name.
+        target: Column with the label.
+        shelf: The rows to find.
+
+    Returns:
+        series_id -> label text; series without a label are left out.
+
+    Raises:
+        RequestError: A column is missing, or nothing matches.
+    """
+    import csv
+
+    path = Path(table)
+    if not path.is_file():
+        raise RequestError(f"no such table: {table}; give a CSV with the columns {file_column} and {target}")
+    with open(path, newline="") as stream:
+        reader = csv.DictReader(stream)
+        columns = reader.fieldnames or []
+        missing = [column for column in (file_column, target) if column not in columns]
+        if missing:
+            raise RequestError(
+                f"{path.name} has no column {', '.join(missing)}; it has {header_words(columns, (file_column, target))}"
+            )
+        labels = {Path(row[file_column]).name: row[target] for row in reader if row[target] not in ("", None)}
+    found = {}
+    for row in shelf.rows:
+        files = shelf.archive.files(row.series_id)
+        names = [files[0].name, files[0].parent.name] if files else []
+        match = next((labels[name] for name in names if name in labels), None)
+        if match is not None:
+            found[row.series_id] = match
+    if not found:
+        raise RequestError(
+            f"none of the {len(shelf.rows)} selected series is named in column {file_column} of {path.name}; "
+            "names are compared with the image file's name, or the DICOM folder's"
+        )
+    return found
