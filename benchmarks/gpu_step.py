@@ -46,7 +46,7 @@ from benchmarks.common import (
     times_faster,
     without_monai_warnings,
 )
-from medssl.doctor import random_views
+from medssl.data_sources import random_views
 from medssl.domains.ct import CT
 from medssl.domains.statistics import intensity_stats
 from medssl.encoders.vit3d import ViT3D

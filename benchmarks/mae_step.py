@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Check, Result, finish, interleave, milliseconds, parser, times_faster
-from medssl.doctor import one_step, random_views
+from medssl.data_sources import random_views
+from medssl.doctor import one_step
 from medssl.encoders.vit3d import ViT3D
 from medssl.layers.tokens import flatten_tokens, patchify
 from medssl.objectives.mae import MAE

@@ -260,9 +260,8 @@ def first_view(views: Views, name: str) -> Tensor | Stack:
     return Stack(views[name][:, 0], valid, views[f"{name}_depth"][:, 0])
 
 
-def random_views(section: SourceSection, batch: int, channels: int, device: torch.device) -> Views:
-    """Return training views of noise in the recipe's sizes, for measuring a step."""
-    maker = make_views(section.views)
+def random_views(maker: ViewMaker, batch: int, channels: int, device: torch.device) -> Views:
+    """Return training views of noise, for measuring a step."""
     rng = np.random.default_rng(0)
     stats = {"mean": 0.5, "std": 0.3, "p00_5": 0.0, "p99_5": 1.0, "min": 0.0}
     keys = tuple(DrawKey(0, 0, place) for place in range(batch))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from medssl import build
-from medssl.data_sources import random_views
+from medssl.data_sources import make_views, random_views
 from medssl.errors import RequestError
 from medssl.recipe import PretrainRecipe, Recipe
 from medssl.training.run_folder import facts_of_machine
@@ -63,7 +63,8 @@ def predict(raw: Mapping[str, Any], steps: int = 3) -> dict[str, Any]:
     for encoder in encoders:
         encoder.checkpoint_blocks = recipe.train.checkpoint_blocks
     micro_steps, micro = build.loop_settings(recipe).micro_steps(1)
-    views = random_views(next(iter(recipe.sources.values())), micro, encoders[0].in_channels, device)
+    maker = make_views(next(iter(recipe.sources.values())).views)
+    views = random_views(maker, micro, encoders[0].in_channels, device)
     stages = build.build_stages(recipe)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=0.0)

@@ -147,7 +147,7 @@ def test_mae_step__pairs_both_forms(tmp_path: Path) -> None:
 
 
 def test_all_token_form__scores_hidden_voxels_only() -> None:
-    from medssl.doctor import random_views
+    from medssl.data_sources import random_views
     from medssl.encoders.vit3d import ViT3D
     from medssl.layers.tokens import flatten_tokens, patchify
     from medssl.types import StepContext
@@ -215,7 +215,7 @@ def test_step_flops__agree_with_torchs_counter() -> None:
     """torch counts each product of the real forward and backward pass; biases, norms and the loss are no products."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from medssl.doctor import random_views
+    from medssl.data_sources import random_views
     from medssl.types import StepContext
     from medssl.views.pipeline import VolumeViews
 
