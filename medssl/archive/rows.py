@@ -12,8 +12,10 @@ import numpy as np
 from medssl.archive.ids import IdKey
 from medssl.archive.table import SeriesRow
 
-DOMAINS = {"CT": "ct", "MR": "mri", "CR": "xray", "DX": "xray", "US": "ultrasound", "SM": "wsi", "GM": "microscopy"}
+DOMAINS = {"CT": "ct", "MR": "mri", "CR": "xray", "DX": "xray", "RG": "xray", "US": "ultrasound", "SM": "wsi", "GM": "microscopy"}
 """Modality -> domain; all others are `other`."""
+UNITLESS = frozenset({"mri", "xray", "ultrasound", "wsi", "microscopy"})
+"""Domains whose values have no physical unit."""
 PLANES = {0: "sagittal", 1: "coronal", 2: "axial"}
 
 
