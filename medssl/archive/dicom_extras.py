@@ -95,10 +95,13 @@ def read_planar_header(path: Path) -> dict[str, Any]:
     return header | read_extras(path, str(header.get("modality", "")).upper())
 
 
-def _group(low: bytes, high: bytes, element: bytes, order: str, explicit: bool, vr: bytes) -> bytes:
-    """Return a pattern for the start of an element; `low` and `high` are the bytes of its group."""
+def _start(low: bytes, high: bytes, element: bytes, order: str, explicit: bool, vr: bytes, value: bytes) -> bytes:
+    """Return a pattern for the start of an element; `low` and `high` are the bytes of its group.
+
+    Implicit elements have a length of 2 to 64 where explicit ones name their type, so that the value has to be looked at.
+    """
     tag = low + high + element if order == "<" else high + low + _swap(element)
-    return tag + vr if explicit else tag + (rb"[\x02-\x40]\x00\x00\x00" if order == "<" else rb"\x00\x00\x00[\x02-\x40]")
+    return tag + vr if explicit else tag + (rb"[\x02-\x40]\x00\x00\x00" + value)
 
 
 def _swap(element: bytes) -> bytes:
@@ -109,11 +112,11 @@ _ODD = b"[" + b"".join(b"\\x%02x" % k for k in range(1, 256, 2)) + b"]"
 _FORMS = {"explicit_le": ("<", True), "explicit_be": (">", True), "implicit_le": ("<", False)}
 # A private creator (gggg,0010 to 00FF) precedes all private elements of its block, whatever they hold.
 _PRIVATE = {
-    name: re.compile(_group(_ODD, rb"[\x00-\xff]", rb"[\x10-\xff]\x00", order, explicit, rb"(?:LO|UN|SH)"), re.DOTALL)
+    name: re.compile(_start(_ODD, rb"[\x00-\xff]", rb"[\x10-\xff]\x00", order, explicit, rb"(?:LO|UN|SH)", rb"[ -~]{2}"), re.DOTALL)
     for name, (order, explicit) in _FORMS.items()
 }
 _OVERLAY = {
-    name: re.compile(_group(rb"[\x00-\x1e]", rb"\x60", rb"\x10\x00", order, explicit, rb"(?:US|UN)"), re.DOTALL)
+    name: re.compile(_start(rb"[\x00-\x1e]", rb"\x60", rb"\x10\x00", order, explicit, rb"(?:US|UN)", rb""), re.DOTALL)
     for name, (order, explicit) in _FORMS.items()
 }
 
