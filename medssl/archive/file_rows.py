@@ -10,7 +10,7 @@ import numpy as np
 from medssl.archive.attributes import MODALITIES, attributes
 from medssl.archive.file_headers import volume_fault
 from medssl.archive.ids import IdKey
-from medssl.archive.rows import UNITLESS, Group, Placed, Scanned, canonical, domain_of, patient_of, place, unique
+from medssl.archive.rows import UNITLESS, Group, Placed, Scanned, canonical, domain_of, patient_of, place, stored_type, unique
 from medssl.archive.sidecars import contradicts, sidecar_header
 from medssl.archive.table import SeriesRow
 
@@ -63,8 +63,8 @@ def add_volume(
             n_volumes=n_volumes,
             volume_index=k,
             volume_axis="time" if n_volumes > 1 else "none",
-            dtype=header["dtype"],
-            bits=_bits(header["dtype"]),
+            dtype=stored_type(header["dtype"]),
+            bits=_bits(stored_type(header["dtype"])),
             units="arbitrary" if domain_of(modality) in UNITLESS else "unknown",
             n_files=len(members),
             bytes=sum(member.size for member in members),
@@ -113,7 +113,7 @@ def add_picture(
         mpp=header.get("mpp"),
         frame_time_ms=header.get("frame_time_ms"),
         fps_source=header.get("fps_source") or "unknown",
-        dtype=header.get("dtype") or "unknown",
+        dtype=stored_type(header.get("dtype")),
         bits=header.get("bits"),
         photometric=header.get("photometric") or "unknown",
         lossy=True if "lossy" in flags else header.get("lossy"),
