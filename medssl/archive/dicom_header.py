@@ -136,7 +136,10 @@ def _convert(element: Any, tag: int, kind: str) -> Any:
         binary = kind in ("integer", "binary") and (element.VR in ("US", "SS") or (element.VR in (None, "UN") and _is_binary(tag)))
         binary = binary or kind == "binary"
     try:
-        return _parse(raw, kind, binary, "<" if getattr(element, "is_little_endian", True) else ">", element.VR)
+        vr = element.VR
+        if vr in (None, "UN") and isinstance(value, bytes):  # implicit: only our own table says how it is stored
+            vr = {"double": "FD", "single": "FL"}.get(kind, vr)
+        return _parse(raw, kind, binary, "<" if getattr(element, "is_little_endian", True) else ">", vr)
     except (ValueError, struct.error, OverflowError):
         return None
 
@@ -150,8 +153,9 @@ def _parse(raw: bytes, kind: str, binary: bool, order: str, vr: str | None) -> A
         if kind == "binary":  # US or SS: the reader, who knows the pixel representation, decides
             return struct.unpack_from(f"{order}H", raw)[0] if len(raw) >= 2 else int(raw.decode())
         return struct.unpack_from(f"{order}{'h' if vr == 'SS' else 'H'}", raw)[0]
-    if vr == "FD":
-        return struct.unpack_from(f"{order}d", raw)[0]
+    if vr in ("FD", "FL"):
+        number = struct.unpack_from(f"{order}{'d' if vr == 'FD' else 'f'}", raw)[0]
+        return number if math.isfinite(number) else None
     text = raw.decode("latin-1").strip(" \0")
     if kind == "text":
         return text or None
@@ -162,7 +166,7 @@ def _parse(raw: bytes, kind: str, binary: bool, order: str, vr: str | None) -> A
         return None
     if kind == "numbers":
         return values
-    return values[0] if kind == "number" else int(values[0])
+    return values[0] if kind in ("number", "double", "single") else int(values[0])
 
 
 def find_decoder(syntax: str) -> str:

@@ -99,6 +99,16 @@ def read_raw(
             wanted *= 4
 
 
+def parse_raw(
+    head: bytes, leaves: Collection[int], *, inside: Collection[int] = (), each: Mapping[int, Callable[[Found], Any]] | None = None
+) -> RawHeader | None:
+    """Do the same with the first bytes of a file; None where they end before the header does, or cannot be parsed."""
+    try:
+        return _parse(head, frozenset(leaves), frozenset(inside), each or {}, complete=False)
+    except (_TooShortError, struct.error, ValueError, IndexError, OverflowError, RecursionError, zlib.error):
+        return None
+
+
 def _parse(
     data: bytes,
     leaves: frozenset[int],

@@ -23,6 +23,7 @@ from medssl.archive.rows import Choice, Scanned, as_record
 from medssl.archive.scan import short_hash, whole_digest
 from medssl.archive.series import build_group
 from medssl.archive.table import FILE_COLUMNS, PRIVATE_FILE_COLUMNS, PRIVATE_SERIES_COLUMNS, SERIES_COLUMNS
+from medssl.archive.twins import join_twins
 
 PART_ROWS = 500_000
 CHUNK = 20_000
@@ -299,6 +300,7 @@ def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> N
         connection.execute(f"CREATE TABLE p AS {joined(private / 'series.parquet', new['private'])}")
         connection.execute(f"CREATE TABLE f AS {joined(private / 'files.parquet', new['files'])}")
         write_query(private / "rows.parquet", "SELECT * FROM s", connection)
+        join_twins(connection)
         apply_splits(connection, private)
         apply_withdrawals(connection, private)
         connection.execute("UPDATE f SET reason = 'withdrawn' WHERE series_id IN (SELECT series_id FROM withdrawn_series)")

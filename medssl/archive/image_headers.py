@@ -192,9 +192,9 @@ def _video(path: Path, kind: str) -> dict[str, Any]:
             stream = container.streams.video[0]
             rate, frames = stream.average_rate, int(stream.frames or 0)
             width, height = int(stream.codec_context.width), int(stream.codec_context.height)
-            if not frames and stream.duration and stream.time_base and rate:
-                frames = round(float(stream.duration * stream.time_base) * float(rate))
             pixels = str(stream.codec_context.pix_fmt or "")
+            if not frames:  # MPEG program streams do not count: one packet is one frame, and none is decoded
+                frames = sum(1 for packet in container.demux(stream) if packet.size)
     except (av.FFmpegError, OSError, ValueError, UnicodeDecodeError) as err:
         raise _unreadable("video", err) from err
     if not width or not height:

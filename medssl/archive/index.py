@@ -290,7 +290,8 @@ def _find_fresh(private: Path) -> Path:
             retried = ", ".join(f"'{reason}'" for reason in sorted(RETRIED))
             connection.execute(
                 f"""CREATE TABLE scanned AS SELECT path, source_id, size, mtime_ns, reason, part,
-                CASE WHEN kind = 'volume' AND header LIKE '%"data_stats"%' THEN header END AS detached FROM read_parquet({files_of(parts)})"""
+                CASE WHEN kind IN ('volume', 'image') AND header LIKE '%"data_stats"%' THEN header END AS detached
+                FROM read_parquet({files_of(parts)})"""
             )
             connection.execute("CREATE TABLE latest AS SELECT source_id, max(part) AS part FROM scanned GROUP BY source_id")
             connection.execute("CREATE TABLE stale (path VARCHAR)")
