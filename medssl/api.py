@@ -25,6 +25,7 @@ from medssl.sampling.items import Item, items_hash
 from medssl.sampling.items import write as write_items
 from medssl.sampling.source import ImageSource
 from medssl.training import distributed
+from medssl.training.event_file import EventFile
 from medssl.training.loop import Callback, train
 from medssl.training.monitors import CollapseMonitor, feature_monitors
 from medssl.training.run_folder import RunFolder, facts_of_machine, now
@@ -326,27 +327,24 @@ def build_embedder(sources: Mapping[str, ImageSource], shelves: Sequence[build.S
 
 
 class _Board:
-    """TensorBoard writer that is closed whatever happens; a no-op on other ranks."""
+    """TensorBoard file that is closed whatever happens; a no-op on other ranks."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self.writer: Any = None
+        self.events: EventFile | None = None
 
     def __enter__(self) -> _Board:
         if self.folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.folder))
+            self.events = EventFile(self.folder)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        if self.events is not None:
+            self.events.close()
 
     def __call__(self, done: int, _total: int, metrics: Mapping[str, float]) -> None:
-        if self.writer is not None:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, done)
+        if self.events is not None:
+            self.events.scalars(done, metrics)
 
 
 def _tensorboard(run: RunFolder, recipe: PretrainRecipe, world: distributed.World) -> _Board:

@@ -59,6 +59,21 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise disk_error(err, path) from err
 
 
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that only its owner may read (0600), atomically, into a folder that only its owner may enter (0700).
+
+    Raises:
+        StoreError: As `write_atomic`.
+    """
+    try:
+        private_folder(path.parent)
+        path.parent.chmod(0o700)
+    except OSError as err:
+        raise disk_error(err, path) from err
+    write_atomic(path, content)
+    path.chmod(0o600)
+
+
 def private_folder(folder: Path) -> None:
     """Make a folder that only its owner may enter; a folder that exists keeps its mode."""
     if not folder.is_dir():

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import shutil
 import tarfile
 import zipfile
 import zlib
@@ -140,7 +141,7 @@ def in_memory() -> Iterator[tuple[int, str]]:
 
 
 def unpack(path: str, folder: Path) -> Path:
-    """Write the member that a private path `container!/name` names to a folder, once, and return the file.
+    """Write the member that a private path `container!/name` names to a folder, once per state of the container; return the file.
 
     Raises:
         KeyError: The container holds no such member any more.
@@ -148,7 +149,9 @@ def unpack(path: str, folder: Path) -> Path:
     from medssl.archive.file_headers import sniff
 
     container, _, name = path.partition(SEPARATOR)
-    target = folder / hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    now = os.stat(container)
+    state = f"{path}\0{now.st_size}\0{now.st_mtime_ns}"  # what was unpacked of a container that has changed is not used
+    target = folder / hashlib.blake2b(state.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -165,3 +168,13 @@ def unpack(path: str, folder: Path) -> Path:
             os.replace(aside, target)
             return target
     raise KeyError(name)
+
+
+def forget_unpacked(folder: Path) -> None:
+    """Delete what `unpack` wrote; it is written again when it is needed.
+
+    Raises:
+        OSError: It cannot be deleted.
+    """
+    if folder.is_dir():
+        shutil.rmtree(folder)

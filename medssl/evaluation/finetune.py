@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from medssl.errors import RequestError, TrainingStopped, WeightsError
-from medssl.evaluation.cohort import Case, Cohort, case_id
+from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.metrics import dice, hd95_mm, mean_score
 from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, cut, whole_image
 from medssl.networks.segmentation import LoadReport, encoder_parameters, load_pretrained, set_head_prior
 from medssl.registry import lookup
 from medssl.seeding import counter_rng, derive_seed
-from medssl.weights import load_part, save_part, write_atomic
+from medssl.weights import load_part, save_part, write_atomic, write_private
 
 log = logging.getLogger(__name__)
 
@@ -602,7 +602,7 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
         scores.append(
             CaseScore(
                 id=case.id,
-                patient=case_id(case.patient),
+                patient=case.patient_id,
                 dice={name: _plain(overlap[value]) for value, name in run.structures.items()},
                 hd95_mm={name: _plain(distance[value]) for value, name in run.structures.items()},
             )
@@ -611,8 +611,7 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
             pictures.append((volume, found, scores[-1].mean_dice))
         if run.settings.predictions:
             write_prediction(out / "predictions" / f"{case.id}.nii.gz", found, volume)
-    if run.settings.predictions:
-        write_case_names(out / "private" / "cases.csv", cases)
+    write_case_names(out / "private" / "cases.csv", cases)
     if pictures:
         write_figures(out / "figures" / "segmentation.npz", pictures, run.structures)
     return scores
@@ -638,10 +637,7 @@ def write_case_names(path: Path, cases: Sequence[Case]) -> None:
     writer = csv.writer(text)
     writer.writerow(["case", "image", "patient"])
     writer.writerows([case.id, case.image.name, case.patient] for case in cases)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.parent.chmod(0o700)
-    write_atomic(path, text.getvalue().encode())
-    path.chmod(0o600)
+    write_private(path, text.getvalue().encode())
 
 
 def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float]], structures: Mapping[int, str]) -> None:
