@@ -97,6 +97,9 @@ _NRRD_TYPES = {
     "ulonglong": "u8", "unsigned long long": "u8", "uint64": "u8", "uint64_t": "u8",
     "float": "f4", "double": "f8",
 }  # fmt: skip
+MAX_NRRD_LINE = 512
+"""ITK writes faulty lines of an NRRD header into fixed buffers for its message: 1,000 characters end the process."""
+MAX_TEXT_HEADER = 1 << 20
 MAX_META_TEXT = 255
 """ITK reads Name and Comment into fixed buffers: 300 characters end the process."""
 _META_TYPES = {
@@ -256,6 +259,8 @@ def parse_nifti(head: bytes) -> Any:
     import nibabel as nib
 
     two = head[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+    if len(head) < (540 if two else 348):
+        raise ValueError("too short")
     # Header extensions stay unread: they may be longer than `head`, and nothing in them is needed.
     return nib.Nifti2Header(head[:540], check=False) if two else nib.Nifti1Header(head[:348], check=False)
 
@@ -279,12 +284,16 @@ def nifti_geometry(header: Any) -> tuple[np.ndarray | None, tuple[str, ...]]:
             return None, tuple(flags)
     scale = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)
     if scale != 1.0:
-        affine = np.diag([scale, scale, scale, 1.0]) @ affine
+        affine[:3] *= scale
         flags.append("units_converted")
-    columns = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.all(np.isfinite(affine)) or np.any(columns <= 0):
-        return None, tuple(flags)
-    return affine, tuple(flags)
+    return _usable(affine), tuple(flags)
+
+
+def _usable(affine: np.ndarray) -> np.ndarray | None:
+    """Return the affine if it is finite and its axes have lengths, else None."""
+    with np.errstate(over="ignore", invalid="ignore"):  # 1e200 mm is finite, its square is not
+        columns = np.linalg.norm(affine[:3, :3], axis=0)
+    return affine if np.all(np.isfinite(affine)) and np.all(np.isfinite(columns)) and np.all(columns > 0) else None
 
 
 def _nifti(path: Path, kind: str, head: bytes) -> VolumeHeader:
@@ -374,9 +383,19 @@ def _fields(path: Path, separator: str, end: str) -> tuple[dict[str, str], int]:
                 fields.setdefault(key.strip(), value.lstrip("=").strip())
             if end and key.strip() == end:
                 break
-            if handle.tell() > 1 << 20:
+            if handle.tell() > MAX_TEXT_HEADER:
                 raise ValueError("header longer than 1 MiB")
         return fields, handle.tell()
+
+
+def _check_nrrd_lines(path: Path) -> None:
+    """Refuse lines that end ITK; comments, `content` and key/value pairs may be as long as they like."""
+    with open(path, "rb") as handle:
+        while (line := handle.readline(MAX_TEXT_HEADER)) not in (b"", b"\n", b"\r\n") and handle.tell() <= MAX_TEXT_HEADER:
+            if len(line) > MAX_NRRD_LINE and not line.startswith((b"#", b"content:")) and b":=" not in line[:MAX_NRRD_LINE]:
+                raise ImageError(
+                    "unreadable", f"an NRRD header line of more than {MAX_NRRD_LINE} characters, which ends ITK; shorten it"
+                )
 
 
 def _vectors(text: str) -> np.ndarray:
@@ -385,6 +404,7 @@ def _vectors(text: str) -> np.ndarray:
 
 
 def _nrrd(path: Path) -> VolumeHeader:
+    _check_nrrd_lines(path)
     fields, offset = _fields(path, ":", "")
     fields = {key.lower(): value for key, value in fields.items()}
     shape = tuple(int(n) for n in fields["sizes"].split())
@@ -452,9 +472,7 @@ def _nrrd_geometry(fields: dict[str, str]) -> tuple[np.ndarray | None, tuple[str
         flags = ("orientation_unknown",)
     else:
         return None, ()
-    affine = np.diag([*signs, 1.0]) @ affine
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    return (affine if np.all(np.isfinite(affine)) and np.all(lengths > 0) else None), flags
+    return _usable(affine * np.array([*signs, 1.0])[:, None]), flags
 
 
 def _metaimage(path: Path) -> VolumeHeader:
@@ -478,11 +496,10 @@ def _metaimage(path: Path) -> VolumeHeader:
         # MetaImage lists one direction per row of text: the columns of the direction matrix.
         columns = np.array([float(value) for value in matrix.split()]).reshape(3, 3).T
         affine = np.eye(4)
-        affine[:3, :3] = columns * sizes
+        with np.errstate(over="ignore", invalid="ignore"):
+            affine[:3, :3] = columns * sizes
         affine[:3, 3] = [float(value) for value in origin.split()]
-        affine = FLIP @ affine
-        if not np.all(np.isfinite(affine)) or np.any(sizes <= 0):
-            affine = None
+        affine = _usable(affine * np.diag(FLIP)[:, None]) if np.all(sizes > 0) else None
     local = data.upper() == "LOCAL"
     header = VolumeHeader(
         "metaimage",

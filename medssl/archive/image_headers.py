@@ -190,6 +190,8 @@ def _video(path: Path, kind: str) -> dict[str, Any]:
             if not container.streams.video:
                 return _header(kind, (0, 0), reason="not_image")
             stream = container.streams.video[0]
+            if stream.codec_context is None:  # a codec that FFmpeg does not know
+                return _header(kind, (0, 0), reason="unreadable")
             rate, frames = stream.average_rate, int(stream.frames or 0)
             width, height = int(stream.codec_context.width), int(stream.codec_context.height)
             if not frames and stream.duration and stream.time_base and rate:

@@ -167,8 +167,8 @@ def _scan_container(path: str, row: dict[str, Any], kind: str, *, nested: bool) 
             rows.append(_seal(inner, {}))
             continue
         with in_memory() as (target, name):
-            if not copy_limited(stream, target):
-                inner["reason"] = "container_limit"
+            inner["reason"] = copy_limited(stream, target)
+            if inner["reason"] is not None:
                 rows.append(_seal(inner, {}))
                 continue
             for found in _scan_member(name, inner):
