@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import errno
 import gzip
 import hashlib
 import lzma
@@ -77,8 +78,8 @@ def members(path: Path, kind: str) -> Iterator[tuple[Member, IO[bytes] | None]]:
 
 
 def _raise_if_storage(err: Exception) -> None:
-    """Let errors of the storage pass: unpackers raise OSError for damage too, but without a number."""
-    if isinstance(err, OSError) and err.errno is not None:
+    """Let errors of the storage pass: unpackers raise OSError for damage too, without a number or for a place before the start."""
+    if isinstance(err, OSError) and err.errno not in (None, errno.EINVAL):
         raise err
 
 

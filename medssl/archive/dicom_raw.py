@@ -173,6 +173,7 @@ class _Inflated:
 
 def _parse(window: _Window, size: int | None, leaves: frozenset[int], inside: frozenset[int], each: Each) -> RawHeader:
     header = RawHeader({}, {tag: [] for tag in each})
+    meta: Found = {}
     pos = 132 if window.data[128:132] == b"DICM" else 0
     # The meta group is explicit little endian, whatever follows.
     walker, in_meta = _Walker(window.data, True, "<", frozenset((META_SYNTAX,)), frozenset()), True
@@ -181,7 +182,7 @@ def _parse(window: _Window, size: int | None, leaves: frozenset[int], inside: fr
             window.move(pos)
             pos = 0
         if in_meta and window.data[pos : pos + 2] != b"\x02\0":
-            header.syntax = header.elements.pop(META_SYNTAX, (b"", b""))[1].decode("latin-1").strip(" \0")
+            header.syntax = meta.get(META_SYNTAX, (b"", b""))[1].decode("latin-1").strip(" \0")
             if header.syntax == DEFLATED:
                 window, pos, size = _Window(_Inflated(window.data[pos:], window.stream)), 0, None
             walker, in_meta = _dataset_walker(window.data[pos:], header, leaves, inside), False
@@ -206,7 +207,7 @@ def _parse(window: _Window, size: int | None, leaves: frozenset[int], inside: fr
                 if tag in walker.leaves:
                     if pos > len(data):
                         raise _TooShortError
-                    header.elements[tag] = (vr, data[start:pos])
+                    (meta if in_meta else header.elements)[tag] = (vr, data[start:pos])
         except _TooShortError:
             if not window.move(pos):
                 # Fewer bytes than an element's head are padding.
@@ -250,12 +251,14 @@ class _Walker:
 
     def skip(self, pos: int, vr: bytes) -> int:
         """Return the position behind an element of undefined length, whose value starts here."""
-        walker = self
-        if vr == b"UN" and self.explicit:
-            inner = self.data[pos + 12 : pos + 14]
-            if not (inner.isalpha() and inner.isupper()):  # by the standard, what is unknown and undefined is implicit
-                walker = _Walker(self.data, False, self.order, self.leaves, self.inside)
-        return walker.items(pos, UNDEFINED, None)
+        if self._turns_implicit(pos, vr):
+            return _Walker(self.data, False, self.order, self.leaves, self.inside).items(pos, UNDEFINED, None)
+        return self.items(pos, UNDEFINED, None)
+
+    def _turns_implicit(self, pos: int, vr: bytes) -> bool:
+        """Return whether the items of an element of undefined length are implicit in an explicit file: what is unknown (UN) is."""
+        inner = self.data[pos + 12 : pos + 14]
+        return vr == b"UN" and self.explicit and not (inner.isalpha() and inner.isupper())
 
     def items(self, pos: int, length: int, take: Callable[[Found], None] | None) -> int:
         """Give the leaves of each item of a sequence away and return the position behind it; None steps over everything.
@@ -328,7 +331,7 @@ class _Walker:
                 if depth == hidden:
                     hidden = None
                 depth -= 1
-            elif length == UNDEFINED and vr == b"UN" and self.explicit:
+            elif length == UNDEFINED and self._turns_implicit(start, vr):
                 next_pos, vr = self.skip(start, vr), b"?"
             elif length == UNDEFINED:
                 depth += 1

@@ -88,8 +88,9 @@ _OS_REASONS = {errno.ENOENT: "vanished", errno.ENOTDIR: "vanished", errno.EACCES
 
 def os_reason(err: OSError) -> str:
     """Return the reason code for an error of the operating system."""
-    code = err.errno or 0
-    return "io_retry" if code in TRANSIENT else _OS_REASONS.get(code, "io_error")
+    if err.errno is None:  # a parser's, about what it found in the file
+        return "unreadable"
+    return "io_retry" if err.errno in TRANSIENT else _OS_REASONS.get(err.errno, "io_error")
 
 
 def short_hash(text: str) -> int:
