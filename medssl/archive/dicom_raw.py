@@ -75,6 +75,20 @@ class RawHeader:
 Each = Mapping[int, Callable[[Found], Any]]
 
 
+class BoundedFile(io.BufferedReader):
+    """A file for parsers that allocate what a length field promises, up to 4 GB, before they read it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read, asking for no more than there is."""
+        if size is not None and size > FIRST_BYTES:
+            size = min(size, max(0, self.size - self.tell()))
+        return super().read(size)
+
+
 def read_raw(path: Path, leaves: Collection[int], *, inside: Collection[int] = (), each: Each | None = None) -> RawHeader:
     """Collect elements of a DICOM file up to its pixel data.
 

@@ -120,6 +120,8 @@ def _read(files: Sequence[Path], part: Mapping[str, Any] | None, philips_scaling
             return read_nifti(files[0], kind, head, volume)
         if kind in ("nrrd", "metaimage"):
             return read_itk(files[0], kind, head, volume)
+    except MemoryError as err:
+        raise ImageError("unsupported_pixels", "the volume does not fit into memory; leave it out") from err
     except OSError as err:
         if isinstance(err, gzip.BadGzipFile):
             raise ImageError("truncated", "damaged gzip stream; copy the file again from its source") from err
