@@ -87,7 +87,7 @@ def _picture(path: Path, kind: str) -> dict[str, Any]:
             width, height = picture.size
             mode, frames = picture.mode, int(getattr(picture, "n_frames", 1))
             duration = picture.info.get("duration")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
+    except Exception as err:  # Pillow raises many classes on damaged files
         raise _unreadable(kind, err) from err
     if kind in _ENDS and _ENDS[kind] not in tail:
         raise ImageError("truncated", f"the {kind} stream has no end; copy the file again from its source")
@@ -190,6 +190,8 @@ def _video(path: Path, kind: str) -> dict[str, Any]:
             if not container.streams.video:
                 return _header(kind, (0, 0), reason="not_image")
             stream = container.streams.video[0]
+            if stream.codec_context is None:  # a codec that FFmpeg does not know
+                return _header(kind, (0, 0), reason="unreadable")
             rate, frames = stream.average_rate, int(stream.frames or 0)
             width, height = int(stream.codec_context.width), int(stream.codec_context.height)
             pixels = str(stream.codec_context.pix_fmt or "")

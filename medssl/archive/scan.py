@@ -90,8 +90,9 @@ _OS_REASONS = {errno.ENOENT: "vanished", errno.ENOTDIR: "vanished", errno.EACCES
 
 def os_reason(err: OSError) -> str:
     """Return the reason code for an error of the operating system."""
-    code = err.errno or 0
-    return "io_retry" if code in TRANSIENT else _OS_REASONS.get(code, "io_error")
+    if err.errno is None:  # a parser's, about what it found in the file
+        return "unreadable"
+    return "io_retry" if err.errno in TRANSIENT else _OS_REASONS.get(err.errno, "io_error")
 
 
 def short_hash(text: str) -> int:
@@ -169,8 +170,8 @@ def _scan_container(path: str, row: dict[str, Any], kind: str, *, nested: bool) 
             rows.append(_seal(inner, {}))
             continue
         with in_memory() as (target, name):
-            if not copy_limited(stream, target):
-                inner["reason"] = "container_limit"
+            inner["reason"] = copy_limited(stream, target)
+            if inner["reason"] is not None:
                 rows.append(_seal(inner, {}))
                 continue
             for found in _scan_member(name, inner):

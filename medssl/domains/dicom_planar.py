@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from medssl.archive.dicom_header import COMPRESSED, LOSSY_SYNTAXES, UNCOMPRESSED, find_decoder, syntax_name
+from medssl.archive.dicom_raw import BoundedFile
 from medssl.archive.reasons import SERIES_REASONS
 from medssl.archive.roles import modality_of
 from medssl.domains.planar import check_size, frame_indices, os_fault, quiet_decoders
@@ -129,7 +130,8 @@ def _read(path: Path, part: Mapping[str, Any] | None, modalities: Sequence[str],
 def _open(path: Path) -> Any:
     import pydicom
 
-    header = pydicom.dcmread(path, force=True)
+    with BoundedFile(path) as handle:
+        header = pydicom.dcmread(handle, force=True)
     if not getattr(header, "file_meta", None):
         header.file_meta = pydicom.dataset.FileMetaDataset()
     if "TransferSyntaxUID" not in header.file_meta:
