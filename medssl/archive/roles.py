@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from medssl.archive.attributes import MODALITIES
@@ -25,6 +26,7 @@ SOP_MODALITIES = {
 """SOP class (behind `_STORAGE`) -> the modality that such an object has, whatever its Modality tag says."""
 
 
+@lru_cache(maxsize=1024)  # asked for every file, and there are few answers
 def sop_kind(uid: str) -> str:
     """Return image, segmentation, screenshot, report, rt, waveform, presentation, document, other or unknown for a SOP class UID."""
     if not uid.startswith(_STORAGE):
