@@ -228,25 +228,21 @@ def _build(
 def _groups(connection: Any, choose: Callable[[str], Choice], where: str) -> Iterator[tuple[str, list[Scanned]]]:
     query = f"""SELECT l.group_key, l.path, l.size, l.kind, l.reason, l.digest, l.header_id, l.slice,
         l.sop_id IN (SELECT sop_id FROM conflict) AS conflict FROM live l {where} ORDER BY l.group_key, l.path"""
+    result = connection.cursor().execute(query)
     headers = _Headers(connection.cursor())
-    rows = _with_headers(stream(connection.cursor(), query, CHUNK), headers)
-    for name, members in groupby(rows, key=lambda row: str(row["group_key"])):
-        yield (
-            name,
-            [
-                Scanned(
-                    row["path"],
-                    int(row["size"]),
-                    row["kind"],
-                    row["reason"],
-                    row["digest"],
-                    {**headers.get(row["header_id"]), **json.loads(row["slice"])} if row["kind"] != "other" else {},
-                    bool(row["conflict"]),
-                    choose(row["path"]),
-                )
-                for row in members
-            ],
-        )
+    name, members = "", []
+    while rows := result.fetchmany(CHUNK):
+        headers.load({row[6] for row in rows if row[6] is not None})
+        slices = json.loads(f"[{','.join(row[7] for row in rows)}]")  # in one call: half the time of one call each
+        for (group, path, size, kind, reason, digest, header_id, _, conflict), piece in zip(rows, slices):
+            if group != name:
+                if members:
+                    yield name, members
+                name, members = group, []
+            header = {**headers.get(header_id), **piece} if kind != "other" else {}
+            members.append(Scanned(path, size, kind, reason, digest, header, bool(conflict), choose(path)))
+    if members:
+        yield name, members
 
 
 class _Headers:
@@ -271,18 +267,6 @@ class _Headers:
         if name not in self._found:
             self.load({name})
         return self._found[name]
-
-
-def _with_headers(rows: Iterator[dict[str, Any]], headers: _Headers) -> Iterator[dict[str, Any]]:
-    chunk: list[dict[str, Any]] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == CHUNK:
-            headers.load({row["header_id"] for row in chunk if row["header_id"] is not None})
-            yield from chunk
-            chunk = []
-    headers.load({row["header_id"] for row in chunk if row["header_id"] is not None})
-    yield from chunk
 
 
 def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from medssl.archive.attributes import MODALITIES
@@ -27,6 +28,7 @@ SOP_MODALITIES = {
 Slide-coordinates microscopy (77.1.3) says SM and is a single picture, not a pyramid: it goes where GM goes."""
 
 
+@lru_cache(maxsize=1024)  # asked for every file, and there are few answers
 def sop_kind(uid: str) -> str:
     """Return image, segmentation, screenshot, report, rt, waveform, presentation, document, other or unknown for a SOP class UID."""
     if not uid.startswith(_STORAGE):

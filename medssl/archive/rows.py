@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -189,4 +189,4 @@ def place(
 
 def as_record(row: SeriesRow) -> dict[str, Any]:
     """Return a row as JSON-able values."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(row).items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(row).items()}
