@@ -102,6 +102,10 @@ FLAGS: dict[str, str] = {
     "colour_doppler": "colour Doppler was found in the tissue image",
     "region_outside": "ultrasound regions reach beyond the image and were not used",
     "channels_assumed": "images of one file whose meaning it does not state were taken for channels",
+    "constant_pixels": "all pixels have one value",
+    "blank": "nearly all pixels have one value, and the rest covers less than a thousandth of the picture",
+    "saturated": "a tenth of the pixels or more lie at the highest value: the type's limit or a clipping value",
+    "low_contrast": "the middle 98 % of the pixels span fewer than eight grey levels or 2 % of the range",
 }
 """Quality flags."""
 
@@ -113,5 +117,6 @@ PRIVACY_FLAGS: dict[str, str] = {
     "overlay": "overlay planes (60xx) were present and excluded",
     "private_tags": "private elements with text",
     "screenshot": "secondary captures often show names",
+    "marker": "one or two letters in a radiograph, as side markers are",
 }
 """Privacy flags: why somebody should look before pixels leave."""
