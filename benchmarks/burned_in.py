@@ -385,16 +385,18 @@ def run(data: Path, *, out: Path) -> dict[str, Any]:
     return finish(Result("burned_in", rows, checks, settings, notes), out)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Fit or measure, as the arguments say."""
     arguments = parser(__doc__)
     arguments.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of real images")
     arguments.add_argument("--fit", action="store_true", help="fit the constants on the other half and print them")
-    options = arguments.parse_args()
-    if options.fit:
-        for name, value in fit(options.data).items():
-            print(f"{name} = {value}")
-        return
-    run(options.data, out=options.out)
+    options = arguments.parse_args(argv)
+    if not options.fit:
+        return run(options.data, out=options.out)
+    found = fit(options.data)
+    for name, value in found.items():
+        print(f"{name} = {value}")
+    return found
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def _sample(array: np.ndarray) -> np.ndarray:
     values = array[(slice(None, None, step),) * array.ndim].ravel()
     if values.dtype.kind != "f":
         return values
-    finite = values[np.isfinite(values)]
+    finite: np.ndarray = values[np.isfinite(values)]
     return finite if finite.size else array[np.isfinite(array)]
 
 
@@ -190,7 +190,8 @@ def near_pairs(one: np.ndarray, two: np.ndarray, distance: int = NEAR_DISTANCE) 
     """Return all pairs of two sets of hashes that differ in at most `distance` bits; exact.
 
     Two hashes within `distance` agree, in at least one of m bands, up to distance / m bits. m is chosen for the number of hashes so
-    that few strangers share a band: 100,000 against 100,000 take about a second.
+    that few strangers share a band. 100,000 against 100,000 at 4 bits: 1 s for evenly spread hashes, 11 s for hashes as skewed as
+    those of one body part.
 
     Args:
         one: (N,) uint64.

@@ -68,6 +68,7 @@ IMAGE_REASONS: dict[str, str] = {
     "not_image": FILE_REASONS["not_image"],
     "unsupported_format": FILE_REASONS["unsupported_format"],
     "worker_lost": FILE_REASONS["worker_lost"],
+    "no_decoder": FILE_REASONS["no_decoder"],
     **SERIES_REASONS,
 }
 """Reasons with which reading an image can fail."""

@@ -46,6 +46,8 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Domain of a row -> domain that reads it, and its arguments."""
 UNKNOWN = {"volume": "mri", "volume_4d": "mri", "image": "microscopy", "cine": "ultrasound"}
 """Kind of a row whose domain is unknown -> domain that reads it: one that takes formats which cannot name their modality."""
+DETECTOR_RANGE = ("xray", "ultrasound", "microscopy")
+"""Domains whose stored bits say how far values may go; MR uses a few hundred of 65,536 levels."""
 MAX_PIXELS = 64_000_000
 """Of the coarsest level of a slide."""
 
@@ -253,15 +255,15 @@ def _overview(job: Job) -> Sample:
 def examine(sample: Sample, job: Job) -> dict[str, Any]:
     """Return hashes, statistics and flags of a sample.
 
-    The hash over pixels is meant to find one volume in two formats: what lies below air counts as air, because DICOM says which voxels
-    are padding and a conversion leaves their values, mostly -2000, in place.
+    Hashes are meant to find one volume in two formats: what lies below air counts as air, because DICOM says which voxels are padding
+    and a conversion leaves their values, mostly -2000, in place.
     """
     image, kind = sample.image, sample.meta.kind
     values = image if sample.valid is None else image[..., sample.valid]
     statistics = intensity_statistics(values)
-    flags = quality_flags(values, statistics, job.bits if job.domain not in ("ct", "unknown") else None)
+    flags = quality_flags(values, statistics, job.bits if job.domain in DETECTOR_RANGE else None)
     hashed = np.maximum(image, AIR_HU) if kind == "volume" and image.dtype != np.uint8 else image
-    looks = perceptual_hash(image, kind)
+    looks = perceptual_hash(hashed, kind)
     return {
         "content_hash": content_hash(hashed),
         "perceptual_hash": f"{looks:016x}" if looks else None,
@@ -277,8 +279,10 @@ def _text(sample: Sample, domain: str) -> dict[str, Any]:
         return {"text_score": None, "privacy_flags": []}
     kind = sample.meta.kind
     found = find_text(slices(sample) if kind == "volume" else sample.image, "image" if kind == "image" else "clip")
-    flags = ["burned_in_suspected"] if found.suspected else []
-    if found.marker and domain == "xray":
+    flags = []
+    if found.suspected:
+        flags.append("burned_in_suspected")
+    elif found.marker and domain == "xray":
         flags.append("marker")
     return {"text_score": found.score, "privacy_flags": flags}
 
