@@ -19,6 +19,7 @@ from medssl.archive._parquet import TableWriter, connect, files_of, quote, strea
 from medssl.archive.decisions import apply_splits, apply_withdrawals
 from medssl.archive.ids import IdKey
 from medssl.archive.paths import to_path
+from medssl.archive.pixels import apply_pixels
 from medssl.archive.rows import Choice, Scanned, as_record
 from medssl.archive.scan import short_hash, whole_digest
 from medssl.archive.series import build_group
@@ -287,6 +288,7 @@ def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> N
         join_twins(connection)
         apply_splits(connection, private)
         apply_withdrawals(connection, private)
+        apply_pixels(connection, private)
         connection.execute("UPDATE f SET reason = 'withdrawn' WHERE series_id IN (SELECT series_id FROM withdrawn_series)")
         write_query(private / "files.parquet", "SELECT * FROM f", connection)
         write_query(private / "series.parquet", "SELECT * FROM p ORDER BY series_id", connection)

@@ -68,6 +68,7 @@ IMAGE_REASONS: dict[str, str] = {
     "not_image": FILE_REASONS["not_image"],
     "unsupported_format": FILE_REASONS["unsupported_format"],
     "worker_lost": FILE_REASONS["worker_lost"],
+    "no_decoder": FILE_REASONS["no_decoder"],
     **SERIES_REASONS,
 }
 """Reasons with which reading an image can fail."""
@@ -123,6 +124,10 @@ FLAGS: dict[str, str] = {
             "patient_position",
         )
     },
+    "constant_pixels": "all pixels have one value",
+    "blank": "nearly all pixels have one value, and the rest covers less than a thousandth of the picture",
+    "saturated": "a tenth of the pixels or more lie at the highest value: the type's limit or a clipping value",
+    "low_contrast": "the middle 98 % of the pixels span fewer than eight grey levels or 2 % of the range",
 }
 """Quality flags."""
 
@@ -134,5 +139,6 @@ PRIVACY_FLAGS: dict[str, str] = {
     "overlay": "overlay planes (60xx) were present and excluded",
     "private_tags": "private elements, which may hold names, in the files",
     "screenshot": "secondary captures often show names",
+    "marker": "one or two letters in a radiograph, as side markers are",
 }
 """Privacy flags: why somebody should look before pixels leave."""
