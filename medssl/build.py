@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from medssl.archive.table import Archive, SeriesRow
+from medssl.cards.named import SourceCards, assign, card_facts, card_notes, index_notes, name_faults, open_references, source_notes
+from medssl.cards.schema import Card
 from medssl.errors import LeakageError, RecipeError, RegistryError, RequestError, header_words, near
 from medssl.recipe import Component, EvaluateRecipe, FinetuneRecipe, OptimSection, PretrainRecipe, SourceSection
 from medssl.registry import ENCODERS, lookup
@@ -81,9 +83,25 @@ def source_faults(path: str, source: SourceSection) -> list[str]:
     return faults + view_faults(f"{path}.views", source.views)
 
 
+def card_faults(named: Mapping[str, Iterable[str]]) -> list[str]:
+    """Check that cards exist, are valid, and are told apart by their names.
+
+    Args:
+        named: Dotted path in the recipe -> names or files of the cards there.
+    """
+    cards: list[Card] = []
+    faults: list[str] = []
+    for path, references in named.items():
+        found, wrong = open_references(path, references)
+        cards += found
+        faults += wrong
+    return faults + name_faults(", ".join(named), cards)
+
+
 def pretrain_faults(recipe: PretrainRecipe) -> list[str]:
     """Return every fault of a pretraining recipe that types alone cannot show."""
     faults = [fault for name, source in recipe.sources.items() for fault in source_faults(_source_path(recipe, name), source)]
+    faults += card_faults({f"{_source_path(recipe, name)}.card": source.cards for name, source in recipe.sources.items()})
     for name, encoder in recipe.encoders.items():
         faults += component_faults(f"encoders.{name}" if len(recipe.encoders) > 1 else "encoder", "encoder", encoder)
     arguments = {key: value for key, value in recipe.objective.args.items() if key != "encoder"}  # which encoder: by name
@@ -139,7 +157,7 @@ def check(recipe: PretrainRecipe | FinetuneRecipe | EvaluateRecipe) -> None:
     if isinstance(recipe, PretrainRecipe):
         faults = pretrain_faults(recipe)
     elif isinstance(recipe, EvaluateRecipe):
-        faults = source_faults("source", recipe.source)
+        faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
     else:
         faults = finetune_faults(recipe)
     if faults:
@@ -152,7 +170,8 @@ def finetune_faults(recipe: FinetuneRecipe) -> list[str]:
         finetune_settings(recipe)
     except RequestError as err:
         return [f"settings: {err}"]
-    return component_faults("cohort.domain", "domain", recipe.cohort.domain)
+    faults = card_faults({"cohort.card": [recipe.cohort.card]}) if recipe.cohort.card else []
+    return faults + component_faults("cohort.domain", "domain", recipe.cohort.domain)
 
 
 def finetune_settings(recipe: FinetuneRecipe) -> Any:
@@ -334,11 +353,43 @@ def fill_shelf(name: str, source: SourceSection, where: str | None = None, on_pr
     return Shelf(name, archive, kept, domain, StoreReader(folder), summary)
 
 
-def freeze_items(shelves: Sequence[Shelf], sources: Mapping[str, SourceSection]) -> list[Item]:
-    """Number the items of all sources."""
+def assign_cards(recipe: PretrainRecipe) -> dict[str, SourceCards]:
+    """Return the cards of every source; nothing has been written yet.
+
+    Raises:
+        RequestError: A condition is no SQL on the index, or a series meets the conditions of two cards.
+    """
+    return {name: assign(Archive.open(Path(section.index)), section.cards, name) for name, section in recipe.sources.items()}
+
+
+def data_card_notes(recipe: PretrainRecipe, cards: Mapping[str, SourceCards]) -> list[str]:
+    """Return what does not fit between the cards, the sources and the indexes of a recipe, one sentence each."""
+    notes: list[str] = []
+    for name, section in recipe.sources.items():
+        archive = Archive.open(Path(section.index))
+        rows = select_rows(section, section.domain.name, archive)
+        notes += source_notes(name, f"{_source_path(recipe, name)}.card", cards[name], rows, section.domain.name)
+        notes += index_notes(cards[name], archive)
+    return notes
+
+
+def data_card_facts(recipe: PretrainRecipe, cards: Mapping[str, SourceCards]) -> list[dict[str, Any]]:
+    """Return what the weights say of every card of a recipe, in the order of their names."""
+    named = {name: card for source in cards.values() for name, card in source.cards.items()}
+    return [{**card_facts(named[name]), "notes": card_notes(named[name], recipe.export.licence)} for name in sorted(named)]
+
+
+def freeze_items(shelves: Sequence[Shelf], sources: Mapping[str, SourceSection], cards: Mapping[str, SourceCards]) -> list[Item]:
+    """Number the items of all sources; one without a card goes by the name of its index folder."""
     return freeze(
         [
-            (shelf.name, Path(sources[shelf.name].index).name, row.series_id, row.patient_id, row.split)
+            (
+                shelf.name,
+                cards[shelf.name].of_series.get(row.series_id, Path(sources[shelf.name].index).name),
+                row.series_id,
+                row.patient_id,
+                row.split,
+            )
             for shelf in shelves
             for row in shelf.rows
         ]

@@ -8,7 +8,8 @@ import yaml
 
 from medssl import build
 from medssl.errors import RecipeError
-from medssl.recipe import KINDS, Recipe, apply_overrides, marked, read_yaml, recipe_folder, shipped
+from medssl.recipe import KINDS, Recipe, apply_overrides, read_yaml, recipe_folder, shipped
+from medssl.yaml_models import marked
 
 GOOD: dict[str, Any] = {
     "kind": "pretrain",
@@ -46,7 +47,7 @@ def test_unknown_keys__are_named_with_near_matches() -> None:
 def test_wrong_types__say_what_was_found() -> None:
     assert "train.steps: input should be a valid integer" in faults(["train.steps=many"])
     assert "found 'many'" in faults(["train.steps=many"])
-    assert "optim.lr: Input should be greater than 0; found -1" in faults(["optim.lr=-1"])
+    assert "optim.lr: input should be greater than 0; found -1" in faults(["optim.lr=-1"])
 
 
 def test_all_faults__come_in_one_report() -> None:
@@ -99,7 +100,7 @@ def test_overrides__parse_yaml_and_scientific_numbers() -> None:
 
 
 def test_missing_file_and_bad_yaml__are_request_errors(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no such recipe"):
+    with pytest.raises(RecipeError, match="No such file or directory; `medssl recipe ls`"):
         Recipe.load(tmp_path / "none.yaml")
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [1, 2")

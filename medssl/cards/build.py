@@ -25,22 +25,25 @@ HEADER = f"""\
 """
 
 
-def draft_card(archive: Archive | Path | str, name: str, *, k: int = 10, files: Path | str | None = None) -> Card:
+def draft_card(
+    archive: Archive | Path | str, name: str, *, k: int = 10, where: str | None = None, files: Path | str | None = None
+) -> Card:
     """Return a card with counts and hashes, and `???` where a human must write.
 
     Args:
         archive: Index to count in.
         name: Name of the card: lower-case letters, digits, `_`, `.` and `-`.
         k: Smallest number of patients that a count may be about.
+        where: SQL condition on the index, where it holds several sets.
         files: Folder whose files are counted and hashed as well; meant for sets that are passed on as they are.
 
     Raises:
-        RequestError: `k` under 1, an empty index, an unusable name.
+        RequestError: `k` under 1, nothing to count, an unusable name.
     """
     if k < 1:
         raise RequestError(f"k is {k}; a count is shown when it is about at least k patients, so give 1 or more (10 is common)")
     archive = archive if isinstance(archive, Archive) else Archive.open(archive)
-    counts, digest = count_index(archive, k)
+    counts, digest = count_index(archive, k, where)
     in_folder, folder_digest = (None, None) if files is None else count_files(files)
     fill = [TO_FILL]
     raw = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from medssl.cards.schema import HIDDEN, WITHHELD, Card, Node, StatedCount, Statement, Table
+from medssl.cards.schema import HIDDEN, WITHHELD, Card, CardNode, StatedCount, Statement, Table
 
 HF_LICENCES = frozenset(
     [
@@ -203,7 +203,7 @@ def _number(count: StatedCount) -> str:
     return f"{count.value} (from memory)" if count.from_memory else f"{count.value} (source: {count.support})"
 
 
-def _parts(section: Node) -> list[tuple[str, Any]]:
+def _parts(section: CardNode) -> list[tuple[str, Any]]:
     """Return the fields of a section under their names as a heading."""
     return [(name.capitalize(), getattr(section, name)) for name in type(section).model_fields]
 

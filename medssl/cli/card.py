@@ -28,6 +28,7 @@ def build(
     name: Annotated[str, typer.Option(help="Name of the card: lower-case letters, digits, _ . -")],
     out: Annotated[Path, typer.Option(help="YAML file to write; never replaced.")],
     k: Annotated[int, typer.Option(help="Hide every count about fewer than k patients.")] = 10,
+    where: Annotated[str | None, typer.Option(help="SQL condition, where the index holds several sets: \"site = 'msd'\".")] = None,
     files: Annotated[Path | None, typer.Option(help="Also count and hash the files of this folder.")] = None,
     json: Json = False,
 ) -> None:
@@ -35,7 +36,7 @@ def build(
     from medssl.cards.build import draft_card, write_card
     from medssl.cards.schema import open_fields
 
-    card = draft_card(archive, name, k=k, files=files)
+    card = draft_card(archive, name, k=k, where=where, files=files)
     write_card(card, out)
     left = open_fields(card)
     text = f"{out}: drafted; {len(left)} fields are yours to fill: {', '.join(left)}"
@@ -46,15 +47,25 @@ def build(
 def check(
     card: Annotated[str, typer.Argument(help="YAML file, or the name of a card that comes with medssl.")],
     archive: Annotated[Path | None, typer.Option(help="Compare with this index.")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="With --archive: SQL condition, where the index holds other sets as well.")
+    ] = None,
     files: Annotated[Path | None, typer.Option(help="Compare with the files of this folder.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Run folder or safetensors file: was the card changed since it was written into them?")
+    ] = None,
     json: Json = False,
 ) -> int:
-    """Validate a card, name what is left to fill, compare its counts and hashes with data."""
+    """Validate a card, name what is left to fill, compare it with data or with the weights that name it."""
     from medssl.cards.check import check_card
     from medssl.cards.schema import card_hash, find_card, load_card
+    from medssl.weights import read_manifest
 
+    if where is not None and archive is None:
+        raise RequestError("--where says which series of an index to compare with; give --archive too")
     loaded = load_card(find_card(card))
-    found = check_card(loaded, archive=archive, files=files)
+    manifest = None if weights is None else read_manifest(weights)
+    found = check_card(loaded, archive=archive, where=where, files=files, weights=manifest)
     lines = [f"to fill: {path}" for path in found.open_fields] + found.differences
     with_what = f", equal to the {' and the '.join(found.compared)}" if found.compared else ""
     summary = f"{card}: {len(lines)} to look at" if lines else f"{card}: valid{with_what}"

@@ -56,7 +56,8 @@ def recipe_validate(
 ) -> None:
     """Check a recipe and report every fault at once."""
     from medssl import build
-    from medssl.recipe import REQUIRED_MARK, Recipe, apply_overrides, marked, read_yaml
+    from medssl.recipe import Recipe, apply_overrides, read_yaml
+    from medssl.yaml_models import REQUIRED_MARK, marked
 
     raw = apply_overrides(read_yaml(find_recipe(name)), overrides or [])
     open_keys = marked(raw)
@@ -104,7 +105,8 @@ def doctor(
 
     facts: dict[str, Any] = machine()
     if recipe:
-        from medssl.recipe import apply_overrides, marked, read_yaml
+        from medssl.recipe import apply_overrides, read_yaml
+        from medssl.yaml_models import marked
 
         raw = apply_overrides(read_yaml(find_recipe(recipe)), overrides or [])
         facts["recipe"] = predict(apply_overrides(raw, [f"{key}=placeholder" for key in marked(raw)]))

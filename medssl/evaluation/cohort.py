@@ -75,11 +75,13 @@ class Cohort:
         name: Name of its folder or file.
         cases: In the order of the table.
         structures: Label value to name, without background; empty when the set names none.
+        card: Name, version, licence and hash of its data card; None when it has none.
     """
 
     name: str
     cases: tuple[Case, ...]
     structures: Mapping[int, str] = field(default_factory=dict)
+    card: Mapping[str, str] | None = None
 
     @classmethod
     def load(cls, path: Path | str) -> Cohort:

@@ -339,7 +339,7 @@ def finetune(
         seconds=seconds,
         settings=asdict(settings),
     )
-    _write(run, result, out, weights)
+    _write(run, result, out, weights, data_cards(cohort, weights))
     return result
 
 
@@ -679,7 +679,14 @@ def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float
     write_atomic(path, buffer.getvalue())
 
 
-def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | None) -> None:
+def data_cards(cohort: Cohort, weights: Pretrained | None) -> list[dict[str, Any]]:
+    """Return the cards of all that a fine-tuned network has seen: those of its pretraining, then the cohort's."""
+    cards = [] if weights is None else [dict(card) for card in weights.manifest.get("data_cards") or []]
+    known = {card["card_hash"] for card in cards}
+    return cards + ([dict(cohort.card)] if cohort.card is not None and cohort.card["card_hash"] not in known else [])
+
+
+def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | None, cards: list[dict[str, Any]]) -> None:
     manifest = {
         "encoder": dict(run.settings.encoder or {}),
         "library": f"monai.{type(run.network).__name__}",
@@ -693,6 +700,7 @@ def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | N
         "spacing_mm": run.settings.spacing_mm,
         "intensity": {"normalize": run.settings.normalize},
         "pretrained": None if weights is None else weights.manifest.get("weights_hash"),
+        "data_cards": cards,
     }
     save_part(out, "network", run.network.state_dict(), manifest)
     write_atomic(out / "results.json", json.dumps(result.to_json(), indent=1, allow_nan=False).encode())

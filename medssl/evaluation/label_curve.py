@@ -27,7 +27,7 @@ import numpy as np
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import FinetuneResult, FinetuneSettings, Pretrained, finetune, with_encoder
+from medssl.evaluation.finetune import FinetuneResult, FinetuneSettings, Pretrained, data_cards, finetune, with_encoder
 from medssl.evaluation.volumes import CaseReader
 from medssl.weights import write_atomic, write_private
 
@@ -160,7 +160,14 @@ def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[s
             f"{out} holds cells of an earlier medssl, which called cases by another name; choose another folder, or remove this one"
         )
     key = folder_key(key_file)
-    shared = {"cohort": cohort.name, "cohort_digest": cohort.digest(key), "settings": values, "weights": weights}
+    cards = {arm: data_cards(cohort, w) for arm, w in arms.items()}
+    shared = {
+        "cohort": cohort.name,
+        "cohort_digest": cohort.digest(key),
+        "settings": values,
+        "weights": weights,
+        "data_cards": cards,
+    }
     if path.is_file():
         known = json.loads(path.read_text())
         faults = []
@@ -177,6 +184,7 @@ def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[s
                 "labels, seed and arm; choose another folder, or remove this one"
             )
         shared["weights"] = {**known["weights"], **weights}
+        shared["data_cards"] = {**known.get("data_cards", {}), **cards}
     write_atomic(path, json.dumps(shared, indent=1).encode())
     return shared
 

@@ -66,7 +66,7 @@ def test_files_that_are_no_cards__are_named(tmp_path: Path) -> None:
     with pytest.raises(CardError, match="not valid YAML"):
         load_card(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("- a\n")
-    with pytest.raises(CardError, match="a card is a YAML mapping; found list"):
+    with pytest.raises(CardError, match="a card is a YAML mapping of sections; found list"):
         load_card(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_bytes(b"title: \xff\xfe")
     with pytest.raises(CardError, match="not UTF-8"):
@@ -88,7 +88,7 @@ def test_hash__changes_with_content_and_not_with_short_forms() -> None:
     card = parse_card(minimal())
     assert card_hash(card) == card_hash(parse_card(minimal(description={"text": "Two images."})))
     assert card_hash(card) != card_hash(parse_card(minimal(description="Three images.")))
-    assert re.fullmatch("[0-9a-f]{32}", card_hash(card))
+    assert re.fullmatch("[0-9a-f]{64}", card_hash(card))
 
 
 def test_open_fields__are_named_by_their_path() -> None:
