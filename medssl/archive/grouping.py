@@ -231,7 +231,7 @@ def _groups(connection: Any, choose: Callable[[str], Choice], where: str) -> Ite
         l.sop_id IN (SELECT sop_id FROM conflict) AS conflict FROM live l {where} ORDER BY l.group_key, l.path"""
     result = connection.cursor().execute(query)
     headers = _Headers(connection.cursor())
-    name, members = "", []
+    name, members = "", list[Scanned]()
     while rows := result.fetchmany(CHUNK):
         headers.load({row[6] for row in rows if row[6] is not None})
         slices = json.loads(f"[{','.join(row[7] for row in rows)}]")  # in one call: half the time of one call each
