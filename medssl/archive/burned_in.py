@@ -3,7 +3,7 @@
 Classical: strokes stand out of their surroundings (top-hat of two sizes, bright and dark), connected pieces of the size of characters
 are measured, neighbours of like height on one base line are joined, and a logistic regression judges each line. Its weights were fitted
 on rendered text over real images, and precision and recall measured on other images, by `benchmarks/burned_in.py`. A suspicion is a
-reason for somebody to look: text that is faint, hand-written, vertical or smaller than eight pixels is missed.
+reason for somebody to look: much of what is faint, hand-written, vertical or under twelve pixels is missed.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class PixelTable:
     def apply(self) -> None:
         """Rewrite `series.parquet` and its private half with the results."""
         public, owner = self.private.parent / "series.parquet", self.private / "series.parquet"
-        connection = connect(self.private / "spill")
+        connection = connect()
         try:
             connection.execute(f"CREATE TABLE s AS SELECT * FROM read_parquet({quote(public)})")
             connection.execute(f"CREATE TABLE p AS SELECT * FROM read_parquet({quote(owner)})")

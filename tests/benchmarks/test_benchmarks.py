@@ -206,7 +206,7 @@ def test_index_scale__counts_what_it_indexed(tmp_path: Path) -> None:
 
 def test_burned_in__fits_one_half_and_measures_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["a", "b", "c", "d", "436a6348"]
-    made = [burned_in.Picture("X-ray", name, k < 2, tissue((120, 160), seed=k)) for k, name in enumerate(names)]
+    made = [burned_in.Picture("X-ray", name, name, k < 2, tissue((120, 160), seed=k)) for k, name in enumerate(names)]
     monkeypatch.setattr(burned_in, "_all", lambda data: iter(made))
     monkeypatch.setattr(burned_in, "SIZES", (8, 16))
     found = burned_in.main(["--fit"])

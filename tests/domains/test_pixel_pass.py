@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,24 @@ def test_slices__text_of_every_plane_runs_along_rows(tmp_path: Path) -> None:
         job = pixel_pass.Job(row.series_id, "", "mri", "volume", None, archive.files(row.series_id), None)
         shown = pixel_pass.slices(pixel_pass._read(job))
         assert any(np.array_equal(plane, stored[:, :, k].T) for plane in shown for k in (0, 4))
+
+
+def test_executor__a_lost_task_costs_one_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volumes(tmp_path / "src", 4)
+    index([tmp_path / "src"], tmp_path / "out")
+    read, seen = pixel_pass.look, []
+
+    def once(job: pixel_pass.Job) -> dict[str, Any]:
+        seen.append(job.series_id)
+        if len(seen) == 2:
+            raise RuntimeError("a cluster lost it")
+        return read(job)
+
+    monkeypatch.setattr(pixel_pass, "look", once)
+    with ThreadPoolExecutor(1) as pool:
+        assert look_at_pixels(tmp_path / "out", executor=pool).failed == {"worker_lost": 1}
+        again = look_at_pixels(tmp_path / "out", executor=pool)
+    assert (again.looked_at, again.read, again.failed) == (1, 4, {}) and len(seen) == 5 and seen[1] == seen[4]
 
 
 @pytest.mark.slow
