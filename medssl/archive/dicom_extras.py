@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,37 +95,17 @@ def read_planar_header(path: Path) -> dict[str, Any]:
     return header | read_extras(path, str(header.get("modality", "")).upper())
 
 
-def _start(low: bytes, high: bytes, element: bytes, order: str, explicit: bool, vr: bytes, value: bytes) -> bytes:
-    """Return a pattern for the start of an element; `low` and `high` are the bytes of its group.
-
-    Implicit elements have a length of 2 to 64 where explicit ones name their type, so that the value has to be looked at.
-    """
-    tag = low + high + element if order == "<" else high + low + _swap(element)
-    return tag + vr if explicit else tag + (rb"[\x02-\x40]\x00\x00\x00" + value)
-
-
-def _swap(element: bytes) -> bytes:
-    return rb"\x00" + element.removesuffix(rb"\x00")
-
-
-_ODD = b"[" + b"".join(b"\\x%02x" % k for k in range(1, 256, 2)) + b"]"
 _FORMS = {"explicit_le": ("<", True), "explicit_be": (">", True), "implicit_le": ("<", False)}
-# A private creator (gggg,0010 to 00FF) precedes all private elements of its block, whatever they hold.
-_PRIVATE = {
-    name: re.compile(_start(_ODD, rb"[\x00-\xff]", rb"[\x10-\xff]\x00", order, explicit, rb"(?:LO|UN|SH)", rb"[ -~]{2}"), re.DOTALL)
-    for name, (order, explicit) in _FORMS.items()
-}
-_OVERLAY = {
-    name: re.compile(_start(rb"[\x00-\x1e]", rb"\x60", rb"\x10\x00", order, explicit, rb"(?:US|UN)", rb""), re.DOTALL)
-    for name, (order, explicit) in _FORMS.items()
-}
+_MARKS = (b"LO", b"UN", b"SH", b"US")
+"""Representations of private creators and of the rows of overlay planes; files that were implicit once say UN."""
 
 
 def signs(head: bytes, syntax: str, end: int | None) -> dict[str, bool]:
     """Return which of `private_tags` and `overlay` a header holds, as far as its first bytes go; only what is true.
 
-    Private creators and the rows of overlay planes are looked for as bytes: walking over all elements of every file would
-    cost more than all else that the scan does. Elements inside sequences are found too.
+    Private creators (gggg,0010 to 00FF), which precede all private elements of a block, and the rows of overlay planes are looked
+    for as bytes: walking over all elements of every file would cost more than all else that the scan does. Elements inside
+    sequences are found too.
 
     Args:
         head: First bytes of the file.
@@ -135,7 +115,41 @@ def signs(head: bytes, syntax: str, end: int | None) -> dict[str, bool]:
     form = UNCOMPRESSED.get(syntax, "explicit_le")
     if form not in _FORMS:
         return {}  # deflated: the bytes are not those of the header
+    order, explicit = _FORMS[form]
     start = 132 if head[128:132] == b"DICM" else 0
     stop = len(head) if end is None else min(end, len(head))
-    found = {"private_tags": _PRIVATE[form].search(head, start, stop), "overlay": _OVERLAY[form].search(head, start, stop)}
-    return {name: True for name, match in found.items() if match is not None}
+    found: dict[str, bool] = {}
+    for group, element in _explicit(head, start, stop, order) if explicit else _implicit(head, start, stop):
+        if group % 2 and group > 8 and 0x10 <= element <= 0xFF:
+            found["private_tags"] = True
+        elif element == 0x10 and not group % 2 and 0x6000 <= group <= 0x601E:
+            found["overlay"] = True
+    return found
+
+
+def _hits(data: bytes, mark: bytes, start: int, stop: int) -> Iterator[int]:
+    place = data.find(mark, start, stop)
+    while place >= 0:
+        yield place
+        place = data.find(mark, place + 1, stop)
+
+
+def _explicit(head: bytes, start: int, stop: int, order: str) -> Iterator[tuple[int, int]]:
+    """Yield group and element of what looks like elements of the kinds in `_MARKS`."""
+    tag = struct.Struct(f"{order}HH").unpack_from
+    for mark in _MARKS:
+        for place in _hits(head, mark, start + 4, stop):
+            yield tag(head, place - 4)
+
+
+def _implicit(head: bytes, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield group and element of what looks like elements of 2 to 64 bytes, text if they are private.
+
+    Their types are not written, so that the value has to be looked at.
+    """
+    tag = struct.Struct("<HH").unpack_from
+    for place in _hits(head, b"\0\0\0", start + 5, stop):
+        if 2 <= head[place - 1] <= 64:
+            group, element = tag(head, place - 5)
+            if not group % 2 or head[place + 3 : place + 5].isalnum():
+                yield group, element
