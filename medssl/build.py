@@ -166,11 +166,11 @@ def check(recipe: PretrainRecipe | FinetuneRecipe | EvaluateRecipe) -> None:
 
 def finetune_faults(recipe: FinetuneRecipe) -> list[str]:
     """Check the settings of a fine-tuning recipe."""
+    faults = card_faults({"cohort.card": [recipe.cohort.card]}) if recipe.cohort.card else []
     try:
         finetune_settings(recipe)
     except RequestError as err:
-        return [f"settings: {err}"]
-    faults = card_faults({"cohort.card": [recipe.cohort.card]}) if recipe.cohort.card else []
+        faults.append(f"settings: {err}")
     return faults + component_faults("cohort.domain", "domain", recipe.cohort.domain)
 
 

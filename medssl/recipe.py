@@ -274,6 +274,11 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     return read_mapping(path, RecipeError, what="a recipe", absent="`medssl recipe ls` lists those that come with medssl")
 
 
+def with_placeholders(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe that can be checked before its `???` are given: a card is left out, anything else is a word."""
+    return apply_overrides(raw, [f"{key}={'null' if key.endswith('.card') else 'placeholder'}" for key in marked(raw)])
+
+
 def as_written(sentence: str, raw: Mapping[str, Any]) -> str:
     """Return a fault with the path of the short form where the recipe is written in it: `data.where` for `sources.main.where`."""
     for short, path in SHORT_FORMS.items():

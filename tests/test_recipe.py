@@ -8,8 +8,7 @@ import yaml
 
 from medssl import build
 from medssl.errors import RecipeError
-from medssl.recipe import KINDS, Recipe, apply_overrides, read_yaml, recipe_folder, shipped
-from medssl.yaml_models import marked
+from medssl.recipe import KINDS, Recipe, apply_overrides, read_yaml, recipe_folder, shipped, with_placeholders
 
 GOOD: dict[str, Any] = {
     "kind": "pretrain",
@@ -74,6 +73,23 @@ def test_objective_and_encoder__must_fit() -> None:
     assert 'objective.encoder: no encoder named "encodr" (did you mean "encoder"?)' in faults(["objective.encoder=encodr"])
 
 
+def test_faults_of_short_forms__name_the_keys_of_the_file() -> None:
+    text = faults(["data.wher=1", "encoder.name=3", "optim.lrr=1"])
+    assert 'data.wher: unknown key (did you mean "where"?)' in text
+    assert "encoder.name: input should be a valid string" in text
+    assert "sources.main" not in text
+    long = {key: value for key, value in GOOD.items() if key not in ("data", "views")}
+    long["sources"] = {"main": {**GOOD["data"], "views": GOOD["views"], "wher": 1}}
+    assert 'sources.main.wher: unknown key (did you mean "where"?)' in faults([], long)
+
+
+def test_card_that_must_be_given__does_not_stop_a_check() -> None:
+    raw = with_placeholders({**GOOD, "data": {"index": "???", "card": "???", "domain": "mri"}})
+    recipe = Recipe.parse(raw)
+    build.check(recipe)
+    assert recipe.sources["main"].cards == {}
+
+
 def test_missing_mask__is_a_fault() -> None:
     raw = {
         **GOOD,
@@ -123,8 +139,7 @@ def test_every_shipped_recipe__is_valid_and_says_what_it_is() -> None:
     for name, path in found.items():
         assert path.read_text().startswith("# "), f"{name}: the first line says what the recipe is"
         raw = read_yaml(path)
-        filled = apply_overrides(raw, [f"{key}=placeholder" for key in marked(raw)])
-        recipe = Recipe.parse(filled)
+        recipe = Recipe.parse(with_placeholders(raw))
         build.check(recipe)
         assert recipe.kind in KINDS
 

@@ -11,8 +11,12 @@ from medssl.cards.schema import (
     TO_FILL,
     WITHHELD,
     Card,
+    Collection,
+    Ethics,
     Hashes,
     IndexCounts,
+    Licence,
+    Provenance,
     dump_card,
     parse_card,
 )
@@ -20,6 +24,7 @@ from medssl.errors import RequestError
 
 HEADER = f"""\
 # Data card, drafted by `medssl card build`. Replace every {TO_FILL}; `medssl card check` names those that are left.
+# Licence: basis `owner` means that you decide; `source` or `third_party` need `support`, where you read it.
 # A statement is a text, or a mapping: {{text: ..., support: where it was read}} or {{text: ..., from_memory: true}}.
 # {HIDDEN}: a count about fewer than k patients, or one from which such a count would follow. {WITHHELD}: a table of such counts.
 """
@@ -77,12 +82,24 @@ def write_card(card: Card, out: Path | str) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out, "x", encoding="utf-8") as handle:
-            handle.write(HEADER + dump_card(card))
+            handle.write(HEADER + with_hints(dump_card(card)))
     except FileExistsError as err:
         raise RequestError(f"{out} exists and may hold what somebody wrote; name another file, or move it away") from err
     except OSError as err:
         raise RequestError(f"{out} cannot be written ({err.strerror}); name a file in a folder that you may write to") from err
     return out
+
+
+def with_hints(text: str) -> str:
+    """Return a draft with a comment behind each open field: what belongs there."""
+    sections = (Card, Provenance, Licence, Ethics, Collection)
+    about = {name: field.description for section in sections for name, field in section.model_fields.items() if field.description}
+    lines = []
+    for line in text.splitlines():
+        name, mark, rest = line.strip().partition(f": {TO_FILL}")
+        hint = about.get(name) if mark and not rest else None
+        lines.append(f"{line}  # {hint}" if hint else line)
+    return "\n".join(lines) + "\n"
 
 
 def _values(counts: IndexCounts, column: str) -> list[str]:

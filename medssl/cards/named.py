@@ -112,7 +112,7 @@ def source_notes(source: str, key: str, cards: SourceCards, rows: Sequence[Serie
     if not cards.cards:
         return [
             f"source {source} names no data card, so the weights will not say what they were trained on; "
-            f"draft one with `medssl card build ARCHIVE --name NAME --out NAME.yaml`, and give {key}=NAME.yaml"
+            f"draft one with `medssl card build ARCHIVE --out NAME.yaml`, and give {key}=NAME.yaml"
         ]
     notes = []
     counts = {name: sum(cards.of_series.get(row.series_id) == name for row in rows) for name in cards.cards}

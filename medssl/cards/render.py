@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from medssl.cards.named import card_limits
 from medssl.cards.schema import HIDDEN, WITHHELD, Card, CardNode, StatedCount, Statement, Table
 
 HF_LICENCES = frozenset(
@@ -89,7 +90,10 @@ def markdown(card: Card) -> str:
     blocks += _section("Provenance", _bullets(_parts(card.provenance)))
     licence = card.licence
     basis = _BASIS[licence.basis] + (f": {licence.support}" if licence.support else "")
-    blocks += _section("Licence", _bullets([(licence.id, basis), ("Text", licence.url), ("Note", licence.note)]))
+    limits = ", ".join(card_limits(card))
+    blocks += _section(
+        "Licence", _bullets([(licence.id, basis), ("Limits", limits), ("Text", licence.url), ("Note", licence.note)])
+    )
     blocks += _section("Consent and ethics", _bullets(_parts(card.ethics)))
     blocks += _section("Collection", _bullets(_parts(card.collection)))
     blocks += _section("Known biases", _list(card.known_biases))

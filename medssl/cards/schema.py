@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from medssl.errors import CardError, RequestError, near
 from medssl.yaml_models import REQUIRED_MARK, Node, fault, marked, read_mapping, shipped_folder
@@ -123,7 +124,7 @@ class Licence(CardNode):
 class Ethics(CardNode):
     """Under which permission the images were taken and are used."""
 
-    consent: Fact | None = None
+    consent: Fact | None = Field(None, description="Whether people agreed, and to what, or why nobody had to be asked")
     review: Fact | None = Field(None, description="Ethics committee or its waiver")
     deidentification: Fact | None = Field(None, description="What was removed from headers and pixels, and by whom")
 
@@ -131,10 +132,10 @@ class Ethics(CardNode):
 class Collection(CardNode):
     """How the images came to be."""
 
-    dates: Fact | None = None
-    sites: Fact | None = None
-    devices: Fact | None = None
-    population: Fact | None = None
+    dates: Fact | None = Field(None, description="From when to when, in years")
+    sites: Fact | None = Field(None, description="How many, of which kind; names only where the source publishes them")
+    devices: Fact | None = Field(None, description="Makers, models, protocols")
+    population: Fact | None = Field(None, description="Who was imaged, why, and who was left out")
     labels: Fact | None = Field(None, description="What was annotated, by whom, how")
 
 
@@ -175,14 +176,20 @@ class Hashes(CardNode):
     index: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="Over the digests of all files of the usable series")
 
 
+def _card_name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", value):
+        raise ValueError(f"lower-case letters, digits, _ . and -, the first a letter or digit; found {value!r}")
+    return value
+
+
 class Card(CardNode):
     """A data card."""
 
     format: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    title: str = Field(min_length=1)
+    name: Annotated[str, AfterValidator(_card_name)]
+    title: str = Field(min_length=1, description="What the set is called elsewhere")
     version: str = Field("unversioned", min_length=1, description="Version or state of the set, as its source calls it")
-    description: Fact
+    description: Fact = Field(description="What it is: images, patients, labels")
     provenance: Provenance
     licence: Licence
     ethics: Ethics = Ethics()
@@ -232,7 +239,19 @@ def content(card: Card) -> dict[str, Any]:
 
 def dump_card(card: Card) -> str:
     """Return a card as YAML; what is absent is left out."""
-    return yaml.safe_dump(content(card), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(content(card), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that keeps a list of numbers on one line."""
+
+
+def _list_node(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
+    flow = bool(values) and all(isinstance(value, int | float) for value in values)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=flow)
+
+
+_Dumper.add_representer(list, _list_node)
 
 
 def card_hash(card: Card) -> str:
@@ -268,11 +287,9 @@ def find_card(name: str) -> Path:
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml") or path.name != name:
-        raise RequestError(f"no card file {name}; draft one with `medssl card build ARCHIVE --name NAME --out {path.name}`")
-    listed = ", ".join(known) or "none are installed"
-    raise RequestError(
-        f'no card "{name}"{near(name, known)}; give the YAML file of your own card, or the name of one that comes with medssl: {listed}'
-    )
+        raise RequestError(f"no card file {name}; draft one with `medssl card build ARCHIVE --out {path.name}`")
+    hint = near(name, known) or f": {', '.join(known) or 'none are installed'}"
+    raise RequestError(f'no card "{name}"; give the YAML file of your own card, or the name of one that comes with medssl{hint}')
 
 
 def _without_empty(values: Any) -> Any:
