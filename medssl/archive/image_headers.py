@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.archive.file_headers import IMAGE_KINDS, VIDEO_KINDS
+from medssl.archive.tiff_structure import check_structure
 from medssl.errors import ImageError
 
 TAIL_BYTES = 65536
@@ -115,6 +116,7 @@ def _tiff(path: Path) -> dict[str, Any]:
 
     from medssl.archive.slide_headers import slide_header
 
+    check_structure(path)
     with open(path, "rb") as handle:
         head = handle.read(4096)
     slide = slide_header(path, head)

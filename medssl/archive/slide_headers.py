@@ -344,7 +344,7 @@ def tiff_slide(tif: Any) -> TiffSlide | None:
 
 
 def _colour(page: Any) -> bool:
-    interleaved = int(page.samplesperpixel) in (3, 4) and int(page.planarconfig) == 1
+    interleaved = int(page.samplesperpixel) in (3, 4) and int(page.planarconfig) == 1 and page.imagewidth > 0 < page.imagelength
     return bool(str(page.dtype) == "uint8" and interleaved and int(page.photometric) in (2, 6))
 
 
