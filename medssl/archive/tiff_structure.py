@@ -76,7 +76,9 @@ def _fault(reason: str, what: str) -> ImageError:
     return ImageError(reason, f"a TIFF with {what}; copy the file again from its source")
 
 
-def _directory(handle: Any, start: int, size: int, order: str, big: bool) -> tuple[Iterator[tuple[int, int, int, int, int | None]], int]:
+def _directory(
+    handle: Any, start: int, size: int, order: str, big: bool
+) -> tuple[Iterator[tuple[int, int, int, int, int | None]], int]:
     """Return tag, count, bytes, place and the first value where it stands in the entry itself, of each entry; and the next directory."""
     if start + (8 if big else 2) > size:
         raise _fault("truncated", "a directory behind the end of the file")
