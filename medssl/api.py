@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from medssl import build, data_sources
+from medssl.cards.named import SourceCards, assign, card_facts
+from medssl.cards.schema import find_card, load_card
 from medssl.data_sources import ImageLike
 from medssl.errors import RequestError
 from medssl.evaluation.controls import control_features
@@ -25,12 +27,14 @@ from medssl.recipe import EvaluateRecipe, PretrainRecipe, ProbeSection, Recipe, 
 from medssl.sampling.items import Item, items_hash
 from medssl.sampling.items import write as write_items
 from medssl.training import distributed
+from medssl.training.event_file import EventFile
 from medssl.training.loop import Callback, train
 from medssl.training.monitors import CollapseMonitor, feature_monitors
 from medssl.training.run_folder import RunFolder, facts_of_machine, now
 from medssl.weights import find_part, load_part, private_folder, write_atomic
 
 Progress = Callable[[int, int], None]
+Note = Callable[[str], None]
 StepProgress = Callable[[int, int, Mapping[str, float]], None]
 
 
@@ -99,6 +103,7 @@ def pretrain(
     overrides: Sequence[str] = (),
     *,
     resume: bool = False,
+    on_note: Note | None = None,
     on_cache: Progress | None = None,
     on_step: StepProgress | None = None,
 ) -> RunResult:
@@ -108,6 +113,7 @@ def pretrain(
         recipe: YAML path, run folder, or loaded `PretrainRecipe`.
         overrides: `key=value` assignments.
         resume: Continue the run in `out` from its newest checkpoint; start it when there is none.
+        on_note: Called on rank 0, before anything is written, with each thing that the owner should know of the data cards.
         on_cache: Called with (volumes done, volumes in all) while the store is filled.
         on_step: Called on rank 0 with (steps done, steps in all, metrics) at every logged step.
 
@@ -123,14 +129,19 @@ def pretrain(
     run = RunFolder(recipe.out)
     if run.exists():
         _check_resume(run, recipe, resume)
+    cards = build.assign_cards(recipe)
     world = distributed.start()
+    card_facts, notes = _data_cards(recipe, cards, run) if world.is_main else (build.data_card_facts(recipe, cards), [])
+    for note in notes:
+        (on_note or _silent)(note)
     shelves = _fill(recipe, world, on_cache)
-    items = data_sources.freeze_items(shelves, recipe.sources)
+    items = data_sources.freeze_items(shelves, recipe.sources, cards)
     fingerprint = items_hash(items)
     failed = {series: why for shelf in shelves for series, why in shelf.summary.failed.items()}
     probes = [build_probe(name, probe, recipe, shelves) for name, probe in recipe.probes.items()]
     if world.is_main and not run.exists():
-        run.create(Recipe.dump(recipe), _run_facts(recipe, items, shelves, failed, world.size))
+        facts = _run_facts(recipe, items, shelves, failed, world.size)
+        run.create(Recipe.dump(recipe), {**facts, "data_cards": card_facts, "data_card_notes": notes})
         write_items(items, run.items)
     distributed.barrier(world)
     objective, encoders = build.build_objective(recipe)
@@ -151,7 +162,7 @@ def pretrain(
             world=world,
             encoders=encoders,
             callbacks=[*monitor, *probes],
-            manifest=manifest_facts(recipe, shelves),
+            manifest={**manifest_facts(recipe, shelves), "data_cards": card_facts},
             items_hash=fingerprint,
             resume=resume,
             on_step=_both(board, on_step),
@@ -175,6 +186,26 @@ def _check_resume(run: RunFolder, recipe: PretrainRecipe, resume: bool) -> None:
             f"the recipe differs from the one in {run.path}/recipe.yaml, and a resumed run must be the same run; "
             f"use `medssl pretrain {run.path} --resume`, or start a new run with out=PATH"
         )
+
+
+def _silent(_note: str) -> None:
+    pass
+
+
+def _data_cards(recipe: PretrainRecipe, cards: Mapping[str, SourceCards], run: RunFolder) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return what run.json and the weights say of the data cards, and the notes on them.
+
+    A resumed run keeps the cards that it began with: what it says must not depend on where it was interrupted.
+    """
+    facts = build.data_card_facts(recipe, cards)
+    notes = build.data_card_notes(recipe, cards) + [note for card in facts for note in card["notes"]]
+    if not run.exists():
+        return facts, notes
+    before: list[dict[str, Any]] = run.read().get("data_cards", facts)
+    hashes = {card["name"]: card["card_hash"] for card in before}
+    changed = [card["name"] for card in facts if hashes.get(card["name"]) != card["card_hash"]]
+    notes += [f"card {name} was changed since the run began; run.json and weights keep what it was then" for name in changed]
+    return before, notes
 
 
 def _fill(recipe: PretrainRecipe, world: distributed.World, on_cache: Progress | None) -> list[data_sources.Shelf]:
@@ -217,7 +248,7 @@ def _run_facts(
 
 
 def manifest_facts(recipe: PretrainRecipe, shelves: Sequence[data_sources.Shelf]) -> dict[str, Any]:
-    """Return what every weights manifest says about the run, besides the encoder itself."""
+    """Return what every weights manifest says about the run, besides the encoder itself and the data cards."""
     section = next(iter(recipe.sources.values()))
     views = data_sources.make_views(section.views)
     given = getattr(views, "spacing_mm", None)
@@ -233,7 +264,6 @@ def manifest_facts(recipe: PretrainRecipe, shelves: Sequence[data_sources.Shelf]
         "views": {name: dict(source.views) for name, source in recipe.sources.items()},
         "domains": sorted({shelf.domain.name for shelf in shelves}),
         "licence": recipe.export.licence,
-        "data_cards": [],
         "objective": recipe.objective.name,
         "recipe_hash": Recipe.hash(recipe),
         "versions": facts["versions"],
@@ -331,27 +361,24 @@ def build_embedder(sources: Mapping[str, ImageLike], shelves: Sequence[data_sour
 
 
 class _Board:
-    """TensorBoard writer that is closed whatever happens; a no-op on other ranks."""
+    """TensorBoard file that is closed whatever happens; a no-op on other ranks."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self.writer: Any = None
+        self.events: EventFile | None = None
 
     def __enter__(self) -> _Board:
         if self.folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.folder))
+            self.events = EventFile(self.folder)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        if self.events is not None:
+            self.events.close()
 
     def __call__(self, done: int, _total: int, metrics: Mapping[str, float]) -> None:
-        if self.writer is not None:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, done)
+        if self.events is not None:
+            self.events.scalars(done, metrics)
 
 
 def _tensorboard(run: RunFolder, recipe: PretrainRecipe, world: distributed.World) -> _Board:
@@ -436,6 +463,7 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
         "seed": recipe.seed,
         "weights_hash": manifest["weights_hash"],
         "leakage_check": leakage,
+        "data_cards": {"weights": manifest.get("data_cards", []), "evaluation": evaluation_cards(recipe, shelf)},
         "rows": rows,
         "seconds": time.perf_counter() - started,
         **facts_of_machine(),
@@ -443,6 +471,13 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
     private_folder(Path(recipe.out))
     write_atomic(Path(recipe.out) / "evaluate.json", json.dumps(result, indent=1).encode())
     return result
+
+
+def evaluation_cards(recipe: EvaluateRecipe, shelf: data_sources.Shelf) -> list[dict[str, str]]:
+    """Return the facts of the cards that evaluated series are of."""
+    cards = assign(shelf.archive, recipe.source.cards, shelf.name)
+    seen = {cards.of_series.get(row.series_id) for row in shelf.rows}
+    return [card_facts(card) for name, card in sorted(cards.cards.items()) if name in seen]
 
 
 def evaluation_section(recipe: EvaluateRecipe, manifest: Mapping[str, Any]) -> SourceSection:
@@ -544,6 +579,8 @@ def label_curve(
     recipe = load_recipe(recipe, overrides, kind="finetune")
     settings = build.finetune_settings(recipe)
     cohort = Cohort.load(recipe.cohort.path)
+    if recipe.cohort.card is not None:
+        cohort = replace(cohort, card=card_facts(load_card(find_card(recipe.cohort.card))))
     arms: dict[str, Any] = {}
     if weights is not None and str(weights) != "scratch":
         refuse_pretraining_images(weights, cohort)

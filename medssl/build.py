@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medssl.archive.table import SeriesRow
-from medssl.data_sources import make_views, source_faults, specs
+from medssl.archive.table import Archive, SeriesRow
+from medssl.cards.named import SourceCards, assign, card_facts, card_notes, index_notes, name_faults, open_references, source_notes
+from medssl.cards.schema import Card
+from medssl.data_sources import make_views, select_rows, source_faults, specs
 from medssl.errors import LeakageError, RecipeError, RequestError, near
 from medssl.recipe import Component, EvaluateRecipe, FinetuneRecipe, OptimSection, PretrainRecipe
 from medssl.registry import ENCODERS, component_faults, lookup
@@ -24,9 +26,25 @@ from medssl.weights import load_part
 _GIVEN = ("encoder", "image_size", "spacing_mm", "view", "view_specs")  # what the builder itself gives to an objective
 
 
+def card_faults(named: Mapping[str, Iterable[str]]) -> list[str]:
+    """Check that cards exist, are valid, and are told apart by their names.
+
+    Args:
+        named: Dotted path in the recipe -> names or files of the cards there.
+    """
+    cards: list[Card] = []
+    faults: list[str] = []
+    for path, references in named.items():
+        found, wrong = open_references(path, references)
+        cards += found
+        faults += wrong
+    return faults + name_faults(", ".join(named), cards)
+
+
 def pretrain_faults(recipe: PretrainRecipe) -> list[str]:
     """Return every fault of a pretraining recipe that types alone cannot show."""
     faults = [fault for name, source in recipe.sources.items() for fault in source_faults(_source_path(recipe, name), source)]
+    faults += card_faults({f"{_source_path(recipe, name)}.card": source.cards for name, source in recipe.sources.items()})
     for name, encoder in recipe.encoders.items():
         faults += component_faults(f"encoders.{name}" if len(recipe.encoders) > 1 else "encoder", "encoder", encoder)
     arguments = {key: value for key, value in recipe.objective.args.items() if key != "encoder"}  # which encoder: by name
@@ -81,7 +99,7 @@ def check(recipe: PretrainRecipe | FinetuneRecipe | EvaluateRecipe) -> None:
     if isinstance(recipe, PretrainRecipe):
         faults = pretrain_faults(recipe)
     elif isinstance(recipe, EvaluateRecipe):
-        faults = source_faults("source", recipe.source)
+        faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
     else:
         faults = finetune_faults(recipe)
     if faults:
@@ -90,11 +108,12 @@ def check(recipe: PretrainRecipe | FinetuneRecipe | EvaluateRecipe) -> None:
 
 def finetune_faults(recipe: FinetuneRecipe) -> list[str]:
     """Check the settings of a fine-tuning recipe."""
+    faults = card_faults({"cohort.card": [recipe.cohort.card]}) if recipe.cohort.card else []
     try:
         finetune_settings(recipe)
     except RequestError as err:
-        return [f"settings: {err}"]
-    return component_faults("cohort.domain", "domain", recipe.cohort.domain)
+        faults.append(f"settings: {err}")
+    return faults + component_faults("cohort.domain", "domain", recipe.cohort.domain)
 
 
 def finetune_settings(recipe: FinetuneRecipe) -> Any:
@@ -233,6 +252,32 @@ def loop_settings(recipe: PretrainRecipe) -> LoopSettings:
         keep_checkpoints=train.keep_checkpoints,
         log_every=train.log_every,
     )
+
+
+def assign_cards(recipe: PretrainRecipe) -> dict[str, SourceCards]:
+    """Return the cards of every source; nothing has been written yet.
+
+    Raises:
+        RequestError: A condition is no SQL on the index, or a series meets the conditions of two cards.
+    """
+    return {name: assign(Archive.open(Path(section.index)), section.cards, name) for name, section in recipe.sources.items()}
+
+
+def data_card_notes(recipe: PretrainRecipe, cards: Mapping[str, SourceCards]) -> list[str]:
+    """Return what does not fit between the cards, the sources and the indexes of a recipe, one sentence each."""
+    notes: list[str] = []
+    for name, section in recipe.sources.items():
+        archive = Archive.open(Path(section.index))
+        rows = select_rows(section, section.domain.name, archive)
+        notes += source_notes(name, f"{_source_path(recipe, name)}.card", cards[name], rows, section.domain.name)
+        notes += index_notes(cards[name], archive)
+    return notes
+
+
+def data_card_facts(recipe: PretrainRecipe, cards: Mapping[str, SourceCards]) -> list[dict[str, Any]]:
+    """Return what the weights say of every card of a recipe, in the order of their names."""
+    named = {name: card for source in cards.values() for name, card in source.cards.items()}
+    return [{**card_facts(named[name]), "notes": card_notes(named[name], recipe.export.licence)} for name in sorted(named)]
 
 
 def refuse_leakage(train: Sequence[SeriesRow], held_out: Sequence[SeriesRow], what: str) -> None:

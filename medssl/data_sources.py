@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from medssl.archive.table import Archive, SeriesRow
+from medssl.cards.named import SourceCards
 from medssl.errors import RequestError, header_words, near
 from medssl.recipe import SourceSection
 from medssl.registry import argument_faults, component_faults, lookup
@@ -196,11 +197,17 @@ def fill_shelf(name: str, source: SourceSection, where: str | None = None, on_pr
     return Shelf(name, archive, kept, domain, StoreReader(folder), summary)
 
 
-def freeze_items(shelves: Sequence[Shelf], sources: Mapping[str, SourceSection]) -> list[Item]:
-    """Number the items of all sources."""
+def freeze_items(shelves: Sequence[Shelf], sources: Mapping[str, SourceSection], cards: Mapping[str, SourceCards]) -> list[Item]:
+    """Number the items of all sources; one without a card goes by the name of its index folder."""
     return freeze(
         [
-            (shelf.name, Path(sources[shelf.name].index).name, row.series_id, row.patient_id, row.split)
+            (
+                shelf.name,
+                cards[shelf.name].of_series.get(row.series_id, Path(sources[shelf.name].index).name),
+                row.series_id,
+                row.patient_id,
+                row.split,
+            )
             for shelf in shelves
             for row in shelf.rows
         ]

@@ -22,8 +22,8 @@ class RequestError(MedsslError, ValueError):
     exit_code = 2
 
 
-class RecipeError(RequestError):
-    """One or more faults of a recipe, all reported together.
+class FaultsError(RequestError):
+    """One or more faults of a file that somebody wrote, all reported together.
 
     Args:
         faults: One sentence each, starting with the dotted path of the key.
@@ -32,6 +32,14 @@ class RecipeError(RequestError):
     def __init__(self, faults: Iterable[str]) -> None:
         self.faults = list(faults)
         super().__init__("\n".join(self.faults))
+
+
+class RecipeError(FaultsError):
+    """Faults of a recipe."""
+
+
+class CardError(FaultsError):
+    """Faults of a data card."""
 
 
 class RegistryError(RequestError, KeyError):

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,14 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from medssl.errors import RecipeError, RequestError, near
-
-REQUIRED_MARK = "???"  # as in `index: ???`: the user must give it on the command line
-
-
-class Node(BaseModel):
-    """Base of all sections: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+from medssl.yaml_models import Node, fault, marked, parse_yaml, read_mapping, shipped_folder
 
 
 class Component(BaseModel):
@@ -46,10 +37,23 @@ def _component(value: Any) -> Any:
 ComponentField = Annotated[Component, BeforeValidator(_component)]
 
 
+def _card(value: Any) -> Any:
+    table = isinstance(value, dict) and value and all(isinstance(part, str) for pair in value.items() for part in pair)
+    if value is None or (isinstance(value, str) and value) or table:
+        return value
+    raise ValueError(
+        "give one card (a name that comes with medssl, or a YAML file); an index that holds several sets takes a table "
+        "{CARD: SQL condition}, for instance {msd: \"site = 'msd'\", mine.yaml: \"site = 'ours'\"}"
+    )
+
+
 class SourceSection(Node):
     """One source: an index query, how to read it, how to draw from it, and what views to make."""
 
     index: str = Field(description="Archive folder made by `medssl index`")
+    card: Annotated[str | dict[str, str] | None, BeforeValidator(_card)] = Field(
+        None, description="Data card of the index: a name or a YAML file; or card -> SQL condition, where it holds several sets"
+    )
     where: str = Field(
         "split not in ('val', 'test')", description="SQL condition on the index; rows it cannot decide are counted and left out"
     )
@@ -62,6 +66,11 @@ class SourceSection(Node):
     )
     store: str | None = Field(None, description="Store folder; default ARCHIVE/store")
     weight: float = Field(1.0, gt=0, description="Relative frequency of steps that use this source")
+
+    @property
+    def cards(self) -> dict[str, str | None]:
+        """Data cards and the SQL condition of each; None is every series of the index."""
+        return {} if self.card is None else {self.card: None} if isinstance(self.card, str) else dict(self.card)
 
     @model_validator(mode="before")
     @classmethod
@@ -183,10 +192,15 @@ class PretrainRecipe(Node):
         return [stage.model_copy(update={"optim": stage.optim or self.optim}) for stage in stages]
 
 
+SHORT_FORMS = {"views": "sources.main.views", "data": "sources.main", "encoder": "encoders.encoder"}
+"""Short form of a pretraining recipe -> what it stands for; the narrower path first."""
+
+
 class CohortSection(Node):
     """A labelled cohort: a folder with images/ labels/ split.csv, a Decathlon JSON, an nnU-Net raw folder, or a CSV."""
 
     path: str
+    card: str | None = Field(None, min_length=1, description="Data card of the cohort: a name or a YAML file")
     domain: ComponentField = Field(default_factory=lambda: Component(name="mri"))
 
 
@@ -252,7 +266,9 @@ class Recipe:
         try:
             recipe = KINDS[kind].model_validate(raw)
         except ValidationError as err:
-            raise RecipeError(faults + [fault(KINDS[kind], error) for error in err.errors()]) from None
+            short = tuple(SHORT_FORMS) if kind == "pretrain" else ()
+            found = [fault(KINDS[kind], error, short_keys=short) for error in err.errors()]
+            raise RecipeError(faults + [as_written(sentence, raw) for sentence in found]) from None
         if faults:
             raise RecipeError(faults)
         return recipe
@@ -269,32 +285,22 @@ class Recipe:
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as people write it; YAML 1.1 wants 1.0e-4."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML without running anything it holds."""
-    return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
-
-
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """Read a YAML mapping; RecipeError says what is wrong with the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise RecipeError([f"{path}: no such recipe; `medssl recipe ls` lists those that come with medssl"])
-    try:
-        raw = parse_yaml(path.read_text())
-    except yaml.YAMLError as err:
-        raise RecipeError([f"{path}: not valid YAML ({' '.join(str(err).split())})"]) from err
-    if not isinstance(raw, dict):
-        raise RecipeError([f"{path}: a recipe is a YAML mapping of sections; found {type(raw).__name__}"])
-    return raw
+    return read_mapping(path, RecipeError, what="a recipe", absent="`medssl recipe ls` lists those that come with medssl")
+
+
+def with_placeholders(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe that can be checked before its `???` are given: a card is left out, anything else is a word."""
+    return apply_overrides(raw, [f"{key}={'null' if key.endswith('.card') else 'placeholder'}" for key in marked(raw)])
+
+
+def as_written(sentence: str, raw: Mapping[str, Any]) -> str:
+    """Return a fault with the path of the short form where the recipe is written in it: `data.where` for `sources.main.where`."""
+    for short, path in SHORT_FORMS.items():
+        if short in raw and sentence.startswith((f"{path}.", f"{path}:")):
+            return short + sentence[len(path) :]
+    return sentence
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -319,62 +325,12 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[st
     return result
 
 
-def marked(raw: Any, path: str = "") -> list[str]:
-    """Return the dotted paths whose value is still `???`."""
-    if raw == REQUIRED_MARK:
-        return [path]
-    if isinstance(raw, Mapping):
-        return [found for key, value in raw.items() for found in marked(value, f"{path}.{key}" if path else str(key))]
-    return []
-
-
-def fault(model: type[Node], error: Any) -> str:
-    """Turn one pydantic error into a sentence that starts with the dotted path."""
-    location = tuple(part for part in error["loc"] if not str(part).startswith("function-"))
-    path = ".".join(str(part) for part in location)
-    kind = error["type"]
-    if kind == "extra_forbidden":
-        return f"{path}: unknown key{near(str(location[-1]), known_keys(model, location[:-1]))}"
-    if kind == "missing":
-        return f"{path}: required and missing"
-    if kind.endswith(("_type", "_parsing")):
-        return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}; found {error['input']!r}"
-    return f"{path}: {error['msg']}; found {error['input']!r}"
-
-
-def known_keys(model: type[Node], location: Sequence[Any]) -> list[str]:
-    """Return the keys that are allowed at a place in a recipe."""
-    here: Any = model
-    for part in location:
-        if not (isinstance(here, type) and issubclass(here, BaseModel)):
-            return []
-        name = str(part)
-        if name not in here.model_fields:  # an entry of a dict of sections: same model
-            continue
-        here = _section_of(here.model_fields[name].annotation)
-    keys = list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
-    return keys + (["data", "views", "encoder"] if here is PretrainRecipe else [])
-
-
-def _section_of(annotation: Any) -> Any:
-    """Return the model inside an annotation such as `dict[str, SourceSection]` or `OptimSection | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _section_of(argument)
-        if found is not None:
-            return found
-    return None
-
-
 def recipe_folder() -> Path:
-    """Return the folder of the recipes that come with medssl: beside the package in a checkout, under share/ when installed."""
-    import medssl
-
-    for folder in (Path(medssl.__file__).parents[1] / "recipes", Path(sys.prefix) / "share" / "medssl" / "recipes"):
-        if folder.is_dir():
-            return folder
-    raise RequestError("the recipes that come with medssl are not installed; give the path of a recipe file")
+    """Return the folder of the recipes that come with medssl."""
+    folder = shipped_folder("recipes")
+    if folder is None:
+        raise RequestError("the recipes that come with medssl are not installed; give the path of a recipe file")
+    return folder
 
 
 def shipped() -> dict[str, Path]:

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,21 @@ def write_atomic(path: Path, content: bytes) -> None:
     except OSError as err:
         aside.unlink(missing_ok=True)
         raise disk_error(err, path) from err
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that only its owner may read (0600), atomically, into a folder that only its owner may enter (0700).
+
+    Raises:
+        StoreError: As `write_atomic`.
+    """
+    try:
+        private_folder(path.parent)
+        path.parent.chmod(0o700)
+    except OSError as err:
+        raise disk_error(err, path) from err
+    write_atomic(path, content)
+    path.chmod(0o600)
 
 
 def private_folder(folder: Path) -> None:
@@ -154,14 +169,29 @@ def load_part(path: Path | str, part: str | None = None, tag: str = "last") -> t
     file = find_part(path, part, tag)
     try:
         with safe_open(str(file), framework="pt") as stream:
-            metadata = stream.metadata() or {}
             state = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as err:
-        raise WeightsError(
-            f"{file} cannot be read ({err}): it is cut short or not safetensors; copy it again, or save it again from its run"
-        ) from err
+        raise _unreadable(file, err) from err
+    manifest = read_manifest(path, part, tag)
+    if tensors_hash(state) != manifest["weights_hash"]:
+        raise WeightsError(f"{file} does not match the hash in its manifest: one of the two was changed; copy both again")
+    return state, manifest
+
+
+def read_manifest(path: Path | str, part: str | None = None, tag: str = "last") -> dict[str, Any]:
+    """Read the manifest alone; the tensors are not looked at.
+
+    Args:
+        path: See `find_part`.
+        part: See `find_part`.
+        tag: See `find_part`.
+
+    Raises:
+        WeightsError: There are no such weights, or their manifest is absent, incomplete or of a newer medssl.
+    """
+    file = find_part(path, part, tag)
     sidecar = file.with_suffix(".json")
-    text = sidecar.read_text() if sidecar.is_file() else metadata.get("medssl", "")
+    text = sidecar.read_text() if sidecar.is_file() else _metadata(file).get("medssl", "")
     try:
         manifest: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as err:
@@ -176,6 +206,25 @@ def load_part(path: Path | str, part: str | None = None, tag: str = "last") -> t
         raise WeightsError(
             f"{file} has format version {manifest['format_version']}, this medssl reads up to {FORMAT_VERSION}: update medssl"
         )
-    if tensors_hash(state) != manifest["weights_hash"]:
-        raise WeightsError(f"{file} does not match the hash in its manifest: one of the two was changed; copy both again")
-    return state, manifest
+    return manifest
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as stream:
+            return dict(stream.metadata() or {})
+    except (SafetensorError, OSError) as err:
+        raise _unreadable(file, err) from err
+
+
+def _unreadable(file: Path, err: Exception) -> WeightsError:
+    return WeightsError(
+        f"{file} cannot be read ({err}): it is cut short or not safetensors; copy it again, or save it again from its run"
+    )
+
+
+def card_lines(cards: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return one line per data card of a manifest (its `data_cards`), for people."""
+    return [f"{card['name']}, version {card['version']}, {card['licence']}, card {card['card_hash']}" for card in cards]

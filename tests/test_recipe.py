@@ -8,7 +8,7 @@ import yaml
 
 from medssl import build
 from medssl.errors import RecipeError
-from medssl.recipe import KINDS, Recipe, apply_overrides, marked, read_yaml, recipe_folder, shipped
+from medssl.recipe import KINDS, Recipe, apply_overrides, read_yaml, recipe_folder, shipped, with_placeholders
 
 GOOD: dict[str, Any] = {
     "kind": "pretrain",
@@ -46,7 +46,7 @@ def test_unknown_keys__are_named_with_near_matches() -> None:
 def test_wrong_types__say_what_was_found() -> None:
     assert "train.steps: input should be a valid integer" in faults(["train.steps=many"])
     assert "found 'many'" in faults(["train.steps=many"])
-    assert "optim.lr: Input should be greater than 0; found -1" in faults(["optim.lr=-1"])
+    assert "optim.lr: input should be greater than 0; found -1" in faults(["optim.lr=-1"])
 
 
 def test_all_faults__come_in_one_report() -> None:
@@ -71,6 +71,23 @@ def test_objective_and_encoder__must_fit() -> None:
     assert "mae cannot work on encoder segresnet3d (it needs drops_tokens); encoders that fit: vit3d" in text
     assert "objective.image_size: unknown key" in faults(["objective.image_size=[32, 32, 16]"])
     assert 'objective.encoder: no encoder named "encodr" (did you mean "encoder"?)' in faults(["objective.encoder=encodr"])
+
+
+def test_faults_of_short_forms__name_the_keys_of_the_file() -> None:
+    text = faults(["data.wher=1", "encoder.name=3", "optim.lrr=1"])
+    assert 'data.wher: unknown key (did you mean "where"?)' in text
+    assert "encoder.name: input should be a valid string" in text
+    assert "sources.main" not in text
+    long = {key: value for key, value in GOOD.items() if key not in ("data", "views")}
+    long["sources"] = {"main": {**GOOD["data"], "views": GOOD["views"], "wher": 1}}
+    assert 'sources.main.wher: unknown key (did you mean "where"?)' in faults([], long)
+
+
+def test_card_that_must_be_given__does_not_stop_a_check() -> None:
+    raw = with_placeholders({**GOOD, "data": {"index": "???", "card": "???", "domain": "mri"}})
+    recipe = Recipe.parse(raw)
+    build.check(recipe)
+    assert recipe.sources["main"].cards == {}
 
 
 def test_missing_mask__is_a_fault() -> None:
@@ -99,7 +116,7 @@ def test_overrides__parse_yaml_and_scientific_numbers() -> None:
 
 
 def test_missing_file_and_bad_yaml__are_request_errors(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no such recipe"):
+    with pytest.raises(RecipeError, match="No such file or directory; `medssl recipe ls`"):
         Recipe.load(tmp_path / "none.yaml")
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [1, 2")
@@ -122,8 +139,7 @@ def test_every_shipped_recipe__is_valid_and_says_what_it_is() -> None:
     for name, path in found.items():
         assert path.read_text().startswith("# "), f"{name}: the first line says what the recipe is"
         raw = read_yaml(path)
-        filled = apply_overrides(raw, [f"{key}=placeholder" for key in marked(raw)])
-        recipe = Recipe.parse(filled)
+        recipe = Recipe.parse(with_placeholders(raw))
         build.check(recipe)
         assert recipe.kind in KINDS
 

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medssl.archive.dates import age_band, age_of, parse_date
+from medssl.archive.image_scale import heart_rate
 
 Header = Mapping[str, Any]
 
-MODALITIES = frozenset("CT MR CR DX RF MG US IVUS XA PT NM SM GM XC OT SC SEG SR RTDOSE ES OP OCT BI ECG IO".split())  # noqa: SIM905
+MODALITIES = frozenset("CT MR CR DX RG RF MG US IVUS XA PT NM SM GM XC OT SC SEG SR RTDOSE ES OP OCT BI ECG IO".split())  # noqa: SIM905
 VENDORS = {
     "ge": ("ge medical", "ge health", "general electric", "g.e. medical"),
     "siemens": ("siemens",),
@@ -61,10 +62,20 @@ WEIGHTINGS = ("t1", "t2", "t2star", "pd", "flair", "dwi", "adc", "swi", "perfusi
 COMPONENTS = ("magnitude", "phase", "real", "imaginary", "unknown")
 LATERALITIES = ("left", "right", "both", "unknown")
 VIEWS = ("ap", "pa", "lateral", "oblique", "other", "unknown")
+PROJECTIONS = frozenset({"CR", "DX", "RG", "MG"})
+"""Modalities of projection radiography with a view and with twins."""
 POSITIONS = ("hfs", "hfp", "ffs", "ffp", "hfdr", "hfdl", "ffdr", "ffdl", "unknown")
 SUBJECTS = ("human", "phantom", "animal", "unknown")
 INTENTS = ("presentation", "processing", "unknown")
 STAGES = ("rest", "stress", "unknown")
+VARYING = (
+    "echo_number", "temporal_position", "b_value", "image_type", "trigger_time", "echo_time", "inversion_time", "acquisition_number",
+    "repetition_time", "flip_angle", "kvp", "kernel", "slice_thickness", "patient_position",
+)  # fmt: skip
+"""Header values that one volume should have once: where they differ, the flag `varying_<name>` records it. Clocks, exposure and
+rescaling differ from slice to slice by right."""
+SAME = 1e-3
+"""Relative difference up to which two numbers of a header are one."""
 
 _DESCRIPTIONS = ("series_description", "protocol", "study_description")
 
@@ -83,7 +94,7 @@ def attributes(headers: Sequence[Header], modality: str) -> dict[str, Any]:
     """Return the columns of `SeriesRow` that follow from header values.
 
     Args:
-        headers: Headers of the files of one series; the first speaks for all but the b-values.
+        headers: Headers of the files of one series; the first speaks for all but the b-values and the privacy flags.
         modality: The series' modality.
     """
     first = headers[0]
@@ -99,11 +110,12 @@ def attributes(headers: Sequence[Header], modality: str) -> dict[str, Any]:
         "subject_kind": subject_kind(first, words),
         "intent": {"FOR PRESENTATION": "presentation", "FOR PROCESSING": "processing"}.get(_upper(first.get("intent")), "unknown"),
         "lossy_ratio": positive(first.get("lossy_ratio")),
-        "padding_value": first.get("padding"),
+        "padding_value": padding_value(first),
         "implant": yes_no(first.get("implant")),
         "source_deid": yes_no(first.get("deidentified")),
         "laterality": laterality(first),
-        "privacy_flags": privacy_flags(first),
+        "privacy_flags": privacy_flags(headers),
+        "heart_rate": heart_rate(first),
         **region,
         **person(first),
     }
@@ -112,13 +124,13 @@ def attributes(headers: Sequence[Header], modality: str) -> dict[str, Any]:
     if modality == "MR":
         found |= mr_columns(headers, words)
     if modality == "US":
-        found |= {"heart_rate": positive(first.get("heart_rate")), "stage": stage(first)}
-    if modality in ("CR", "DX"):
-        found["view"] = view(first)
+        found["stage"] = stage(first)
+    if modality in PROJECTIONS:
+        found |= {"view": view(_upper(first.get("view_position"))), "mas": exposure_mas(first)}
     if modality == "PT":
-        found["suv_ready"] = _upper(first.get("units")) == "BQML" and _upper(first.get("decay_correction")) in ("START", "ADMIN")
+        found["suv_ready"] = suv_ready(first)
     if modality in ("CT", "MR"):
-        found["face_possible"] = face_possible(region["body_region"])
+        found["face_possible"] = yes_no(first.get("recognisable")) or face_possible(region["body_region"])
         if found["face_possible"]:
             found["privacy_flags"] = (*found["privacy_flags"], "face_possible")
     return found
@@ -176,16 +188,88 @@ def field_strength(value: Any) -> float | None:
 def ct_columns(header: Header, words: str) -> dict[str, Any]:
     """Return the columns of a CT: exposure, kernel, reconstruction, energy, contrast phase."""
     kernel = header.get("kernel") or ()
-    kev = positive(header.get("kev"))
+    kev = mono_energy(header, str(kernel[0]) if kernel else "")
     return {
-        "mas": positive(header.get("exposure_mas")),
-        "ctdi": positive(header.get("ctdi")),
+        "mas": exposure_mas(header),
+        "ctdi": _rounded(positive(header.get("ctdi"))),
         "kernel_class": kernel_class(vendor(header.get("manufacturer")), str(kernel[0]) if kernel else ""),
         "recon_method": recon_method(header, str(kernel[0]) if kernel else ""),
         "kev": kev,
-        "dual_energy": True if kev is not None or _has(words, "dual", "dect", "mono", "kev") else None,
+        "dual_energy": dual_energy(header, words, kev),
         "contrast_phase": contrast_phase(words),
     }
+
+
+def exposure_mas(header: Header) -> float | None:
+    """Return mAs from Exposure, else from Exposure in uAs."""
+    stated = positive(header.get("exposure_mas"))
+    micro = positive(header.get("exposure_uas"))
+    return stated if stated is not None or micro is None else micro / 1000
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def mono_energy(header: Header, kernel: str = "") -> float | None:
+    """Return the keV of a monoenergetic image: the tag, else `70 keV` in ImageType, kernel or series description."""
+    stated = positive(header.get("kev"))
+    if stated is None:
+        text = " ".join((*(header.get("image_type") or ()), kernel, str(header.get("series_description") or "")))
+        match = re.search(r"(?<![0-9.])(\d{2,3})[ _]?KEV(?![A-Z])", text.upper())
+        stated = None if match is None else float(match[1])
+    return stated if stated is not None and 20 <= stated <= 300 else None
+
+
+def dual_energy(header: Header, words: str, kev: float | None) -> bool | None:
+    """Return whether a CT was acquired with several energies; None when nothing says so."""
+    stated = yes_no(header.get("multi_energy"))
+    if stated is not None:
+        return stated
+    image_type = {_upper(value) for value in header.get("image_type") or ()}
+    named = _has(words, "dual energy", "dect", "spectral", "monoenergetic", "mono+", "gsi", "vnc", "vmi")
+    return True if kev is not None or named or {"VMI", "MONOENERGETIC", "DUAL_ENERGY", "GSI MONO"} & image_type else None
+
+
+def suv_ready(header: Header) -> bool | None:
+    """Return whether SUV can be computed from a PET header; None without units.
+
+    Values that are SUV already (GML), Philips counts with their factor, and Bq/ml that are decay corrected, with the patient's
+    weight, the injected dose and, where the correction refers to the start of the scan, the half-life.
+    """
+    units = _upper(header.get("units"))
+    if not units:
+        return None
+    if units == "GML":
+        return True
+    if units == "CNTS":
+        return positive(header.get("suv_factor_philips")) is not None
+    injection, corrected = header.get("injection") or {}, _upper(header.get("decay_correction"))
+    known = positive(header.get("weight")) is not None and positive(injection.get("dose_bq")) is not None
+    half_life = corrected == "ADMIN" or positive(injection.get("half_life_s")) is not None
+    return units == "BQML" and corrected in ("START", "ADMIN") and known and half_life
+
+
+def padding_value(header: Header) -> int | None:
+    """Return PixelPaddingValue in the sign of the pixels: it is read as 16 unsigned bits whatever they are."""
+    value = header.get("padding")
+    if not isinstance(value, int):
+        return None
+    return value - 65536 if header.get("pixel_representation") == 1 and 32767 < value < 65536 else value
+
+
+def varying(headers: Sequence[Header]) -> tuple[str, ...]:
+    """Return flags for the header values of one volume that differ although they should not (`VARYING`)."""
+    return tuple(f"varying_{name}" for name in VARYING if len(headers) > 1 and _differs([header.get(name) for header in headers]))
+
+
+def _differs(values: list[Any]) -> bool:
+    if values.count(values[0]) == len(values):
+        return False
+    if all(isinstance(value, int | float) for value in values):
+        low, high = min(values), max(values)
+        return bool(high - low > SAME * max(abs(low), abs(high)))
+    return len({str(value) for value in values}) > 1
 
 
 def kernel_class(maker: str, kernel: str) -> str:
@@ -306,11 +390,15 @@ def mr_columns(headers: Sequence[Header], words: str) -> dict[str, Any]:
     first = headers[0]
     sequence = {_upper(value) for value in first.get("scanning_sequence") or ()} & {"SE", "IR", "GR", "EP", "RM"}
     kind = "mixed" if len(sequence - {"RM"}) > 1 else next(iter(sequence - {"RM"}), "unknown").lower()
-    b_values = sorted({value for header in headers if (value := b_value(header)) is not None})
+    b_values = all_b_values(headers, words)
     options = {_upper(value) for value in first.get("scan_options") or ()}
-    fat = (
-        True if {"FS", "FATSAT", "SPIR", "SPAIR"} & options or _has(words, "fs", "fatsat", "stir", "spair", "spir", "fat") else None
-    )
+    suppressed = _upper(first.get("suppression"))
+    fat: bool | None = None
+    by_options = suppressed in ("FAT", "FAT_AND_WATER") or {"FS", "FATSAT", "SPIR", "SPAIR", "FAT_SAT"} & options
+    if by_options or _has(words, "fs", "fatsat", "stir", "spair", "spir", "fat"):
+        fat = True
+    elif suppressed in ("NONE", "WATER"):
+        fat = False
     return {
         "tr": positive(first.get("repetition_time")),
         "te": positive(first.get("echo_time")),
@@ -322,6 +410,17 @@ def mr_columns(headers: Sequence[Header], words: str) -> dict[str, Any]:
         "component": component(first),
         "b_values": tuple(b_values),
     }
+
+
+def all_b_values(headers: Sequence[Header], words: str) -> list[float]:
+    """Return the b-values of a series, ascending, each once.
+
+    GE and Philips write zero into their private elements on series without diffusion: zeros alone count only where the standard
+    tag holds them or the description says diffusion.
+    """
+    found = sorted({value for header in headers if (value := b_value(header)) is not None})
+    standard = any(header.get("b_value") is not None for header in headers)
+    return found if standard or any(found) or _has(words, *_DIFFUSION) else []
 
 
 def b_value(header: Header) -> float | None:
@@ -347,19 +446,30 @@ def _b(value: Any) -> float | None:
     return round(number, 3) if 0 <= number <= 100_000 else None
 
 
+_DIFFUSION = ("dwi", "dti", "diff", "diffusion", "ep2d_diff")
+_CONTRASTS = {
+    "T1": "t1", "T2": "t2", "T2_STAR": "t2star", "PROTON_DENSITY": "pd", "FLUID_ATTENUATED": "flair", "DIFFUSION": "dwi",
+    "PERFUSION": "perfusion", "TOF": "angio",
+}  # fmt: skip
+"""AcquisitionContrast (0008,9209) -> weighting; of other values the description decides."""
+
+
 def weighting(header: Header, words: str, b_values: Sequence[float] = ()) -> str:
-    """Return the weighting: words of the description first, then diffusion, then the times of a plain spin echo.
+    """Return the weighting: AcquisitionContrast, words of the description, diffusion, then the times of a plain spin echo.
 
     TR above 1,500 ms with TE above 60 ms is T2, TR below 900 ms with TE below 30 ms is T1, long TR with short TE is PD.
     """
     image_type = {_upper(value) for value in header.get("image_type") or ()}
     if "ADC" in image_type or _has(words, "adc"):
         return "adc"
+    stated = _CONTRASTS.get(_upper(header.get("contrast_type")))
+    if stated is not None:
+        return stated
     if _has(words, "swi", "swan", "suszeptibilitaet", "venbold"):
         return "swi"
     if _has(words, "flair", "tirm") or "darkfluid" in words or "dark fluid" in words:
         return "flair"
-    if _has(words, "dwi", "dti", "diff", "diffusion", "ep2d_diff") or len(b_values) > 1 or any(value > 0 for value in b_values):
+    if _has(words, *_DIFFUSION) or len(b_values) > 1 or any(value > 0 for value in b_values):
         return "dwi"
     if _has(words, "perfusion", "perf", "dsc", "dce", "asl", "pcasl"):
         return "perfusion"
@@ -428,16 +538,17 @@ def laterality(header: Header) -> str:
     return {"L": "left", "R": "right", "B": "both"}.get(text, "unknown")
 
 
-def view(header: Header) -> str:
-    """Return the projection from ViewPosition."""
-    text = _upper(header.get("view_position"))
-    if not text:
-        return "unknown"
-    if text in ("LL", "RL", "LAT", "LATERAL", "LLD", "RLD"):
-        return "lateral"
-    if text in ("LLO", "RLO", "LAO", "RAO", "LPO", "RPO", "OBL"):
-        return "oblique"
-    return {"AP": "ap", "PA": "pa"}.get(text, "other")
+_PROJECTIONS = {
+    "AP": "ap", "PA": "pa", "LL": "lateral", "RL": "lateral", "LAT": "lateral", "LATERAL": "lateral", "ML": "lateral", "LM": "lateral",
+    "LLO": "oblique", "RLO": "oblique", "OBL": "oblique", "OBLIQUE": "oblique", "LAO": "oblique", "RAO": "oblique", "LPO": "oblique",
+    "RPO": "oblique", "MLO": "oblique", "LMO": "oblique",
+}  # fmt: skip
+"""LLD and RLD, lying on one side, say nothing of the direction of the beam: they are `other`."""
+
+
+def view(position: str) -> str:
+    """Return the projection that a ViewPosition, in capitals, means: of `VIEWS`."""
+    return _PROJECTIONS.get(position, "other" if position else "unknown")
 
 
 def stage(header: Header) -> str:
@@ -453,25 +564,32 @@ def subject_kind(header: Header, words: str) -> str:
     species = str(header.get("species") or "").lower()
     if species:
         return "human" if "homo" in species or "human" in species else "animal"
+    if header.get("breed"):
+        return "animal"
     if _has(words, "phantom", "qa", "qc", "phantomscan", "kalibrierung", "calibration"):
         return "phantom"
     return "unknown"
 
 
-def privacy_flags(header: Header) -> tuple[str, ...]:
-    """Return what in the header says that pixels may identify somebody."""
-    flags = []
-    if _upper(header.get("burned_in")) == "YES":
-        flags.append("burned_in_stated")
-    if header.get("overlay_rows"):
-        flags.append("overlay")
-    return tuple(flags)
+def privacy_flags(headers: Sequence[Header]) -> tuple[str, ...]:
+    """Return what in the headers of a series says that its files or pixels may identify somebody."""
+    flags = {
+        "burned_in_stated": any(_upper(header.get("burned_in")) == "YES" for header in headers),
+        "overlay": any(header.get("overlay") or header.get("overlay_rows") for header in headers),
+        "private_tags": any(header.get("private_tags") for header in headers),
+    }
+    return tuple(name for name, holds in flags.items() if holds)
 
 
 def person(header: Header) -> dict[str, Any]:
-    """Return sex, age band, adult, year, and the flags of impossible dates and ages (`flags`)."""
-    years, flags = age_of(header.get("age"), header.get("birth_date"), header.get("study_date"))
-    date, _ = parse_date(header.get("study_date"))
+    """Return sex, age band, adult, year, and the flags of impossible dates and ages (`flags`).
+
+    The date of the series, then of the acquisition, stands in for a study date that is absent, not for one that cannot be.
+    """
+    dates = (header.get(name) for name in ("study_date", "series_date", "acquisition_date"))
+    study = next((date for date in dates if (date or "").strip(" \0")), None)
+    years, flags = age_of(header.get("age"), header.get("birth_date"), study)
+    date, _ = parse_date(study)
     return {
         "sex": header["sex"] if header.get("sex") in ("F", "M", "O") else "unknown",
         "age_band": age_band(years),
@@ -481,40 +599,12 @@ def person(header: Header) -> dict[str, Any]:
     }
 
 
-def pixel_spacing_2d(header: Header) -> tuple[tuple[float, float] | None, str]:
-    """Return the pixel spacing of a projection image in the patient (row step, column step), and its source.
-
-    PixelSpacing counts where its calibration is stated or where it differs from the detector's; the detector's is divided by the estimated
-    magnification; alone it is the spacing at the detector, which is not that in the patient.
-    """
-    stated, detector = _pair(header.get("pixel_spacing")), _pair(header.get("detector_spacing"))
-    if stated is not None and (header.get("spacing_calibration") or (detector is not None and stated != detector)):
-        return stated, "calibration"
-    if detector is not None:
-        factor = positive(header.get("magnification"))
-        if factor is not None and factor >= 1:
-            return (round(detector[0] / factor, 6), round(detector[1] / factor, 6)), "magnification"
-        return detector, "detector"
-    return (stated, "header") if stated is not None else (None, "unknown")
-
-
-def _pair(value: Any) -> tuple[float, float] | None:
-    if (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and len(value) == 2
-        and all(positive(item) is not None for item in value)
-    ):
-        return float(value[0]), float(value[1])
-    return None
-
-
 def twin_key(header: Header, modality: str) -> str | None:
     """Return what FOR PROCESSING and FOR PRESENTATION images of one exposure share, or None.
 
     They have different series and instance UIDs; what they share is study, view, side, size and the moment of acquisition.
     """
-    if modality not in ("CR", "DX", "MG") or not header.get("study_uid") or not header.get("acquisition_time"):
+    if modality not in PROJECTIONS or not header.get("study_uid") or not header.get("acquisition_time"):
         return None
     names = ("study_uid", "view_position", "laterality", "image_laterality", "body_part", "acquisition_time")
     return "\x1f".join(str(header.get(name) or "") for name in names)

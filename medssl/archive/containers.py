@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import errno
 import gzip
 import hashlib
 import lzma
 import os
+import shutil
 import tarfile
 import zipfile
 import zlib
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from medssl.archive.file_headers import is_tar
+from medssl.errors import ImageError
 
 SEPARATOR = "!/"
 """Between a container's path and a member's name in the index's private tables."""
@@ -70,8 +73,15 @@ def members(path: Path, kind: str) -> Iterator[tuple[Member, IO[bytes] | None]]:
                 yield Member(member.name, member.size, "container_limit"), None
                 return
             yield member, stream
-    except _DAMAGE:
+    except _DAMAGE as err:
+        _raise_if_storage(err)
         yield Member("", -1, "unreadable"), None
+
+
+def _raise_if_storage(err: Exception) -> None:
+    """Let errors of the storage pass: unpackers raise OSError for damage too, without a number or for a place before the start."""
+    if isinstance(err, OSError) and err.errno not in (None, errno.EINVAL):
+        raise err
 
 
 def _open(path: Path, kind: str) -> Iterator[tuple[Member, IO[bytes] | None]]:
@@ -86,10 +96,16 @@ def _open(path: Path, kind: str) -> Iterator[tuple[Member, IO[bytes] | None]]:
                 elif info.file_size > MAX_MEMBER_BYTES or info.file_size > MAX_RATIO * max(info.compress_size, 1024):
                     reason = "container_limit"
                 if reason is None:
-                    with archive.open(info) as stream:
-                        yield Member(info.filename, info.file_size), stream
-                else:
+                    try:
+                        opened = archive.open(info)
+                    except _DAMAGE as err:
+                        _raise_if_storage(err)
+                        reason = "unreadable"
+                if reason is not None:
                     yield Member(info.filename, info.file_size, reason), None
+                    continue
+                with opened as stream:
+                    yield Member(info.filename, info.file_size), stream
         return
     if kind == "tar" or _holds_tar(path, kind):
         with tarfile.open(path, "r:" if kind == "tar" else "r:*") as tar:
@@ -113,20 +129,28 @@ def _inflating(path: Path, kind: str) -> Any:
 
 
 def _holds_tar(path: Path, kind: str) -> bool:
-    with contextlib.suppress(*_DAMAGE), _inflating(path, kind) as stream:
-        return is_tar(stream.read(512))
-    return False
+    with _inflating(path, kind) as stream:
+        return is_tar(_block(stream, 512) or b"")
 
 
-def copy_limited(stream: IO[bytes], target: int, limit: int = MAX_MEMBER_BYTES) -> bool:
-    """Copy a stream to a file descriptor; False when it is longer than the limit."""
+def copy_limited(stream: IO[bytes], target: int, limit: int = MAX_MEMBER_BYTES) -> str | None:
+    """Copy a member to a file descriptor and return why it cannot be used (`container_limit`, `unreadable`), or None."""
     written = 0
-    while block := stream.read(1 << 20):
+    while block := _block(stream):
         written += len(block)
         if written > limit:
-            return False
+            return "container_limit"
         os.write(target, block)
-    return True
+    return None if block is not None else "unreadable"
+
+
+def _block(stream: IO[bytes], size: int = 1 << 20) -> bytes | None:
+    """Return the next bytes of a member, or None where it is damaged."""
+    try:
+        return stream.read(size)
+    except _DAMAGE as err:
+        _raise_if_storage(err)
+        return None
 
 
 @contextlib.contextmanager
@@ -140,15 +164,18 @@ def in_memory() -> Iterator[tuple[int, str]]:
 
 
 def unpack(path: str, folder: Path) -> Path:
-    """Write the member that a private path `container!/name` names to a folder, once, and return the file.
+    """Write the member that a private path `container!/name` names to a folder, once per state of the container; return the file.
 
     Raises:
         KeyError: The container holds no such member any more.
+        ImageError: `unreadable`: the member is damaged.
     """
     from medssl.archive.file_headers import sniff
 
     container, _, name = path.partition(SEPARATOR)
-    target = folder / hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    now = os.stat(container)
+    state = f"{path}\0{now.st_size}\0{now.st_mtime_ns}"  # what was unpacked of a container that has changed is not used
+    target = folder / hashlib.blake2b(state.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -159,9 +186,22 @@ def unpack(path: str, folder: Path) -> Path:
             aside = target.with_name(f".tmp-{os.getpid()}-{target.name}")
             descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
-                copy_limited(stream, descriptor)
+                reason = copy_limited(stream, descriptor)
             finally:
                 os.close(descriptor)
+            if reason is not None:
+                aside.unlink()
+                raise ImageError("unreadable", "a member of a container is damaged; copy the container again from its source")
             os.replace(aside, target)
             return target
     raise KeyError(name)
+
+
+def forget_unpacked(folder: Path) -> None:
+    """Delete what `unpack` wrote; it is written again when it is needed.
+
+    Raises:
+        OSError: It cannot be deleted.
+    """
+    if folder.is_dir():
+        shutil.rmtree(folder)

@@ -9,19 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.attributes import attributes, pixel_spacing_2d, positive, twin_key
+from medssl.archive.attributes import PROJECTIONS, VARYING, attributes, twin_key, varying
 from medssl.archive.decoders import find_decoder
 from medssl.archive.dicom_header import LOSSY_SYNTAXES, syntax_name
 from medssl.archive.dicom_series import SliceGeometry, SliceGroup, split_series
 from medssl.archive.file_rows import add_associated
 from medssl.archive.ids import IdKey, is_placeholder
+from medssl.archive.image_scale import REGION_TYPES, TISSUE_2D, frame_step, planar_spacing, region_spacing, regions_fit, us_regions
 from medssl.archive.roles import modality_of, role_of
-from medssl.archive.rows import Group, Placed, Scanned, canonical, common_choice, domain_of, patient_of, place, unique
+from medssl.archive.rows import UNITLESS, Group, Placed, Scanned, canonical, common_choice, domain_of, patient_of, place, unique
 from medssl.archive.table import SeriesRow
 
 VOLUME_DOMAINS = ("ct", "mri")
+EITHER_SYNTAXES = frozenset({"jpeg2000", "htj2k", "other"})
+"""Transfer syntaxes that may or may not lose something."""
 PLANAR_DOMAINS = ("xray", "ultrasound", "microscopy")
-PHOTOMETRICS = frozenset({"MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"})
+MONOCHROME = frozenset({"MONOCHROME1", "MONOCHROME2"})
+COLOUR = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT"})
+PHOTOMETRICS = MONOCHROME | COLOUR | {"PALETTE COLOR"}
 _NOWHERE = SliceGeometry(np.arange(1), None, None)
 
 
@@ -92,6 +97,7 @@ def add_dicom(
             "issuer": first.get("issuer"),
             "accession": first.get("accession"),
             "study_date": first.get("study_date"),
+            **_instances(first, members, key),
         }
         place(out, row, members, placed, key, private, piece.part)
         slide = first.get("slide")
@@ -139,7 +145,15 @@ def _frames(file: Scanned) -> list[_Piece]:
             part["tilt_deg"],
             tuple(part["faults"]),
         )
-        group = SliceGroup((0,), geometry, tuple(part["flags"]), part["split_by"], part["volume_index"], part["n_volumes"])
+        group = SliceGroup(
+            (0,),
+            geometry,
+            tuple(part["flags"]),
+            part["split_by"],
+            part["volume_index"],
+            part["n_volumes"],
+            tuple(part.get("varying", ())),
+        )
         header = {**file.header, **part.get("first", {})}
         pieces.append(_Piece([file], [header], group, f"{_own_name(file)} {k}", {"frames": part["frames"]}, tuple(part["shape"])))
     return pieces
@@ -160,6 +174,15 @@ def _pair_group(header: Mapping[str, Any], members: Sequence[Scanned], key: IdKe
     return None if twin is None else key.make("pair", "twin", twin)
 
 
+def _instances(header: Mapping[str, Any], members: Sequence[Scanned], key: IdKey) -> dict[str, Any]:
+    """Return the private columns by which `twins.join_twins` finds the image that a projection was made from."""
+    uid = header.get("sop_instance_uid")
+    if len(members) != 1 or not uid or modality_of(header) not in PROJECTIONS:
+        return {}
+    sources = [key.make("pair", "uid", str(source)) for source in header.get("source_images") or ()]
+    return {"instance": key.make("pair", "uid", str(uid)), "made_from": " ".join(sources) or None}
+
+
 def _scanner(header: Mapping[str, Any], key: IdKey) -> str | None:
     parts = [str(header.get(name) or "") for name in ("manufacturer", "model", "serial")]
     return key.make("scanner", "", " ".join(parts)) if any(parts) else None
@@ -171,9 +194,10 @@ def _describe(piece: _Piece, flags: list[str]) -> dict[str, Any]:
     domain = domain_of(modality)
     role = role_of(first.get("image_type", ()), first.get("sop_class_uid", ""))
     syntax = syntax_name(first["syntax"])
-    lossy = first.get("lossy") == "01" or syntax in LOSSY_SYNTAXES
+    lossy = _lossy(first, syntax)
     known = attributes(headers, modality)
     flags.extend(known.pop("flags"))
+    flags.extend(varying(headers) if piece.part is None else (f"varying_{name}" for name in group.varying if name in VARYING))
     if lossy:
         flags.append("lossy")
     if role == "source" and "DERIVED" in first.get("image_type", ()):
@@ -183,9 +207,11 @@ def _describe(piece: _Piece, flags: list[str]) -> dict[str, Any]:
     units = "unknown"
     if domain == "ct":
         units = "HU" if _is_hu(headers) and role in ("source", "reformat") else "unknown"
-    elif domain == "mri":
+    elif domain in UNITLESS:
         units = "arbitrary"
     reason = dicom_fault(headers, group, role)
+    extent = {} if domain == "wsi" else _extent(piece, domain)
+    flags.extend(extent.pop("flags", ()))
     photometric = first.get("photometric", "unknown")
     signed = "int" if first.get("pixel_representation") else "uint"
     steps = group.geometry if group.geometry.spacing_mm else None
@@ -214,7 +240,14 @@ def _describe(piece: _Piece, flags: list[str]) -> dict[str, Any]:
     }
     if domain == "wsi":
         return {**found, **_slide(first)}
-    return {**found, **_extent(piece, domain)}
+    return {**found, **extent}
+
+
+def _lossy(header: Mapping[str, Any], syntax: str) -> bool | None:
+    """Return whether pixels were ever compressed with loss; None where neither tag nor syntax says so."""
+    if header.get("lossy") == "01" or syntax in LOSSY_SYNTAXES:
+        return True
+    return None if header.get("lossy") != "00" and syntax in EITHER_SYNTAXES else False
 
 
 def _extent(piece: _Piece, domain: str) -> dict[str, Any]:
@@ -230,23 +263,27 @@ def _extent(piece: _Piece, domain: str) -> dict[str, Any]:
         if group.geometry.affine is not None:
             geometry = {**canonical(group.geometry.affine, shape, 2), "spacing_source": "header"}
         return {"kind": "volume" if shape[2] > 1 else "image", "n_slices": shape[2], **geometry}
-    spacing, source = pixel_spacing_2d(first) if domain == "xray" else (None, "unknown")
-    facts: dict[str, Any] = {"spacing_mm": spacing, "spacing_source": source, "n_slices": frames}
-    if frames == 1:
-        return {"kind": "image", "shape": (rows, columns), **facts}
-    return {"kind": "cine", "shape": (frames, rows, columns), **facts, **frame_time(first)}
-
-
-def frame_time(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the mean time between frames from FrameTime, else CineRate, else RecommendedDisplayFrameRate."""
-    stated = positive(header.get("frame_time"))
-    if stated is not None:
-        return {"frame_time_ms": stated, "fps_source": "frame_time"}
-    for name, source in (("cine_rate", "cine_rate"), ("recommended_rate", "recommended")):
-        rate = positive(header.get(name))
-        if rate is not None:
-            return {"frame_time_ms": round(1000 / rate, 6), "fps_source": source}
-    return {"frame_time_ms": None, "fps_source": "unknown"}
+    found: dict[str, Any] = {"n_slices": frames, "shape": (rows, columns), "kind": "image", "flags": []}
+    spacing, found["spacing_source"] = None, "unknown"
+    if domain in ("xray", "microscopy"):
+        spacing, found["spacing_source"] = planar_spacing(first)
+    elif domain == "ultrasound":
+        regions = us_regions(first)
+        found["n_regions"] = len(regions)
+        found["region_types"] = tuple(name for name in REGION_TYPES if any(region.kind == name for region in regions))
+        if not regions_fit(regions, rows, columns):
+            found["flags"].append("region_outside")
+        elif (spacing := region_spacing(regions)) is not None:
+            found["spacing_source"] = "region"
+    if spacing is not None:
+        found["spacing_mm"] = spacing
+        found["extent_mm"] = (round(rows * spacing[0], 3), round(columns * spacing[1], 3))
+    if frames > 1:
+        found["kind"], found["shape"] = "cine", (frames, rows, columns)
+        found["fps_source"], step, flags = frame_step(first, frames)
+        found["frame_time_ms"] = None if step is None else round(step, 6)
+        found["flags"] += flags
+    return found
 
 
 def _slide(header: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,7 +309,9 @@ def dicom_fault(headers: Sequence[Mapping[str, Any]], group: SliceGroup, role: s
         return "no_domain"
     if domain != "wsi" and any(find_decoder(syntax) == "none" for syntax in {header["syntax"] for header in headers}):
         return "no_decoder"
-    if domain not in VOLUME_DOMAINS:
+    if domain in PLANAR_DOMAINS:
+        return _planar_fault(first, domain)
+    if domain == "wsi":
         return None
     if "MOSAIC" in first.get("image_type", ()) and not first.get("mosaic"):
         return "mosaic"
@@ -287,6 +326,22 @@ def dicom_fault(headers: Sequence[Mapping[str, Any]], group: SliceGroup, role: s
     if int(first.get("n_frames") or 1) > 1 and not first.get("parts"):
         return "multiframe"
     return group.geometry.faults[0] if group.geometry.faults else None
+
+
+def _planar_fault(header: Mapping[str, Any], domain: str) -> str | None:
+    """Return the reason for which the reader of a planar domain would refuse this object, or None."""
+    samples, photometric = header.get("samples_per_pixel", 1), header.get("photometric", "MONOCHROME2")
+    if header.get("bits_allocated") not in (8, 16, 32) or samples not in (1, 3) or (samples == 3) != (photometric in COLOUR):
+        return "unsupported_pixels"
+    if photometric not in PHOTOMETRICS:
+        return "photometric"
+    if domain == "ultrasound":
+        regions = us_regions(header)
+        fit = regions_fit(regions, int(header["rows"]), int(header["columns"]))
+        return "no_tissue" if regions and fit and not any(region.kind == TISSUE_2D for region in regions) else None
+    if int(header.get("n_frames") or 1) > 1:
+        return "multiframe"
+    return "not_scalar" if domain == "xray" and photometric not in MONOCHROME else None
 
 
 def _is_hu(headers: Sequence[Mapping[str, Any]]) -> bool:

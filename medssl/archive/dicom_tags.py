@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# name -> (tag, kind). Kinds: text, texts (backslash-separated), number, numbers, integer (text or binary).
+# name -> (tag, kind). Kinds: text, texts (backslash-separated), number, numbers, double and single (binary), integer (text or binary).
 TAGS: dict[str, tuple[int, str]] = {
     "image_type": (0x00080008, "texts"),
     "sop_class_uid": (0x00080016, "text"),
@@ -29,7 +29,7 @@ TAGS: dict[str, tuple[int, str]] = {
     "gantry_tilt": (0x00181120, "number"),
     "trigger_time": (0x00181060, "number"),
     "patient_position": (0x00185100, "text"),
-    "b_value": (0x00189087, "number"),
+    "b_value": (0x00189087, "double"),
     "study_uid": (0x0020000D, "text"),
     "series_uid": (0x0020000E, "text"),
     "acquisition_number": (0x00200012, "integer"),
@@ -75,15 +75,15 @@ TAGS: dict[str, tuple[int, str]] = {
     "kernel": (0x00181210, "texts"),
     "flip_angle": (0x00181314, "number"),
     "view_position": (0x00185101, "text"),
-    "kev": (0x00189036, "number"),
-    "ctdi": (0x00189345, "number"),
+    "kev": (0x0018937C, "double"),
+    "ctdi": (0x00189345, "double"),
     "recon_algorithm": (0x00189315, "text"),
-    "component": (0x00189208, "text"),
+    "component": (0x00089208, "text"),
     "laterality": (0x00200060, "text"),
     "image_laterality": (0x00200062, "text"),
     "spacing_calibration": (0x00280A02, "text"),
     "burned_in": (0x00280301, "text"),
-    "implant": (0x00281350, "text"),
+    "implant": (0x00281300, "text"),
     "lossy_ratio": (0x00282112, "number"),
     "intent": (0x00080068, "text"),
     "units": (0x00541001, "text"),
@@ -91,10 +91,22 @@ TAGS: dict[str, tuple[int, str]] = {
     "overlay_rows": (0x60000010, "integer"),
     "b_value_siemens": (0x0019100C, "number"),
     "b_value_ge": (0x00431039, "texts"),
-    "b_value_philips": (0x20011003, "number"),
+    "b_value_philips": (0x20011003, "single"),
     "raw_type_ge": (0x0043102F, "integer"),
     "stage": (0x00082120, "text"),
     "recommended_rate": (0x00082144, "integer"),
+    "frame_time_vector": (0x00181065, "numbers"),
+    "scanned_spacing": (0x00182010, "numbers"),
+    "series_date": (0x00080021, "text"),
+    "acquisition_date": (0x00080022, "text"),
+    "breed": (0x00102292, "text"),
+    "weight": (0x00101030, "number"),
+    "recognisable": (0x00280302, "text"),
+    "exposure_uas": (0x00181153, "number"),
+    "multi_energy": (0x00189361, "text"),
+    "suppression": (0x00189025, "text"),
+    "contrast_type": (0x00089209, "text"),
+    "suv_factor_philips": (0x70531000, "number"),
 }
 READ_KEYS = (
     "image_type", "sop_class_uid", "modality", "instance_number", "position", "orientation", "samples_per_pixel",

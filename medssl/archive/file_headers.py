@@ -6,6 +6,7 @@ file is found when it is indexed and not when it is cached.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
@@ -97,6 +98,11 @@ _NRRD_TYPES = {
     "ulonglong": "u8", "unsigned long long": "u8", "uint64": "u8", "uint64_t": "u8",
     "float": "f4", "double": "f8",
 }  # fmt: skip
+MAX_INFLATED_BYTES = 1 << 28
+"""Where the length of compressed voxels is in doubt, so much is inflated to see; bombs inflate to more than anybody can wait for."""
+MAX_NRRD_LINE = 512
+"""ITK writes faulty lines of an NRRD header into fixed buffers for its message: 1,000 characters end the process."""
+MAX_TEXT_HEADER = 1 << 20
 MAX_META_TEXT = 255
 """ITK reads Name and Comment into fixed buffers: 300 characters end the process."""
 _META_TYPES = {
@@ -256,6 +262,8 @@ def parse_nifti(head: bytes) -> Any:
     import nibabel as nib
 
     two = head[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+    if len(head) < (540 if two else 348):
+        raise ValueError("too short")
     # Header extensions stay unread: they may be longer than `head`, and nothing in them is needed.
     return nib.Nifti2Header(head[:540], check=False) if two else nib.Nifti1Header(head[:348], check=False)
 
@@ -279,12 +287,16 @@ def nifti_geometry(header: Any) -> tuple[np.ndarray | None, tuple[str, ...]]:
             return None, tuple(flags)
     scale = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)
     if scale != 1.0:
-        affine = np.diag([scale, scale, scale, 1.0]) @ affine
+        affine[:3] *= scale
         flags.append("units_converted")
-    columns = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.all(np.isfinite(affine)) or np.any(columns <= 0):
-        return None, tuple(flags)
-    return affine, tuple(flags)
+    return _usable(affine), tuple(flags)
+
+
+def _usable(affine: np.ndarray) -> np.ndarray | None:
+    """Return the affine if it is finite and its axes have lengths, else None."""
+    with np.errstate(over="ignore", invalid="ignore"):  # 1e200 mm is finite, its square is not
+        columns = np.linalg.norm(affine[:3, :3], axis=0)
+    return affine if np.all(np.isfinite(affine)) and np.all(np.isfinite(columns)) and np.all(columns > 0) else None
 
 
 def _nifti(path: Path, kind: str, head: bytes) -> VolumeHeader:
@@ -344,21 +356,22 @@ def _check_size(size: int, expected: int) -> None:
 
 def _check_gzip(path: Path, expected: int) -> None:
     """Compare the length in the gzip trailer with the header; only where they differ, inflate to find the truth."""
+    if _gzip_length(path) == expected % 2**32:
+        return
+    import gzip
+
+    size, enough = 0, min(expected, MAX_INFLATED_BYTES)
+    with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile), gzip.open(path, "rb") as stream:
+        while size < enough and (block := stream.read(1 << 20)):
+            size += len(block)
+    _check_size(size, enough)
+
+
+def _gzip_length(path: Path) -> int:
+    """Return what the last four bytes of a file say: the length of a gzip stream of one member, modulo 4 GB."""
     with open(path, "rb") as handle:
         handle.seek(-4, os.SEEK_END)
-        stated = struct.unpack("<I", handle.read(4))[0]
-    if stated == expected % 2**32:
-        return
-    size = 0
-    try:
-        import gzip
-
-        with gzip.open(path, "rb") as stream:
-            while size < expected and (block := stream.read(1 << 20)):
-                size += len(block)
-    except (EOFError, zlib.error, OSError):
-        pass
-    _check_size(size, expected)
+        return int.from_bytes(handle.read(4), "little")
 
 
 def _fields(path: Path, separator: str, end: str) -> tuple[dict[str, str], int]:
@@ -374,9 +387,19 @@ def _fields(path: Path, separator: str, end: str) -> tuple[dict[str, str], int]:
                 fields.setdefault(key.strip(), value.lstrip("=").strip())
             if end and key.strip() == end:
                 break
-            if handle.tell() > 1 << 20:
+            if handle.tell() > MAX_TEXT_HEADER:
                 raise ValueError("header longer than 1 MiB")
         return fields, handle.tell()
+
+
+def _check_nrrd_lines(path: Path) -> None:
+    """Refuse lines that end ITK; comments, `content` and key/value pairs may be as long as they like."""
+    with open(path, "rb") as handle:
+        while (line := handle.readline(MAX_TEXT_HEADER)) not in (b"", b"\n", b"\r\n") and handle.tell() <= MAX_TEXT_HEADER:
+            if len(line) > MAX_NRRD_LINE and not line.startswith((b"#", b"content:")) and b":=" not in line[:MAX_NRRD_LINE]:
+                raise ImageError(
+                    "unreadable", f"an NRRD header line of more than {MAX_NRRD_LINE} characters, which ends ITK; shorten it"
+                )
 
 
 def _vectors(text: str) -> np.ndarray:
@@ -385,6 +408,7 @@ def _vectors(text: str) -> np.ndarray:
 
 
 def _nrrd(path: Path) -> VolumeHeader:
+    _check_nrrd_lines(path)
     fields, offset = _fields(path, ":", "")
     fields = {key.lower(): value for key, value in fields.items()}
     shape = tuple(int(n) for n in fields["sizes"].split())
@@ -414,19 +438,15 @@ def _nrrd(path: Path) -> VolumeHeader:
 
 
 def _check_inner_gzip(path: Path, offset: int, expected: int) -> None:
-    with open(path, "rb") as handle:
-        handle.seek(-4, os.SEEK_END)
-        stated = struct.unpack("<I", handle.read(4))[0]
-        if stated == expected % 2**32:
-            return
+    if _gzip_length(path) == expected % 2**32:
+        return
+    size, enough = 0, min(expected, MAX_INFLATED_BYTES)
+    stream = zlib.decompressobj(31)
+    with open(path, "rb") as handle, contextlib.suppress(zlib.error):
         handle.seek(offset)
-        stream, size = zlib.decompressobj(31), 0
-        try:
-            while size < expected and (block := handle.read(1 << 20)):
-                size += len(stream.decompress(block))
-        except zlib.error:
-            pass
-    _check_size(size, expected)
+        while size < enough and (block := stream.unconsumed_tail or handle.read(1 << 16)):
+            size += len(stream.decompress(block, 1 << 20))
+    _check_size(size, enough)
 
 
 def _nrrd_geometry(fields: dict[str, str]) -> tuple[np.ndarray | None, tuple[str, ...]]:
@@ -452,9 +472,7 @@ def _nrrd_geometry(fields: dict[str, str]) -> tuple[np.ndarray | None, tuple[str
         flags = ("orientation_unknown",)
     else:
         return None, ()
-    affine = np.diag([*signs, 1.0]) @ affine
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    return (affine if np.all(np.isfinite(affine)) and np.all(lengths > 0) else None), flags
+    return _usable(affine * np.array([*signs, 1.0])[:, None]), flags
 
 
 def _metaimage(path: Path) -> VolumeHeader:
@@ -478,11 +496,10 @@ def _metaimage(path: Path) -> VolumeHeader:
         # MetaImage lists one direction per row of text: the columns of the direction matrix.
         columns = np.array([float(value) for value in matrix.split()]).reshape(3, 3).T
         affine = np.eye(4)
-        affine[:3, :3] = columns * sizes
+        with np.errstate(over="ignore", invalid="ignore"):
+            affine[:3, :3] = columns * sizes
         affine[:3, 3] = [float(value) for value in origin.split()]
-        affine = FLIP @ affine
-        if not np.all(np.isfinite(affine)) or np.any(sizes <= 0):
-            affine = None
+        affine = _usable(affine * np.diag(FLIP)[:, None]) if np.all(sizes > 0) else None
     local = data.upper() == "LOCAL"
     header = VolumeHeader(
         "metaimage",

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.attributes import MODALITIES, field_strength, vendor
+from medssl.archive.attributes import MODALITIES, attributes
 from medssl.archive.file_headers import volume_fault
 from medssl.archive.ids import IdKey
-from medssl.archive.rows import Group, Placed, Scanned, canonical, domain_of, patient_of, place, unique
+from medssl.archive.rows import UNITLESS, Group, Placed, Scanned, canonical, domain_of, patient_of, place, stored_type, unique
+from medssl.archive.sidecars import contradicts, sidecar_header
 from medssl.archive.table import SeriesRow
 
 
@@ -40,8 +41,16 @@ def add_volume(
     geometry: dict[str, Any] = {"shape": shape}
     if affine is not None and len(shape) == 3:
         geometry = {**canonical(affine, shape, header["slice_axis"]), "spacing_source": "header"}
-    modality = str(sidecar.get("Modality", choice.modality)).upper()
-    modality = modality if modality in MODALITIES else ("other" if "Modality" in sidecar else "unknown")
+    beside = sidecar_header(sidecar)
+    modality = str(beside.get("modality", choice.modality)).upper()
+    modality = modality if modality in MODALITIES else ("other" if beside else "unknown")
+    known: dict[str, Any] = {}
+    if beside:
+        known = attributes([beside], modality)
+        flags.extend(known.pop("flags"))
+        known["slice_thickness_mm"] = beside.get("slice_thickness")
+        if contradicts(beside, choice.modality, geometry.get("spacing_mm"), geometry.get("slice_axis")):
+            flags.append("sidecar_conflict")
     for k in range(n_volumes):
         row = SeriesRow(
             series_id=unique(key.make("series", "file", identity if n_volumes == 1 else f"{identity} {k}"), key, taken),
@@ -54,9 +63,9 @@ def add_volume(
             n_volumes=n_volumes,
             volume_index=k,
             volume_axis="time" if n_volumes > 1 else "none",
-            dtype=header["dtype"],
-            vendor=vendor(sidecar.get("Manufacturer")),
-            field_strength_t=field_strength(sidecar.get("MagneticFieldStrength")),
+            dtype=stored_type(header["dtype"]),
+            bits=_bits(stored_type(header["dtype"])),
+            units="arbitrary" if domain_of(modality) in UNITLESS else "unknown",
             n_files=len(members),
             bytes=sum(member.size for member in members),
             site=choice.site,
@@ -64,9 +73,16 @@ def add_volume(
             quality_flags=tuple(flags),
             status="rejected" if reason else ("flagged" if flags else "ok"),
             reason=reason,
+            **known,
             **geometry,
         )
         place(out, row, members, placed, key, part={"volume": k} if n_volumes > 1 else None)
+
+
+def _bits(dtype: str) -> int | None:
+    """Return the bits of a stored type such as `int16`, None for others."""
+    digits = dtype.lstrip("uintfloa")
+    return int(digits) if digits.isdigit() else None
 
 
 def add_picture(
@@ -92,14 +108,17 @@ def add_picture(
         kind=kind,
         shape=tuple(header["shape"]),
         spacing_mm=None if spacing is None else tuple(spacing),
+        extent_mm=None if spacing is None else tuple(round(n * step, 3) for n, step in zip(header["shape"][-2:], spacing)),
         spacing_source="unknown" if spacing is None else "header",
         mpp=header.get("mpp"),
         frame_time_ms=header.get("frame_time_ms"),
         fps_source=header.get("fps_source") or "unknown",
-        dtype=header.get("dtype") or "unknown",
+        dtype=stored_type(header.get("dtype")),
         bits=header.get("bits"),
         photometric=header.get("photometric") or "unknown",
-        n_slices=None,
+        lossy=True if "lossy" in flags else header.get("lossy"),
+        units="arbitrary" if domain_of(modality) in UNITLESS else "unknown",
+        n_slices={"image": 1, "cine": header["shape"][0]}.get(kind),
         vendor=header.get("vendor", "unknown"),
         n_files=len(members),
         bytes=sum(member.size for member in members),

@@ -19,10 +19,12 @@ from medssl.archive._parquet import TableWriter, connect, files_of, quote, strea
 from medssl.archive.decisions import apply_splits, apply_withdrawals
 from medssl.archive.ids import IdKey
 from medssl.archive.paths import to_path
+from medssl.archive.pixels import apply_pixels
 from medssl.archive.rows import Choice, Scanned, as_record
 from medssl.archive.scan import short_hash, whole_digest
 from medssl.archive.series import build_group
 from medssl.archive.table import FILE_COLUMNS, PRIVATE_FILE_COLUMNS, PRIVATE_SERIES_COLUMNS, SERIES_COLUMNS
+from medssl.archive.twins import join_twins
 
 PART_ROWS = 500_000
 CHUNK = 20_000
@@ -227,25 +229,21 @@ def _build(
 def _groups(connection: Any, choose: Callable[[str], Choice], where: str) -> Iterator[tuple[str, list[Scanned]]]:
     query = f"""SELECT l.group_key, l.path, l.size, l.kind, l.reason, l.digest, l.header_id, l.slice,
         l.sop_id IN (SELECT sop_id FROM conflict) AS conflict FROM live l {where} ORDER BY l.group_key, l.path"""
+    result = connection.cursor().execute(query)
     headers = _Headers(connection.cursor())
-    rows = _with_headers(stream(connection.cursor(), query, CHUNK), headers)
-    for name, members in groupby(rows, key=lambda row: str(row["group_key"])):
-        yield (
-            name,
-            [
-                Scanned(
-                    row["path"],
-                    int(row["size"]),
-                    row["kind"],
-                    row["reason"],
-                    row["digest"],
-                    {**headers.get(row["header_id"]), **json.loads(row["slice"])} if row["kind"] != "other" else {},
-                    bool(row["conflict"]),
-                    choose(row["path"]),
-                )
-                for row in members
-            ],
-        )
+    name, members = "", list[Scanned]()
+    while rows := result.fetchmany(CHUNK):
+        headers.load({row[6] for row in rows if row[6] is not None})
+        slices = json.loads(f"[{','.join(row[7] for row in rows)}]")  # in one call: half the time of one call each
+        for (group, path, size, kind, reason, digest, header_id, _, conflict), piece in zip(rows, slices):
+            if group != name:
+                if members:
+                    yield name, members
+                name, members = group, []
+            header = {**headers.get(header_id), **piece} if kind != "other" else {}
+            members.append(Scanned(path, size, kind, reason, digest, header, bool(conflict), choose(path)))
+    if members:
+        yield name, members
 
 
 class _Headers:
@@ -272,18 +270,6 @@ class _Headers:
         return self._found[name]
 
 
-def _with_headers(rows: Iterator[dict[str, Any]], headers: _Headers) -> Iterator[dict[str, Any]]:
-    chunk: list[dict[str, Any]] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == CHUNK:
-            headers.load({row["header_id"] for row in chunk if row["header_id"] is not None})
-            yield from chunk
-            chunk = []
-    headers.load({row["header_id"] for row in chunk if row["header_id"] is not None})
-    yield from chunk
-
-
 def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> None:
     """Join new rows with those of untouched groups, choose within study and patient, and put the tables in place."""
     private = out / "private"
@@ -299,8 +285,10 @@ def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> N
         connection.execute(f"CREATE TABLE p AS {joined(private / 'series.parquet', new['private'])}")
         connection.execute(f"CREATE TABLE f AS {joined(private / 'files.parquet', new['files'])}")
         write_query(private / "rows.parquet", "SELECT * FROM s", connection)
+        join_twins(connection)
         apply_splits(connection, private)
         apply_withdrawals(connection, private)
+        apply_pixels(connection, private)
         connection.execute("UPDATE f SET reason = 'withdrawn' WHERE series_id IN (SELECT series_id FROM withdrawn_series)")
         write_query(private / "files.parquet", "SELECT * FROM f", connection)
         write_query(private / "series.parquet", "SELECT * FROM p ORDER BY series_id", connection)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import secrets
@@ -43,7 +42,7 @@ class IdKey:
     def make(self, field: str, issuer: str, value: str) -> str:
         """Return 32 hex digits: HMAC-SHA256 over field, issuer and normalised value, cut to 128 bits."""
         message = "\x1f".join((field, normalise(issuer), normalise(value)))
-        return hmac.new(self._secret, message.encode(), hashlib.sha256).hexdigest()[:32]
+        return hmac.digest(self._secret, message.encode(), "sha256").hex()[:32]
 
 
 def normalise(value: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.archive.file_headers import IMAGE_KINDS, VIDEO_KINDS
+from medssl.archive.tiff_structure import check_structure
 from medssl.errors import ImageError
 
 TAIL_BYTES = 65536
@@ -87,7 +88,7 @@ def _picture(path: Path, kind: str) -> dict[str, Any]:
             width, height = picture.size
             mode, frames = picture.mode, int(getattr(picture, "n_frames", 1))
             duration = picture.info.get("duration")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
+    except Exception as err:  # Pillow raises many classes on damaged files
         raise _unreadable(kind, err) from err
     if kind in _ENDS and _ENDS[kind] not in tail:
         raise ImageError("truncated", f"the {kind} stream has no end; copy the file again from its source")
@@ -115,6 +116,7 @@ def _tiff(path: Path) -> dict[str, Any]:
 
     from medssl.archive.slide_headers import slide_header
 
+    check_structure(path)
     with open(path, "rb") as handle:
         head = handle.read(4096)
     slide = slide_header(path, head)
@@ -190,11 +192,13 @@ def _video(path: Path, kind: str) -> dict[str, Any]:
             if not container.streams.video:
                 return _header(kind, (0, 0), reason="not_image")
             stream = container.streams.video[0]
+            if stream.codec_context is None:  # a codec that FFmpeg does not know
+                return _header(kind, (0, 0), reason="unreadable")
             rate, frames = stream.average_rate, int(stream.frames or 0)
             width, height = int(stream.codec_context.width), int(stream.codec_context.height)
-            if not frames and stream.duration and stream.time_base and rate:
-                frames = round(float(stream.duration * stream.time_base) * float(rate))
             pixels = str(stream.codec_context.pix_fmt or "")
+            if not frames:  # MPEG program streams do not count: one packet is one frame, and none is decoded
+                frames = sum(1 for packet in container.demux(stream) if packet.size)
     except (av.FFmpegError, OSError, ValueError, UnicodeDecodeError) as err:
         raise _unreadable("video", err) from err
     if not width or not height:

@@ -33,6 +33,7 @@ from medssl.archive.grouping import regroup, source_state
 from medssl.archive.ids import IdKey, load_key, make_key
 from medssl.archive.listing import LISTING_COLUMNS, Entry, look, read_list, settled, walk
 from medssl.archive.paths import to_path
+from medssl.archive.pixels import pixel_counts
 from medssl.archive.rows import DOMAINS, Choice
 from medssl.archive.scan import RETRIED, data_unchanged
 from medssl.archive.sweep import LIMIT_S, next_part, sweep
@@ -237,7 +238,8 @@ def _run(
         first_new_part=int(last["next_part"]) if unchanged_choices else None,
     )
     summary = _summarise(out, total)
-    facts = {"format": FORMAT, "key": key.fingerprint, **asdict(summary)}
+    pixels = pixel_counts(out)
+    facts = {"format": FORMAT, "key": key.fingerprint, **asdict(summary), **({} if pixels is None else {"pixels": pixels})}
     write_json(out / "summary.json", facts)
     write_json(
         private / "grouped.json", {"format": FORMAT, "choices": choices, "next_part": next_part(private), "first": first_new}
@@ -290,7 +292,8 @@ def _find_fresh(private: Path) -> Path:
             retried = ", ".join(f"'{reason}'" for reason in sorted(RETRIED))
             connection.execute(
                 f"""CREATE TABLE scanned AS SELECT path, source_id, size, mtime_ns, reason, part,
-                CASE WHEN kind = 'volume' AND header LIKE '%"data_stats"%' THEN header END AS detached FROM read_parquet({files_of(parts)})"""
+                CASE WHEN kind IN ('volume', 'image') AND header LIKE '%"data_stats"%' THEN header END AS detached
+                FROM read_parquet({files_of(parts)})"""
             )
             connection.execute("CREATE TABLE latest AS SELECT source_id, max(part) AS part FROM scanned GROUP BY source_id")
             connection.execute("CREATE TABLE stale (path VARCHAR)")

@@ -15,14 +15,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from medssl.archive._parquet import connect, quote
 from medssl.archive.owner import LISTED, owner_series
+from medssl.archive.pixel_checks import HASH_BITS, MAX_DISTANCE, NEAR_DISTANCE, near_pairs
 from medssl.archive.table import Archive, SeriesRow
 from medssl.errors import RequestError
-
-BITS = 64
-DISTANCE = 4
-"""Bits of 64 that may differ: rescaling and recompression of one image move few bits, other images about half of them."""
 
 Pair = tuple[str, str]
 
@@ -61,7 +60,7 @@ def find_leakage(
     *,
     where: str | None = None,
     against_where: str | None = None,
-    distance: int = DISTANCE,
+    distance: int = NEAR_DISTANCE,
 ) -> Leakage:
     """Compare two archives, or two selections of one.
 
@@ -75,8 +74,8 @@ def find_leakage(
     Raises:
         RequestError: A condition cannot be used, the distance is out of range, or a series would be on both sides.
     """
-    if not 0 <= distance <= BITS // 4:
-        raise RequestError(f"distance: {distance}; 0 to {BITS // 4} bits of {BITS} are accepted")
+    if not 0 <= distance <= MAX_DISTANCE:
+        raise RequestError(f"distance: {distance}; 0 to {MAX_DISTANCE} bits of {HASH_BITS} are accepted")
     one, two = archive.select(where), other.select(against_where)
     if archive.path.resolve() == other.path.resolve():
         both = {row.series_id for row in one} & {row.series_id for row in two}
@@ -93,7 +92,9 @@ def find_leakage(
     certain |= set(_shared(_one_each(hashes, "content_hash"), _one_each(pictures, "content_hash")))
     found.content = sorted(certain)
     patients_one, patients_two = ({row.series_id: row.patient_id for row in rows} for rows in (one, two))
-    for left, right, bits in near_pairs(_bits(hashes), _bits(pictures), distance):
+    (lefts, bits_one), (rights, bits_two) = _bits(hashes), _bits(pictures)
+    for i, j, bits in zip(*(column.tolist() for column in near_pairs(bits_one, bits_two, distance))):
+        left, right = lefts[i], rights[j]
         same_patient = same_key and patients_one[left] == patients_two[right]
         if (left, right) not in certain and not same_patient:
             found.perceptual.append((left, right, bits))
@@ -143,7 +144,7 @@ def _hashes(found: Leakage, archive: Archive, rows: Sequence[SeriesRow], name: s
     n = sum(hashes.get(series, {}).get("content_hash") is None for series in wanted)
     if n:
         found.notes.append(
-            f"{n} of {len(wanted)} series of {name} have no pixel hash (index without --pixels): for them only equal files are seen"
+            f"{n} of {len(wanted)} series of {name} have no pixel hash (not indexed with --pixels, or not read): for them only equal files are seen"
         )
     return hashes
 
@@ -162,34 +163,7 @@ def _shared(one: Mapping[str, Iterable[str]], two: Mapping[str, Iterable[str]]) 
         yield from ((left, right) for left in one[value] for right in two[value])
 
 
-def _bits(hashes: Mapping[str, Mapping[str, str | None]]) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = defaultdict(list)
-    for series, row in hashes.items():
-        if row["perceptual_hash"]:
-            found[int(str(row["perceptual_hash"]), 16)].append(series)
-    return found
-
-
-def near_pairs(one: Mapping[int, Sequence[str]], two: Mapping[int, Sequence[str]], distance: int) -> Iterator[tuple[str, str, int]]:
-    """Yield all pairs whose 64-bit hashes differ in at most `distance` bits.
-
-    Hashes within d bits of each other agree in at least one of d + 1 blocks, so only those that share a block are compared;
-    the result is exact.
-
-    Args:
-        one: Hash -> names.
-        two: Hash -> names.
-        distance: Bits that may differ.
-    """
-    edges = [BITS * k // (distance + 1) for k in range(distance + 2)]
-    blocks = [(low, (1 << (high - low)) - 1) for low, high in zip(edges, edges[1:])]
-    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for value in two:
-        for k, (low, mask) in enumerate(blocks):
-            buckets[k, (value >> low) & mask].append(value)
-    for value, names in one.items():
-        near = {other for k, (low, mask) in enumerate(blocks) for other in buckets.get((k, (value >> low) & mask), ())}
-        for other in near:
-            bits = (value ^ other).bit_count()
-            if bits <= distance:
-                yield from ((left, right, bits) for left in names for right in two[other])
+def _bits(hashes: Mapping[str, Mapping[str, str | None]]) -> tuple[list[str], np.ndarray]:
+    """Return the series that have a perceptual hash, and their hashes (N,) uint64."""
+    known = {series: int(row["perceptual_hash"], 16) for series, row in hashes.items() if row["perceptual_hash"]}
+    return list(known), np.array(list(known.values()), dtype=np.uint64)

@@ -38,7 +38,7 @@ SERIES_REASONS: dict[str, str] = {
     "irregular_slices": "slice gaps differ",
     "collision": "several slices at one position that no tag separates",
     "single_slice": "one slice only",
-    "multiframe": "multi-frame DICOM has no reader yet",
+    "multiframe": "several frames where the reader takes one, or multi-frame DICOM that says nothing of its frames",
     "mosaic": "a Siemens mosaic whose header does not say how it is tiled",
     "localiser": "a localiser",
     "screenshot": "a screenshot or report page",
@@ -68,6 +68,7 @@ IMAGE_REASONS: dict[str, str] = {
     "not_image": FILE_REASONS["not_image"],
     "unsupported_format": FILE_REASONS["unsupported_format"],
     "worker_lost": FILE_REASONS["worker_lost"],
+    "no_decoder": FILE_REASONS["no_decoder"],
     **SERIES_REASONS,
 }
 """Reasons with which reading an image can fail."""
@@ -102,6 +103,31 @@ FLAGS: dict[str, str] = {
     "colour_doppler": "colour Doppler was found in the tissue image",
     "region_outside": "ultrasound regions reach beyond the image and were not used",
     "channels_assumed": "images of one file whose meaning it does not state were taken for channels",
+    "multi_page": "a TIFF of several pages",
+    "sidecar_conflict": "a converter's JSON file contradicts the file beside it, or the modality that was given",
+    **{
+        f"varying_{name}": f"{name.replace('_', ' ')} differs within one volume although nothing else does"
+        for name in (
+            "echo_number",
+            "temporal_position",
+            "b_value",
+            "image_type",
+            "trigger_time",
+            "echo_time",
+            "inversion_time",
+            "acquisition_number",
+            "repetition_time",
+            "flip_angle",
+            "kvp",
+            "kernel",
+            "slice_thickness",
+            "patient_position",
+        )
+    },
+    "constant_pixels": "all pixels have one value",
+    "blank": "nearly all pixels have one value, and the rest covers less than a thousandth of the picture",
+    "saturated": "a tenth of the pixels or more lie at the highest value: the type's limit or a clipping value",
+    "low_contrast": "the middle 98 % of the pixels span fewer than eight grey levels or 2 % of the range",
 }
 """Quality flags."""
 
@@ -111,7 +137,8 @@ PRIVACY_FLAGS: dict[str, str] = {
     "face_possible": "a head CT or MR may show the face",
     "label_image": "a slide's label or overview image may show a name",
     "overlay": "overlay planes (60xx) were present and excluded",
-    "private_tags": "private elements with text",
+    "private_tags": "private elements, which may hold names, in the files",
     "screenshot": "secondary captures often show names",
+    "marker": "one or two letters in a radiograph, as side markers are",
 }
 """Privacy flags: why somebody should look before pixels leave."""

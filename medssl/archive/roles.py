@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from medssl.archive.attributes import MODALITIES
@@ -20,11 +21,14 @@ SOP_MODALITIES = {
     "1": "CR", "1.1": "DX", "1.1.1": "DX", "1.2": "MG", "1.2.1": "MG", "1.3": "IO", "1.3.1": "IO", "2": "CT", "2.1": "CT", "2.2": "CT",
     "3": "US", "3.1": "US", "4": "MR", "4.1": "MR", "4.2": "MR", "4.3": "MR", "4.4": "MR", "5": "NM", "6": "US", "6.1": "US", "6.2": "US",
     "12.1": "XA", "12.1.1": "XA", "12.2": "RF", "12.2.1": "RF", "13.1.1": "XA", "13.1.2": "XA", "13.1.3": "MG", "13.1.4": "MG", "13.1.5": "MG",
-    "20": "NM", "77.1.6": "SM", "128": "PT", "128.1": "PT", "130": "PT", "30": "OT",
+    "20": "NM", "77.1.2": "GM", "77.1.3": "GM", "77.1.6": "SM", "128": "PT", "128.1": "PT", "130": "PT", "30": "OT",
 }  # fmt: skip
-"""SOP class (behind `_STORAGE`) -> the modality that such an object has, whatever its Modality tag says."""
+"""SOP class (behind `_STORAGE`) -> the modality that such an object has, whatever its Modality tag says.
+
+Slide-coordinates microscopy (77.1.3) says SM and is a single picture, not a pyramid: it goes where GM goes."""
 
 
+@lru_cache(maxsize=1024)  # asked for every file, and there are few answers
 def sop_kind(uid: str) -> str:
     """Return image, segmentation, screenshot, report, rt, waveform, presentation, document, other or unknown for a SOP class UID."""
     if not uid.startswith(_STORAGE):
@@ -80,6 +84,6 @@ def modality_of(header: Mapping[str, Any]) -> str:
     if sop_kind(uid) in ("report", "rt", "waveform", "presentation", "document"):
         return stated if stated in ("SR", "RTDOSE", "ECG") else "other"
     by_class = sop_modality(uid)
-    if by_class is None or stated == by_class or {stated, by_class} <= {"CR", "DX"}:
+    if by_class is None or stated == by_class or {stated, by_class} <= {"CR", "DX", "RG"}:
         return stated
     return by_class if by_class != "OT" else "other"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,30 @@ import numpy as np
 from medssl.archive.ids import IdKey
 from medssl.archive.table import SeriesRow
 
-DOMAINS = {"CT": "ct", "MR": "mri", "CR": "xray", "DX": "xray", "US": "ultrasound", "SM": "wsi", "GM": "microscopy"}
+DOMAINS = {"CT": "ct", "MR": "mri", "CR": "xray", "DX": "xray", "RG": "xray", "US": "ultrasound", "SM": "wsi", "GM": "microscopy"}
 """Modality -> domain; all others are `other`."""
+UNITLESS = frozenset({"mri", "xray", "ultrasound", "wsi", "microscopy"})
+"""Domains whose values have no physical unit."""
+DTYPES = (
+    "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64", "bool", "complex64", "complex128",
+)  # fmt: skip
 PLANES = {0: "sagittal", 1: "coronal", 2: "axial"}
 
 
 def domain_of(modality: str) -> str:
     """Return the domain of a modality; `unknown` for unknown."""
     return "unknown" if modality == "unknown" else DOMAINS.get(modality, "other")
+
+
+def stored_type(name: str | None) -> str:
+    """Return the column `dtype` for a numpy type in any spelling (`>i2`), `rgb` for structured ones, `other` or `unknown`."""
+    if name is None or name in ("unknown", "rgb"):
+        return name or "unknown"
+    try:
+        found = np.dtype(name).name
+    except TypeError:
+        return "other"
+    return found if found in DTYPES else "other"
 
 
 @dataclass
@@ -173,4 +189,4 @@ def place(
 
 def as_record(row: SeriesRow) -> dict[str, Any]:
     """Return a row as JSON-able values."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(row).items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(row).items()}

@@ -20,6 +20,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from medssl.archive.containers import SEPARATOR, copy_limited, in_memory, members
+from medssl.archive.dicom_extras import read_extras, signs
 from medssl.archive.dicom_header import parse_header
 from medssl.archive.file_headers import (
     CONTAINER_KINDS,
@@ -35,7 +36,8 @@ from medssl.archive.mosaic import mosaic_layout
 from medssl.archive.multiframe import describe_multiframe
 from medssl.archive.paths import to_path, to_text
 from medssl.archive.roles import modality_of
-from medssl.archive.slide_headers import slide_header
+from medssl.archive.sidecars import KEYS as SIDECAR_KEYS
+from medssl.archive.slide_headers import companions, named_slide_header, slide_header
 from medssl.errors import ImageError
 
 HEAD_BYTES = 65536
@@ -45,7 +47,6 @@ WHOLE_BYTES = 64 << 20
 """Files that are not DICOM are hashed whole up to this size, larger ones at `SAMPLES` places."""
 SAMPLES = 16
 MAX_SIDECAR_BYTES = 1 << 20
-SIDECAR_KEYS = ("Modality", "Manufacturer", "MagneticFieldStrength", "SeriesDescription")
 SCAN_COLUMNS = {
     "part": "INTEGER",
     "path": "VARCHAR",
@@ -69,7 +70,8 @@ once), `slice` JSON of what differs between them."""
 SLICE_KEYS = frozenset(
     {
         "sop_instance_uid", "instance_number", "position", "acquisition_time", "content_time", "trigger_time", "acquisition_number",
-        "temporal_position", "pixel_offset", "pixel_length", "file_bytes", "slope", "intercept", "exposure_mas", "cine_rate",
+        "temporal_position", "pixel_offset", "pixel_length", "file_bytes", "slope", "intercept", "exposure_mas", "exposure_uas",
+        "cine_rate", "source_images",
     }
 )  # fmt: skip
 """Header values that differ from slice to slice."""
@@ -88,8 +90,9 @@ _OS_REASONS = {errno.ENOENT: "vanished", errno.ENOTDIR: "vanished", errno.EACCES
 
 def os_reason(err: OSError) -> str:
     """Return the reason code for an error of the operating system."""
-    code = err.errno or 0
-    return "io_retry" if code in TRANSIENT else _OS_REASONS.get(code, "io_error")
+    if err.errno is None:  # a parser's, about what it found in the file
+        return "unreadable"
+    return "io_retry" if err.errno in TRANSIENT else _OS_REASONS.get(err.errno, "io_error")
 
 
 def short_hash(text: str) -> int:
@@ -167,8 +170,8 @@ def _scan_container(path: str, row: dict[str, Any], kind: str, *, nested: bool) 
             rows.append(_seal(inner, {}))
             continue
         with in_memory() as (target, name):
-            if not copy_limited(stream, target):
-                inner["reason"] = "container_limit"
+            inner["reason"] = copy_limited(stream, target)
+            if inner["reason"] is not None:
                 rows.append(_seal(inner, {}))
                 continue
             for found in _scan_member(name, inner):
@@ -193,6 +196,12 @@ def _scan(path: str, row: dict[str, Any], *, nested: bool = False) -> list[dict[
         row["size"], row["mtime_ns"] = status.st_size, status.st_mtime_ns
         head = handle.read(HEAD_BYTES)
         kind = sniff(head)
+        slide = None if nested else named_slide_header(Path(path), head[:4096])
+        if slide is not None:
+            row["kind"] = "image"
+            row["digest"] = _content_digest(handle, head, status.st_size).hexdigest()
+            slide["data_files"] = [to_text(str(other)) for other in companions(Path(path))]
+            return [_finish(row, slide)]
         if kind in CONTAINER_KINDS:
             return _scan_container(path, row, kind, nested=nested)
         if kind not in _READ:
@@ -213,11 +222,15 @@ def _scan(path: str, row: dict[str, Any], *, nested: bool = False) -> list[dict[
         except ImageError as err:
             row["reason"] = err.reason
             return [_seal(row, {})]
+    return [_finish(row, header)]
+
+
+def _finish(row: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
     row["reason"] = header.pop("file_reason", None)
     if header.get("data_files"):
         header["data_stats"] = [_stat(name) for name in header["data_files"]]
         row["digest"] = _digest_with(row["digest"], header["data_files"])
-    return [_seal(row, header)]
+    return _seal(row, header)
 
 
 def _seal(row: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
@@ -361,12 +374,16 @@ def _dicom(handle: Any, head: bytes, size: int) -> dict[str, Any]:
 
 
 def _look_inside(path: Path, kind: str, head: bytes, header: dict[str, Any]) -> None:
-    """Add what lies deeper in objects that hold more than one image: frames, mosaic tiles, the levels of a slide."""
+    """Add what lies deeper: sequences, frames, mosaic tiles, the levels of a slide, and signs of private elements and overlays."""
     if header.get("file_reason") or "rows" not in header:
         return
+    header.update(signs(head, header["syntax"], header["pixel_offset"]))
     if kind == "dicom_wsi":
         header["slide"] = slide_header(path, head[:4096])
-    elif modality_of(header) in ("CT", "MR"):
+        return
+    modality = modality_of(header)
+    header.update(read_extras(path, modality, head))
+    if modality in ("CT", "MR"):
         if int(header.get("n_frames") or 1) > 1:
             parts = describe_multiframe(path)
             kept = (
@@ -379,6 +396,10 @@ def _look_inside(path: Path, kind: str, head: bytes, header: dict[str, Any]) -> 
                 "slope",
                 "intercept",
                 "rescale_type",
+                "repetition_time",
+                "inversion_time",
+                "slice_thickness",
+                "component",
             )
             header["parts"] = [
                 {**part, "first": {name: part["first"][name] for name in kept if name in part["first"]}} for part in parts

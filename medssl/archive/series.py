@@ -24,7 +24,8 @@ def build_group(files: Sequence[Scanned], key: IdKey, shared: Set[tuple[str, str
     out = Group()
     files = sorted(files, key=lambda file: file.path)
     placed = {file.path: Placed(file.path, file.digest, file.header.get("sop_instance_uid"), reason=file.reason) for file in files}
-    usable = [file for file in files if file.reason is None]
+    data = {name for file in files for name in file.header.get("data_files", ())}
+    usable = [file for file in files if file.reason is None and file.path not in data]
     sidecar = next((file.header for file in files if file.kind == "sidecar"), {})
     taken: set[str] = set()
     for file in usable:

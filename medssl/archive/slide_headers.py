@@ -143,6 +143,26 @@ def companions(path: Path) -> list[Path]:
     return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_file())
 
 
+def named_slide_header(path: Path, head: bytes) -> dict[str, Any] | None:
+    """Return the header of a MIRAX slide, whose first file is a JPEG and says nothing, or None for any other name.
+
+    Raises:
+        ImageError: `no_decoder` without OpenSlide, `truncated` where its folder of data is not there, else as `slide_header`.
+    """
+    if path.suffix.lower() != ".mrxs":
+        return None
+    if not companions(path):
+        raise ImageError("truncated", "a MIRAX slide without the folder of its data; copy both again from their source")
+    found = slide_header(path, head)
+    if found is not None:
+        return found
+    import importlib.util
+
+    if importlib.util.find_spec("openslide") is None:
+        raise ImageError("no_decoder", 'MIRAX slides need the extra wsi: `pip install "medssl[wsi]"`, then index again')
+    raise ImageError("unreadable", "a MIRAX slide that OpenSlide does not recognise; copy it again from its source")
+
+
 def slide_header(path: Path, head: bytes) -> dict[str, Any] | None:
     """Return the header of a slide, or None for a file that is none.
 
@@ -324,7 +344,7 @@ def tiff_slide(tif: Any) -> TiffSlide | None:
 
 
 def _colour(page: Any) -> bool:
-    interleaved = int(page.samplesperpixel) in (3, 4) and int(page.planarconfig) == 1
+    interleaved = int(page.samplesperpixel) in (3, 4) and int(page.planarconfig) == 1 and page.imagewidth > 0 < page.imagelength
     return bool(str(page.dtype) == "uint8" and interleaved and int(page.photometric) in (2, 6))
 
 

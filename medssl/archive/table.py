@@ -40,10 +40,13 @@ PRIVATE_SERIES_COLUMNS: dict[str, str] = {
     "study_date": "VARCHAR",
     "content_hash": "VARCHAR",
     "perceptual_hash": "VARCHAR",
+    "instance": "VARCHAR",
+    "made_from": "VARCHAR",
     "group_key": "VARCHAR",
 }
-"""`part`: JSON, what of its files a series is (see `domains.base.Domain.read`), or null for all of it. `files_of`: the series that owns
-its files where several lie in one file, or null."""
+"""`instance` and `made_from`: keyed hashes of the instance UID of a projection image and of those it was made from (see
+`archive.twins`). `part`: JSON, what of its files a series is (see `domains.base.Domain.read`), or null for all of it.
+`files_of`: the series that owns its files where several lie in one file, or null."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.archive._parquet import connect, quote, write_json, write_query, write_table
+from medssl.archive.containers import forget_unpacked
 from medssl.archive.decisions import WITHDRAWN_COLUMNS, apply_withdrawals, load_series, read_withdrawn, write_series
 from medssl.archive.ids import normalise
 from medssl.archive.owner import LISTED, columns_of, locked, owner_files, owner_key, owner_series, study_uid_of
@@ -107,6 +108,12 @@ def withdraw(
         records = ({"kind": kind, "value": value} for kind, value in sorted(listed))
         write_table(private / "withdrawn.parquet", WITHDRAWN_COLUMNS, records)
         gone = _mark(archive, found)
+    try:
+        forget_unpacked(private / "unpacked")  # copies from zip and tar files, theirs among them
+    except OSError as err:
+        raise StoreError(
+            f"{private / 'unpacked'} cannot be deleted ({err.strerror}); check its permissions and run the same command again"
+        ) from err
     usual = archive.path / "store"
     for folder in dict.fromkeys([*stores, *([usual] if usual.is_dir() else [])]):
         found.n_stored += delete_items(folder, gone)

@@ -59,7 +59,7 @@ SUFFIXES = (
 """A closed list: the end of a file name may be part of an identifier (`1.2.840.1`)."""
 
 
-def count_index(archive: Archive, k: int) -> tuple[IndexCounts, str | None]:
+def count_index(archive: Archive, k: int, where: str | None = None) -> tuple[IndexCounts, str | None]:
     """Count the usable series of an index and return the counts and the digest.
 
     A cell is small when it is about fewer than `k` patients, however many series they have.
@@ -67,13 +67,16 @@ def count_index(archive: Archive, k: int) -> tuple[IndexCounts, str | None]:
     Args:
         archive: The index.
         k: Smallest number of patients that a count may be about.
+        where: SQL condition on the index; None counts every usable series.
 
     Raises:
-        RequestError: The index has no usable series.
+        RequestError: There are no such series, or the condition is no SQL on the index.
     """
-    rows = archive.select()
+    rows = archive.select(where)
     if not rows:
-        raise RequestError(f"{archive.path} has no usable series, so there is nothing to count; see `medssl report {archive.path}`")
+        such = "usable series" if where is None else f"usable series where {where}"
+        look = f"medssl report {archive.path}" if where is None else f"medssl archive ls {archive.path}"
+        raise RequestError(f"{archive.path} has no {such}, so there is nothing to count; see `{look}`")
     patients = [row.patient_id for row in rows]
     columns = {name: [value(row) for row in rows] for name, value in COLUMNS.items()}
     shown = suppress_partitions(columns, patients, k)

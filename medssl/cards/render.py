@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from medssl.cards.schema import HIDDEN, WITHHELD, Card, Node, StatedCount, Statement, Table
+from medssl.cards.named import card_limits
+from medssl.cards.schema import HIDDEN, WITHHELD, Card, CardNode, StatedCount, Statement, Table
 
 HF_LICENCES = frozenset(
     [
@@ -89,7 +90,10 @@ def markdown(card: Card) -> str:
     blocks += _section("Provenance", _bullets(_parts(card.provenance)))
     licence = card.licence
     basis = _BASIS[licence.basis] + (f": {licence.support}" if licence.support else "")
-    blocks += _section("Licence", _bullets([(licence.id, basis), ("Text", licence.url), ("Note", licence.note)]))
+    limits = ", ".join(card_limits(card))
+    blocks += _section(
+        "Licence", _bullets([(licence.id, basis), ("Limits", limits), ("Text", licence.url), ("Note", licence.note)])
+    )
     blocks += _section("Consent and ethics", _bullets(_parts(card.ethics)))
     blocks += _section("Collection", _bullets(_parts(card.collection)))
     blocks += _section("Known biases", _list(card.known_biases))
@@ -203,7 +207,7 @@ def _number(count: StatedCount) -> str:
     return f"{count.value} (from memory)" if count.from_memory else f"{count.value} (source: {count.support})"
 
 
-def _parts(section: Node) -> list[tuple[str, Any]]:
+def _parts(section: CardNode) -> list[tuple[str, Any]]:
     """Return the fields of a section under their names as a heading."""
     return [(name.capitalize(), getattr(section, name)) for name in type(section).model_fields]
 

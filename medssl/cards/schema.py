@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from medssl.errors import RequestError, near
+from medssl.errors import CardError, RequestError, near
+from medssl.yaml_models import REQUIRED_MARK, Node, fault, marked, read_mapping, shipped_folder
 
 FORMAT = 1
-TO_FILL = "???"
+TO_FILL = REQUIRED_MARK
 """Marks what a human must fill, as in recipes."""
 HIDDEN: Literal["hidden"] = "hidden"
 """Stands for a count that may not be shown."""
@@ -31,25 +33,16 @@ Table = dict[str, Count] | Literal["withheld"]
 Domain = Literal["ct", "mri", "xray", "ultrasound", "wsi", "microscopy", "other", "unknown"]
 
 
-class CardError(RequestError):
-    """One or more faults of a data card, all reported together.
-
-    Args:
-        faults: One sentence each, starting with the dotted path of the key.
-    """
-
-    def __init__(self, faults: Iterable[str]) -> None:
-        self.faults = list(faults)
-        super().__init__("\n".join(self.faults))
+Limit = Literal["non-commercial", "research-only", "share-alike", "no-derivatives", "no-redistribution"]
 
 
-class Node(BaseModel):
-    """Base of all sections: unknown keys are errors."""
+class CardNode(Node):
+    """Base of the sections of a card."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, str_strip_whitespace=True)
+    model_config = ConfigDict(str_strip_whitespace=True)
 
 
-class Statement(Node):
+class Statement(CardNode):
     """A fact in words. With neither `support` nor `from_memory` the author of the card answers for it."""
 
     text: str = Field(min_length=1)
@@ -76,7 +69,7 @@ def _statement(value: Any) -> Any:
 Fact = Annotated[Statement, BeforeValidator(_statement)]
 
 
-class StatedCount(Node):
+class StatedCount(CardNode):
     """A number that the source states or that was counted by hand."""
 
     value: int = Field(ge=0)
@@ -94,7 +87,7 @@ class StatedCount(Node):
         return {"value": self.value, **({"from_memory": True} if self.from_memory else {"support": self.support})}
 
 
-class Provenance(Node):
+class Provenance(CardNode):
     """Where the set comes from."""
 
     source: Fact = Field(description="Who made it, or from which systems it was taken")
@@ -103,7 +96,7 @@ class Provenance(Node):
     obtain: Fact = Field(description="How somebody else gets it, or that nobody does")
 
 
-class Licence(Node):
+class Licence(CardNode):
     """What the owner allows."""
 
     id: str = Field(min_length=1, description="SPDX identifier, else the name of the agreement, `unknown` when nothing is stated")
@@ -113,6 +106,10 @@ class Licence(Node):
         "believed, not looked up; owner: the card's author decides; unstated: the source names none"
     )
     support: str | None = Field(None, min_length=1, description="Where it was read; required for `source` and `third_party`")
+    limits: list[Limit] = Field(
+        default_factory=list,
+        description="What the terms forbid or demand; those that a Creative Commons identifier spells out need no entry",
+    )
     note: str | None = None
 
     @model_validator(mode="after")
@@ -124,32 +121,32 @@ class Licence(Node):
         return self
 
 
-class Ethics(Node):
+class Ethics(CardNode):
     """Under which permission the images were taken and are used."""
 
-    consent: Fact | None = None
+    consent: Fact | None = Field(None, description="Whether people agreed, and to what, or why nobody had to be asked")
     review: Fact | None = Field(None, description="Ethics committee or its waiver")
     deidentification: Fact | None = Field(None, description="What was removed from headers and pixels, and by whom")
 
 
-class Collection(Node):
+class Collection(CardNode):
     """How the images came to be."""
 
-    dates: Fact | None = None
-    sites: Fact | None = None
-    devices: Fact | None = None
-    population: Fact | None = None
+    dates: Fact | None = Field(None, description="From when to when, in years")
+    sites: Fact | None = Field(None, description="How many, of which kind; names only where the source publishes them")
+    devices: Fact | None = Field(None, description="Makers, models, protocols")
+    population: Fact | None = Field(None, description="Who was imaged, why, and who was left out")
     labels: Fact | None = Field(None, description="What was annotated, by whom, how")
 
 
-class Use(Node):
+class Use(CardNode):
     """What the set is for."""
 
     intended: list[Fact] = Field(default_factory=list)
     out_of_scope: list[Fact] = Field(default_factory=list)
 
 
-class FileCounts(Node):
+class FileCounts(CardNode):
     """What a folder holds, by `medssl card build --files`."""
 
     count: int = Field(ge=0)
@@ -157,7 +154,7 @@ class FileCounts(Node):
     by_suffix: dict[str, int] = Field(description="Closed list of file-name endings, `none` and `other`")
 
 
-class IndexCounts(Node):
+class IndexCounts(CardNode):
     """What the usable series of an index are, by `medssl card build`: no number is about fewer than k patients."""
 
     k: int = Field(ge=1)
@@ -172,21 +169,27 @@ class IndexCounts(Node):
     )
 
 
-class Hashes(Node):
+class Hashes(CardNode):
     """Digests over the content of the whole set; see `medssl.cards.count`."""
 
     files: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="Over the SHA-256 of all files of a folder")
     index: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="Over the digests of all files of the usable series")
 
 
-class Card(Node):
+def _card_name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", value):
+        raise ValueError(f"lower-case letters, digits, _ . and -, the first a letter or digit; found {value!r}")
+    return value
+
+
+class Card(CardNode):
     """A data card."""
 
     format: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    title: str = Field(min_length=1)
+    name: Annotated[str, AfterValidator(_card_name)]
+    title: str = Field(min_length=1, description="What the set is called elsewhere")
     version: str = Field("unversioned", min_length=1, description="Version or state of the set, as its source calls it")
-    description: Fact
+    description: Fact = Field(description="What it is: images, patients, labels")
     provenance: Provenance
     licence: Licence
     ethics: Ethics = Ethics()
@@ -202,21 +205,20 @@ class Card(Node):
     hashes: Hashes = Hashes()
 
 
-def parse_card(raw: Any, place: str = "card") -> Card:
+def parse_card(raw: Mapping[str, Any]) -> Card:
     """Validate a mapping.
 
     Raises:
         CardError: With every fault found.
     """
-    if not isinstance(raw, Mapping):
-        raise CardError([f"{place}: a card is a YAML mapping; found {type(raw).__name__}; see data_cards/template.yaml"])
     version = raw.get("format", FORMAT)
     if version != FORMAT:
         raise CardError([f"format: {version!r} is not read by this version; accepted: {FORMAT}"])
     try:
         return Card.model_validate(raw)
     except ValidationError as err:
-        raise CardError(_fault(error) for error in err.errors()) from None
+        missing = f"required and missing; write {TO_FILL} where it is not known yet"
+        raise CardError(fault(Card, error, missing=missing) for error in err.errors()) from None
 
 
 def load_card(path: Path | str) -> Card:
@@ -225,67 +227,69 @@ def load_card(path: Path | str) -> Card:
     Raises:
         CardError: The file is absent, not YAML, or not a card; with every fault found.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as err:
-        raise CardError(
-            [f"{path}: {err.strerror}; give the path of a card (data_cards/template.yaml is one to start from)"]
-        ) from err
-    except UnicodeDecodeError as err:
-        raise CardError([f"{path}: not UTF-8 text; save the card as UTF-8"]) from err
-    except yaml.YAMLError as err:
-        raise CardError([f"{path}: not valid YAML ({' '.join(str(err).split())})"]) from err
-    return parse_card(raw, str(path))
+    start = "give the path of a card (data_cards/template.yaml is one to start from)"
+    return parse_card(read_mapping(path, CardError, what="a card", absent=start))
+
+
+def content(card: Card) -> dict[str, Any]:
+    """Return what a card says as plain values; what is absent or empty is left out."""
+    values: dict[str, Any] = _without_empty(card.model_dump(mode="json", exclude_none=True))
+    return values
 
 
 def dump_card(card: Card) -> str:
     """Return a card as YAML; what is absent is left out."""
-    values = card.model_dump(mode="json", exclude_none=True)
-    return yaml.safe_dump(_without_empty(values), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(content(card), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that keeps a list of numbers on one line."""
+
+
+def _list_node(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
+    flow = bool(values) and all(isinstance(value, int | float) for value in values)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=flow)
+
+
+_Dumper.add_representer(list, _list_node)
 
 
 def card_hash(card: Card) -> str:
-    """Return a digest of everything a card says, for recipes, run folders and weights."""
-    content = card.model_dump(mode="json", exclude_none=True)
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+    """Return the SHA-256 of what a card says: its content as JSON in UTF-8, keys sorted, no spaces, nothing absent or empty.
+
+    Comments, order and line breaks of the file do not count, and a card keeps its hash when this format gains a field.
+    """
+    text = json.dumps(content(card), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def open_fields(card: Card) -> list[str]:
     """Return the dotted paths that a human still has to fill."""
-    return _marked(card.model_dump(mode="json", exclude_none=True), "")
-
-
-def card_folder() -> Path | None:
-    """Return the folder of the cards that come with medssl: beside the package in a checkout, under share/ when installed."""
-    import sys
-
-    import medssl
-
-    for folder in (Path(medssl.__file__).parents[1] / "data_cards", Path(sys.prefix) / "share" / "medssl" / "data_cards"):
-        if folder.is_dir():
-            return folder
-    return None
+    return [path.removesuffix(".text") for path in marked(content(card))]
 
 
 def shipped_cards() -> dict[str, Path]:
     """Return the shipped cards by name, for instance msd; the template is none."""
-    root = card_folder()
+    root = shipped_folder("data_cards")
     return {} if root is None else {path.stem: path for path in sorted(root.rglob("*.yaml")) if path.name != "template.yaml"}
 
 
 def find_card(name: str) -> Path:
-    """Return a card by path or by shipped name.
+    """Return a card by shipped name or by path; a bare name is a shipped card before it is a file.
 
     Raises:
         RequestError: There is none.
     """
-    if Path(name).is_file():
-        return Path(name)
     known = shipped_cards()
     if name in known:
         return known[name]
-    raise RequestError(f'no card "{name}"{near(name, known)}; give a YAML file or the name of a card in data_cards/')
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or path.name != name:
+        raise RequestError(f"no card file {name}; draft one with `medssl card build ARCHIVE --out {path.name}`")
+    hint = near(name, known) or f": {', '.join(known) or 'none are installed'}"
+    raise RequestError(f'no card "{name}"; give the YAML file of your own card, or the name of one that comes with medssl{hint}')
 
 
 def _without_empty(values: Any) -> Any:
@@ -293,43 +297,3 @@ def _without_empty(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     return {name: kept for name, value in values.items() if (kept := _without_empty(value)) not in ({}, [])}
-
-
-def _marked(value: Any, path: str) -> list[str]:
-    if value == TO_FILL:
-        return [path.removesuffix(".text")]
-    if isinstance(value, Mapping):
-        return [found for key, child in value.items() for found in _marked(child, f"{path}.{key}" if path else str(key))]
-    if isinstance(value, list):
-        return [found for i, child in enumerate(value) for found in _marked(child, f"{path}.{i}")]
-    return []
-
-
-def _fault(error: Any) -> str:
-    """Turn one pydantic error into a sentence that starts with the dotted path."""
-    location = tuple(part for part in error["loc"] if "[" not in str(part))  # names of union members and validators
-    path = ".".join(str(part) for part in location)
-    kind = error["type"]
-    if kind == "extra_forbidden":
-        return f"{path}: unknown key{near(str(location[-1]), known_keys(location[:-1]))}"
-    if kind == "missing":
-        return f"{path}: required and missing; write {TO_FILL} where it is not known yet"
-    if kind == "value_error":
-        return f"{path or 'card'}: {error['msg'].removeprefix('Value error, ')}"
-    return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}; found {error['input']!r}"
-
-
-def known_keys(location: Sequence[Any]) -> list[str]:
-    """Return the keys that are allowed at a place in a card."""
-    here: Any = Card
-    for part in location:
-        if here is not None and str(part) in here.model_fields:
-            here = _section_of(here.model_fields[str(part)].annotation)
-    return [] if here is None else list(here.model_fields)
-
-
-def _section_of(annotation: Any) -> Any:
-    """Return the model inside an annotation such as `dict[str, Fact]` or `FileCounts | None`, or None."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for argument in getattr(annotation, "__args__", ()) if (found := _section_of(argument)) is not None), None)

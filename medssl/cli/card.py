@@ -12,6 +12,7 @@ from medssl.cli import show
 from medssl.errors import RequestError
 
 card_app = typer.Typer(help="Data cards: what a data set is, and how many of what it holds.", no_args_is_help=True)
+COMPARED = {"weights": "card that the weights carry"}
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 
 
@@ -25,20 +26,25 @@ class Target(str, Enum):
 @card_app.command("build")
 def build(
     archive: Annotated[Path, typer.Argument(help="Archive folder made by `medssl index`.")],
-    name: Annotated[str, typer.Option(help="Name of the card: lower-case letters, digits, _ . -")],
     out: Annotated[Path, typer.Option(help="YAML file to write; never replaced.")],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the card: lower-case letters, digits, _ . -  [default: that of the file]")
+    ] = None,
     k: Annotated[int, typer.Option(help="Hide every count about fewer than k patients.")] = 10,
+    where: Annotated[str | None, typer.Option(help="SQL condition, where the index holds several sets: \"site = 'msd'\".")] = None,
     files: Annotated[Path | None, typer.Option(help="Also count and hash the files of this folder.")] = None,
     json: Json = False,
 ) -> None:
     """Draft a card: counts and hashes from the index, ??? where you must write."""
     from medssl.cards.build import draft_card, write_card
-    from medssl.cards.schema import open_fields
+    from medssl.cards.schema import HIDDEN, open_fields
 
-    card = draft_card(archive, name, k=k, files=files)
+    card = draft_card(archive, name or out.stem, k=k, where=where, files=files)
     write_card(card, out)
     left = open_fields(card)
     text = f"{out}: drafted; {len(left)} fields are yours to fill: {', '.join(left)}"
+    if card.counts is not None and card.counts.patients == HIDDEN:
+        text += f"\nfewer than {k} patients, so every count is hidden; a set that is public anyway can be counted with --k 1"
     show.result({"card": str(out), "open_fields": left}, json, text)
 
 
@@ -46,17 +52,27 @@ def build(
 def check(
     card: Annotated[str, typer.Argument(help="YAML file, or the name of a card that comes with medssl.")],
     archive: Annotated[Path | None, typer.Option(help="Compare with this index.")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="With --archive: SQL condition, where the index holds other sets as well.")
+    ] = None,
     files: Annotated[Path | None, typer.Option(help="Compare with the files of this folder.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Run folder or safetensors file: was the card changed since it was written into them?")
+    ] = None,
     json: Json = False,
 ) -> int:
-    """Validate a card, name what is left to fill, compare its counts and hashes with data."""
+    """Validate a card, name what is left to fill, compare it with data or with the weights that name it."""
     from medssl.cards.check import check_card
     from medssl.cards.schema import card_hash, find_card, load_card
+    from medssl.weights import read_manifest
 
+    if where is not None and archive is None:
+        raise RequestError("--where says which series of an index to compare with; give --archive too")
     loaded = load_card(find_card(card))
-    found = check_card(loaded, archive=archive, files=files)
+    manifest = None if weights is None else read_manifest(weights)
+    found = check_card(loaded, archive=archive, where=where, files=files, weights=manifest)
     lines = [f"to fill: {path}" for path in found.open_fields] + found.differences
-    with_what = f", equal to the {' and the '.join(found.compared)}" if found.compared else ""
+    with_what = f", equal to the {' and the '.join(COMPARED.get(name, name) for name in found.compared)}" if found.compared else ""
     summary = f"{card}: {len(lines)} to look at" if lines else f"{card}: valid{with_what}"
     result = {
         "valid": True,
@@ -80,7 +96,7 @@ def render(
     import json as json_module
 
     from medssl.cards import render as renderers
-    from medssl.cards.schema import find_card, load_card
+    from medssl.cards.schema import TO_FILL, find_card, load_card, open_fields
 
     loaded = load_card(find_card(card))
     if to is Target.markdown:
@@ -92,4 +108,6 @@ def render(
         out.write_text(text, encoding="utf-8")
     except OSError as err:
         raise RequestError(f"{out} cannot be written ({err.strerror}); name a file in a folder that you may write to") from err
-    show.result({"card": loaded.name, "out": str(out), "to": to.value}, json, f"{out}: written")
+    left = open_fields(loaded)
+    draft = f"; the card is a draft, {len(left)} fields still say {TO_FILL}" if left else ""
+    show.result({"card": loaded.name, "out": str(out), "to": to.value, "open_fields": left}, json, f"{out}: written{draft}")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medssl.cli import show
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from medssl.domains.pixel_pass import PixelSummary
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 
@@ -31,6 +36,10 @@ def index(
     settle: Annotated[float, typer.Option(help="Leave files changed within the last seconds for the next run.")] = 0.0,
     limit: Annotated[float, typer.Option(help="Seconds after which a file is left behind.")] = 600.0,
     max_rate: Annotated[float | None, typer.Option(help="Files per second at most.")] = None,
+    pixels: Annotated[
+        bool,
+        typer.Option("--pixels", help="Read every series too: hashes, near-duplicates, blank or saturated images, text in them."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Scan folders into one table: every file is accounted for, nothing is copied."""
@@ -41,16 +50,41 @@ def index(
 
     if prune not in (None, "dir-mtime"):
         raise RequestError(f"prune: {prune!r}; dir-mtime is accepted; leave the option out to list every folder")
-    with executor_of(dask) as executor, show.progress("index", quiet=json) as update:
+    with executor_of(dask) as executor:
         options = ScanOptions(
             workers, executor, only=only, prune=prune is not None, settle_s=settle, limit_s=limit, max_rate=max_rate
         )
-        summary = run(
-            sources, out, site=site, modality=modality, splits=splits, key_file=key_file, options=options, on_progress=update
-        )
+        with show.progress("index", quiet=json) as update:
+            summary = run(
+                sources, out, site=site, modality=modality, splits=splits, key_file=key_file, options=options, on_progress=update
+            )
+        looked = _look(out, workers, executor, json) if pixels else None
     lines = [f"{summary.n_files_seen} files seen, {summary.n_files_used} used in {summary.n_series} series; index in {out}"]
     lines += [f"  {count:>5}  {reason}" for reason, count in sorted(summary.reasons.items())]
-    show.result(asdict(summary), json, "\n".join(lines))
+    found = asdict(summary)
+    if looked is not None:
+        found["pixels"] = asdict(looked)
+        lines += _pixel_lines(looked)
+    show.result(found, json, "\n".join(lines))
+
+
+def _look(out: Path, workers: int, executor: Executor | None, json: bool) -> PixelSummary:
+    from medssl.domains.pixel_pass import look_at_pixels
+
+    with show.progress("pixels", quiet=json) as update:
+        return look_at_pixels(out, workers=workers, executor=executor, on_progress=update)
+
+
+def _pixel_lines(looked: PixelSummary) -> list[str]:
+    near = looked.near_duplicates
+    lines = [
+        f"{looked.looked_at} series looked at now; the pixels of {looked.read} of {looked.series} are known",
+        *(f"  {count:>5}  not read: {reason}" for reason, count in looked.failed.items()),
+        *(f"  {count:>5}  flagged: {flag}" for flag, count in looked.flags.items()),
+        f"{near['groups']} groups of near-duplicates with {near['series']} series; "
+        f"{near['groups_of_several_patients']} of them hold several patients",
+    ]
+    return lines
 
 
 def cache(

@@ -56,13 +56,13 @@ def recipe_validate(
 ) -> None:
     """Check a recipe and report every fault at once."""
     from medssl import build
-    from medssl.recipe import REQUIRED_MARK, Recipe, apply_overrides, marked, read_yaml
+    from medssl.recipe import Recipe, apply_overrides, read_yaml, with_placeholders
+    from medssl.yaml_models import REQUIRED_MARK, marked
 
     raw = apply_overrides(read_yaml(find_recipe(name)), overrides or [])
     open_keys = marked(raw)
-    filled = apply_overrides(raw, [f"{key}=placeholder" for key in open_keys])
     try:
-        build.check(Recipe.parse(filled))
+        build.check(Recipe.parse(with_placeholders(raw)))
     except RecipeError as err:
         raise RecipeError(err.faults) from None
     note = f"; still to be given ({REQUIRED_MARK}): {', '.join(open_keys)}" if open_keys else ""
@@ -104,10 +104,10 @@ def doctor(
 
     facts: dict[str, Any] = machine()
     if recipe:
-        from medssl.recipe import apply_overrides, marked, read_yaml
+        from medssl.recipe import apply_overrides, read_yaml, with_placeholders
 
         raw = apply_overrides(read_yaml(find_recipe(recipe)), overrides or [])
-        facts["recipe"] = predict(apply_overrides(raw, [f"{key}=placeholder" for key in marked(raw)]))
+        facts["recipe"] = predict(with_placeholders(raw))
     lines = [f"{name}: {value}" for name, value in facts.items() if name != "recipe"]
     if recipe:
         lines += ["", f"{recipe}:"] + [f"  {name}: {value}" for name, value in facts["recipe"].items()]

@@ -10,6 +10,7 @@ import typer
 
 from medssl.cli import show
 
+NO_CARD = "no data card; name one in the recipe (data.card), and the weights carry it"
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 
 
@@ -21,6 +22,7 @@ def evaluate(
 ) -> None:
     """Probe frozen features with kNN and a linear probe, beside the controls."""
     from medssl import api
+    from medssl.weights import card_lines
 
     with show.progress("cache", quiet=json) as update:
         done = api.evaluate(recipe, weights, overrides or [], on_cache=update)
@@ -36,7 +38,10 @@ def evaluate(
         ]
         for r in done["rows"]
     ]
-    show.result(done, json, show.table(rows, ["features", "probe", "metric", "value", "95 % interval", "images", "by"]))
+    lines = [show.table(rows, ["features", "probe", "metric", "value", "95 % interval", "images", "by"])]
+    lines += [f"weights pretrained on: {line}" for line in card_lines(done["data_cards"]["weights"]) or [NO_CARD]]
+    lines += [f"evaluated on: {line}" for line in card_lines(done["data_cards"]["evaluation"])]
+    show.result(done, json, "\n".join(lines))
 
 
 def export(
@@ -47,13 +52,17 @@ def export(
 ) -> None:
     """Write weights in the layout of another library, reload them there and compare features before saying done."""
     from medssl.export.write import export_weights
+    from medssl.weights import card_lines, read_manifest
 
     done = export_weights(run, to, out)
+    cards = read_manifest(run).get("data_cards") or []
     text = (
         f"{to}: {len(done.matched)} tensors matched, {len(done.missing)} missing, {len(done.unexpected)} unexpected; "
         f"features equal within {done.max_feature_difference:.1e}\n" + "\n".join(str(path) for path in done.files)
     )
-    show.result(asdict(done), json, text)
+    lines = [f"pretrained on: {line}" for line in card_lines(cards) or [NO_CARD]]
+    lines += [note for card in cards for note in card.get("notes", [])]
+    show.result({**asdict(done), "data_cards": cards}, json, "\n".join([text, *lines]))
 
 
 def report(

@@ -31,7 +31,9 @@ def pretrain(
     quiet = json or environment()[0] != 0
     try:
         with show.progress("cache", quiet=quiet) as cached, show.progress("pretrain", quiet=quiet) as stepped:
-            done = api.pretrain(recipe, overrides or [], resume=resume, on_cache=cached, on_step=stepped)
+            done = api.pretrain(
+                recipe, overrides or [], resume=resume, on_note=lambda note: show.say(note, quiet), on_cache=cached, on_step=stepped
+            )
     finally:
         stop()
     if environment()[0] != 0:

@@ -12,6 +12,7 @@ import numpy as np
 
 from medssl.archive.decoders import decoders
 from medssl.archive.dicom_header import UNCOMPRESSED, Header, syntax_name
+from medssl.archive.dicom_raw import BoundedFile
 from medssl.domains.volume_stack import scaler
 from medssl.errors import ImageError
 
@@ -157,7 +158,8 @@ def _native(path: Path, header: Header) -> np.ndarray:
 def _whole_file(path: Path, header: Header) -> np.ndarray:
     import pydicom
 
-    dataset = pydicom.dcmread(path, force=True)
+    with BoundedFile(path) as handle:
+        dataset = pydicom.dcmread(handle, force=True)
     if not getattr(dataset, "file_meta", None) or "TransferSyntaxUID" not in dataset.file_meta:
         if not hasattr(dataset, "file_meta"):
             dataset.file_meta = pydicom.dataset.FileMetaDataset()

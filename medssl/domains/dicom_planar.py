@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from medssl.archive.dicom_header import COMPRESSED, LOSSY_SYNTAXES, UNCOMPRESSED, find_decoder, syntax_name
+from medssl.archive.dicom_raw import BoundedFile
 from medssl.archive.reasons import SERIES_REASONS
+from medssl.archive.roles import modality_of
 from medssl.domains.planar import check_size, frame_indices, os_fault, quiet_decoders
 from medssl.errors import ImageError
 
@@ -31,6 +33,7 @@ class PlanarPixels:
     Args:
         frames: (T, C, H, W) uint8, int16, uint16, wider integers or float64: after the modality LUT, with MONOCHROME1 inverted.
         header: The pydicom data set, without pixels.
+        modality: Of the closed list of the index, or `unknown`.
         n_frames: Frames of the file, of which `frames` holds those asked for.
         valid: (H, W) bool, False = padding in every frame; None when everything is valid.
         inverted: Whether values were turned round.
@@ -41,6 +44,7 @@ class PlanarPixels:
     frames: np.ndarray
     header: Any
     n_frames: int
+    modality: str = "unknown"
     valid: np.ndarray | None = None
     inverted: bool = False
     window: tuple[float, float] | None = None
@@ -81,8 +85,8 @@ def read_planar_dicom(
 
 def _read(path: Path, part: Mapping[str, Any] | None, modalities: Sequence[str], domain: str, voi: bool) -> PlanarPixels:
     header = _open(path)
-    modality = text(header, "Modality")
-    if modality and modality not in modalities:
+    modality = modality_of({"modality": text(header, "Modality") or "unknown", "sop_class_uid": text(header, "SOPClassUID")})
+    if modality != "unknown" and modality not in modalities:
         raise ImageError(
             "no_domain",
             f"another modality in the domain {domain}, which takes {', '.join(modalities)}; change the recipe's query",
@@ -105,7 +109,7 @@ def _read(path: Path, part: Mapping[str, Any] | None, modalities: Sequence[str],
     stated = stated * 2 // 3 if photometric == "YBR_FULL_422" else stated
     if syntax in UNCOMPRESSED and len(header.PixelData) < stated:
         raise ImageError("truncated", "fewer bytes than pixels; copy the file again from its source")
-    pixels = PlanarPixels(np.empty(0), header, n_frames)
+    pixels = PlanarPixels(np.empty(0), header, n_frames, modality)
     if text(header, "LossyImageCompression") == "01" or syntax_name(syntax) in LOSSY_SYNTAXES:
         pixels.flags.append("lossy")
     words = _decode(path, header, syntax, indices)
@@ -126,7 +130,8 @@ def _read(path: Path, part: Mapping[str, Any] | None, modalities: Sequence[str],
 def _open(path: Path) -> Any:
     import pydicom
 
-    header = pydicom.dcmread(path, force=True)
+    with BoundedFile(path) as handle:
+        header = pydicom.dcmread(handle, force=True)
     if not getattr(header, "file_meta", None):
         header.file_meta = pydicom.dataset.FileMetaDataset()
     if "TransferSyntaxUID" not in header.file_meta:
@@ -362,29 +367,3 @@ def whole(header: Any, keyword: str) -> int | None:
     """Return the first number of an element when it is whole, or None."""
     value = number(header, keyword)
     return int(value) if value is not None and value == int(value) else None
-
-
-def planar_spacing(header: Any) -> tuple[tuple[float, float] | None, str]:
-    """Return (row step, column step) in mm and where they come from.
-
-    PixelSpacing is at the patient, or `calibration` where PixelSpacingCalibrationType is given. ImagerPixelSpacing is that of
-    the detector; divided by the estimated magnification it is that of the patient.
-
-    Returns:
-        The spacing or None, and `header`, `calibration`, `magnification`, `detector` or `unknown`.
-    """
-    pixel = _pair(header, "PixelSpacing")
-    if pixel is not None:
-        return pixel, "calibration" if text(header, "PixelSpacingCalibrationType") else "header"
-    detector = _pair(header, "ImagerPixelSpacing") or _pair(header, "NominalScannedPixelSpacing")
-    if detector is None:
-        return None, "unknown"
-    factor = number(header, "EstimatedRadiographicMagnificationFactor", 0.0)
-    if 1.0 <= factor <= 10.0:
-        return (detector[0] / factor, detector[1] / factor), "magnification"
-    return detector, "detector"
-
-
-def _pair(header: Any, keyword: str) -> tuple[float, float] | None:
-    found = numbers(header, keyword)
-    return (found[0], found[1]) if len(found) == 2 and min(found) > 0 else None

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from medssl.archive.tiff_structure import check_structure
 from medssl.domains.planar import RawPlanar, check_size, finite, narrow, os_fault, quiet_decoders
 from medssl.errors import ImageError
 
@@ -136,6 +137,7 @@ def _read_deep_png(path: Path, head: bytes) -> RawPlanar:
 
 
 def _read_tiff(path: Path) -> RawPlanar:
+    check_structure(path)
     try:
         import tifffile
     except ImportError:

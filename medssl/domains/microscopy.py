@@ -1,4 +1,4 @@
-"""Microscopy fields: fluorescence with one file or one page per channel, and colour.
+"""Microscopy fields: fluorescence with one file or one page per channel, and colour; DICOM of single pictures (GM) too.
 
 Channel names are mapped to a closed list, because a name typed at the microscope may hold anything. Names given by the recipe
 are taken as they are.
@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from medssl.archive.dicom_extras import read_planar_header
+from medssl.archive.image_scale import planar_spacing
 from medssl.domains.base import named
+from medssl.domains.dicom_planar import read_planar_dicom
 from medssl.domains.image_files import read_image_file
-from medssl.domains.planar import RawPlanar, all_valid, build_planar, content_of, equal_channels
+from medssl.domains.planar import RawPlanar, all_valid, build_planar, content_of, equal_channels, finite, narrow
 from medssl.errors import GeometryError, ImageError, RequestError
 from medssl.types import Sample
 
@@ -87,8 +90,11 @@ class Microscopy:
 
 
 def _read(path: Path) -> RawPlanar:
-    if content_of(path) not in ("image", "gif"):
-        raise ImageError("unsupported_format", "a microscopy field is a TIFF, PNG, JPEG or BMP image")
+    content = content_of(path)
+    if content == "dicom":
+        return _read_dicom(path)
+    if content not in ("image", "gif"):
+        raise ImageError("unsupported_format", "a microscopy field is a TIFF, PNG, JPEG or BMP image, or DICOM of one picture")
     raw = read_image_file(path)
     if raw.channels:
         raw.channels = tuple(channel_name(name) for name in raw.channels)
@@ -97,6 +103,19 @@ def _read(path: Path) -> RawPlanar:
     elif len(raw.array) == 3 and "channels_assumed" not in raw.flags:
         raw.channels = ("red", "green", "blue")
     raw.facts = {}
+    return raw
+
+
+def _read_dicom(path: Path) -> RawPlanar:
+    pixels = read_planar_dicom(path, modalities=("GM",), domain="microscopy")
+    if len(pixels.frames) != 1:
+        raise ImageError("multiframe", f"{len(pixels.frames)} frames; a microscopy field has one; leave this series out")
+    array, flags = narrow(pixels.frames[0])
+    spacing, _ = planar_spacing(read_planar_header(path))
+    raw = RawPlanar(array, spacing_mm=spacing, valid=pixels.valid, modality=pixels.modality, flags=[*pixels.flags, *flags])
+    finite(raw)
+    if len(array) == 3:
+        raw.channels = ("red", "green", "blue")
     return raw
 
 

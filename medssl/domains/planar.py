@@ -92,7 +92,9 @@ def content_of(path: Path) -> str:
 
 
 def os_fault(err: OSError) -> ImageError:
-    """Return the error for a file that the operating system could not read."""
+    """Return the error for a file that the operating system, or a decoder that raises the same class, could not read."""
+    if err.errno is None:
+        return ImageError("unreadable", f"a file could not be parsed ({type(err).__name__}); copy it again from its source")
     reason = {FileNotFoundError: "vanished", PermissionError: "permission"}.get(type(err), "io_error")
     return ImageError(reason, f"a file could not be read ({err.strerror}); check that it is there and readable")
 

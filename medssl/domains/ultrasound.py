@@ -7,26 +7,22 @@ Doppler; everything else (banner, rulers, ECG, logos) is set to 0. That reduces 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medssl.archive.dicom_extras import read_planar_header
+from medssl.archive.image_scale import TISSUE_2D, Region, frame_times, heart_rate, region_spacing, regions_fit, us_regions
 from medssl.domains.base import named
-from medssl.domains.dicom_planar import number, numbers, read_planar_dicom, whole
+from medssl.domains.dicom_planar import read_planar_dicom
 from medssl.domains.image_files import read_image_file
 from medssl.domains.planar import RawPlanar, all_valid, build_planar, content_of, equal_channels, luma, narrow, one_file
-from medssl.domains.video_files import CONFLICT, read_gif_file, read_video_file
+from medssl.domains.video_files import read_gif_file, read_video_file
 from medssl.errors import ImageError, RequestError
 from medssl.types import Sample
 
 MODALITIES = ("US", "IVUS")
-CENTIMETRE = 3
-"""PhysicalUnitsXDirection and YDirection, DICOM PS3.3 C.8.5.5.1.15."""
-TISSUE_2D = "tissue_2d"
-SPATIAL_2D, SPATIAL_M_MODE, SPATIAL_SPECTRAL, SPATIAL_WAVEFORM = 1, 2, 3, 4
-TYPE_TISSUE, TYPE_COLOUR, TYPE_ECG = 1, 2, 10
 STILL = 1.5
 """Standard deviation over time, in 8-bit grey levels, up to which a pixel counts as standing still: compression alone makes 1."""
 MOTION_FRAMES = 64
@@ -83,83 +79,6 @@ class Ultrasound:
         return all_valid(sample.image, sample.valid)
 
 
-@dataclass(frozen=True)
-class Region:
-    """One item of SequenceOfUltrasoundRegions.
-
-    Args:
-        kind: tissue_2d, colour_doppler, spectral, m_mode, ecg or other.
-        box: Row start and stop, column start and stop, half-open.
-        spacing_mm: (row step, column step) where both axes are in centimetres, or None.
-    """
-
-    kind: str
-    box: tuple[int, int, int, int]
-    spacing_mm: tuple[float, float] | None
-
-
-def us_regions(header: Any) -> list[Region]:
-    """Return the regions that a DICOM header describes; malformed items are left out."""
-    found = []
-    for item in header.get("SequenceOfUltrasoundRegions") or ():
-        corners = [whole(item, f"RegionLocation{name}") for name in ("MinY0", "MaxY1", "MinX0", "MaxX1")]
-        top, bottom, left, right = (-1 if corner is None else corner for corner in corners)
-        if not (0 <= top <= bottom and 0 <= left <= right):
-            continue
-        spacing = None
-        if whole(item, "PhysicalUnitsXDirection") == whole(item, "PhysicalUnitsYDirection") == CENTIMETRE:
-            steps = abs(number(item, "PhysicalDeltaY", 0.0)) * 10, abs(number(item, "PhysicalDeltaX", 0.0)) * 10
-            spacing = steps if min(steps) > 0 else None
-        found.append(Region(_region_kind(item), (top, bottom + 1, left, right + 1), spacing))
-    return found
-
-
-def _region_kind(item: Any) -> str:
-    space, data = whole(item, "RegionSpatialFormat"), whole(item, "RegionDataType")
-    if space == SPATIAL_M_MODE:
-        return "m_mode"
-    if space == SPATIAL_SPECTRAL or (data is not None and 3 <= data <= 9):
-        return "spectral"
-    if data == TYPE_ECG:
-        return "ecg"
-    if space == SPATIAL_2D and data in (TYPE_TISSUE, TYPE_COLOUR):
-        return TISSUE_2D if data == TYPE_TISSUE else "colour_doppler"
-    return "other"
-
-
-def dicom_frame_times(header: Any, n_frames: int) -> tuple[tuple[float, ...] | None, str, tuple[str, ...]]:
-    """Return the start of each frame in ms from 0, where it comes from, and flags.
-
-    Order of trust: FrameTimeVector, FrameTime, CineRate, RecommendedDisplayFrameRate. Sources whose mean steps differ by more
-    than a tenth flag `frame_time_conflict`; without any source the times are None, flagged `frame_time_unknown`.
-
-    Args:
-        header: pydicom data set.
-        n_frames: Frames of the file.
-
-    Returns:
-        Times or None; `vector`, `frame_time`, `cine_rate`, `recommended` or `unknown`; flags.
-    """
-    steps: dict[str, float] = {}
-    vector = numbers(header, "FrameTimeVector")
-    if len(vector) == n_frames > 1 and min(vector[1:]) > 0:
-        steps["vector"] = sum(vector[1:]) / (n_frames - 1)
-    if (step := number(header, "FrameTime", 0.0)) > 0:
-        steps["frame_time"] = step
-    for name, keyword in (("cine_rate", "CineRate"), ("recommended", "RecommendedDisplayFrameRate")):
-        if (rate := number(header, keyword, 0.0)) > 0:
-            steps[name] = 1000 / rate
-    if not steps:
-        return None, "unknown", ("frame_time_unknown",)
-    source, step = next(iter(steps.items()))
-    flags = ("frame_time_conflict",) if max(steps.values()) > (1 + CONFLICT) * min(steps.values()) else ()
-    if source == "vector":
-        times = np.cumsum([0.0, *vector[1:]])
-    else:
-        times = np.arange(n_frames) * step
-    return tuple(float(f"{time:.9g}") for time in times), source, flags
-
-
 def frames_at(times_ms: Sequence[float], fps: float, *, start_ms: float = 0.0, count: int | None = None) -> np.ndarray:
     """Return which frames show a clip at a rate: for each wanted time the frame nearest to it, the earlier one of two.
 
@@ -211,13 +130,13 @@ def _read(path: Path, part: Mapping[str, Any] | None) -> tuple[RawPlanar, list[R
 
 def _dicom(path: Path, part: Mapping[str, Any] | None) -> tuple[RawPlanar, list[Region]]:
     pixels = read_planar_dicom(path, part, modalities=MODALITIES, domain="ultrasound")
-    header = pixels.header
+    header = read_planar_header(path)
     array, flags = narrow(pixels.frames)
     raw = RawPlanar(array, kind="clip", valid=pixels.valid, modality="US", flags=[*pixels.flags, *flags])
     if len(array) == 1:
         raw.array, raw.kind = array[0], "image"
     else:
-        times, raw.facts["fps_source"], time_flags = dicom_frame_times(header, pixels.n_frames)
+        times, raw.facts["fps_source"], time_flags = frame_times(header, pixels.n_frames)
         raw.flags += time_flags
         if times is not None:
             chosen = [
@@ -226,15 +145,11 @@ def _dicom(path: Path, part: Mapping[str, Any] | None) -> tuple[RawPlanar, list[
                 for index in range(start, stop)
             ]
             raw.frame_times_ms = tuple(float(f"{time - chosen[0]:.9g}") for time in chosen)
-    rate = number(header, "HeartRate", 0.0)
-    if 20 <= rate <= 400:
-        raw.facts["heart_rate"] = float(rate)
+    if (rate := heart_rate(header)) is not None:
+        raw.facts["heart_rate"] = rate
     regions = us_regions(header)
     raw.facts["n_regions"] = float(len(regions))
-    height, width = raw.array.shape[-2:]
-    # One pixel is forgiven: some machines write the corner after the last one.
-    if any(region.box[1] > height + 1 or region.box[3] > width + 1 for region in regions):
-        # The picture was cut or shrunk after the machine wrote it: boxes and scale are those of another picture.
+    if not regions_fit(regions, *raw.array.shape[-2:]):
         raw.flag("region_outside")
         return raw, []
     return raw, regions
@@ -245,9 +160,7 @@ def _finish(raw: RawPlanar, regions: list[Region], *, sector: bool, keep_colour:
     tissue = [region for region in regions if region.kind == TISSUE_2D]
     if regions and not tissue:
         raise ImageError("no_tissue", "ultrasound regions without a two-dimensional tissue image; leave it out")
-    scales = {region.spacing_mm for region in tissue}
-    if len(scales) == 1:
-        raw.spacing_mm = scales.pop()
+    raw.spacing_mm = region_spacing(regions)
     frames = raw.array if raw.kind == "clip" else raw.array[None]
     box = region_mask(regions, frames.shape[-2:]) if regions else None
     coloured = coloured_pixels(frames, box) if frames.shape[1] == 3 and not equal_channels(frames) else None

@@ -21,6 +21,7 @@ from medssl.archive.file_headers import HEAD_BYTES, sniff
 from medssl.domains.dicom_volume import read_dicom
 from medssl.domains.itk_files import read_itk
 from medssl.domains.nifti_files import read_nifti
+from medssl.domains.planar import os_fault
 from medssl.domains.volume_stack import RawVolume, Stack, size_text
 from medssl.errors import GeometryError, ImageError
 
@@ -119,18 +120,15 @@ def _read(files: Sequence[Path], part: Mapping[str, Any] | None, philips_scaling
             return read_nifti(files[0], kind, head, volume)
         if kind in ("nrrd", "metaimage"):
             return read_itk(files[0], kind, head, volume)
+    except MemoryError as err:
+        raise ImageError("unsupported_pixels", "the volume does not fit into memory; leave it out") from err
     except OSError as err:
         if isinstance(err, gzip.BadGzipFile):
             raise ImageError("truncated", "damaged gzip stream; copy the file again from its source") from err
-        raise _os_error(err) from err
+        raise os_fault(err) from err
     except (EOFError, zlib.error) as err:
         raise ImageError("truncated", "the gzip stream ends early; copy the file again from its source") from err
     if kind == "empty":
         raise ImageError("empty", "the file has no bytes; copy it again from its source")
     reason = "not_image" if kind in ("other", "sidecar", "dicomdir") else "unsupported_format"
     raise ImageError(reason, "not a volume file; NIfTI, NRRD, MetaImage and DICOM series are accepted")
-
-
-def _os_error(err: OSError) -> ImageError:
-    reason = {FileNotFoundError: "vanished", PermissionError: "permission"}.get(type(err), "io_error")
-    return ImageError(reason, f"a file could not be read ({err.strerror}); check that it is there and readable")

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from medssl.archive.attributes import laterality, view
+from medssl.archive.dicom_extras import read_planar_header
+from medssl.archive.image_scale import planar_spacing
 from medssl.domains.base import named
-from medssl.domains.dicom_planar import planar_spacing, read_planar_dicom, text
+from medssl.domains.dicom_planar import read_planar_dicom
 from medssl.domains.image_files import read_image_file
 from medssl.domains.planar import (
     RawPlanar,
@@ -35,12 +38,6 @@ STRAY = 0.02
 """Share of a line's pixels that may leave it: a marker, dust, a dead column."""
 MIN_KEPT = 0.25
 """Smallest share of the image that a collimation box may have; a smaller one is a mistake and not used."""
-VIEWS = {
-    "AP": "ap", "PA": "pa", "LL": "lateral", "RL": "lateral", "LAT": "lateral", "LATERAL": "lateral", "LLD": "other",
-    "RLD": "other", "LLO": "oblique", "RLO": "oblique", "OBL": "oblique", "OBLIQUE": "oblique", "LAO": "oblique",
-    "RAO": "oblique", "LPO": "oblique", "RPO": "oblique",
-}  # fmt: skip
-LATERALITIES = {"L": "left", "R": "right", "B": "both"}
 
 
 class XRay:
@@ -109,25 +106,19 @@ def _dicom(path: Path, part: Mapping[str, Any] | None, voi: bool) -> RawPlanar:
     if pixels.frames.shape[1] != 1:
         raise ImageError("not_scalar", "a colour image; a radiograph is grey; leave it out")
     array, flags = narrow(pixels.frames[0])
-    header = pixels.header
-    modality = text(header, "Modality")
+    header = read_planar_header(path)
     spacing, source = planar_spacing(header)
-    raw = RawPlanar(array, spacing_mm=spacing, valid=pixels.valid, modality=modality or "unknown", flags=[*pixels.flags, *flags])
+    raw = RawPlanar(array, spacing_mm=spacing, valid=pixels.valid, modality=pixels.modality, flags=[*pixels.flags, *flags])
     finite(raw)
     raw.facts = {
-        "view": view_of(text(header, "ViewPosition")),
-        "laterality": LATERALITIES.get(text(header, "ImageLaterality") or text(header, "Laterality"), "unknown"),
+        "view": view(str(header.get("view_position") or "").upper()),
+        "laterality": laterality(header),
         "inverted": pixels.inverted,
         "spacing_source": source,
     }
     if pixels.window is not None:
         raw.facts["window_low"], raw.facts["window_high"] = pixels.window
     return raw
-
-
-def view_of(position: str) -> str:
-    """Return `ap`, `pa`, `lateral`, `oblique`, `other` or `unknown` for a ViewPosition."""
-    return VIEWS.get(position, "other" if position else "unknown")
 
 
 def _mark_border(raw: RawPlanar) -> None:

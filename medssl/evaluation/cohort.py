@@ -10,7 +10,8 @@ Four forms are read:
 
 An image is a file, or a folder that holds the slices of one DICOM series.
 
-File names can hold a patient's name, so cases are called by a digest of theirs; messages give the line of the table.
+File names can hold a patient's name, and whoever can guess a name can check it against a digest. So cases and patients are called
+by their place in the table; `private/cases.csv` beside the results says which they are, and messages give the line of the table.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,13 @@ class Case:
     """One volume of a cohort.
 
     Args:
-        id: Digest of the file's name below the table, 12 hex digits: stable, and free of what the name may say.
+        id: `case0001` for the first of the table.
         image: Image file, or the folder of a DICOM series.
         label: Label map; None where there is none, which only unscored test cases may have.
-        patient: Patient key as the table gives it, or the file name without suffix: one patient per file.
+        patient: Patient key as the table gives it, or the file name without suffix: one patient per file. It stays inside.
         split: `train`, `val` or `test`.
         rank: Place in the few-label order, from 1; None when the table gives no order.
+        patient_id: `patient0001` for the first patient of the table.
     """
 
     id: str
@@ -61,6 +64,7 @@ class Case:
     patient: str
     split: str
     rank: int | None = None
+    patient_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,13 @@ class Cohort:
         name: Name of its folder or file.
         cases: In the order of the table.
         structures: Label value to name, without background; empty when the set names none.
+        card: Name, version, licence and hash of its data card; None when it has none.
     """
 
     name: str
     cases: tuple[Case, ...]
     structures: Mapping[int, str] = field(default_factory=dict)
+    card: Mapping[str, str] | None = None
 
     @classmethod
     def load(cls, path: Path | str) -> Cohort:
@@ -94,7 +100,7 @@ class Cohort:
         _check_unique(cases, path)
         _check_patients(cases, path)
         name = path.stem if path.is_file() else path.name
-        return cls(name=name, cases=tuple(cases), structures=structures)
+        return cls(name=name, cases=tuple(_numbered(cases)), structures=structures)
 
     def split(self, name: str) -> list[Case]:
         """Return the labelled cases of one side of the split; training cases in few-label order."""
@@ -118,15 +124,17 @@ class Cohort:
             )
         return cases if count is None else cases[:count]
 
-    def digest(self) -> str:
-        """Return a hex digest of ids, splits, patients and ranks: cohorts that differ share no table."""
-        rows = [f"{case.id}|{case.split}|{case.patient}|{case.rank}|{case.label is not None}" for case in self.cases]
-        return hashlib.blake2b("\n".join(rows).encode(), digest_size=16).hexdigest()
+    def digest(self, key: bytes) -> str:
+        """Return a keyed hex digest of images, splits, patients and ranks: cohorts that differ share no table.
 
-
-def case_id(file_name: str) -> str:
-    """Return the id of a case, 12 hex digits."""
-    return hashlib.blake2b(file_name.encode(), digest_size=6).hexdigest()
+        Args:
+            key: Secret of whoever holds the results: names could be guessed from a digest without one.
+        """
+        rows = [
+            f"{'/'.join(case.image.parts[-2:])}|{case.split}|{case.patient}|{case.rank}|{case.label is not None}"
+            for case in self.cases
+        ]
+        return hashlib.blake2b("\n".join(rows).encode("utf-8", "surrogateescape"), digest_size=16, key=key).hexdigest()
 
 
 def stem(file_name: str) -> str:
@@ -252,7 +260,7 @@ def _case(
     if rank and not rank.strip().isdigit():
         raise RequestError(f"{at}: few_label_rank is not a whole number; use 1, 2, 3 ... or leave it empty")
     return Case(
-        id=case_id(image.relative_to(table.parent).as_posix() if image.is_relative_to(table.parent) else image.name),
+        id="",
         image=image,
         label=label,
         patient=patient or stem(image.name),
@@ -303,12 +311,20 @@ def _structures(labels: Mapping[str, Any]) -> dict[int, str]:
     return {value: name for value, name in sorted(pairs) if value != 0}
 
 
+def _numbered(cases: list[Case]) -> list[Case]:
+    patients: dict[str, str] = {}
+    for case in cases:
+        patients.setdefault(case.patient, f"patient{len(patients) + 1:04d}")
+    return [replace(case, id=f"case{k:04d}", patient_id=patients[case.patient]) for k, case in enumerate(cases, start=1)]
+
+
 def _check_unique(cases: list[Case], path: Path) -> None:
-    seen: dict[str, int] = {}
+    seen: dict[Path, int] = {}
     for number, case in enumerate(cases, start=1):
-        if case.id in seen:
-            raise RequestError(f"cohort {path}: entries {seen[case.id]} and {number} are the same image file; list each image once")
-        seen[case.id] = number
+        image = Path(os.path.normpath(case.image))
+        if image in seen:
+            raise RequestError(f"cohort {path}: entries {seen[image]} and {number} are the same image file; list each image once")
+        seen[image] = number
 
 
 def _check_patients(cases: list[Case], path: Path) -> None:

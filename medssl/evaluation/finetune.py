@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from medssl.errors import RequestError, TrainingStopped, WeightsError
-from medssl.evaluation.cohort import Case, Cohort, case_id
+from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.metrics import dice, hd95_mm, mean_score
 from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, cut, whole_image
 from medssl.networks.segmentation import LoadReport, encoder_parameters, load_pretrained, set_head_prior
 from medssl.registry import lookup
 from medssl.seeding import counter_rng, derive_seed
-from medssl.weights import load_part, save_part, write_atomic
+from medssl.weights import load_part, save_part, write_atomic, write_private
 
 log = logging.getLogger(__name__)
 
@@ -339,7 +339,7 @@ def finetune(
         seconds=seconds,
         settings=asdict(settings),
     )
-    _write(run, result, out, weights)
+    _write(run, result, out, weights, data_cards(cohort, weights))
     return result
 
 
@@ -602,7 +602,7 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
         scores.append(
             CaseScore(
                 id=case.id,
-                patient=case_id(case.patient),
+                patient=case.patient_id,
                 dice={name: _plain(overlap[value]) for value, name in run.structures.items()},
                 hd95_mm={name: _plain(distance[value]) for value, name in run.structures.items()},
             )
@@ -611,8 +611,7 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
             pictures.append((volume, found, scores[-1].mean_dice))
         if run.settings.predictions:
             write_prediction(out / "predictions" / f"{case.id}.nii.gz", found, volume)
-    if run.settings.predictions:
-        write_case_names(out / "private" / "cases.csv", cases)
+    write_case_names(out / "private" / "cases.csv", cases)
     if pictures:
         write_figures(out / "figures" / "segmentation.npz", pictures, run.structures)
     return scores
@@ -638,10 +637,7 @@ def write_case_names(path: Path, cases: Sequence[Case]) -> None:
     writer = csv.writer(text)
     writer.writerow(["case", "image", "patient"])
     writer.writerows([case.id, case.image.name, case.patient] for case in cases)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.parent.chmod(0o700)
-    write_atomic(path, text.getvalue().encode())
-    path.chmod(0o600)
+    write_private(path, text.getvalue().encode())
 
 
 def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float]], structures: Mapping[int, str]) -> None:
@@ -683,7 +679,14 @@ def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float
     write_atomic(path, buffer.getvalue())
 
 
-def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | None) -> None:
+def data_cards(cohort: Cohort, weights: Pretrained | None) -> list[dict[str, Any]]:
+    """Return the cards of all that a fine-tuned network has seen: those of its pretraining, then the cohort's."""
+    cards = [] if weights is None else [dict(card) for card in weights.manifest.get("data_cards") or []]
+    known = {card["card_hash"] for card in cards}
+    return cards + ([dict(cohort.card)] if cohort.card is not None and cohort.card["card_hash"] not in known else [])
+
+
+def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | None, cards: list[dict[str, Any]]) -> None:
     manifest = {
         "encoder": dict(run.settings.encoder or {}),
         "library": f"monai.{type(run.network).__name__}",
@@ -697,6 +700,7 @@ def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | N
         "spacing_mm": run.settings.spacing_mm,
         "intensity": {"normalize": run.settings.normalize},
         "pretrained": None if weights is None else weights.manifest.get("weights_hash"),
+        "data_cards": cards,
     }
     save_part(out, "network", run.network.state_dict(), manifest)
     write_atomic(out / "results.json", json.dumps(result.to_json(), indent=1, allow_nan=False).encode())

@@ -7,6 +7,7 @@ folders: speed (a short budget for both arms) and quality (the plateau of scratc
     out/label_curve.json               what the cells have in common; a folder never mixes two settings
     out/cells/<arm>_n<labels>_s<seed>/ the folder of that run; its results.json comes last and says that it is done
     out/summary.json, out/table.md     rewritten after every cell
+    out/private/cohort.key             random; the digest of the cohort is of no use to whoever does not have it
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import logging
 import math
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,9 +27,9 @@ import numpy as np
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import FinetuneResult, FinetuneSettings, Pretrained, finetune, with_encoder
+from medssl.evaluation.finetune import FinetuneResult, FinetuneSettings, Pretrained, data_cards, finetune, with_encoder
 from medssl.evaluation.volumes import CaseReader
-from medssl.weights import write_atomic
+from medssl.weights import write_atomic, write_private
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +154,20 @@ def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[s
     path = out / "label_curve.json"
     weights = {arm: None if w is None else str(w.manifest.get("weights_hash")) for arm, w in arms.items()}
     values = json.loads(json.dumps(asdict(settings)))
-    shared = {"cohort": cohort.name, "cohort_digest": cohort.digest(), "settings": values, "weights": weights}
+    key_file = out / "private" / "cohort.key"
+    if path.is_file() and not key_file.is_file():
+        raise RequestError(
+            f"{out} holds cells of an earlier medssl, which called cases by another name; choose another folder, or remove this one"
+        )
+    key = folder_key(key_file)
+    cards = {arm: data_cards(cohort, w) for arm, w in arms.items()}
+    shared = {
+        "cohort": cohort.name,
+        "cohort_digest": cohort.digest(key),
+        "settings": values,
+        "weights": weights,
+        "data_cards": cards,
+    }
     if path.is_file():
         known = json.loads(path.read_text())
         faults = []
@@ -169,8 +184,16 @@ def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[s
                 "labels, seed and arm; choose another folder, or remove this one"
             )
         shared["weights"] = {**known["weights"], **weights}
+        shared["data_cards"] = {**known.get("data_cards", {}), **cards}
     write_atomic(path, json.dumps(shared, indent=1).encode())
     return shared
+
+
+def folder_key(path: Path) -> bytes:
+    """Return the key in a file that only its owner may read; make it when missing."""
+    if not path.is_file():
+        write_private(path, secrets.token_bytes(32))
+    return path.read_bytes()
 
 
 def read_cell(folder: Path) -> FinetuneResult | None:

@@ -20,6 +20,7 @@ from medssl.export.bundle_text import readme_text, weights_licence_text
 from medssl.export.manifest import Weights, domain_of, exported_manifest, normalization_of, spacing_of, window_of
 from medssl.export.verify import ExportReport, compare, load_stock, random_image, read_pt, require_equal, source_encoder, write_pt
 from medssl.layers.tokens import unflatten_tokens
+from medssl.weights import card_lines
 
 VERSION = "0.1.0"  # of the bundle's layout
 SCHEMA_URL = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -441,7 +442,7 @@ def metadata_schema() -> dict[str, Any]:
 def data_licence_text(manifest: dict[str, Any]) -> str:
     """Return `docs/data_license.txt`: which data cards stand behind the weights; no data are in the bundle."""
     cards = manifest.get("data_cards") or []
-    listed = "\n".join(f"- {card}" for card in (sorted(cards) if isinstance(cards, (list, dict)) else [cards]))
+    listed = "\n".join(f"- {line}" for line in [*card_lines(cards), *(note for card in cards for note in card.get("notes", []))])
     return (
         "This bundle holds no images and no labels. The weights were pretrained on the data sets behind these data cards:\n\n"
         f"{listed or '- none was recorded'}\n\n"

@@ -32,7 +32,7 @@ from medssl.report.headline import (
     scores_of,
     verdict,
 )
-from medssl.weights import write_atomic
+from medssl.weights import card_lines, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -408,6 +408,7 @@ def _what_ran(found: Leftovers) -> str:
         parts.append(absent("No run.json was found.", "<code>medssl pretrain</code> writes one; settings are unknown."))
     weights = _facts(found.manifest, _MANIFEST_KEYS)
     if weights:
+        weights += _data_cards(found.manifest)
         parts.append(table(["weights", ""], weights, numeric=False))
     settings = _finetuning(found)
     if settings:
@@ -418,6 +419,19 @@ def _what_ran(found: Leftovers) -> str:
         parts.append(table(["stage", "time"], rows, numeric=False))
     notes = "".join(f"<p>{text(note)}</p>" for note in found.notes)
     return f'<div class="columns">{"".join(parts)}</div>{notes}'
+
+
+def _data_cards(manifest: Json) -> list[tuple[str, str]]:
+    """Return (name, HTML) of the data cards that weights carry, and what their owner should know of them."""
+    named = manifest.get("data_cards")
+    cards = [card for card in named if isinstance(card, Mapping)] if isinstance(named, list) else []
+    try:
+        rows = [("data card", text(line)) for line in card_lines(cards)]
+    except KeyError:  # a manifest that somebody wrote by hand
+        return [("data card", "cannot be read")]
+    notes = [note for card in cards for note in card.get("notes") or []]
+    rows += [("note", f'<span class="warn">{text(note)}</span>') for note in notes]
+    return rows or [("data card", "none was named in the recipe")]
 
 
 def _facts(source: Json, known: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from medssl.archive import attributes as a
 from medssl.archive.dates import BANDS
 from medssl.archive.dicom_header import read_header
 from medssl.archive.dicom_tags import TAGS
+from medssl.archive.image_scale import FPS_SOURCES, SPACING_SOURCES, frame_step, planar_spacing
 from medssl.archive.reasons import FLAGS, PRIVACY_FLAGS
 from medssl.archive.roles import ROLES, role_of, sop_kind, sop_modality
 from medssl.archive.table import SERIES_COLUMNS
@@ -46,6 +47,8 @@ values = {
     "numbers": st.lists(st.floats(), max_size=3),
     "integer": st.integers(-10, 10**6),
     "binary": st.integers(0, 65535),
+    "double": st.floats(),
+    "single": st.floats(),
 }
 headers = st.fixed_dictionaries({}, optional={name: values[kind] for name, (_, kind) in TAGS.items()})
 
@@ -54,7 +57,7 @@ headers = st.fixed_dictionaries({}, optional={name: values[kind] for name, (_, k
 @given(headers, st.sampled_from(sorted(a.MODALITIES)))
 def test_attributes__stay_in_their_vocabularies_whatever_the_tags_hold(header: dict[str, Any], modality: str) -> None:
     closed(a.attributes([header], modality))
-    a.pixel_spacing_2d(header)
+    assert planar_spacing(header)[1] in SPACING_SOURCES and frame_step(header, 3)[0] in FPS_SOURCES
     a.twin_key(header, modality)
     assert role_of(header.get("image_type") or (), header.get("sop_class_uid") or "") in ROLES
 
@@ -124,14 +127,6 @@ def test_body_region__tag_before_text_and_several_at_once() -> None:
     assert a.body_region({"body_part": "QUUX"})["body_region"] == ("other",)
     assert a.body_region({"study_description": "Mr Armstrong"}) == {"body_region": (), "body_region_source": "unknown"}
     assert a.face_possible(()) is None and a.face_possible(("head",)) and not a.face_possible(("chest",))
-
-
-def test_pixel_spacing_2d__detector_is_divided_by_the_magnification() -> None:
-    assert a.pixel_spacing_2d({"detector_spacing": [0.2, 0.2], "magnification": 1.25}) == ((0.16, 0.16), "magnification")
-    assert a.pixel_spacing_2d({"detector_spacing": [0.2, 0.2], "pixel_spacing": [0.2, 0.2]}) == ((0.2, 0.2), "detector")
-    assert a.pixel_spacing_2d({"detector_spacing": [0.2, 0.2], "pixel_spacing": [0.15, 0.15]}) == ((0.15, 0.15), "calibration")
-    assert a.pixel_spacing_2d({"pixel_spacing": [0.15, 0.15]}) == ((0.15, 0.15), "header")
-    assert a.pixel_spacing_2d({"pixel_spacing": [0.0, 0.15]}) == (None, "unknown")
 
 
 def test_twin_key__shared_by_processing_and_presentation() -> None:

@@ -95,3 +95,15 @@ def test_damaged_and_hostile_containers__have_reasons(tmp_path: Path, monkeypatc
     assert summary.reasons["unreadable"] == 1 and summary.reasons["encrypted"] == 1 and summary.reasons["container_limit"] == 1
     assert summary.reasons["broken_link"] == 1 and summary.reasons["not_image"] == 1
     assert not list(tmp_path.parent.glob("outside.txt"))
+
+
+def test_unpacked_member__is_made_anew_when_its_container_has_changed(tmp_path: Path) -> None:
+    container, folder = tmp_path / "a.zip", tmp_path / "private" / "unpacked"
+    for content in (b"one", b"another"):
+        with zipfile.ZipFile(container, "w") as archive:
+            archive.writestr("x.dcm", content)
+        path = containers.unpack(f"{container}{containers.SEPARATOR}x.dcm", folder)
+        assert path.read_bytes() == content
+        assert containers.unpack(f"{container}{containers.SEPARATOR}x.dcm", folder) == path
+    containers.forget_unpacked(folder)
+    assert not folder.exists() and folder.parent.exists()

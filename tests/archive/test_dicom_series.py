@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medssl.archive.dicom_header import read_header
-from medssl.archive.dicom_series import slice_geometry, split_series
+from medssl.archive.dicom_series import _clusters, slice_geometry, split_series
 from medssl.archive.roles import role_of
 from tests.synthetic import LPS, oblique_affine, rotation
 
@@ -228,6 +228,31 @@ def test_split__orientation_and_size_apart() -> None:
     assert [len(group.indices) for group in groups] == [3, 4, 2, 1]
     assert groups[-1].geometry.faults == ("no_position",)
     assert sorted(i for group in groups for i in group.indices) == list(range(10))
+
+
+def test_clusters__as_numpys_allclose_against_every_first_member() -> None:
+    rng = np.random.default_rng(0)
+    orientations = rng.choice([0.0, 0.1, 0.102, 0.1021, 0.1042, 0.5, 0.5025], size=(200, 6))
+    slices = headers(np.zeros((200, 3)))
+    for header, orientation, spacing in zip(slices, orientations, rng.choice([0.7, 0.7021, 0.7055], size=(200, 2))):
+        header.update(
+            orientation=[*orientation[:2].tolist(), 0, 0, 1, 0], pixel_spacing=spacing.tolist(), rows=8 + int(rng.integers(2))
+        )
+    slices[7]["pixel_spacing"] = None
+    slices[9]["orientation"] = None
+    expected: list[list[int]] = []
+    for i, header in enumerate(slices):
+        for members in expected:
+            first = slices[members[0]]
+            if all((header[k] is None) == (first[k] is None) for k in ("orientation", "pixel_spacing")) and all(
+                np.allclose(first[k] or (), header[k] or (), rtol=1e-3, atol=2e-3) for k in ("orientation", "pixel_spacing", "rows")
+            ):
+                members.append(i)
+                break
+        else:
+            expected.append([i])
+    assert 20 < len(expected) < 120
+    assert _clusters(slices, range(200)) == expected
 
 
 @pytest.mark.parametrize(

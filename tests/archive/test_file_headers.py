@@ -95,7 +95,7 @@ def test_scan_of_cut_files__a_reason_never_an_exception(tmp_path: Path, cut: int
     paths += [write_itk(tmp_path / name, array, affine) for name in ("w.nrrd", "w.mha")]
     for path in paths:
         path.write_bytes(path.read_bytes()[:cut])
-        assert scan_file(str(path))[0]["reason"] in ("not_image", "truncated", "unreadable", "unsupported_format")
+        assert scan_file(str(path))[-1]["reason"] in ("not_image", "truncated", "unreadable", "unsupported_format")
 
 
 def test_scan_of_random_bytes__a_reason_never_an_exception(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import (
+    burned_in,
     common,
     crops,
     data_wait,
@@ -25,6 +27,7 @@ from benchmarks import (
     startup,
     store_size,
 )
+from tests.archive.test_burned_in import tissue
 
 TINY_VIT = ["--hidden", "48", "--layers", "2", "--heads", "2"]
 GPU_STEP = [
@@ -199,6 +202,26 @@ def test_index_scale__counts_what_it_indexed(tmp_path: Path) -> None:
     assert [(row["files"], row["scanned"]) for row in rows] == [(100, 100), (300, 300), (300, 3), (300, 300), (300, 300)]
     rows = play(index_scale.main, ["grouper", "--sizes", "300", "600"], tmp_path / "grouper")["rows"]
     assert [(row["files"], row["series"]) for row in rows] == [(300, 3), (600, 6)]
+
+
+def test_burned_in__fits_one_half_and_measures_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a", "b", "c", "d", "436a6348"]
+    made = [burned_in.Picture("X-ray", name, name, k < 2, tissue((120, 160), seed=k)) for k, name in enumerate(names)]
+    monkeypatch.setattr(burned_in, "_all", lambda data: iter(made))
+    monkeypatch.setattr(burned_in, "SIZES", (8, 16))
+    found = burned_in.main(["--fit"])
+    assert (found["images"], list(found["WEIGHTS"])) == (2, list(burned_in.FEATURES)) and found["text"] > 0
+    rows = by(play(burned_in.main, [], tmp_path)["rows"], "images")
+    assert (rows["X-ray, 16 px"]["with text"], rows["X-ray, 16 px"]["without"], rows["X-ray, 16 px"]["recall"]) == (2, 2, 1.0)
+    assert burned_in.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+def test_logistic__finds_the_weights_that_made_the_labels() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40_000, 2)) * [1.0, 3.0]
+    y = (rng.random(len(x)) < 1 / (1 + np.exp(-(1.5 * x[:, 0] - 0.5 * x[:, 1])))).astype(float)
+    weights, bias = burned_in.logistic(x, y, 1e-6)
+    assert weights == pytest.approx([1.5, -0.5], abs=0.06) and abs(bias) < 0.06
 
 
 def test_gpu_step__runs_on_a_cpu(tmp_path: Path) -> None:

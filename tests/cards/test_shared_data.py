@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medssl.archive.index import index
+from medssl.cards.build import draft_card
 from medssl.cards.check import check_card
 from medssl.cards.schema import load_card
 
@@ -86,6 +88,23 @@ COUNTED: dict[str, dict[str, Count]] = {
 def test_every_folder__has_a_card(shared_data: Path) -> None:
     folders = {path.name for path in shared_data.iterdir() if path.is_dir()}
     assert folders == {path.stem for path in CARDS} == set(COUNTED)
+
+
+@pytest.mark.data
+def test_draft_of_real_volumes__counted_again(shared_data: Path, tmp_path: Path) -> None:
+    """A card drafted from an index of the hippocampus set, against the table of splits and nibabel's headers."""
+    import nibabel
+
+    folder = shared_data / "msd_hippocampus"
+    index([folder / "images"], tmp_path / "index", splits=folder / "split.csv", modality="MR")
+    counts = draft_card(tmp_path / "index", "drafted").counts
+    assert counts is not None
+    rows = rows_of(folder / "split.csv")
+    assert counts.series_by["split"] == {name: sum(row["split"] == name for row in rows) for name in ("test", "train", "val")}
+    assert (counts.patients, counts.files) == (len(rows), len(list((folder / "images").glob("*.nii.gz"))))
+    shapes = np.array([nibabel.load(path).shape for path in (folder / "images").glob("*.nii.gz")])  # type: ignore[attr-defined]
+    for axis in range(3):
+        assert counts.quartiles["mri"][f"size_{axis + 1}"] == tuple(np.percentile(shapes[:, axis], (25, 50, 75)))
 
 
 @pytest.mark.data

@@ -189,3 +189,16 @@ def test_labels__through_the_command_line(archive: Path, tmp_path: Path, capsys:
     assert not any(word in out + err for word in ("ACC0", "ACC9", "DOE"))
     with open(tmp_path / "o.csv", newline="") as handle:
         assert list(csv.DictReader(handle)) == [{"series_id": series[3], "grade": "2"}]
+
+
+def test_index_pixels__says_what_was_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_scans(tmp_path / "src", range(3))  # one image, brighter by one each
+    status, out, _ = medssl(capsys, "index", tmp_path / "src", "--out", tmp_path / "out", "--pixels", "--json")
+    found = json.loads(out)["pixels"]
+    assert status == 0 and (found["looked_at"], found["series"], found["read"], found["failed"]) == (3, 3, 3, {})
+    assert found["near_duplicates"] == {"groups": 1, "series": 3, "groups_of_several_patients": 1}
+    _, out, _ = medssl(capsys, "index", tmp_path / "src", "--out", tmp_path / "out", "--pixels")
+    assert "0 series looked at now; the pixels of 3 of 3 are known" in out
+    assert "1 groups of near-duplicates with 3 series; 1 of them hold several patients" in out
+    _, out, _ = medssl(capsys, "index", tmp_path / "src", "--out", tmp_path / "out", "--json")
+    assert "pixels" not in json.loads(out) and json.loads((tmp_path / "out" / "summary.json").read_text())["pixels"]["read"] == 3

@@ -48,6 +48,43 @@ def test_check__lists_every_difference_and_exits_1(archive: Path, tmp_path: Path
     ]
 
 
+def test_build__takes_the_name_of_the_file_and_says_what_belongs_where(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = tmp_path / "mine.yaml"
+    status, out, _ = medssl(capsys, "card", "build", archive, "--k", 21, "--out", card)
+    assert status == 0 and "fewer than 21 patients, so every count is hidden; a set that is public anyway" in out
+    lines = card.read_text().splitlines()
+    assert "name: mine" in lines
+    assert "  review: ???  # Ethics committee or its waiver" in lines
+    assert all("#" in line for line in lines if line.endswith("???") and ":" in line)
+    status, _, err = medssl(capsys, "card", "build", archive, "--out", tmp_path / "Not Good.yaml")
+    assert status == 2 and "name: lower-case letters, digits" in err
+
+
+def test_where__is_the_part_of_the_index_that_a_card_is_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row(i, i, modality="CT", domain="ct", site="a" if i < 12 else "b") for i in range(20)]
+    archive, card = write_index(tmp_path / "index", rows), tmp_path / "a.yaml"
+    assert medssl(capsys, "card", "build", archive, "--k", 2, "--where", "site = 'a'", "--out", card)[0] == 0
+    card.write_text(card.read_text().replace("???", "said"))
+    assert "  patients: 12" in card.read_text().splitlines()
+    assert medssl(capsys, "card", "check", card, "--archive", archive, "--where", "site = 'a'")[0] == 0
+    status, out, _ = medssl(capsys, "card", "check", card, "--archive", archive)
+    assert status == 1 and "counts.patients: the card says 12, found 20" in out
+    status, _, err = medssl(capsys, "card", "check", card, "--where", "site = 'a'")
+    assert status == 2 and "give --archive too" in err
+    status, _, err = medssl(capsys, "card", "check", card, "--archive", archive, "--where", "site = 'c'")
+    assert status == 2 and "has no usable series where site = 'c'" in err
+
+
+def test_render__says_that_a_card_is_a_draft(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = tmp_path / "ours.yaml"
+    _, out, _ = medssl(capsys, "card", "build", archive, "--k", 5, "--out", card, "--json")
+    left = json.loads(out)["open_fields"]
+    status, out, _ = medssl(capsys, "card", "render", card, "--to", "markdown", "--out", tmp_path / "a.md")
+    assert status == 0 and out.endswith(f"the card is a draft, {len(left)} fields still say ???\n")
+
+
 def test_invalid_card__exits_2_with_all_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.yaml").write_text("name: bad\ntitel: x\nlicence: {id: MIT, basis: owner}\n")
     status, out, err = medssl(capsys, "card", "check", tmp_path / "bad.yaml")

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medssl.archive.dicom_extras import read_planar_header
+from medssl.archive.image_scale import frame_step, frame_times
 from medssl.domains.planar import luma
-from medssl.domains.ultrasound import Ultrasound, dicom_frame_times, frames_at
+from medssl.domains.ultrasound import Ultrasound, frames_at
 from medssl.errors import ImageError, RequestError
 from medssl.types import Sample
 from tests.synthetic_planar import fan, us_loop, us_region, write_gif, write_planar_dicom, write_video
@@ -38,14 +40,13 @@ def loop(tmp_path: Path, frames: np.ndarray | None = None, **extra: Any) -> Path
         ({"FrameTime": 0, "CineRate": 0}, None, "unknown", ("frame_time_unknown",)),
     ],
 )
-def test_frame_times__order_of_trust(tags: dict[str, Any], step: float | None, source: str, flags: tuple[str, ...]) -> None:
-    import pydicom
-
-    header = pydicom.Dataset()
-    for keyword, value in tags.items():
-        setattr(header, keyword, value)
-    times, found, flagged = dicom_frame_times(header, 4)
+def test_frame_times__order_of_trust(
+    tmp_path: Path, tags: dict[str, Any], step: float | None, source: str, flags: tuple[str, ...]
+) -> None:
+    header = read_planar_header(loop(tmp_path, us_loop(4), **tags))
+    times, found, flagged = frame_times(header, 4)
     assert (found, flagged) == (source, flags)
+    assert frame_step(header, 4)[1] == (None if step is None else pytest.approx(step))
     if step is None:
         assert times is None
     else:

@@ -146,7 +146,9 @@ def test_modality_lut__equals_pydicom(tmp_path: Path) -> None:
     ("extra", "spacing", "source"),
     [
         ({}, None, "unknown"),
-        ({"PixelSpacing": [0.2, 0.3], "ImagerPixelSpacing": [0.1, 0.1]}, (0.2, 0.3), "header"),
+        ({"PixelSpacing": [0.2, 0.3], "ImagerPixelSpacing": [0.1, 0.1]}, (0.2, 0.3), "calibration"),
+        ({"PixelSpacing": [0.2, 0.3]}, (0.2, 0.3), "header"),
+        ({"PixelSpacing": [0.1, 0.1], "ImagerPixelSpacing": [0.1, 0.1]}, (0.1, 0.1), "detector"),
         ({"PixelSpacing": [0.2, 0.3], "PixelSpacingCalibrationType": "FIDUCIAL"}, (0.2, 0.3), "calibration"),
         ({"ImagerPixelSpacing": [0.15, 0.15]}, (0.15, 0.15), "detector"),
         ({"ImagerPixelSpacing": [0.15, 0.3], "EstimatedRadiographicMagnificationFactor": 1.5}, (0.1, 0.2), "magnification"),

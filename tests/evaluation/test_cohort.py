@@ -33,12 +33,11 @@ def test_folder__few_labels_follow_the_rank_not_the_table(tmp_path: Path) -> Non
         cohort.first(5)
 
 
-def test_ids__say_nothing_of_the_file_name_and_are_stable(tmp_path: Path) -> None:
-    cohort = Cohort.load(folder(tmp_path, ["DOE_JOHN.nii.gz,train,1,DOE", "x.nii.gz,test,,y"]))
-    assert len(cohort.cases[0].id) == 12
-    assert "DOE" not in cohort.cases[0].id
-    assert cohort.cases[0].id == Cohort.load(tmp_path).cases[0].id
-    assert cohort.cases[0].id != cohort.cases[1].id
+def test_ids__are_places_in_the_table_and_say_nothing_of_names(tmp_path: Path) -> None:
+    lines = ["DOE_JOHN.nii.gz,train,1,DOE", "x.nii.gz,test,,y", "DOE_2.nii.gz,train,,DOE"]
+    cohort = Cohort.load(folder(tmp_path, lines))
+    assert [case.id for case in cohort.cases] == ["case0001", "case0002", "case0003"]
+    assert [case.patient_id for case in cohort.cases] == ["patient0001", "patient0002", "patient0001"]
 
 
 def test_folder__takes_dicom_folders_label_names_and_unlabelled_test_cases(tmp_path: Path) -> None:
@@ -137,11 +136,16 @@ def test_missing_things__are_named_without_file_names(tmp_path: Path) -> None:
         Cohort.load(path / "notes.txt")
 
 
-def test_digest__changes_with_split_and_rank(tmp_path: Path) -> None:
-    one = Cohort.load(folder(tmp_path, ["a.nii,train,1,p", "b.nii,train,2,q"])).digest()
-    two = Cohort.load(folder(tmp_path, ["a.nii,train,2,p", "b.nii,train,1,q"])).digest()
-    three = Cohort.load(folder(tmp_path, ["a.nii,train,1,p", "b.nii,test,,q"])).digest()
-    assert len({one, two, three}) == 3
+def test_digest__changes_with_name_split_and_rank_and_with_the_key(tmp_path: Path) -> None:
+    tables = (
+        ["a.nii,train,1,p", "b.nii,train,2,q"],
+        ["a.nii,train,2,p", "b.nii,train,1,q"],
+        ["a.nii,train,1,p", "b.nii,test,,q"],
+        ["a.nii,train,1,p", "c.nii,train,2,q"],
+    )
+    found = {Cohort.load(folder(tmp_path, table)).digest(b"key") for table in tables}
+    cohort = Cohort.load(folder(tmp_path, tables[0]))
+    assert len(found) == 4 and cohort.digest(b"key") in found and cohort.digest(b"another") not in found
 
 
 def test_stem__takes_nii_gz_as_one_suffix() -> None:

@@ -156,6 +156,12 @@ def test_folder__never_mixes_settings_cohorts_or_weights(cohort: Cohort, tmp_pat
         claim(tmp_path, cohort, SETTINGS, {"ours": pretrained(seed=6)})
     with pytest.raises(RequestError, match="another cohort or split"):
         claim(tmp_path, Cohort("x", cohort.cases[:2]), SETTINGS, {"scratch": None})
+    key = tmp_path / "private" / "cohort.key"
+    assert key.stat().st_mode & 0o777 == 0o600 and key.parent.stat().st_mode & 0o777 == 0o700 and len(key.read_bytes()) == 32
+    key.unlink()
+    for _ in range(2):  # no new key is made for digests that it does not fit
+        with pytest.raises(RequestError, match="cells of an earlier medssl"):
+            claim(tmp_path, cohort, SETTINGS, {"scratch": None})
 
 
 def test_folder__of_scratch_cells_alone_takes_another_way_of_transfer(cohort: Cohort, tmp_path: Path) -> None:

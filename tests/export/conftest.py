@@ -18,7 +18,7 @@ FACTS = {
     "spacing_source": "views",
     "domains": ["mri"],
     "licence": "Apache-2.0",
-    "data_cards": ["0f1e2d3c"],
+    "data_cards": [{"name": "ours", "version": "3", "licence": "MIT", "card_hash": "0f1e2d3c" * 8, "notes": []}],
     "seed": 7,
     "run": {"note": "stays in the run folder"},
 }

@@ -13,6 +13,7 @@ import os
 import sys
 from typing import Any
 
+MARK = "\x1e"
 HEAVY = {
     "index": ("duckdb", "numpy", "medssl.archive.index"),
     "pretrain": ("medssl.api", "monai.networks.nets", "medssl.objectives.mae_cnn"),
@@ -69,6 +70,9 @@ def main(path: str) -> None:
     with open(path) as handle:
         steps = json.load(handle)
     for step in steps:
+        for stream in (sys.stdout, sys.stderr):  # what comes now belongs to this step
+            stream.write(MARK)
+            stream.flush()
         status = run_and_kill(step) if "kill" in step else run(step)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -29,9 +29,11 @@ from typing import Any
 import numpy as np
 
 UID_ROOT = "1.2.826.0.1.3680043.8.498.77344120916"
+PERSON = "Thistlewaite"
+"""A name that stands in fields for names of persons only, never in a path or an id: not even `private/` has a use for it."""
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "names": ("Quillfeather", "Zebediah", "Grünschnabel", "Quillfeather^Zebediah"),
+    "names": ("Quillfeather", "Zebediah", "Grünschnabel", "Quillfeather^Zebediah", PERSON),
     "geographic": ("Wexcombe Hollow", "90417-6620"),
     "dates": ("19570312", "20190817", "134237.518", "20190817134237"),
     "telephone": ("617-555-0148",),
@@ -52,7 +54,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 """Kind -> strings; each is long enough not to occur by chance, also in base64 and in compressed data."""
 
-ALL = " ".join(text for texts in KINDS.values() for text in texts)
+ALL = " ".join(text for texts in KINDS.values() for text in texts if text != PERSON)
 
 DATE_FORMATS = (
     "%Y-%m-%d", "%Y.%m.%d", "%Y/%m/%d", "%Y_%m_%d", "%Y %m %d", "%d.%m.%Y", "%d-%m-%Y", "%d/%m/%Y", "%m/%d/%Y", "%m-%d-%Y", "%d%m%Y",
@@ -274,13 +276,13 @@ SHAPE = (28, 24, 12)
 TEXT_TAGS: dict[str, Any] = {
     "PatientBirthDate": "19570312", "StudyDate": "20190817", "SeriesDate": "20190817", "AcquisitionDate": "20190817",
     "ContentDate": "20190817", "StudyTime": "134237.518", "AcquisitionTime": "134237.518", "AcquisitionDateTime": "20190817134237.518",
-    "InstanceCreationDate": "20190817", "PatientAge": "062Y", "OtherPatientNames": "Grünschnabel^Zebediah", "PatientBirthName": "Quillfeather",
+    "InstanceCreationDate": "20190817", "PatientAge": "062Y", "OtherPatientNames": f"Grünschnabel^{PERSON}", "PatientBirthName": PERSON,
     "PatientMotherBirthName": "Grünschnabel", "OtherPatientIDs": "904-71-3358", "IssuerOfPatientID": "Wexcombe Hollow",
     "PatientAddress": "17 Wexcombe Hollow 90417-6620", "PatientTelephoneNumbers": "617-555-0148", "InstitutionName": "Wexcombe Hollow",
     "InstitutionAddress": "Wexcombe Hollow 90417-6620 fax 617-555-0193", "InstitutionalDepartmentName": "Wexcombe Hollow",
     "StationName": "198.51.100.77", "AccessionNumber": "ACCN201955217", "StudyID": "StudyIdent-5519Q", "StudyDescription": "MR Quillfeather",
     "SeriesDescription": "T1 Quillfeather head MRN83641957", "ProtocolName": "Quillfeather brain 1957-03-12", "BodyPartExamined": "ZEBEDIAH HEAD",
-    "ReferringPhysicianName": "Quillfeather^Doctor", "PerformingPhysicianName": "Grünschnabel", "OperatorsName": "Zebediah",
+    "ReferringPhysicianName": f"{PERSON}^Doctor", "PerformingPhysicianName": "Grünschnabel", "OperatorsName": "Zebediah",
     "PhysiciansOfRecord": "Quillfeather", "NameOfPhysiciansReadingStudy": "Quillfeather", "RequestingPhysician": "Quillfeather",
     "PatientComments": "call 617-555-0148 or zq.feather@wexmail.example, licence LICMD-448120, car VIN1HGQF82633A",
     "ImageComments": "see https://wexrecords.example/zq and portrait_zq_8841.jpg", "AdditionalPatientHistory": ALL[:1000],
@@ -309,7 +311,7 @@ def identifiers() -> Any:
         for keyword, value in TEXT_TAGS.items():
             setattr(ds, keyword, value)
         item, plan, nested = Dataset(), Dataset(), Dataset()
-        item.PatientID, item.IssuerOfPatientID, item.PatientName = "MRN83641957", "904-71-3358", "Quillfeather^Zebediah"
+        item.PatientID, item.IssuerOfPatientID, item.PatientName = "MRN83641957", "904-71-3358", PERSON
         plan.CodeValue, plan.CodeMeaning = "HPBN-5520-9917", "HPBN-5520-9917"
         nested.PatientName, nested.StudyDate = "Quillfeather^Zebediah", "20190817"
         ds.OtherPatientIDsSequence, ds.PatientInsurancePlanCodeSequence = [item], [plan]
@@ -349,7 +351,7 @@ def write_dicom(
         affine,
         modality=modality,
         patient_id=patient,
-        patient_name="Quillfeather^Zebediah",
+        patient_name=f"Quillfeather^Zebediah {PERSON}",
         uid_seed=f"{seed}",
         syntax=syntax,
     )
@@ -371,7 +373,7 @@ def nifti_bytes(seed: int) -> bytes:
     header.set_xyzt_units("mm", "sec")
     header.set_sform(affine, code=1)
     header.set_qform(affine, code=1, strip_shears=True)
-    header["descrip"], header["aux_file"] = b"Quillfeather^Zebediah 1957-03-12 MRN83641957", b"portrait_zq_8841"
+    header["descrip"], header["aux_file"] = f"Quillfeather^{PERSON} 1957-03-12 MRN83641957".encode(), b"portrait_zq_8841"
     header["intent_name"], header["db_name"], header["data_type"] = b"904-71-3358", b"ACCN201955217", b"19570312"
     blocks = b""
     for code, content in ((6, ALL.encode()), (2, ALL.encode("utf-16-le"))):
@@ -397,7 +399,7 @@ def nrrd_bytes(seed: int, sizes: str | None = None) -> bytes:
     lines = [
         "NRRD0005", "# Quillfeather^Zebediah 904-71-3358", "type: short", "dimension: 3", "space: right-anterior-superior",
         f"sizes: {sizes or ' '.join(map(str, SHAPE))}", "space directions: (1.5,0,0) (0,1.5,0) (0,0,2.5)", "space origin: (1,2,3)",
-        "encoding: raw", "endian: little", "content: Quillfeather", "PatientName:=Quillfeather^Zebediah", f"note:={ALL}", "", "",
+        "encoding: raw", "endian: little", "content: Quillfeather", f"PatientName:=Quillfeather^{PERSON}", f"note:={ALL}", "", "",
     ]  # fmt: skip
     return "\n".join(lines).encode() + array.tobytes(order="F")
 
@@ -407,7 +409,7 @@ def mha_bytes(seed: int, size: str | None = None) -> bytes:
 
     array, _ = oblique_volume(SHAPE, seed=seed)
     lines = [
-        "ObjectType = Image", "NDims = 3", "Comment = Quillfeather^Zebediah 19570312", "Name = Quillfeather", f"PatientNote = {ALL}",
+        "ObjectType = Image", "NDims = 3", f"Comment = Quillfeather^{PERSON} 19570312", "Name = Quillfeather", f"PatientNote = {ALL}",
         "PatientID = MRN83641957",
         "BinaryData = True", "BinaryDataByteOrderMSB = False", "CompressedData = False", "TransformMatrix = 1 0 0 0 1 0 0 0 1",
         "Offset = 1 2 3", "ElementSpacing = 1.5 1.5 2.5", f"DimSize = {size or ' '.join(map(str, SHAPE))}", "ElementType = MET_SHORT",
@@ -442,14 +444,28 @@ def _write_archive(root: Path, n: int) -> Path:
         "Modality": "MR",
         "Manufacturer": "Quillfeather",
         "SeriesDescription": ALL,
-        "PatientName": "Grünschnabel",
+        "PatientName": f"Grünschnabel^{PERSON}",
         "PatientBirthDate": "1957-03-12",
     }
     (person / "Quillfeather_Zebediah_0.json").write_text(json.dumps(sidecar))
     (person / "Zebediah.nrrd").write_bytes(nrrd_bytes(30))
     (person / "Zebediah.mha").write_bytes(mha_bytes(31))
+    write_video(person / "Zebediah_Quillfeather.avi")
+    write_dicomdir(source / "DICOMDIR")
     write_odd(person / "Zebediah_odd")
     (root / "split.csv").write_text("\n".join(rows) + "\n")
+    return source
+
+
+def write_small(root: Path) -> Path:
+    """Write a tree with a few images only, and `split.csv` beside it."""
+    source = root / "Quillfeather_Zebediah"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_dicom(source / "MRN83641957" / "20190817", seed=1)
+    (source / "Zebediah_0.nii.gz").write_bytes(zipped(nifti_bytes(10), "Zebediah_0.nii"))
+    (source / "Quillfeather.txt").write_text(ALL)
+    (root / "split.csv").write_text("file,split,patient\nZebediah_0.nii.gz,train,MRN83641957_0\n")
     return source
 
 
@@ -513,6 +529,38 @@ def write_odd(folder: Path) -> None:
     (folder / "loop_Quillfeather").symlink_to(folder)
     with open(bytes(folder) + b"/Gr\xfcnschnabel.nii", "wb") as stream:
         stream.write(nifti_bytes(45))
+
+
+def write_video(path: Path) -> None:
+    """Write a clip whose name and title are a patient's, where PyAV is there to write it."""
+    try:
+        import av
+    except ImportError:
+        return
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = container.metadata["artist"] = f"Quillfeather {PERSON} 1957-03-12"
+        stream = container.add_stream("mjpeg", rate=25, options={"threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for k in range(6):
+            grey = ((np.arange(48 * 64).reshape(48, 64) + 9 * k) % 251).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.repeat(grey[..., None], 3, axis=2), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_dicomdir(path: Path) -> None:
+    """Write the table of contents of a disc: a patient, by name, and nothing else."""
+    import pydicom
+    from pydicom.dataset import Dataset, FileMetaDataset
+
+    ds, record = Dataset(), Dataset()
+    record.DirectoryRecordType, record.PatientID, record.PatientName = "PATIENT", "MRN83641957", f"Quillfeather^{PERSON}"
+    record.PatientBirthDate, record.OffsetOfTheNextDirectoryRecord, record.RecordInUseFlag = "19570312", 0, 0xFFFF
+    record.OffsetOfReferencedLowerLevelDirectoryEntity = 0
+    ds.FileSetID, ds.DirectoryRecordSequence = "QUILLFEATHER", [record]
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = "1.2.840.10008.1.3.10", f"{UID_ROOT}.77"
+    ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
+    pydicom.dcmwrite(path, ds, enforce_file_format=True)
 
 
 def spliced(ds: Any, keyword: str, value: bytes) -> bytes:

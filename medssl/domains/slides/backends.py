@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from medssl.archive.slide_headers import PLANAR_PIXELS, open_tiff, picture_size, tiff_slide, unreadable
+from medssl.archive.slide_headers import PLANAR_PIXELS, TIFF_MAGIC, open_tiff, picture_size, tiff_slide, unreadable
+from medssl.archive.tiff_structure import check_structure
 from medssl.errors import ImageError, RequestError
 
 BACKENDS = ("openslide", "tifffile", "pillow")
@@ -265,6 +266,8 @@ def open_backend(path: Path, name: str, cache: Any = None) -> Backend:
         raise ImageError(reason, f"the slide could not be read ({err.strerror}); check that it is there and readable") from err
     if not head:
         raise ImageError("empty", "the file has no bytes; copy it again from its source")
+    if head.startswith(TIFF_MAGIC):
+        check_structure(path)
     if name == "openslide":
         return OpenSlideBackend(path, cache)
     if name == "tifffile":
@@ -283,7 +286,7 @@ def _choose(path: Path, head: bytes, cache: Any) -> Backend:
         found = OpenSlideBackend(path, cache)
     except ImageError as err:
         first = err
-    tiff = head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    tiff = head.startswith(TIFF_MAGIC)
     if tiff and (found is None or (found.form == "generic-tiff" and len(found.dimensions) == 1)):
         try:
             other = TiffBackend(path)

@@ -44,4 +44,15 @@ def arm(event: str, text: str, count: int) -> None:
     END_AT.update(event=event, text=text, count=count)
 
 
+def rename_machine(name: str) -> None:
+    """Give this machine a name that can be searched for."""
+    import socket
+
+    real = os.uname()
+    socket.gethostname = lambda: name
+    os.uname = lambda: type(real)((real.sysname, name, real.release, real.version, real.machine))
+
+
 sys.addaudithook(hook)
+if "MEDSSL_TEST_HOST" in os.environ:
+    rename_machine(os.environ["MEDSSL_TEST_HOST"])
