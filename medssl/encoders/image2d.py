@@ -64,7 +64,7 @@ def _scales(net: Any) -> list[tuple[int, int]]:
 
 def _divisor(net: Any) -> int:
     """What sizes must be multiples of: the stride, times the block of halo attention, which takes whole blocks only."""
-    from timm.layers import HaloAttn
+    from timm.layers.halo_attn import HaloAttn
 
     block = max((module.block_size for module in net.modules() if isinstance(module, HaloAttn)), default=1)
     return _scales(net)[-1][1] * int(block)
@@ -117,7 +117,7 @@ def _checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Within this context each block is recomputed in the backward pass; the network that calls the blocks is timm's own code."""
     blocks = list(blocks)
     for block in blocks:
-        block.forward = partial(recomputed, block, block.forward)  # type: ignore[method-assign]
+        block.forward = partial(recomputed, block, block.forward)
     try:
         yield
     finally:
