@@ -158,7 +158,7 @@ class SliceVolumeEncoder(Encoder):
         return [*self.slice_encoder.blocks, *self.aggregator.layers]
 
     def part(self, group: str) -> Part:
-        """Describe `slice_encoder` (timm's keys), `aggregator` or `joint` (both and the projection between them)."""
+        """Describe `slice_encoder` (timm's keys), `aggregator` (those of `SliceAggregator`) or `joint` (both, and the projection)."""
         if group == "slice_encoder":
             return self.slice_encoder.part("slice_encoder")
         manifest = {
@@ -171,7 +171,7 @@ class SliceVolumeEncoder(Encoder):
             "token_order": f"slices in order; within a slice {TOKEN_ORDER_2D}",
         }
         if group == "aggregator":
-            return Part(module=self.aggregator, manifest={**manifest, "key_groups": {"aggregator": [""]}}, prefix="")
+            return Part(module=self, manifest={**manifest, "key_groups": {"aggregator": [""]}}, prefix="aggregator.")
         if group in self.key_groups:
             return Part(module=self, manifest=manifest, prefix="")
         raise KeyError(f"slice_volume has no part {group}; it has slice_encoder, aggregator, joint")
