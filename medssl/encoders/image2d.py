@@ -161,10 +161,11 @@ class Image2D(Encoder):
         norm: Literal["batch", "frozen"] = "batch",
     ) -> None:
         size = None if image_size is None else [image_size] * 2 if isinstance(image_size, int) else list(image_size)
-        super().__init__(model=model, in_channels=in_channels, image_size=size, model_args=dict(model_args or {}), norm=norm)
+        plain = json.dumps(dict(model_args or {}), sort_keys=True)
+        super().__init__(model=model, in_channels=in_channels, image_size=size, model_args=json.loads(plain), norm=norm)
         if norm not in ("batch", "frozen"):
             raise RequestError(f'image2d.norm is "{norm}"; accepted: batch, frozen (another kind of norm: model_args.norm_layer)')
-        skeleton: Any = _skeleton(model, in_channels, json.dumps(dict(model_args or {}), sort_keys=True))
+        skeleton: Any = _skeleton(model, in_channels, plain)
         extra: dict[str, Any] = {}
         self.only_size: tuple[int, int] | None = None
         if skeleton.pretrained_cfg.get("fixed_input_size", False):
@@ -180,7 +181,7 @@ class Image2D(Encoder):
         self.frozen_norm = norm == "frozen"
         if self.only_size is not None:
             self._check_only_size(type(skeleton).__name__)
-        extra.update(model_args or {})
+        extra.update(json.loads(plain))
         self.net: Any = _timm().create_model(model, pretrained=False, in_chans=in_channels, num_classes=0, **extra)
         self._lower = self._lower_stages()
         self._live_norms = norm == "batch" and any(isinstance(module, BatchNorm) for module in self.net.modules())

@@ -7,6 +7,7 @@ slice has the two other axes in their order: an axial slice (slice_axis 2) is (C
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -76,7 +77,7 @@ def _nested(path: str, target: type, args: Mapping[str, Any], given: Sequence[st
     for key in args:
         if key not in known:
             raise RequestError(f"{path}.{key}: unknown key{near(key, known)}; known: {', '.join(known)}")
-    return dict(args)
+    return dict(json.loads(json.dumps(dict(args))))  # as the manifest will hold it
 
 
 class SliceVolumeEncoder(Encoder):
@@ -95,7 +96,7 @@ class SliceVolumeEncoder(Encoder):
         in_channels: Image channels.
         dim: Width of slice tokens and volume embedding.
         pool: What is taken from the slice encoder: `last`, its pooled vector, or `stages`, the L2-normalised means of all stages.
-        chunk: Slices that are embedded together.
+        chunk: Slices that are embedded together (two or three where it is 1).
 
     Reference:
         Nguyen et al. 2023 (arXiv 2212.01893); sizes of the card: ResNet-50, `pool="stages"` (3840), dim 640, 4 layers.
@@ -202,7 +203,8 @@ class SliceVolumeEncoder(Encoder):
             place = valid.flatten().nonzero()[:, 0]
         if len(place) == 0:
             return self._nothing(stacks)
-        chunks = -(-len(place) // self.chunk)
+        # never one slice alone where there are two: batch norm could not train on it
+        chunks = max(min(-(-len(place) // self.chunk), len(place) // 2), 1)
         parts = [place[first::chunks] for first in range(chunks)]
         if chunks > 1 and torch.is_grad_enabled():
             rows = [recomputed(self.slice_encoder, self._embed_chunk, stacks, part) for part in parts]

@@ -16,13 +16,16 @@ from medssl.weights import save_part
 from tests.encoders.families import FAMILIES
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+LONG = [pytest.param(name, marks=pytest.mark.slow) if name == "volo" else name for name in sorted(FAMILIES)]  # 27 million weights
+
+
+@pytest.mark.parametrize("family", LONG)
 def test_family__keeps_the_contract(family: str) -> None:
     args, size = FAMILIES[family]
     check_encoder("image2d", {"in_channels": 2, **args}, image_size=size)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", LONG)
 def test_family__is_the_stock_network(family: str) -> None:
     import timm
 
