@@ -149,13 +149,32 @@ class PerQuerySampling(nn.Module):
         order = order_of(tokens, valid)
         x = blank(tokens, order.valid)
         by_head = (*x.shape[:2], self.heads, -1)
-        value = gather_tokens(self.value(x), order.slot).reshape(by_head).transpose(1, 2)  # (B, H, n, D)
-        share = self.weight(x).reshape(by_head).softmax(dim=-1).transpose(1, 2)  # (B, H, N, P)
-        offset = at_least_float32(self.offset(x)).reshape(by_head).transpose(1, 2)  # (B, H, N, P)
-        index, weight = linear_weights(order.rank[:, None, :, None] + offset, order.n)
-        weight = (weight * share[..., None]).flatten(3).to(value.dtype)  # (B, H, N, 2P)
-        mixed = (weight[..., None, :] @ pick(value, index.flatten(3)))[..., 0, :]  # (B, H, N, D)
-        return blank(self.out(mixed.transpose(1, 2).flatten(2)), order.valid)
+        value = gather_tokens(self.value(x), order.slot).reshape(by_head)  # (B, n, H, D)
+        share = self.weight(x).reshape(by_head).softmax(dim=-1)  # (B, N, H, P)
+        offset = at_least_float32(self.offset(x)).reshape(by_head)
+        index, weight = linear_weights(order.rank[..., None, None] + offset, order.n)
+        mixed = weighted_rows(value, index.flatten(3), (weight * share[..., None]).flatten(3).to(value.dtype))  # (B, N, H, D)
+        return blank(self.out(mixed.flatten(2)), order.valid)
+
+
+def weighted_rows(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Sum_k weight[b, i, h, k] * values[b, index[b, i, h, k], h] without ever holding the gathered rows.
+
+    Args:
+        values: (B, n, H, D).
+        index: (B, N, H, K) int64.
+        weight: (B, N, H, K), of the dtype of `values`.
+
+    Returns:
+        (B, N, H, D).
+    """
+    batch, slots, heads, width = values.shape
+    stack = torch.arange(batch, device=values.device).view(-1, 1, 1, 1)
+    head = torch.arange(heads, device=values.device).view(1, 1, -1, 1)
+    row = (stack * slots + index) * heads + head  # rows of all stacks and heads in one table
+    flat = values.reshape(-1, width)
+    picked = nn.functional.embedding_bag(row.flatten(0, 2), flat, per_sample_weights=weight.flatten(0, 2), mode="sum")
+    return picked.reshape(*index.shape[:3], width)
 
 
 class GroupedLinear(nn.Module):

@@ -15,7 +15,6 @@ from medssl.testing import check_encoder
 from medssl.weights import save_part
 from tests.encoders.families import FAMILIES
 
-
 LONG = [pytest.param(name, marks=pytest.mark.slow) if name == "volo" else name for name in sorted(FAMILIES)]  # 27 million weights
 
 
