@@ -16,6 +16,8 @@ from medssl.errors import RegistryError, near
 ENCODERS: dict[str, str] = {
     "vit3d": "medssl.encoders.vit3d:ViT3D",
     "segresnet3d": "medssl.encoders.segresnet3d:SegResNet3D",
+    "image2d": "medssl.encoders.image2d:Image2D",
+    "slice_volume": "medssl.encoders.slice_volume:SliceVolumeEncoder",
 }
 OBJECTIVES: dict[str, str] = {
     "mae": "medssl.objectives.mae:MAE",

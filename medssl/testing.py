@@ -27,11 +27,15 @@ def check_encoder(name: str, args: Mapping[str, Any], *, image_size: Sequence[in
     Args:
         name: Registered name or import path.
         args: Constructor arguments, at toy size.
-        image_size: Non-cubic (X, Y, Z) in voxels, so that a transposition shows.
+        image_size: Non-cubic (X, Y, Z) in voxels, or (H, W) of unequal sides, so that a transposition shows. An encoder that takes
+            stacks of slices (`takes_stacks`) gets volumes with slices along Z.
         batch: Items.
     """
     torch.manual_seed(0)
     encoder = lookup("encoder", name)(**args)
+    if getattr(encoder, "takes_stacks", False):
+        _check_stack_encoder(encoder, image_size, batch)
+        return
     children = [child for child, _ in encoder.named_children()]
     assert children == ["net"], f"an encoder has one child `net`, the stock module; found {children}"
     x = torch.randn(batch, encoder.in_channels, *image_size)
@@ -43,17 +47,77 @@ def check_encoder(name: str, args: Mapping[str, Any], *, image_size: Sequence[in
     expected = (batch, count, encoder.embed_dim)
     assert tuple(output.tokens.shape) == expected, f"tokens have shape {tuple(output.tokens.shape)}, expected {expected}"
     assert tuple(output.pooled.shape) == (batch, encoder.embed_dim), "pooled must be (B, E)"
-    assert tuple(encoder.divisor(encoder.config()["args"])) == patch, "divisor(args) must equal patch_size"
+    divisor = tuple(encoder.divisor(encoder.config()["args"]))
+    assert len(divisor) == len(patch) and all(d % p == 0 for d, p in zip(divisor, patch)), (
+        f"divisor(args) is {divisor}; it must be patch_size {patch}, or a multiple where the network takes whole windows of patches"
+    )
     _check_gradients(encoder, output)
     _check_rebuild(encoder, x)
     _check_token_order(encoder, image_size)
+    _check_blocks(encoder, x)
+
+
+def _check_blocks(encoder: Any, x: torch.Tensor, **kwargs: Any) -> None:
+    """Blocks are submodules; checkpointing them changes neither gradients nor buffers."""
     assert encoder.blocks, "blocks lists the units to shard, compile and checkpoint; found none"
     modules = list(encoder.modules())
     assert all(any(block is module for module in modules) for block in encoder.blocks), "every block is a submodule of the encoder"
+    assert len({id(block) for block in encoder.blocks}) == len(encoder.blocks), "blocks lists each unit once"
+    twin = copy.deepcopy(encoder).train()
+    encoder.train()
+    twin.checkpoint_blocks = True
+    for model in (encoder, twin):
+        model.zero_grad()
+        torch.manual_seed(0)
+        output = model.forward_features(x, **kwargs)
+        (output.tokens.square().mean() + output.pooled.square().mean()).backward()
+    for (key, a), b in zip(encoder.named_parameters(), twin.parameters()):
+        same = a.grad is b.grad if a.grad is None or b.grad is None else torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+        assert same, f"{key}: activation checkpointing changes the gradient"
+    assert all(torch.equal(a, b) for a, b in zip(encoder.buffers(), twin.buffers())), (
+        "activation checkpointing changes buffers: the second forward pass must not move running statistics again"
+    )
+
+
+def _check_stack_encoder(encoder: Any, image_size: Sequence[int], batch: int) -> None:
+    """The contract of an encoder of slice stacks: variable N, padding, positions, parts."""
+    slices = image_size[2]
+    x = torch.randn(batch, encoder.in_channels, *image_size)
+    valid = torch.ones(batch, slices, dtype=torch.bool)
+    valid[-1, slices // 2 :] = False
+    z_mm = torch.arange(slices).expand(batch, -1) * 2.5
+    output = encoder.forward_features(x, valid=valid, z_mm=z_mm)
+    expected = (batch, slices, encoder.embed_dim)
+    assert tuple(output.tokens.shape) == expected, f"tokens have shape {tuple(output.tokens.shape)}, expected {expected}"
+    assert tuple(output.grid) == (slices,), f"grid is {output.grid}, expected one cell per slice, {(slices,)}"
+    assert tuple(output.pooled.shape) == (batch, encoder.embed_dim), "pooled must be (B, E)"
+    divisor = tuple(encoder.divisor(encoder.config()["args"]))
+    assert divisor == tuple(encoder.patch_size), f"divisor(args) is {divisor}, patch_size {tuple(encoder.patch_size)}"
+    (output.tokens.square().sum() + output.pooled.sum()).backward()
+    lost = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+    assert not lost, f"{lost[0]} gets no gradient; set requires_grad False on parameters that no path uses"
+    encoder.eval()
+    config = encoder.config()
+    assert json.loads(json.dumps(config)) == config, "config() must survive JSON"
+    again = lookup("encoder", _path_of(encoder, config["name"]))(**config["args"]).eval()
+    again.net.load_state_dict(encoder.net.state_dict(), strict=True)
+    changed = x.masked_fill(~valid[:, None, None, None], 7.0)
+    with torch.no_grad():
+        whole = encoder.forward_features(x, valid=valid, z_mm=z_mm)
+        rebuilt = again.forward_features(changed, valid=valid, z_mm=z_mm)
+    assert torch.allclose(whole.tokens, rebuilt.tokens, atol=1e-5), (
+        "rebuilt from config() with the same state, and with other content in padded slices, the tokens must be the same"
+    )
+    parts = encoder.parts()
+    assert {"slice_encoder", "aggregator", "joint"} <= set(parts), f"parts() are {sorted(parts)}"
+    for name, part in parts.items():
+        assert json.loads(json.dumps(part.manifest)) == part.manifest, f"manifest of {name} must survive JSON"
+        assert any(key.startswith(part.prefix) for key in part.module.state_dict()), f"part {name} has no tensors"
+    _check_blocks(encoder, x, valid=valid, z_mm=z_mm)
 
 
 def _check_gradients(encoder: Any, output: Any) -> None:
-    (output.tokens.sum() + sum(level.sum() for level in output.pyramid)).backward()
+    (output.tokens.sum() + output.pooled.sum() + sum(level.sum() for level in output.pyramid)).backward()
     group = tuple(f"net.{prefix}" for prefix in encoder.key_groups["encoder"])
     lost = [n for n, p in encoder.named_parameters() if n.startswith(group) and p.requires_grad and p.grad is None]
     assert not lost, f"{lost[0]} gets no gradient; set requires_grad False on parameters that no path uses"

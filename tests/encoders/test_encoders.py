@@ -15,12 +15,21 @@ from medssl.testing import check_encoder
 TINY = {
     "vit3d": {"image_size": (16, 24, 8), "patch_size": 8, "hidden_size": 24, "num_layers": 2, "num_heads": 2},
     "segresnet3d": {"init_filters": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)},
+    "image2d": {"model": "resnet18", "in_channels": 2},
+    "slice_volume": {
+        "slice_encoder": {"model": "resnet18"},
+        "aggregator": {"depth": 1, "heads": 2, "dim_head": 8, "hidden_dim": 16, "dropout": 0.0},
+        "dim": 16,
+        "pool": "stages",
+        "chunk": 4,
+    },
 }
+SIZES = {"image2d": (64, 96), "slice_volume": (32, 64, 6)}
 
 
 @pytest.mark.parametrize("name", sorted(ENCODERS))
 def test_encoder__keeps_the_contract(name: str) -> None:
-    check_encoder(name, TINY[name], image_size=(16, 24, 8))
+    check_encoder(name, TINY[name], image_size=SIZES.get(name, (16, 24, 8)))
 
 
 def test_vit3d__has_exactly_the_keys_and_outputs_of_unetr_vit() -> None:
