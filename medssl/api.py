@@ -144,7 +144,7 @@ def pretrain(
         run.create(Recipe.dump(recipe), {**facts, "data_cards": card_facts, "data_card_notes": notes})
         write_items(items, run.items)
     distributed.barrier(world)
-    objective, encoders = build.build_objective(recipe)
+    objective, encoders = build.build_objective(recipe, len(items))
     objective.to(world.device)
     sources = {
         shelf.name: data_sources.training_source(shelf, recipe.sources[shelf.name], items, recipe.train.batch) for shelf in shelves
@@ -272,6 +272,11 @@ def manifest_facts(recipe: PretrainRecipe, shelves: Sequence[data_sources.Shelf]
     }
 
 
+def embedding_part(parts: Mapping[str, nn.Module]) -> nn.Module | None:
+    """Return the part that monitors and probes embed with: the encoder, or all of a slice-volume encoder."""
+    return parts.get("encoder", parts.get("joint"))
+
+
 def build_monitor(recipe: PretrainRecipe, shelf: data_sources.Shelf) -> list[Callback]:
     """Return the collapse monitor: features of the middle of the first items, seen twice (plain and augmented)."""
     count = min(recipe.train.monitor_items, len(shelf.rows))
@@ -285,7 +290,7 @@ def build_monitor(recipe: PretrainRecipe, shelf: data_sources.Shelf) -> list[Cal
     collapse = CollapseMonitor()
 
     def look(step: int, parts: Mapping[str, nn.Module]) -> Mapping[str, float]:
-        encoder = parts.get("encoder")
+        encoder = embedding_part(parts)
         if encoder is None:
             return {}
         device = next(encoder.parameters()).device
@@ -315,7 +320,8 @@ def build_probe(name: str, probe: ProbeSection, recipe: PretrainRecipe, shelves:
     source = data_sources.evaluation_source(source_name, shelf, section, series)
 
     def look(_step: int, parts: Mapping[str, nn.Module]) -> Mapping[str, float]:
-        encoder = parts["encoder"]
+        encoder = embedding_part(parts)
+        assert encoder is not None
         features, _ = embed(encoder, data_sources.images_and_ids(source, next(encoder.parameters()).device))
         rows = linear_probe(features, targets, groups, task=probe.task, draws=1) + knn_probe(
             features, targets, groups, task=probe.task, k=probe.k, draws=1
@@ -353,7 +359,8 @@ def build_embedder(sources: Mapping[str, ImageLike], shelves: Sequence[data_sour
         ids = sorted(sources[name].series)
         series = [sources[name].series[item] for item in ids]
         source = data_sources.evaluation_source(name, by_name[name], recipe.sources[name], series)
-        encoder = parts["encoder"]
+        encoder = embedding_part(parts)
+        assert encoder is not None
         features, _ = embed(encoder, data_sources.images_and_ids(source, next(encoder.parameters()).device))
         return torch.tensor(ids), torch.from_numpy(features)
 

@@ -23,7 +23,7 @@ from medssl.types import ViewSpec
 from medssl.views.pipeline import VolumeViews
 from medssl.weights import load_part
 
-_GIVEN = ("encoder", "image_size", "spacing_mm", "view", "view_specs")  # what the builder itself gives to an objective
+_GIVEN = ("encoder", "image_size", "spacing_mm", "view", "view_specs", "items")  # what the builder itself gives to an objective
 
 
 def card_faults(named: Mapping[str, Iterable[str]]) -> list[str]:
@@ -162,7 +162,7 @@ def load_encoder(path: Path | str, **changes: Any) -> Any:
     return encoder.eval()
 
 
-def build_objective(recipe: PretrainRecipe) -> tuple[Any, list[Any]]:
+def build_objective(recipe: PretrainRecipe, items: int = 0) -> tuple[Any, list[Any]]:
     """Build the encoders and the objective of a recipe, weights drawn from the recipe's seed alone.
 
     Returns:
@@ -179,6 +179,7 @@ def build_objective(recipe: PretrainRecipe) -> tuple[Any, list[Any]]:
         "spacing_mm": first.spec.spacing_mm,
         "view": first.name,
         "view_specs": all_specs(recipe),
+        "items": items,
     }
     accepted = inspect.signature(target).parameters
     objective = target(encoders[chosen], **{key: value for key, value in given.items() if key in accepted}, **args)

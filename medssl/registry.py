@@ -22,6 +22,7 @@ ENCODERS: dict[str, str] = {
 OBJECTIVES: dict[str, str] = {
     "mae": "medssl.objectives.mae:MAE",
     "mae_cnn": "medssl.objectives.mae_cnn:MAECNN",
+    "intra_inter_clustering": "medssl.objectives.intra_inter_clustering:IntraInterClustering",
 }
 DOMAINS: dict[str, str] = {
     "mri": "medssl.domains.mri:MRI",

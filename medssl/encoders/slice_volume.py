@@ -18,7 +18,7 @@ from medssl.encoders.base import Encoder
 from medssl.encoders.image2d import TOKEN_ORDER_2D, Image2D, recomputed, running_statistics_kept
 from medssl.errors import RequestError, near
 from medssl.layers.deformable import SliceAggregator
-from medssl.types import EncoderOutput, Kind, Part
+from medssl.types import EncoderOutput, Kind, Part, Stack
 
 
 def as_stacks(x: Tensor, kind: Kind = "volume", slice_axis: int | None = 2) -> Tensor:
@@ -179,7 +179,7 @@ class SliceVolumeEncoder(Encoder):
 
     def parts(self) -> dict[str, Part]:
         """Everything that is exported, for an objective's `exported()`."""
-        return {name: self.part(name) for name in ("slice_encoder", "aggregator", "joint")}
+        return {name: self.part(name) for name in ("joint", "slice_encoder", "aggregator")}
 
     def embed_slices(self, stacks: Tensor, valid: Tensor | None = None) -> Tensor:
         """Embed every valid slice.
@@ -227,7 +227,7 @@ class SliceVolumeEncoder(Encoder):
 
     def forward_features(
         self,
-        x: Tensor,
+        x: Tensor | Stack,
         keep: Tensor | None = None,
         *,
         valid: Tensor | None = None,
@@ -238,7 +238,7 @@ class SliceVolumeEncoder(Encoder):
         """Encode volumes, clips or images.
 
         Args:
-            x: Volumes (B, C, X, Y, Z), clips (B, T, C, H, W) or images (B, C, H, W).
+            x: Volumes (B, C, X, Y, Z), clips (B, T, C, H, W), images (B, C, H, W), or a `Stack`, which knows `valid` and `z_mm`.
             keep: Not supported; hide slices with a mask token before `aggregator` instead.
             valid: (B, N) bool, True = real slice; None means all.
             z_mm: (B, N) position of each slice in mm along the slice axis; for clips the time of each frame in ms; for images not needed.
@@ -250,4 +250,6 @@ class SliceVolumeEncoder(Encoder):
         """
         if keep is not None:
             raise ValueError("slice_volume drops no tokens: replace slice embeddings by a mask token before the aggregator")
+        if isinstance(x, Stack):
+            x, valid, z_mm, kind = x.planes, x.valid, x.depth, "clip"
         return self.aggregator(self.embed_slices(as_stacks(x, kind, slice_axis), valid), valid, z_mm)  # type: ignore[no-any-return]
