@@ -197,9 +197,9 @@ SECRET = "Zebediah_Quillfeather"
 """A word in the wrong place on the command line."""
 
 
-def index_road(house: House) -> list[Step]:
+def index_road(house: House, name: str = "archive") -> list[Step]:
     """Return `index` and all that is done with an index, with every fault of a table that the commands look for."""
-    data, archive, other = house.data, house.out / "archive", house.out / "other"
+    data, archive, other = house.data, house.out / name, house.out / "other"
     splits = ["--splits", data / "split.csv", "--modality", "MR"]
     person = data / house.sources.name / "MRN83641957" / "1957-03-12"
     attach, apart = ["labels", "attach"], ["--where", "n_files > 1", "--against-where", "n_files = 1"]
