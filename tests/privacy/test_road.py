@@ -467,7 +467,7 @@ def long_road(house: House) -> list[Step]:
         step("runs", "ls", out),
         step("doctor"),
         step("doctor", cnn, f"data.index={archive}", "--json"),
-        *index_road(house),
+        *index_road(house, "again"),
         *wrong_words(house),
         wrong(
             "evaluate", evaluate, "--weights", data / "Quillfeather.safetensors", f"source.index={archive}", "table=x", "target=y"
@@ -489,7 +489,7 @@ def test_whole_road__says_and_leaves_nothing(tmp_path: Path) -> None:
     (house.data / "by_patient.json").write_text(json.dumps({"Quillfeather": {"MRN83641957": "1957-03-12"}}))
     first, *rest = long_road(house)
     house.run_alone(first)  # as a user types it
-    house.run(rest, timeout=400)
+    house.run(rest, timeout=900)
     house.run_alone(step("archive", "ls", house.out / "archive", "--where", "series_id::INTEGER > 3", status=2))
     cnn = SMOKE / "mae_cnn_segresnet3d_mri.yaml"
     kills = [
