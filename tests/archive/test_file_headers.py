@@ -19,6 +19,7 @@ from medssl.domains.mri import MRI
 from medssl.errors import ImageError, RequestError
 from tests.synthetic import SYNTAXES, oblique_volume, plain_affine, write_dicom_series, write_itk, write_nifti
 from tests.synthetic_multiframe import Writer, meta_group
+from tests.synthetic_slides import write_dicom_wsi
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,13 @@ def test_dicomdir__is_a_row_with_a_reason(tmp_path: Path) -> None:
     )
     (row,) = scan_file(str(path))
     assert (row["kind"], row["reason"], row["header"]) == ("other", "not_image", "{}")
+
+
+def test_dicom_slide__is_told_from_other_dicom(tmp_path: Path) -> None:
+    path = write_dicom_wsi(tmp_path / "slide.dcm")
+    assert sniff(path.read_bytes()[:HEAD_BYTES]) == "dicom_wsi"
+    slide = json.loads(scan_file(str(path))[0]["header"])["slide"]
+    assert (slide["shape"], slide["mpp"], slide["format"]) == ([256, 384], 0.5, "dicom")
 
 
 @pytest.mark.data

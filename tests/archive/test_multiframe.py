@@ -6,6 +6,7 @@ import json
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,4 +183,20 @@ def test_damaged_headers__one_error_and_no_other(tmp_path: Path) -> None:
             describe_multiframe(path)
         except ImageError as err:
             reasons.append(err.reason)
-    assert len(reasons) > 50 and set(reasons) == {"unreadable"}
+    assert len(reasons) > 50 and set(reasons) <= {"unreadable", "truncated"}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_more_frames_than_the_file_has_room_for__are_not_made(tmp_path: Path, compressed: bool) -> None:
+    """A slip in NumberOfFrames would become hundreds of thousands of headers, each a volume of its own."""
+    frames = np.zeros((4, 6, 7), np.uint16)
+    fragments = b"\xfe\xff\0\xe0\0\0\0\0" * 5 + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    options: dict[str, Any] = {"syntax": "1.2.840.10008.1.2.5", "pixel_data": fragments} if compressed else {}
+    path = write_enhanced(tmp_path / "e.dcm", frames, oblique_affine(), range(4), **options)
+    assert len(frame_headers(path)) == 4
+    data = path.read_bytes()
+    place = data.index(b"\x28\0\x08\0IS\x02\x004 ")
+    path.write_bytes(data[: place + 6] + b"\x06\x00999999" + data[place + 10 :])
+    with pytest.raises(ImageError, match="999999 frames") as caught:
+        describe_multiframe(path)
+    assert caught.value.reason == "truncated"

@@ -100,7 +100,10 @@ class OpenSlideBackend:
         self.version = f"{openslide.__version__}/{openslide.__library_version__}"
         self.dimensions = tuple(self._slide.level_dimensions)
         self.downsamples = tuple(self._slide.level_downsamples)
-        self.properties: Mapping[str, str] = dict(self._slide.properties)
+        try:
+            self.properties: Mapping[str, str] = dict(self._slide.properties)
+        except KeyError as err:  # a property that is none after all
+            raise unreadable(err) from err
         self.form = self.properties.get("openslide.vendor", "other")
         self.associated = tuple((name, picture_size(self.properties, name)) for name in self._slide.associated_images)
         self.icc = _profile(self._slide)
