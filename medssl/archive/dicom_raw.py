@@ -188,6 +188,7 @@ class _Inflated:
 def _parse(window: _Window, size: int | None, leaves: frozenset[int], inside: frozenset[int], each: Each) -> RawHeader:
     header = RawHeader({}, {tag: [] for tag in each})
     meta: Found = {}
+    known, end = size is not None, size or 0
     pos = 132 if window.data[128:132] == b"DICM" else 0
     # The meta group is explicit little endian, whatever follows.
     walker, in_meta = _Walker(window.data, True, "<", frozenset((META_SYNTAX,)), frozenset()), True
@@ -198,7 +199,7 @@ def _parse(window: _Window, size: int | None, leaves: frozenset[int], inside: fr
         if in_meta and window.data[pos : pos + 2] != b"\x02\0":
             header.syntax = meta.get(META_SYNTAX, (b"", b""))[1].decode("latin-1").strip(" \0")
             if header.syntax == DEFLATED:
-                window, pos, size = _Window(_Inflated(window.data[pos:], window.stream)), 0, None
+                window, pos, end = _Window(_Inflated(window.data[pos:], window.stream)), 0, MAX_INFLATED_BYTES
             walker, in_meta = _dataset_walker(window.data[pos:], header, leaves, inside), False
         walker.data = data = window.data
         try:
@@ -225,7 +226,7 @@ def _parse(window: _Window, size: int | None, leaves: frozenset[int], inside: fr
         except _TooShortError:
             if not window.move(pos):
                 # Fewer bytes than an element's head are padding.
-                header.cut = size is None or len(window.data) >= 8
+                header.cut = not known or len(window.data) >= 8 or window.base > end
                 return header
             pos = 0
 

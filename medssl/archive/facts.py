@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from medssl.archive.reasons import FILE_REASONS, FLAGS, PRIVACY_FLAGS, SERIES_REASONS
@@ -20,45 +23,66 @@ SLICE_EDGES = (1, 10, 25, 50, 100, 200, 400, 800)
 """Upper edges of the number of slices or frames."""
 
 
+def slice_axis(row: SeriesRow) -> int | None:
+    """Return the axis along which slices lie; where a volume does not say, that of the largest spacing, the last of equal ones."""
+    if row.slice_axis is not None or not row.spacing_mm or len(row.spacing_mm) != 3:
+        return row.slice_axis
+    x, y, z = row.spacing_mm
+    return 2 if z >= x and z >= y else (1 if y >= x else 0)
+
+
 def in_plane_mm(row: SeriesRow) -> float | None:
     """Return the coarser of the two spacings within a slice, in mm, or None when unknown."""
     if not row.spacing_mm:
         return None
-    edges = [value for axis, value in enumerate(row.spacing_mm) if len(row.spacing_mm) < 3 or axis != row.slice_axis]
+    axis = slice_axis(row)
+    edges = [value for k, value in enumerate(row.spacing_mm) if len(row.spacing_mm) < 3 or k != axis]
     return max(edges) if len(edges) == 2 else None
 
 
 def slice_step_mm(row: SeriesRow) -> float | None:
     """Return the distance between slices in mm, or None for images and where unknown."""
-    if row.spacing_mm and len(row.spacing_mm) == 3 and row.slice_axis is not None:
-        return row.spacing_mm[row.slice_axis]
+    axis = slice_axis(row)
+    if row.spacing_mm and len(row.spacing_mm) == 3 and axis is not None:
+        return row.spacing_mm[axis]
     return row.slice_step_mm
 
 
 def in_plane_pixels(row: SeriesRow) -> int | None:
     """Return the longer side of a slice, frame or image in pixels."""
     if len(row.shape) >= 3 and row.kind in ("volume", "volume_4d"):
-        sides = [n for axis, n in enumerate(row.shape[:3]) if axis != row.slice_axis]
-        return max(sides)
+        axis = slice_axis(row)
+        return max(n for k, n in enumerate(row.shape[:3]) if k != axis)
     return max(row.shape[-2:]) if len(row.shape) >= 2 else None
 
 
-def bin_of(value: float | None, edges: Sequence[float]) -> str:
-    """Return the name of the bin that holds a value: `up to 0.1`, `0.1 to 0.2`, ..., `over 5`, or `unknown`."""
-    if value is None:
-        return "unknown"
-    low = None
-    for edge in edges:
-        if value <= edge:
-            return f"up to {edge:g}" if low is None else f"{low:g} to {edge:g}"
-        low = edge
-    return f"over {edges[-1]:g}"
+def slices(row: SeriesRow) -> int | None:
+    """Return the number of slices or frames, 1 for an image or a slide, or None when unknown."""
+    if row.n_slices is not None:
+        return row.n_slices
+    if row.kind == "cine":
+        return row.shape[0] if len(row.shape) == 3 else None
+    if row.kind in ("volume", "volume_4d"):
+        axis = slice_axis(row)
+        return row.shape[axis] if axis is not None and len(row.shape) >= 3 else None
+    return 1
 
 
-def bin_names(edges: Sequence[float]) -> list[str]:
-    """Return the names of all bins in order, `unknown` last."""
-    middles = [edges[0], *edges[1:]]
-    return [*(bin_of(edge, edges) for edge in middles), f"over {edges[-1]:g}", "unknown"]
+@functools.cache
+def bin_names(edges: tuple[float, ...]) -> tuple[str, ...]:
+    """Return the names of all bins in order: `up to 0.1`, `0.1 to 0.2`, ..., `over 5`, and `unknown` last.
+
+    Where all edges are whole numbers, so are the values, and a bin begins after the one before: `1`, `2 to 10`.
+    """
+    whole = all(isinstance(edge, int) for edge in edges)
+    first = "1" if whole and edges[0] == 1 else f"up to {edges[0]:g}"
+    inner = [f"{low + 1 if whole else low:g} to {high:g}" for low, high in pairwise(edges)]
+    return (first, *inner, f"over {edges[-1]:g}", "unknown")
+
+
+def bin_of(value: float | None, edges: tuple[float, ...]) -> str:
+    """Return the name of the bin that holds a value; an edge belongs to the bin below it."""
+    return bin_names(edges)[-1 if value is None else bisect_left(edges, value)]
 
 
 def _one(name: str) -> Callable[[SeriesRow], str]:
@@ -81,10 +105,10 @@ TABLES: dict[str, Callable[[SeriesRow], str]] = {
     "in_plane_spacing_mm": lambda row: bin_of(in_plane_mm(row), SPACING_EDGES),
     "slice_step_mm": lambda row: bin_of(slice_step_mm(row), STEP_EDGES),
     "in_plane_pixels": lambda row: bin_of(in_plane_pixels(row), SIZE_EDGES),
-    "slices": lambda row: bin_of(row.n_slices if row.n_slices is not None else 1, SLICE_EDGES),
+    "slices": lambda row: bin_of(slices(row), SLICE_EDGES),
 }
 """Table -> the one value of a row in it."""
-BINS: dict[str, Sequence[float]] = {
+BINS: dict[str, tuple[float, ...]] = {
     "in_plane_spacing_mm": SPACING_EDGES,
     "slice_step_mm": STEP_EDGES,
     "in_plane_pixels": SIZE_EDGES,
@@ -92,12 +116,31 @@ BINS: dict[str, Sequence[float]] = {
 }
 
 
+ASKED: dict[str, tuple[str, Callable[[SeriesRow], bool]]] = {
+    **dict.fromkeys(
+        ("modality", "role", "vendor", "body_region", "sex", "age_band", "year", "split", "spacing_mm"), ("", lambda row: True)
+    ),
+    "slice_thickness_mm": ("volumes", lambda row: row.kind in ("volume", "volume_4d")),
+    "kvp": ("CT and X-ray", lambda row: row.domain in ("ct", "xray")),
+    "kernel_class": ("CT", lambda row: row.domain == "ct"),
+    "contrast_state": ("CT and MR", lambda row: row.domain in ("ct", "mri")),
+    "field_strength_t": ("MR", lambda row: row.domain == "mri"),
+    "weighting": ("MR", lambda row: row.domain == "mri"),
+    "laterality": ("X-ray", lambda row: row.domain == "xray"),
+    "view": ("X-ray", lambda row: row.domain == "xray"),
+    "frame_time_ms": ("clips", lambda row: row.kind == "cine"),
+    "mpp": ("slides", lambda row: row.kind == "slide"),
+}
+"""Columns that a selection is likely to name -> the series that could answer, in words and as a condition."""
+
+
 def collect_facts(archive: Archive) -> dict[str, Any]:
     """Return everything the report page shows: exact counts, so for the owner's eyes.
 
     Returns:
-        JSON values: `files` (seen, used, by reason with meaning), `series`, `tables` (name -> value -> series and patients),
-        `by_split`, `flags`, `privacy_flags`, `unknown` (column -> share of usable rows), `spacing` (median per modality).
+        JSON values: `files` (seen, used, by reason with meaning), `series`, `tables` (name -> value -> series and patients; people nobody
+        knows are not counted), `by_split`, `flags`, `privacy_flags`, `unknown` (column, of which series, how many say nothing),
+        `geometry` (median, 10th and 90th percentile per modality).
     """
     rows = archive.select(rejected=True)
     usable = [row for row in rows if row.status != "rejected"]
@@ -114,6 +157,7 @@ def collect_facts(archive: Archive) -> dict[str, Any]:
         "series": {
             "all": len(rows),
             "usable": len(usable),
+            "no_domain": sum(row.domain in ("unknown", "other") for row in usable),
             "patients": len({row.patient_id for row in usable}),
             "patients_unknown": len({row.patient_id for row in usable if "patient_unknown" in row.quality_flags}),
             "patients_torn": _torn(usable),
@@ -143,10 +187,12 @@ def _reasons(rows: Iterable[SeriesRow], meanings: Mapping[str, str]) -> list[dic
     return [{"code": name, "series": n, "meaning": meanings.get(name, "")} for name, n in counts.most_common()]
 
 
-def _cells(rows: Sequence[SeriesRow], value: Callable[[SeriesRow], str], edges: Sequence[float] | None) -> list[dict[str, Any]]:
-    series = Counter(value(row) for row in rows)
-    patients = Counter(name for name, _ in {(value(row), row.patient_id) for row in rows})
-    names = bin_names(edges) if edges else sorted(series, key=lambda name: (name == "unknown", -series[name], name))
+def _cells(rows: Sequence[SeriesRow], value: Callable[[SeriesRow], str], edges: tuple[float, ...] | None) -> list[dict[str, Any]]:
+    values = [value(row) for row in rows]
+    series = Counter(values)
+    known = {(name, row.patient_id) for name, row in zip(values, rows) if "patient_unknown" not in row.quality_flags}
+    patients = Counter(name for name, _ in known)
+    names: Sequence[str] = bin_names(edges) if edges else sorted(series, key=lambda name: (name == "unknown", -series[name], name))
     if edges:  # an empty bin inside is shown, those at the ends are not
         there = [k for k, name in enumerate(names[:-1]) if series[name]]
         inner = names[there[0] : there[-1] + 1] if there else []
@@ -160,7 +206,7 @@ def _by_split(rows: Sequence[SeriesRow]) -> list[dict[str, Any]]:
         inside = [row for row in rows if row.split == split]
         if inside:
             modalities = Counter(row.modality for row in inside)
-            patients = len({row.patient_id for row in inside})
+            patients = len({row.patient_id for row in inside if "patient_unknown" not in row.quality_flags})
             found.append(
                 {"split": split, "series": len(inside), "patients": patients, "modalities": dict(sorted(modalities.items()))}
             )
@@ -172,36 +218,46 @@ def _flags(rows: Sequence[SeriesRow], column: str, meanings: Mapping[str, str]) 
     return [{"code": name, "series": n, "meaning": meanings.get(name, "")} for name, n in counts.most_common()]
 
 
-def _unknown(rows: Sequence[SeriesRow]) -> dict[str, float]:
-    """Return column -> share of rows that say nothing in it, for columns a selection is likely to name."""
-    names = (
-        "modality", "role", "spacing_mm", "slice_thickness_mm", "vendor", "body_region", "laterality", "view", "sex", "age_band",
-        "year", "kvp", "kernel_class", "contrast_state", "field_strength_t", "weighting", "frame_time_ms", "mpp", "split",
-    )  # fmt: skip
-    assert set(names) <= set(SERIES_COLUMNS)
-    if not rows:
-        return {}
-    return {name: sum(getattr(row, name) in (None, "unknown", ()) for row in rows) / len(rows) for name in names}
+def _unknown(rows: Sequence[SeriesRow]) -> list[dict[str, Any]]:
+    """Return, for columns a selection is likely to name, how many of the rows that could say something say nothing."""
+    assert set(ASKED) <= set(SERIES_COLUMNS)
+    found = []
+    for name, (which, applies) in ASKED.items():
+        asked = [row for row in rows if applies(row)]
+        if asked:
+            silent = sum(getattr(row, name) in (None, "unknown", ()) for row in asked)
+            found.append({"column": name, "which": which, "series": len(asked), "unknown": silent})
+    return sorted(found, key=lambda one: (-one["unknown"] / one["series"], -one["series"], one["column"]))
 
 
 def _geometry(rows: Sequence[SeriesRow]) -> list[dict[str, Any]]:
     found = []
-    for modality, _ in Counter(row.modality for row in rows).most_common():
-        inside = [row for row in rows if row.modality == modality]
+    groups: dict[str, list[SeriesRow]] = defaultdict(list)
+    for row in rows:
+        groups[row.modality].append(row)
+    for modality, inside in sorted(groups.items(), key=lambda item: (item[0] == "unknown", -len(item[1]), item[0])):
         found.append(
             {
                 "modality": modality,
                 "series": len(inside),
-                "in_plane_mm": _median(in_plane_mm(row) for row in inside),
-                "step_mm": _median(slice_step_mm(row) for row in inside),
-                "pixels": _median(in_plane_pixels(row) for row in inside),
-                "slices": _median(row.n_slices for row in inside),
+                "in_plane_mm": _spread(in_plane_mm(row) for row in inside),
+                "step_mm": _spread(slice_step_mm(row) for row in inside),
+                "pixels": _spread(in_plane_pixels(row) for row in inside),
+                "slices": _spread(slices(row) for row in inside),
                 "bytes": sum(row.bytes for row in inside),
             }
         )
     return found
 
 
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(statistics.median(known)) if known else None
+def _spread(values: Iterable[float | None]) -> dict[str, float] | None:
+    """Return median, 10th and 90th percentile (values that occur) of what is known."""
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return None
+    last = len(known) - 1
+    return {
+        "median": float(statistics.median(known)),
+        "low": float(known[round(0.1 * last)]),
+        "high": float(known[round(0.9 * last)]),
+    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -85,8 +86,8 @@ _SIGNATURES = (
 )
 _STILL_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis", b"jp2 ", b"jpx ", b"jxl ")
 _QUICKTIME_BOXES = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
-_DICOMDIR_CLASS = b"1.2.840.10008.1.3.10"
-_WSI_CLASS = b"1.2.840.10008.5.1.4.1.1.77.1.6"
+_UID = re.compile(rb"[0-9.]+")
+_KIND_OF_CLASS = {b"1.2.840.10008.1.3.10": "dicomdir", b"1.2.840.10008.5.1.4.1.1.77.1.6": "dicom_wsi"}
 _NRRD_TYPES = {
     "signed char": "i1", "int8": "i1", "int8_t": "i1",
     "uchar": "u1", "unsigned char": "u1", "uint8": "u1", "uint8_t": "u1",
@@ -184,12 +185,10 @@ def _dicom_kind(head: bytes) -> str:
     """Look for MediaStorageSOPClassUID (0002,0002) or SOPClassUID (0008,0016), in both byte orders and VR forms."""
     for tag in (b"\x02\0\x02\0", b"\x08\0\x16\0", b"\0\x02\0\x02", b"\0\x08\0\x16"):
         place = head.find(tag)
-        # Tag, VR and length take eight bytes in every form that can hold a UID.
-        value = head[place + 8 : place + 72] if place >= 0 else b""
-        if value.startswith(_DICOMDIR_CLASS) and value[len(_DICOMDIR_CLASS) : len(_DICOMDIR_CLASS) + 1] in (b"\0", b" ", b""):
-            return "dicomdir"
-        if value.startswith(_WSI_CLASS) and value[len(_WSI_CLASS) : len(_WSI_CLASS) + 1] in (b"\0", b" ", b""):
-            return "dicom_wsi"
+        # Tag, VR and length take eight bytes in every form that can hold a UID; what follows it is no digit.
+        uid = _UID.match(head, place + 8) if place >= 0 else None
+        if uid is not None and uid.group() in _KIND_OF_CLASS:
+            return _KIND_OF_CLASS[uid.group()]
     return "dicom"
 
 

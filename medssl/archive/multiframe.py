@@ -108,7 +108,8 @@ def frame_headers(path: Path) -> list[Header]:
         is the frame number from 1. `syntax`, `file_bytes`, `pixel_offset`, `pixel_length` are those of the file.
 
     Raises:
-        ImageError: `unreadable`: the data set cannot be parsed, or promises no frame or more than a million.
+        ImageError: `unreadable`: the data set cannot be parsed, or promises no frame or more than a million. `truncated`: more
+            frames than the file has room for.
     """
     shared: dict[str, Any] = {}
     pool: dict[Any, list[Any]] = {}
@@ -122,13 +123,16 @@ def frame_headers(path: Path) -> list[Header]:
     n = int(top.get("n_frames") or 1)
     if not 1 <= n <= MAX_FRAMES:
         raise ImageError("unreadable", f"a file of {n} frames; 1 to {MAX_FRAMES} are accepted; copy it again from its source")
+    size = path.stat().st_size
+    if raw.pixel_offset is not None and n * _frame_bytes(top, raw) > size - raw.pixel_offset:
+        raise ImageError("truncated", f"{n} frames in {size} bytes; copy the file again from its source")
     for found in raw.items[SHARED]:
         shared |= _named(dict(found), FRAME_TAGS, raw.big_endian, pool)
     base = {
         **top,
         **shared,
         "syntax": raw.syntax,
-        "file_bytes": path.stat().st_size,
+        "file_bytes": size,
         "pixel_offset": raw.pixel_offset,
         "pixel_length": raw.pixel_length,
     }
@@ -142,6 +146,14 @@ def frame_headers(path: Path) -> list[Header]:
         if "temporal_position" not in header and "temporal_offset" in header:
             header["temporal_position"] = header["temporal_offset"]
     return headers
+
+
+def _frame_bytes(top: Mapping[str, Any], raw: RawHeader) -> int:
+    """Return what a frame takes at least: its pixels, or in a compressed file the head of its fragment."""
+    if raw.pixel_length is None:
+        return 8
+    bits = int(top.get("bits_allocated") or 1) * int(top.get("samples_per_pixel") or 1)
+    return max(1, int(top.get("rows") or 0) * int(top.get("columns") or 0) * bits // 8)
 
 
 def _compact(found: Found) -> tuple[tuple[int, tuple[bytes, bytes]], ...]:

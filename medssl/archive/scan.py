@@ -177,6 +177,8 @@ def _scan_container(path: str, row: dict[str, Any], kind: str, *, nested: bool) 
             for found in _scan_member(name, inner):
                 found["mtime_ns"] = row["mtime_ns"]
                 rows.append(found)
+    if len(rows) == 2 and inner["reason"] == "unreadable" and (not member.name or kind not in ("zip", "tar")):
+        return [_seal({**row, "reason": "unreadable"}, {})]  # nothing in it could be opened: one damaged file
     return rows
 
 

@@ -215,7 +215,7 @@ def _by_openslide(path: Path) -> dict[str, Any] | None:
             dimensions = [list(size) for size in slide.level_dimensions]
             downsamples = list(slide.level_downsamples)
             associated = [(name, picture_size(properties, name)) for name in slide.associated_images]
-    except openslide.OpenSlideError as err:
+    except (openslide.OpenSlideError, KeyError) as err:  # KeyError: a property that is none after all
         raise unreadable(err) from err
     name = vendor if vendor in FORMATS else "other"
     return _header(name, dimensions, downsamples, mpp_of(properties), objective_of(properties), associated)

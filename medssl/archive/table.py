@@ -420,4 +420,6 @@ def _row(values: dict[str, Any]) -> SeriesRow:
     for name in TUPLES:
         if values[name] is not None:
             values[name] = tuple(values[name])
-    return SeriesRow(**values)
+    row = object.__new__(SeriesRow)
+    row.__dict__.update(values)  # a frozen dataclass sets its ninety fields one by one, which takes longer than reading them
+    return row

@@ -45,31 +45,32 @@ def check_structure(path: Path) -> None:
         if len(head) < 16:
             raise _fault("truncated", "a header of less than 16 bytes")
         (first,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", head, 8 if big else 4)
-        todo, seen, spent = [first], {0}, 0
-        while todo:
-            start = todo.pop()
-            if start in seen:
-                continue
-            seen.add(start)
-            if len(seen) > MAX_PAGES:
-                raise _fault("unreadable", f"more than {MAX_PAGES} pages")
-            entries, following = _directory(handle, start, size, order, big)
-            values: dict[int, tuple[int, int]] = {}
-            for tag, count, n_bytes, place, inline in entries:
-                if tag == _NDPI:
-                    return
-                spent += n_bytes if inline is None else 0
-                if inline is None and place + n_bytes > size:
-                    raise _fault("truncated", "values behind the end of the file")
-                values[tag] = (count, place if inline is None else inline)
-                if tag in _SUB_PAGES:
-                    todo += [inline] if inline is not None else _places(handle, place, count, n_bytes, order)
-            if spent > 4 * size + SPARE_BYTES:
-                raise _fault("unreadable", "directories that share their values")
-            _check_page(values)
-            if following and following in seen:  # tifffile goes round 65,536 times
-                raise _fault("unreadable", "pages in a circle")
-            todo.append(following)
+        chains, seen, spent = [first], set[int](), 0
+        while chains:
+            start, own = chains.pop(), set[int]()
+            while start:
+                if start in own:  # tifffile goes round 65,536 times
+                    raise _fault("unreadable", "pages in a circle")
+                if start in seen:
+                    break
+                seen.add(start)
+                own.add(start)
+                if len(seen) > MAX_PAGES:
+                    raise _fault("unreadable", f"more than {MAX_PAGES} pages")
+                entries, start = _directory(handle, start, size, order, big)
+                values: dict[int, tuple[int, int]] = {}
+                for tag, count, n_bytes, place, inline in entries:
+                    if tag == _NDPI:
+                        return
+                    spent += n_bytes if inline is None else 0
+                    if inline is None and place + n_bytes > size:
+                        raise _fault("truncated", "values behind the end of the file")
+                    values[tag] = (count, place if inline is None else inline)
+                    if tag in _SUB_PAGES:
+                        chains += [inline] if inline is not None else _places(handle, place, count, n_bytes, order)
+                if spent > 4 * size + SPARE_BYTES:
+                    raise _fault("unreadable", "directories that share their values")
+                _check_page(values)
 
 
 def _fault(reason: str, what: str) -> ImageError:

@@ -73,7 +73,7 @@ def report(
 ) -> None:
     """Draw one self-contained HTML page."""
     if (run / "series.parquet").is_file():
-        path = _archive_report(run, out or run / "report.html", with_images)
+        path = _archive_report(run, out or run / "report.html", with_images, quiet=json)
     else:
         from medssl.report.page import report as draw
 
@@ -81,14 +81,18 @@ def report(
     show.result({"report": str(path)}, json, str(path))
 
 
-def _archive_report(archive: Path, out: Path, with_images: bool) -> Path:
+def _archive_report(archive: Path, out: Path, with_images: bool, *, quiet: bool) -> Path:
     from medssl.archive.facts import collect_facts
     from medssl.archive.table import Archive
     from medssl.cli.thumbnails import draw_pictures
     from medssl.report.archive_page import archive_report
 
     opened = Archive.open(archive)
-    return archive_report(collect_facts(opened), out, pictures=draw_pictures(opened) if with_images else None)
+    facts, pictures = collect_facts(opened), None
+    if with_images:
+        with show.progress("pictures", quiet=quiet) as update:
+            pictures = draw_pictures(opened, on_progress=update)
+    return archive_report(facts, out, pictures=pictures)
 
 
 def _number(value: float | None) -> str:

@@ -142,7 +142,10 @@ def _check_pixels(header: Header) -> None:
         raise fault("photometric")
     if len(header.get("position") or ()) != 3 or len(header.get("orientation") or ()) != 6:
         raise fault("no_position")
-    if "rows" not in header or "columns" not in header or header.get("bits_allocated") not in (8, 16, 32):
+    allocated = header.get("bits_allocated")
+    if "rows" not in header or "columns" not in header or allocated not in (8, 16, 32):
+        raise fault("unsupported_pixels")
+    if not 0 <= int(header.get("bits_stored") or 0) <= allocated:
         raise fault("unsupported_pixels")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from medssl.archive.tiff_structure import check_structure
+from medssl.domains.lzw import LZW, lzw_intact
 from medssl.domains.planar import RawPlanar, check_size, finite, narrow, os_fault, quiet_decoders
 from medssl.errors import ImageError
 
@@ -169,6 +171,8 @@ def _tiff_planar(tif: Any) -> RawPlanar:
         raise ImageError(
             "unsupported_pixels", f"{n_channels} images in a TIFF; at most {MAX_CHANNELS} channels are accepted; split it"
         )
+    if int(page.compression) == LZW and page.fillorder == 1 and not all(map(lzw_intact, _segments(tif, series))):
+        raise ImageError("unreadable", "a TIFF whose LZW stream is damaged; copy the file again from its source")
     array = series.asarray().reshape(tuple(axes.values()))
     order = [name for name in axes if name not in "YX"]
     array = array.transpose([list(axes).index(name) for name in ["Y", "X", *order]])
@@ -195,6 +199,14 @@ def _tiff_planar(tif: Any) -> RawPlanar:
     if int(page.compression) in (6, 7, 33003, 33004, 33005, 34712):
         raw.flag("lossy")
     return raw
+
+
+def _segments(tif: Any, series: Any) -> Iterator[bytes]:
+    """Yield the compressed strips or tiles of all pages."""
+    for page in series.pages:
+        for place, count in zip(page.dataoffsets, page.databytecounts) if page is not None else ():
+            tif.filehandle.seek(place)
+            yield tif.filehandle.read(count)
 
 
 def _ome(text: str | None) -> ElementTree.Element | None:

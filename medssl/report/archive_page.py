@@ -7,6 +7,7 @@ so the page is for those who may see the archive; what may leave comes from `med
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 
 from medssl.errors import RequestError
 from medssl.report import figures
-from medssl.report.page import _STYLE, Section, absent, decimal, image, table, text
+from medssl.report.page import _STYLE, Section, absent, image, table, text
 from medssl.weights import write_atomic
 
 MAX_CELLS = 16  # rows of a table before the rest is summed up
@@ -33,12 +34,36 @@ _TITLES = {
     "age_band": "Age",
     "site": "Site",
     "in_plane_spacing_mm": "In-plane spacing (mm)",
-    "slice_step_mm": "Distance between slices (mm)",
+    "slice_step_mm": "Slice step (mm)",
     "in_plane_pixels": "Longer side (pixels)",
     "slices": "Slices or frames",
 }
+_WORDS: dict[str, dict[str, str]] = {
+    "modality": {
+        "CR": "CR, X-ray",
+        "DX": "DX, X-ray",
+        "US": "US, ultrasound",
+        "SM": "SM, slides",
+        "GM": "GM, microscopy",
+        "PT": "PT, PET",
+        "MG": "MG, mammography",
+        "XA": "XA, angiography",
+        "NM": "NM, nuclear medicine",
+        "OT": "OT, other",
+    },
+    "vendor": {"ge": "GE", "united_imaging": "United Imaging"},
+    "sex": {"F": "female", "M": "male", "O": "other"},
+}
+"""Values of the index that are not words, as words."""
+_CAPITALS = ("vendor",)
 _HISTOGRAMS = ("in_plane_spacing_mm", "slice_step_mm", "in_plane_pixels", "slices")
 _SORTED = ("year", "age_band")
+
+
+_NO_DOMAIN = (
+    "Usable series of a modality that is unknown or has no reader here: {n}. For files that do not say what they show (NIfTI, pictures), say "
+    "it with <code>medssl index --modality</code>."
+)
 
 
 @dataclass(frozen=True)
@@ -49,11 +74,13 @@ class Picture:
         plane: (rows, columns) or (rows, columns, 3), from top to bottom and left to right; colour in 0 to 255.
         aspect: Height of a pixel over its width.
         caption: Plain text.
+        window: Values shown black and white; None for the 1st and 99.5th percentile.
     """
 
     plane: np.ndarray
     aspect: float
     caption: str
+    window: tuple[float, float] | None = None
 
 
 def archive_report(facts: Mapping[str, Any], out: Path, *, pictures: Sequence[Picture] | None = None) -> Path:
@@ -85,7 +112,11 @@ def render(facts: Mapping[str, Any], *, pictures: Sequence[Picture] | None = Non
         Section("left_out", "What was left out, and why", _left_out(facts)),
         Section("flags", "Quality and privacy flags", _flags(facts)),
         Section("unknown", "What nobody knows", _unknown(facts["unknown"])),
-        *([] if pictures is None else [Section("images", "Images", _images(pictures))]),
+        *(
+            []
+            if pictures is None
+            else [Section("images", "Images", _images(pictures, facts["series"]["usable"], facts["series"]["no_domain"]))]
+        ),
         Section("caveats", "Before you use this", _caveats(facts, pictures is not None)),
     ]
     nav = " ".join(f'<a href="#{part.id}">{text(part.title)}</a>' for part in sections)
@@ -107,6 +138,11 @@ def size(n_bytes: Any) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
+
+
+def plural(n: int, one: str, many: str) -> str:
+    """Return the word for a count."""
+    return one if n == 1 else many
 
 
 def percent(share: float) -> str:
@@ -133,15 +169,18 @@ def _tile(value: str, label: str) -> str:
 def _overview(facts: Mapping[str, Any]) -> str:
     files, series = facts["files"], facts["series"]
     unknown = series["patients_unknown"]
-    patients = count(series["patients"] - unknown)
+    known = series["patients"] - unknown
+    strangers = f"<br>and {count(unknown)} {plural(unknown, 'study', 'studies')} of unknown people" if unknown else ""
     tiles = [
         _tile(count(series["usable"]), f"usable series<br>of {count(series['all'])}"),
-        _tile(patients, "patients" + (f"<br>and {count(unknown)} studies of unknown people" if unknown else "")),
-        _tile(count(series["studies"]), "studies"),
+        _tile(count(known), plural(known, "patient", "patients") + strangers),
+        _tile(count(series["studies"]), plural(series["studies"], "study", "studies")),
         _tile(count(files["used"]), f"files used<br>of {count(files['seen'])} seen"),
         _tile(size(series["bytes"]), "in usable series"),
     ]
     parts = [f'<div class="tiles">{"".join(tiles)}</div>']
+    if series["no_domain"]:
+        parts.append(f"<p>{_NO_DOMAIN.format(n=count(series['no_domain']))}</p>")
     total = None if files["used"] is None else files["used"] + sum(row["files"] for row in files["reasons"])
     if total is not None and files["seen"] is not None and total != files["seen"]:
         parts.append('<p class="warn">Files used and files left out do not add up to files seen: index again.</p>')
@@ -162,24 +201,71 @@ def _overview(facts: Mapping[str, Any]) -> str:
         caption = "Series by split and modality." + ("" if torn else " Every patient is in one split.")
         if torn:
             parts.append(
-                f'<p class="warn">{count(torn)} patients are in more than one of train, val and test: correct the splits table.</p>'
+                f'<p class="warn">{count(torn)} {plural(torn, "patient is", "patients are")} in more than one of train, val and test: '
+                "correct the splits table.</p>"
             )
-        parts.append(table(["split", "patients", "series", *(text(name) for name in modalities)], rows, caption=caption))
+        parts.append(
+            table(["split", "patients", "series", *(word("modality", name) for name in modalities)], rows, caption=caption)
+        )
     return "\n".join(parts)
 
 
-def _counts(cells: Sequence[Mapping[str, Any]], title: str, *, keep_all: bool = False) -> str:
-    """Return one table of counts with bars; the longest bar is the largest count."""
+def word(table_name: str, value: Any) -> str:
+    """Return a value of the index as a person would say it."""
+    known = _WORDS.get(table_name, {}).get(str(value))
+    if known is not None or table_name == "site":  # what the user wrote stays as it is
+        return text(known or value)
+    said = str(value).replace("_", " ")
+    if table_name in _CAPITALS and said not in ("unknown", "other"):
+        said = said.capitalize()
+    return text(said.replace("-", "\u2013") if table_name == "age_band" else said)
+
+
+def measure(value: float | None) -> str:
+    """Return a length with three significant digits and no exponent: 0.000499, 0.742, 1.25, 5, 1,024 as 1\u202f024."""
+    if value is None:
+        return "–"
+    if value == 0 or abs(value) >= 1000:
+        return count(round(value))
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    written = f"{value:.{digits}f}"
+    return written.rstrip("0").rstrip(".") if "." in written else written
+
+
+def _range(spread: Mapping[str, float] | None) -> str:
+    """Return a median, and between which values four of five lie."""
+    if spread is None:
+        return "–"
+    low, middle, high = (measure(spread[name]) for name in ("low", "median", "high"))
+    return middle if low == high else f"{middle} <small>({low} to {high})</small>"
+
+
+def _counts(name: str, cells: Sequence[Mapping[str, Any]], *, keep_all: bool = False) -> str:
+    """Return one table of counts with bars; the longest bar is the largest count of a known value."""
     shown = list(cells) if keep_all else list(cells[:MAX_CELLS])
     rest = cells[len(shown) :]
-    most = max((cell["series"] for cell in cells), default=1) or 1
-    rows = [
-        [text(str(cell["value"]).replace("_", " ")), count(cell["series"]), count(cell["patients"]), bar(cell["series"] / most)]
-        for cell in shown
-    ]
-    if rest:
-        rows.append([f"{len(rest)} others", count(sum(cell["series"] for cell in rest)), "", ""])
-    return f'<div class="counts">{table([text(title), "series", "patients", ""], rows)}</div>'
+    if rest and rest[-1]["value"] == "unknown":
+        shown.append(rest[-1])
+        rest = rest[:-1]
+    whole = sum(cell["series"] for cell in cells) or 1
+    most = max((cell["series"] for cell in cells if cell["value"] != "unknown"), default=1) or 1
+    rows = []
+    for cell in shown:
+        unknown = cell["value"] == "unknown"
+        if unknown and rest:
+            rows.append(_others(rest, whole))
+        label = '<span class="unknown">unknown</span>' if unknown else word(name, cell["value"])
+        share = percent(cell["series"] / whole)
+        rows.append([label, count(cell["series"]), share, count(cell["patients"]), "" if unknown else bar(cell["series"] / most)])
+    if rest and shown[-1]["value"] != "unknown":
+        rows.append(_others(rest, whole))
+    title = _TITLES.get(name, name.replace("_", " "))
+    return f'<div class="counts">{table([text(title), "series", "share", "patients", ""], rows)}</div>'
+
+
+def _others(cells: Sequence[Mapping[str, Any]], whole: int) -> list[str]:
+    series = sum(cell["series"] for cell in cells)
+    return [f"{len(cells)} others", count(series), percent(series / whole), "", ""]
 
 
 def _content(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -188,12 +274,15 @@ def _content(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         cells = list(tables[name])
         if name in _SORTED:
             cells.sort(key=lambda cell: (cell["value"] == "unknown", _leading_number(str(cell["value"]))))
-        if [cell["value"] for cell in cells] != ["unknown"]:
-            parts.append(_counts(cells, _TITLES.get(name, name.replace("_", " ")), keep_all=name in _SORTED))
-    silent = [_TITLES.get(name, name).lower() for name in tables if [cell["value"] for cell in tables[name]] == ["unknown"]]
+        if cells and [cell["value"] for cell in cells] != ["unknown"]:
+            parts.append(_counts(name, cells, keep_all=name in _SORTED))
+    silent = [_TITLES.get(name, name) for name in tables if [cell["value"] for cell in tables[name]] == ["unknown"]]
+    if not any(tables.values()):
+        return absent("There is no usable series.", "")
+    said = "Of usable series. Patients are those with a usable identity. Bars compare what is known; unknown has none."
     if silent:
-        parts.append(absent(f"Unknown for every series: {text(', '.join(silent))}.", ""))
-    return f'<div class="grid">{"".join(parts)}</div>' if parts else absent("There is no usable series.", "")
+        said += f" Unknown for every series: {', '.join(name[0].lower() + name[1:] for name in silent)}."
+    return f'<p class="absent">{text(said)}</p><div class="grid">{"".join(parts)}</div>'
 
 
 def _leading_number(value: str) -> float:
@@ -204,21 +293,25 @@ def _leading_number(value: str) -> float:
 def _geometry(rows: Sequence[Mapping[str, Any]], tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     lines = [
         [
-            text(row["modality"]),
+            word("modality", row["modality"]),
             count(row["series"]),
-            decimal(row["in_plane_mm"], 2),
-            decimal(row["step_mm"], 2),
-            count(row["pixels"]),
-            count(row["slices"]),
+            _range(row["in_plane_mm"]),
+            _range(row["step_mm"]),
+            _range(row["pixels"]),
+            _range(row["slices"]),
             size(row["bytes"]),
         ]
         for row in rows
     ]
     if not lines:
         return absent("There is no usable series.", "")
-    head = ["modality", "series", "in-plane (mm)", "step (mm)", "longer side", "slices", "size"]
-    caption = "Medians of the series that say. Nothing is assumed for those that do not."
-    charts = "".join(_counts(tables[name], _TITLES[name], keep_all=True) for name in _HISTOGRAMS)
+    head = ["modality", "series", "in plane (mm)", "slice step (mm)", "longer side (pixels)", "slices or frames", "total size"]
+    caption = (
+        "Medians of the series that say, in brackets the range of the middle 80 %. Nothing is assumed for those that do not. Where a volume "
+        "names no slice direction (NIfTI), the axis of the largest spacing counts as it."
+    )
+    shown = [name for name in _HISTOGRAMS if [cell["value"] for cell in tables[name]] != ["unknown"]]
+    charts = "".join(_counts(name, tables[name], keep_all=True) for name in shown)
     return f'{table(head, lines, caption=caption)}<div class="grid">{charts}</div>'
 
 
@@ -265,35 +358,48 @@ def _flags(facts: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _unknown(shares: Mapping[str, float]) -> str:
+def _unknown(found: Sequence[Mapping[str, Any]]) -> str:
     rows = [
-        [f"<code>{text(name)}</code>", percent(share), bar(share)]
-        for name, share in sorted(shares.items(), key=lambda item: (-item[1], item[0]))
+        [
+            f"<code>{text(one['column'])}</code>",
+            f"{count(one['unknown'])} of {count(one['series'])} {text(one['which'])}".rstrip(),
+            percent(one["unknown"] / one["series"]),
+            bar(one["unknown"] / one["series"]),
+        ]
+        for one in found
     ]
     if not rows:
         return absent("There is no usable series.", "")
     half = (len(rows) + 1) // 2
-    head = ["column", "unknown", ""]
+    head = ["column", "unknown", "share", ""]
     tables = "".join(f'<div class="counts">{table(head, part)}</div>' for part in (rows[:half], rows[half:]) if part)
-    said = "<p>A condition on such a column loses these series; <code>medssl archive ls --where</code> says how many.</p>"
+    said = (
+        "<p>A condition on such a column loses these series; <code>medssl archive ls --where</code> says how many. "
+        "Only series that could say something are asked: MR for its field strength, slides for their resolution.</p>"
+    )
     return f'{said}<div class="grid">{tables}</div>'
 
 
-def _images(pictures: Sequence[Picture]) -> str:
+def _images(pictures: Sequence[Picture], usable: int, no_domain: int) -> str:
     if not pictures:
-        return absent("No picture could be read.", "")
+        return absent("No picture could be read.", _NO_DOMAIN.format(n=count(no_domain)) if no_domain else "")
     shown = []
     for one in pictures:
-        shown.append(image(thumbnail_png(one.plane, one.aspect), one.caption, caption=text(one.caption)))
-    return f'<div class="thumbs">{"".join(shown)}</div>'
+        shown.append(image(thumbnail_png(one.plane, one.aspect, one.window), one.caption, caption=text(one.caption)))
+    said = (
+        f"{count(len(pictures))} of {count(usable)} usable series: one of every modality and patient before a second. Middle slice or frame; "
+        "CT from -160 to 240 HU, 8 bits as they are, others between the 1st and 99.5th percentile."
+    ).replace("-160", "\u2212160")
+    return f'<p class="absent">{text(said)}</p><div class="thumbs">{"".join(shown)}</div>'
 
 
-def thumbnail_png(plane: np.ndarray, aspect: float) -> bytes:
-    """Return a picture of at most `THUMBNAIL` pixels a side, pixels square, grey values between the 1st and 99.5th percentile.
+def thumbnail_png(plane: np.ndarray, aspect: float, window: tuple[float, float] | None = None) -> bytes:
+    """Return a picture of at most `THUMBNAIL` pixels a side, pixels square.
 
     Args:
         plane: (rows, columns) or (rows, columns, 3).
         aspect: Height of a pixel over its width.
+        window: Values shown black and white; the 1st and 99.5th percentile when None.
     """
     from matplotlib.image import imsave
 
@@ -303,7 +409,7 @@ def thumbnail_png(plane: np.ndarray, aspect: float) -> bytes:
     down = np.minimum((np.arange(high) + 0.5) * rows / high, rows - 1).astype(int)
     across = np.minimum((np.arange(wide) + 0.5) * columns / wide, columns - 1).astype(int)
     cut = plane[down][:, across]
-    rgb = cut / 255.0 if cut.ndim == 3 else figures.grey(cut, figures.window_of(np.asarray(plane, dtype=np.float32)))
+    rgb = cut / 255.0 if cut.ndim == 3 else figures.grey(cut, window or figures.window_of(np.asarray(plane, dtype=np.float32)))
     buffer = io.BytesIO()
     imsave(buffer, np.ascontiguousarray(np.clip(rgb, 0, 1)), format="png", pil_kwargs={"optimize": True})
     return buffer.getvalue()
@@ -319,8 +425,8 @@ def _caveats(facts: Mapping[str, Any], with_images: bool) -> str:
     ]
     if series["patients_unknown"]:
         said.append(
-            f"{count(series['patients_unknown'])} studies name no usable patient: how many people they are is not known, and they are "
-            "left out of val and test."
+            f"Studies that name no usable patient: {count(series['patients_unknown'])}. How many people they are of is not known, and they "
+            "are left out of val and test."
         )
     if with_images:
         said.append("This page shows images of patients: keep it where those images may be.")
@@ -339,9 +445,10 @@ h3{font-size:15px;margin:14px 0 4px}
 .counts table{width:100%}
 .counts th[scope=col]:not(:first-child):not(:last-child),.counts td:not(:last-child),
 section>.wide td,section>.wide th:not(:first-child){text-align:right}
-.counts tbody th{white-space:nowrap;width:9.5em}
-.counts td{width:4.5em}
-.counts td:last-child{width:auto;vertical-align:middle;padding-right:0;min-width:90px}
+.counts tbody th,.counts thead th:first-child{white-space:nowrap;width:9em}
+.counts td{width:4.2em}
+.counts td:last-child{width:auto;vertical-align:middle;padding-right:0;min-width:80px}
+.unknown{color:var(--soft);font-weight:400}
 .explained td:nth-child(2),.explained td:nth-child(3),.explained th:nth-child(2),.explained th:nth-child(3){text-align:right}
 .explained td:last-child{white-space:normal;color:var(--soft)}
 .explained tbody th{white-space:nowrap}

@@ -30,7 +30,7 @@ from tests.mutants import mutate
 
 LIMIT_BYTES = 1 << 30
 LIMIT_S = 5.0
-READ_EVERY = 4
+READ_EVERY = 2
 """One of so many files is also read by a domain."""
 BY_MODALITY = {"CT": "ct", "MR": "mri", "CR": "xray", "DX": "xray", "US": "ultrasound", "SM": "wsi"}
 

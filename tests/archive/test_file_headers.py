@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from medssl.archive import file_headers
 from medssl.archive.dicom_header import read_header
 from medssl.archive.file_headers import HEAD_BYTES, read_volume_header, sniff
 from medssl.archive.ids import IdKey, is_placeholder, normalise
 from medssl.archive.scan import scan_file
-from medssl.errors import RequestError
+from medssl.domains.mri import MRI
+from medssl.errors import ImageError, RequestError
 from tests.synthetic import SYNTAXES, oblique_volume, plain_affine, write_dicom_series, write_itk, write_nifti
+from tests.synthetic_multiframe import Writer, meta_group
+from tests.synthetic_slides import write_dicom_wsi
 
 
 @pytest.mark.parametrize(
@@ -120,6 +127,83 @@ def test_nifti__size_claims_beyond_the_file_are_truncation(tmp_path: Path) -> No
     data[42:48] = np.array([30000, 30000, 30000], "<i2").tobytes()
     (tmp_path / "v.nii").write_bytes(bytes(data))
     assert scan_file(str(tmp_path / "v.nii"))[0]["reason"] == "truncated"
+
+
+def test_nrrd__long_faulty_lines_never_reach_itk(tmp_path: Path) -> None:
+    """ITK ends the process on them: 1,000 characters are enough in `dimension` and in unknown fields, 1,037 in the others."""
+    array, affine = oblique_volume()
+    data = write_itk(tmp_path / "v.nrrd", array, affine).read_bytes()
+    path = tmp_path / "w.nrrd"
+    for line in (b"kinds: " + b"9" * 5000, b"foo: " + b"x" * 600, b"1 " * 20000):
+        path.write_bytes(data.replace(b"type: short", line + b"\ntype: short"))
+        assert scan_file(str(path))[0]["reason"] == "unreadable"
+        with pytest.raises(ImageError, match="line of more than 512 characters"):
+            MRI().read([path], series_id="0" * 32)
+    long = b"# " + b"c" * 3000 + b"\ncontent: " + b"x" * 3000 + b"\nkey:=" + b"y" * 3000 + b"\ntype: short"
+    path.write_bytes(data.replace(b"type: short", long))
+    assert scan_file(str(path))[0]["reason"] is None
+    np.testing.assert_array_equal(
+        MRI().read([path], series_id="0" * 32).image, MRI().read([tmp_path / "v.nrrd"], series_id="0" * 32).image
+    )
+
+
+def test_gzip_whose_length_is_in_doubt__is_inflated_so_far_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array, affine = oblique_volume()
+    data = write_nifti(tmp_path / "v.nii.gz", array, affine).read_bytes()
+    two = tmp_path / "two.nii.gz"  # two members, as bgzip writes them: the trailer tells the length of the last one only
+    plain = gzip.decompress(data)
+    two.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]))
+    assert scan_file(str(two))[0]["reason"] is None
+    (tmp_path / "cut.nii.gz").write_bytes(gzip.compress(plain[:-4000]))
+    assert scan_file(str(tmp_path / "cut.nii.gz"))[0]["reason"] == "truncated"
+    monkeypatch.setattr(file_headers, "MAX_INFLATED_BYTES", 3000)
+    assert scan_file(str(two))[0]["reason"] is None
+
+
+def test_dicomdir__is_a_row_with_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "DICOMDIR"
+    w = Writer()
+    path.write_bytes(
+        meta_group("1.2.840.10008.1.2.1", "1.2.840.10008.1.3.10") + w.sequence(0x00041220, [w.element(0x00041430, "CS", "PATIENT")])
+    )
+    (row,) = scan_file(str(path))
+    assert (row["kind"], row["reason"], row["header"]) == ("other", "not_image", "{}")
+
+
+def test_dicom_slide__is_told_from_other_dicom(tmp_path: Path) -> None:
+    path = write_dicom_wsi(tmp_path / "slide.dcm")
+    assert sniff(path.read_bytes()[:HEAD_BYTES]) == "dicom_wsi"
+    slide = json.loads(scan_file(str(path))[0]["header"])["slide"]
+    assert (slide["shape"], slide["mpp"], slide["format"]) == ([256, 384], 0.5, "dicom")
+
+
+@pytest.mark.data
+def test_real_dicomdir__is_a_row_with_a_reason(shared_data: Path) -> None:
+    paths = sorted((shared_data / "dicom_odd").rglob("DICOMDIR*"))
+    assert paths
+    for path in paths:
+        (row,) = scan_file(str(path))
+        assert (row["kind"], row["reason"]) == ("other", "not_image")
+
+
+@pytest.mark.data
+def test_odd_dicom__every_file_a_row_or_a_reason(shared_data: Path) -> None:
+    paths = [path for path in (shared_data / "dicom_odd").rglob("*") if path.is_file()]
+    rows = [scan_file(str(path)) for path in paths]
+    assert len(paths) == 125 and all(len(found) == 1 for found in rows)
+    reasons = Counter(found[0]["reason"] for found in rows)
+    assert set(reasons) <= {None, "not_image", "truncated"} and reasons[None] > 80
+
+
+def test_affines_without_lengths__are_no_affines(tmp_path: Path) -> None:
+    data = bytearray(write_nifti(tmp_path / "v.nii", np.zeros((4, 5, 6), np.int16), plain_affine()).read_bytes())
+    data[280:284] = np.array([3e38], "<f4").tobytes()
+    (tmp_path / "v.nii").write_bytes(bytes(data))
+    assert json.loads(scan_file(str(tmp_path / "v.nii"))[0]["header"])["affine"] is not None  # odd, but a number
+    text = write_itk(tmp_path / "w.mha", np.zeros((4, 5, 6), np.int16), plain_affine()).read_bytes()
+    (tmp_path / "w.mha").write_bytes(text.replace(b"ElementSpacing = 1 1 1", b"ElementSpacing = 1e300 1 1"))
+    assert scan_file(str(tmp_path / "w.mha"))[0]["reason"] is None
+    assert json.loads(scan_file(str(tmp_path / "w.mha"))[0]["header"])["reason"] == "no_spacing"
 
 
 def test_ids__depend_on_key_field_issuer_and_normalised_value() -> None:

@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 
 from medssl.archive.facts import (
     BINS,
+    SLICE_EDGES,
     SPACING_EDGES,
     TABLES,
+    _cells,
     bin_names,
     bin_of,
     collect_facts,
     in_plane_mm,
     in_plane_pixels,
     slice_step_mm,
+    slices,
 )
 from medssl.archive.release import Release, aggregate, as_csv, release
 from medssl.archive.table import SeriesRow
@@ -191,4 +194,29 @@ def test_facts__of_an_archive(tmp_path: Path) -> None:
     assert facts["series"]["usable"] == facts["series"]["patients"] == 3
     assert facts["tables"]["modality"] == [{"value": "MR", "series": 3, "patients": 3}]
     assert facts["tables"]["in_plane_spacing_mm"] == [{"value": "0.8 to 1", "series": 3, "patients": 3}]
-    assert facts["geometry"][0]["step_mm"] == 2.0 and facts["unknown"]["kvp"] == 1.0
+    assert facts["geometry"][0]["step_mm"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    unknown = {one["column"]: one for one in facts["unknown"]}
+    assert unknown["split"] == {"column": "split", "which": "", "series": 3, "unknown": 3} and unknown["year"]["unknown"] == 0
+    assert unknown["weighting"]["which"] == "MR" and "kvp" not in unknown  # nobody asks an MR for its kVp
+
+
+def test_facts__people_nobody_knows_are_no_patients() -> None:
+    rows = [row(0, "p"), row(1, "q", quality_flags=("patient_unknown",)), row(2, "r", quality_flags=("patient_unknown",))]
+    assert _cells(rows, lambda one: one.modality, None)[0] | {"value": ""} == {"value": "", "series": 3, "patients": 1}
+
+
+def test_facts__volumes_that_name_no_slice_direction_have_that_of_the_largest_spacing() -> None:
+    nifti = row(0, "p", shape=(20, 256, 240), spacing_mm=(4.0, 1.0, 0.9), kind="volume", n_slices=None)
+    assert (slice_step_mm(nifti), in_plane_mm(nifti), in_plane_pixels(nifti), slices(nifti)) == (4.0, 1.0, 256, 20)
+    cube = row(0, "p", shape=(200, 210, 180), spacing_mm=(1.0, 1.0, 1.0), kind="volume", n_slices=None)
+    assert (slice_step_mm(cube), in_plane_mm(cube), in_plane_pixels(cube), slices(cube)) == (1.0, 1.0, 210, 180)
+    bare = row(0, "p", shape=(20, 256, 240), kind="volume", n_slices=None)
+    assert (slice_step_mm(bare), in_plane_mm(bare), slices(bare)) == (None, None, None)
+    assert slices(row(0, "p", shape=(90, 600, 800), kind="cine", n_slices=None)) == 90
+    assert slices(row(0, "p", shape=(600, 800), kind="image", n_slices=None)) == 1
+
+
+def test_bins__of_whole_numbers_share_no_value() -> None:
+    names = bin_names(SLICE_EDGES)
+    assert names[:3] == ("1", "2 to 10", "11 to 25") and names[-2:] == ("over 800", "unknown")
+    assert [bin_of(n, SLICE_EDGES) for n in (1, 2, 10, 11, 801)] == ["1", "2 to 10", "2 to 10", "11 to 25", "over 800"]

@@ -338,6 +338,7 @@ def test_real_ct__equals_its_copy_by_simpleitk(shared_data: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.data
+@pytest.mark.timeout(1800)
 def test_all_real_images__every_series_has_hashes_or_a_reason(shared_data: Path, tmp_path: Path) -> None:
     before = index([shared_data], tmp_path / "out")
     summary = look_at_pixels(tmp_path / "out", workers=2)

@@ -17,7 +17,7 @@ from medssl.archive.reasons import FLAGS, SERIES_REASONS
 from medssl.archive.table import Archive
 from medssl.cli.thumbnails import middle, spread
 from medssl.errors import RequestError
-from medssl.report.archive_page import Picture, archive_report, bar, count, percent, render, size, thumbnail_png
+from medssl.report.archive_page import Picture, _counts, archive_report, bar, count, measure, percent, render, size, thumbnail_png
 from medssl.types import ImageMeta, Sample
 from tests.archive.small import set_public, small_archive
 from tests.cli.test_bad_input import medssl
@@ -51,8 +51,9 @@ def test_page__holds_counts_reasons_and_flags_with_their_meaning(archive: Archiv
     said = words(path)
     assert "5 usable series of 6" in said and "5 patients" in said and "Every patient is in one split." in said
     assert SERIES_REASONS["collision"] in said and FLAGS["lossy"] in said and FLAGS["derived"] in said
-    assert all(f"{year} 1 1" in said for year in range(2018, 2023))
-    assert "0.8 to 1 5 5" in said  # in-plane spacing: 1 mm
+    assert all(f"{year} 1 20 % 1" in said for year in range(2018, 2023))
+    assert "0.8 to 1 5 100 % 5" in said  # in-plane spacing: 1 mm
+    assert "GE 5 100 % 5" in said and "split 0 of 5 0 %" in said
     assert path.stat().st_mode & 0o077 == 0
 
 
@@ -119,7 +120,7 @@ def test_thumbnail__has_square_pixels_and_the_windowed_grey_values() -> None:
 def render_images(pictures: list[Picture]) -> str:
     from medssl.report.archive_page import _images
 
-    return _images(pictures)
+    return _images(pictures, 1, 0)
 
 
 def test_middle__of_volume_image_and_clip() -> None:
@@ -144,6 +145,37 @@ def test_spread__takes_every_modality_and_patient_before_a_second(archive: Archi
         for n, (m, p) in enumerate([("CT", "a")] * 3 + [("MR", "a"), ("CT", "b")])
     ]
     assert [row.series_id for row in spread(rows, 4)] == ["0", "4", "3", "1"]
+
+
+def test_bars__compare_what_is_known() -> None:
+    cells = [
+        {"value": "ge", "series": 4, "patients": 3},
+        {"value": "united_imaging", "series": 2, "patients": 1},
+        {"value": "unknown", "series": 994, "patients": 7},
+    ]
+    page = _counts("vendor", cells)
+    assert re.findall(r"width:([\d.]+)%", page) == ["100.0", "50.0"]  # and none for unknown, which would hide the others
+    assert "United Imaging" in page and "99.4 %" in page and "united_imaging" not in page
+    many = [{"value": f"{k}", "series": 1, "patients": 1} for k in range(30)]
+    page = _counts("site", [*many, {"value": "unknown", "series": 5, "patients": 5}])
+    assert "14 others" in page and page.index("14 others") < page.index("unknown")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "–"),
+        (0.000499, "0.000499"),
+        (0.7421875, "0.742"),
+        (1.0, "1"),
+        (10.0, "10"),
+        (9.75, "9.75"),
+        (548, "548"),
+        (2967, "2\u202f967"),
+    ],
+)
+def test_measure__three_digits(value: float | None, said: str) -> None:
+    assert measure(value) == said
 
 
 def test_numbers__as_people_read_them() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from medssl.archive.slide_headers import PLANAR_PIXELS, TIFF_MAGIC, open_tiff, picture_size, tiff_slide, unreadable
 from medssl.archive.tiff_structure import check_structure
+from medssl.domains.lzw import LZW, lzw_intact
 from medssl.errors import ImageError, RequestError
 
 BACKENDS = ("openslide", "tifffile", "pillow")
@@ -99,7 +100,10 @@ class OpenSlideBackend:
         self.version = f"{openslide.__version__}/{openslide.__library_version__}"
         self.dimensions = tuple(self._slide.level_dimensions)
         self.downsamples = tuple(self._slide.level_downsamples)
-        self.properties: Mapping[str, str] = dict(self._slide.properties)
+        try:
+            self.properties: Mapping[str, str] = dict(self._slide.properties)
+        except KeyError as err:  # a property that is none after all
+            raise unreadable(err) from err
         self.form = self.properties.get("openslide.vendor", "other")
         self.associated = tuple((name, picture_size(self.properties, name)) for name in self._slide.associated_images)
         self.icc = _profile(self._slide)
@@ -192,6 +196,8 @@ class TiffBackend:
                 handle = page.parent.filehandle
                 handle.seek(page.dataoffsets[index])
                 data = handle.read(page.databytecounts[index])
+                if int(page.compression) == LZW and page.fillorder == 1 and not lzw_intact(data):
+                    raise ValueError("a damaged stream")
                 decoded = page.decode(data, index, jpegtables=page.jpegtables)[0]
             except Exception as err:  # each codec has its own exception
                 raise RegionError(type(err).__name__) from err
