@@ -223,8 +223,9 @@ class GlobalLocalContrast(nn.Module):
     def _look(self, key: str) -> tuple[int, list[tuple[int, int, int]]]:
         """Return the number of token channels in all, and (channels, height, width) of the maps at different strides."""
         training = self.encoder.training
+        blank = torch.zeros(1, self.encoder.in_channels, *self.view_specs[key].size, device=next(self.encoder.parameters()).device)
         with torch.no_grad():
-            output = self.encoder.eval().forward_features(torch.zeros(1, self.encoder.in_channels, *self.view_specs[key].size))
+            output = self.encoder.eval().forward_features(blank)
         self.encoder.train(training)
         maps = [(int(level.shape[1]), int(level.shape[2]), int(level.shape[3])) for level in output.pyramid]
         return output.tokens[0].numel(), maps
