@@ -23,6 +23,8 @@ OBJECTIVES: dict[str, str] = {
     "mae": "medssl.objectives.mae:MAE",
     "mae_cnn": "medssl.objectives.mae_cnn:MAECNN",
     "intra_inter_clustering": "medssl.objectives.intra_inter_clustering:IntraInterClustering",
+    "graph_matching": "medssl.objectives.graph_matching:GraphMatching",
+    "global_local_contrast": "medssl.objectives.global_local_contrast:GlobalLocalContrast",
 }
 DOMAINS: dict[str, str] = {
     "mri": "medssl.domains.mri:MRI",

@@ -22,14 +22,19 @@ class Prototypes(nn.Module):
     Args:
         dim: E.
         count: K.
-        learned: Whether they are trained; k-means writes those that are not.
+        learned: Whether they are trained; those that are not are a buffer, which k-means writes.
     """
 
     def __init__(self, dim: int, count: int, *, learned: bool = True) -> None:
         super().__init__()
         if count < 2:
             raise ValueError(f"{count} prototypes; accepted: 2 or more")
-        self.weight = nn.Parameter(nn.functional.normalize(torch.randn(count, dim), dim=1), requires_grad=learned)
+        rows = nn.functional.normalize(torch.randn(count, dim), dim=1)
+        self.weight: Tensor
+        if learned:
+            self.weight = nn.Parameter(rows)
+        else:
+            self.register_buffer("weight", rows)
         self.active: Tensor
         self.register_buffer("active", torch.tensor(count))
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError, near
-from medssl.types import Part, StepContext, Views, ViewSpec
+from medssl.objectives._unused import freeze_unused
+from medssl.types import EncoderOutput, Part, StepContext, Views, ViewSpec
 
 TERMS = ("global", "local")
 NEIGHBOURS = 5
@@ -217,15 +218,22 @@ class GlobalLocalContrast(nn.Module):
         if "local" in self.weights:
             _, maps = self._look(local_view or next(iter(self.view_specs)))
             self._build_decoder(maps, decoder_blocks, decoder_width, dim)
+        freeze_unused(encoder, next(iter(self.view_specs.values())).size, self._used)
 
     def _look(self, key: str) -> tuple[int, list[tuple[int, int, int]]]:
         """Return the number of token channels in all, and (channels, height, width) of the maps at different strides."""
         training = self.encoder.training
+        blank = torch.zeros(1, self.encoder.in_channels, *self.view_specs[key].size, device=next(self.encoder.parameters()).device)
         with torch.no_grad():
-            output = self.encoder.eval().forward_features(torch.zeros(1, self.encoder.in_channels, *self.view_specs[key].size))
+            output = self.encoder.eval().forward_features(blank)
         self.encoder.train(training)
         maps = [(int(level.shape[1]), int(level.shape[2]), int(level.shape[3])) for level in output.pyramid]
         return output.tokens[0].numel(), maps
+
+    def _used(self, output: EncoderOutput) -> list[Tensor]:
+        """Return the outputs of the encoder that the terms look at."""
+        maps = [output.pyramid[level] for level in self.levels] if "local" in self.weights else []
+        return maps + ([output.tokens] if "global" in self.weights else [])
 
     def _build_decoder(self, maps: list[tuple[int, int, int]], blocks: int, width: int, dim: int) -> None:
         self.levels = _levels(maps)

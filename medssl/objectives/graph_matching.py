@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError
+from medssl.objectives._unused import freeze_unused
 from medssl.types import Part, StepContext, Views, ViewSpec
 
 EPS = 1e-6
@@ -455,6 +456,7 @@ class GraphMatching(nn.Module):
         if local_mode not in ("both", "feature", "none"):
             raise RequestError(f'local_mode is "{local_mode}"; accepted: both, feature, none')
         self.encoder = encoder
+        freeze_unused(encoder, next(iter(self.view_specs.values())).size, lambda output: [output.tokens])
         self.projector = nn.Linear(encoder.embed_dim, dim)
         self.message_passing = MessagePassing(dim, layers)
         self.nodes, self.neighbours, self.alpha, self.top = nodes, neighbours, alpha, top

@@ -31,7 +31,7 @@ from medssl.objectives.graph_matching import (
     swap_pairs,
 )
 from medssl.testing import check_objective
-from medssl.types import StepContext
+from medssl.types import EncoderOutput, StepContext
 from tests.objectives.pictures import SPECS, FakeImageEncoder, make_pictures, place
 
 
@@ -378,6 +378,23 @@ def test_objective__learns_to_match() -> None:
         objective(make_pictures(16, seed=step, noise=1.0), StepContext(step=step))["loss"].backward()
         optimiser.step()
     assert matched(1000) > before + 0.1
+
+
+def test_parameters_without_a_path__are_frozen() -> None:
+    class Pools(FakeImageEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(self.embed_dim)  # between tokens and pooled, as in ConvNeXt
+
+        def forward_features(self, x: Tensor, keep: Tensor | None = None) -> EncoderOutput:
+            output = super().forward_features(x)
+            return EncoderOutput(output.tokens, output.grid, self.norm(output.pooled), output.pyramid)
+
+    encoder = Pools()
+    objective = GraphMatching(encoder, view_specs=SPECS, dim=8, nodes=4)
+    assert not encoder.norm.weight.requires_grad and encoder.net[0].weight.requires_grad and encoder.training
+    objective(make_pictures(8), StepContext())["loss"].backward()
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
 
 
 def test_batches__are_cut_into_graphs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +45,9 @@ def hidden_voxels(views: Views) -> Tensor:
 
 
 def test_builders__cover_the_registry() -> None:
-    assert set(BUILDERS) == set(OBJECTIVES)
+    elsewhere = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    assert set(BUILDERS) | (elsewhere - {"mae"}) >= set(OBJECTIVES)
+    assert set(BUILDERS) <= set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))
