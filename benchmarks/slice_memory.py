@@ -79,7 +79,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         bare, two, chunked, whole = peaks.values()
         image_gb = options.slices * options.size**2 * 4 / 1e9
         per_slice = (whole - bare) / options.whole
-        rows.append({"model": model, "run": f"{options.slices} slices at once, extrapolated", "peak_gb": bare + options.slices * per_slice})
+        rows.append(
+            {"model": model, "run": f"{options.slices} slices at once, extrapolated", "peak_gb": bare + options.slices * per_slice}
+        )
         what = f"{model}, peak above two chunks for {options.slices} slices, in sizes of the volume ({image_gb:.2g} GB)"
         checks.append(Check(what, (chunked - two) / image_gb, 3.0, at_least=False))
     notes = [

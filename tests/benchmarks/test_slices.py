@@ -1,0 +1,51 @@
+"""Benchmarks of the slice encoder at toy size, and the two of their promises that a busy machine can hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import deformable_attention, slice_memory, slice_order
+from tests.benchmarks.test_benchmarks import by, play
+
+TOY = ["--dim", "64", "--heads", "4", "--dim-head", "16", "--batch", "1"]
+
+
+def test_deformable_attention__doubling_the_slices_costs_little_more_than_twice(tmp_path: Path) -> None:
+    sizes = ["--slices", "256", "512", "1024", "--flavours", "per_query"]
+    content = play(deformable_attention.main, [*TOY, *sizes], tmp_path, repeats=9)
+    assert [check["target"] for check in content["checks"]] == ["<= 2.2", "<= 2.2"]
+    assert all(check["value"] <= 1.25 * 2.2 for check in content["checks"])
+
+
+def test_deformable_attention__lists_all_flavours(tmp_path: Path) -> None:
+    content = play(deformable_attention.main, [*TOY, "--slices", "32", "64", "--grouped-up-to", "32"], tmp_path)
+    found = {(row["attention"], row["slices"]) for row in content["rows"]}
+    assert found == {("dense", 32), ("dense", 64), ("per_query", 32), ("per_query", 64), ("grouped", 32)}
+
+
+def test_slice_order__runs_all_models(tmp_path: Path) -> None:
+    content = play(slice_order.main, ["--steps", "2", "--tests", "20"], tmp_path, repeats=1)
+    assert set(by(content["rows"], "model")) == {"mean pool", "per_query", "grouped"}
+    assert len(content["checks"]) == 5
+
+
+@pytest.mark.slow
+def test_slice_order__the_mean_stays_at_chance_the_aggregator_solves_it_and_reversing_flips_it() -> None:
+    mean = slice_order.probe("mean pool", seed=0, steps=400)
+    assert 0.4 <= mean["accuracy"] <= slice_order.CHANCE_LIMIT
+    ours = slice_order.probe("per_query", seed=0, steps=400)
+    assert ours["accuracy"] >= slice_order.SOLVED
+    assert ours["accuracy_reversed"] <= slice_order.FLIPPED
+
+
+@pytest.mark.slow
+def test_slice_memory__does_not_grow_with_the_slices(tmp_path: Path) -> None:
+    sizes = ["--models", "resnet18", "--slices", "64", "--chunk", "4", "--whole", "32", "--size", "64", "--threads", "1"]
+    content = play(slice_memory.main, sizes, tmp_path, repeats=1)
+    (check,) = content["checks"]
+    rows = by(content["rows"], "run")
+    grown = rows["64 slices in chunks"]["peak_gb"] - rows["8 slices in chunks"]["peak_gb"]
+    kept = rows["64 slices at once, extrapolated"]["peak_gb"] - rows["nothing trained"]["peak_gb"]
+    assert check["value"] is not None and grown < 0.1 * kept
