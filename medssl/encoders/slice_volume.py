@@ -251,5 +251,5 @@ class SliceVolumeEncoder(Encoder):
         if keep is not None:
             raise ValueError("slice_volume drops no tokens: replace slice embeddings by a mask token before the aggregator")
         if isinstance(x, Stack):
-            x, valid, z_mm, kind = x.planes, x.valid, x.depth, "clip"
+            return self.aggregator(self.embed_slices(x.planes, x.valid), x.valid, x.depth)  # type: ignore[no-any-return]
         return self.aggregator(self.embed_slices(as_stacks(x, kind, slice_axis), valid), valid, z_mm)  # type: ignore[no-any-return]

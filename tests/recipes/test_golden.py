@@ -7,6 +7,7 @@ Tolerances cover other CPU kinds and thread counts, not another result.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 from medssl import api, build
+from medssl.errors import RecipeError
 from medssl.recipe import shipped
+from medssl.yaml_models import read_mapping
 
 LEDGER = Path(__file__).with_name("golden.json")
 SMOKE = {name: path for name, path in shipped().items() if name.startswith("smoke/")}
@@ -22,12 +25,15 @@ SMOKE = {name: path for name, path in shipped().items() if name.startswith("smok
 
 def play(path: Path, archive: Path, out: Path) -> dict[str, list[float]]:
     """Run a recipe and return its losses and the features of a fixed image."""
-    done = api.pretrain(path, [f"data.index={archive}", f"out={out}"])
+    sources = read_mapping(path, RecipeError, what="recipe", absent="").get("sources")
+    keys = ["data.index"] if sources is None else [f"sources.{name}.index" for name in sources]
+    done = api.pretrain(path, [*(f"{key}={archive}" for key in keys), f"out={out}"])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     encoder = build.load_encoder(done.path)
-    size = json.loads((out / "weights" / "last" / "encoder.json").read_text())["image_size"]
-    ramp = torch.linspace(-2, 2, size[0] * size[1] * size[2]).reshape(1, 1, *size)
+    part = json.loads((out / "weights" / "index.json").read_text())["default"]
+    size = json.loads((out / "weights" / "last" / f"{part}.json").read_text())["image_size"]
+    ramp = torch.linspace(-2, 2, math.prod(size)).reshape(1, 1, *size)
     with torch.no_grad():
         features = encoder(torch.sin(7 * ramp)).pooled[0, :8]
     return {"losses": losses, "features": features.tolist()}
