@@ -114,15 +114,19 @@ def _contexts(module: nn.Module) -> tuple[Any, Any]:
 
 @contextmanager
 def _checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Within this context each block is recomputed in the backward pass; the network that calls the blocks is timm's own code."""
+    """Within this context each block is recomputed in the backward pass; the network that calls the blocks is timm's own code.
+
+    What is replaced is the hook that `nn.Module.compile` uses, so that hooks and a compiled block run inside, as in `Encoder.run`.
+    """
     blocks = list(blocks)
-    for block in blocks:
-        block.forward = partial(recomputed, block, block.forward)
+    before = [block._compiled_call_impl for block in blocks]
+    for block, compiled in zip(blocks, before):
+        block._compiled_call_impl = partial(recomputed, block, compiled or block._call_impl)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward  # the class's own comes back
+        for block, compiled in zip(blocks, before):
+            block._compiled_call_impl = compiled
 
 
 class Image2D(Encoder):

@@ -114,6 +114,33 @@ def test_norm_frozen__training_equals_evaluation_and_moves_no_statistics() -> No
     assert encoder.net.bn1.weight.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, while it traces
+def test_checkpoint_blocks__recomputes_compiled_blocks() -> None:
+    torch.manual_seed(0)
+    encoder = Image2D(model="vit_tiny_patch16_224", image_size=32, model_args={"depth": 2})
+    x = torch.randn(2, 1, 32, 32)
+    ran: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Any:
+        def run(*args: Any) -> Any:
+            ran.append(1)
+            return graph(*args)
+
+        return run
+
+    encoder.embed(x).square().sum().backward()
+    plain = [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+    encoder.zero_grad()
+    for block in encoder.blocks:
+        block.compile(backend=backend)
+    encoder.checkpoint_blocks = True
+    loss = encoder.embed(x).square().sum()
+    forward = len(ran)
+    loss.backward()
+    assert forward >= 2 and len(ran) == 2 * forward  # each compiled block once more in the backward pass
+    assert all(torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(encoder.parameters(), plain) if p.grad is not None)
+
+
 def test_part__is_loaded_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder = Image2D(model="convnext_atto", in_channels=2).eval()
