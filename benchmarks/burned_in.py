@@ -36,7 +36,6 @@ READABLE = 12
 """Size in pixels from which recall is promised."""
 CONTRASTS = (0.3, 0.5, 0.8, 1.0)
 SLICES = 8
-MIN_EDGE = 112
 NAMES = (
     "MUSTERMANN, ERIKA", "Doe^John", "SMITH JANE", "Garcia, Ana", "O'Neil, Pat", "MEIER-VOSS K.", "Nguyen Van A", "Rossi, Maria",
     "JOHANSSON, LARS", "Kim Min-jun",
@@ -106,17 +105,10 @@ def _all(data: Path) -> Iterator[Picture]:
         files = sorted((data / folder).rglob("*.dcm"))
         for path in files[:: max(1, len(files) // (2 * SLICES))]:
             yield Picture(kind, f"{folder}/{path.stem}", folder, fitting, _bytes(_dicom(path)))
-    for name, kind, fitting in (
-        ("ct_mr_totalseg_examples/example_ct_sm", "CT", False),
-        ("nifti_misc/FLAIR", "MR", True),
-        ("ct_mr_totalseg_examples/example_mr_sm", "MR", False),
-        ("nifti_orientations/RAS", "MR", False),
-    ):
-        volume = np.asarray(nib.as_closest_canonical(nib.load(data / f"{name}.nii.gz")).dataobj)
-        for k in np.linspace(0.3, 0.7, SLICES) * volume.shape[2]:
-            array = _bytes(volume[::-1, ::-1, int(k)].T)
-            if min(array.shape) >= MIN_EDGE:
-                yield Picture(kind, f"{name}/{int(k)}", name, fitting, array)
+    name = "nifti_misc/FLAIR"
+    volume = np.asarray(nib.as_closest_canonical(nib.load(data / f"{name}.nii.gz")).dataobj)
+    for k in np.linspace(0.3, 0.7, SLICES) * volume.shape[2]:
+        yield Picture("MR", f"{name}/{int(k)}", name, True, _bytes(volume[::-1, ::-1, int(k)].T))
     for folder, pattern in (("bccd/JPEGImages", "*0.jpg"), ("wsi_multistain", "*.jpg"), ("histology_tiles_nct_crc", "*.tif")):
         for path in sorted((data / folder).glob(pattern)):
             yield Picture("microscopy", path.name, path.stem, _half(path.stem), _grey(path))

@@ -114,6 +114,14 @@ class PixelTable:
             connection.close()
 
 
+def forget_pixels(private: Path) -> None:
+    """Delete what was found in the pixels of series that are no longer used, their hashes above all."""
+    if (private / "pixels").is_dir():
+        table = PixelTable(private)
+        table.merge()
+        table.apply()
+
+
 def apply_pixels(connection: Any, private: Path) -> None:
     """Give the rows of the tables `s` (as `series.parquet`) and `p` (as its private half) what is known of their pixels.
 

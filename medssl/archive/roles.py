@@ -84,6 +84,8 @@ def modality_of(header: Mapping[str, Any]) -> str:
     if sop_kind(uid) in ("report", "rt", "waveform", "presentation", "document"):
         return stated if stated in ("SR", "RTDOSE", "ECG") else "other"
     by_class = sop_modality(uid)
-    if by_class is None or stated == by_class or {stated, by_class} <= {"CR", "DX", "RG"}:
+    if by_class is None or stated == by_class:
         return stated
+    if by_class in ("CR", "DX") and stated in ("CR", "DX", "RG", "MG", "IO", "PX", "XA", "RF"):
+        return stated  # plates and general detectors are used for mammograms and teeth too, and only the tag says so
     return by_class if by_class != "OT" else "other"

@@ -32,6 +32,7 @@ from medssl.archive.containers import forget_unpacked
 from medssl.archive.decisions import WITHDRAWN_COLUMNS, apply_withdrawals, load_series, read_withdrawn, write_series
 from medssl.archive.ids import normalise
 from medssl.archive.owner import LISTED, columns_of, locked, owner_files, owner_key, owner_series, study_uid_of
+from medssl.archive.pixels import forget_pixels
 from medssl.archive.table import FILE_COLUMNS, Archive
 from medssl.errors import RequestError, StoreError, near
 
@@ -108,6 +109,7 @@ def withdraw(
         records = ({"kind": kind, "value": value} for kind, value in sorted(listed))
         write_table(private / "withdrawn.parquet", WITHDRAWN_COLUMNS, records)
         gone = _mark(archive, found)
+        forget_pixels(private)
     try:
         forget_unpacked(private / "unpacked")  # copies from zip and tar files, theirs among them
     except OSError as err:

@@ -22,6 +22,7 @@ from medssl.archive.pixels import PIXEL_COLUMNS, pixel_counts
 from medssl.archive.reasons import FLAGS, IMAGE_REASONS, PRIVACY_FLAGS
 from medssl.archive.split import split_archive
 from medssl.archive.table import Archive
+from medssl.archive.withdraw import withdraw
 from medssl.domains import pixel_pass
 from medssl.domains.pixel_pass import PixelSummary, look_at_pixels
 from medssl.errors import RequestError
@@ -216,6 +217,17 @@ def test_failures__are_tried_again_where_that_may_help(tmp_path: Path, monkeypat
     assert (again.looked_at, again.failed, again.read) == (1, {"too_large": 1, "unreadable": 1}, 1)
     with pytest.raises(RequestError, match="holds no index"):
         look_at_pixels(tmp_path / "nothing")
+
+
+def test_withdraw__takes_the_hashes_along(tmp_path: Path) -> None:
+    volumes(tmp_path / "src", 3)
+    look(tmp_path / "src", tmp_path / "out")
+    archive = Archive.open(tmp_path / "out")
+    gone, *kept = [row.series_id for row in archive.select()]
+    (tmp_path / "request.csv").write_text(f"kind,value\nseries_id,{gone}\n")
+    withdraw(archive, tmp_path / "request.csv")
+    assert set(results(tmp_path / "out")) == set(kept)
+    assert hashes(tmp_path / "out")[gone] == (None, None) and all(hashes(tmp_path / "out")[name][0] for name in kept)
 
 
 def test_version__another_one_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
