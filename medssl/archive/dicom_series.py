@@ -22,6 +22,8 @@ COLLISION_MM = 0.01
 STEP_TOLERANCE = 0.02
 """Relative deviation of a slice step from the median that rounding of positions explains."""
 STEP_TOLERANCE_MM = 0.02
+MAX_MM = 1e6
+"""A kilometre: what is farther from the scanner is a slip of the file's, and its square may be infinite."""
 TILT_TOLERANCE_DEG = 0.5
 """Half a degree moves the last of 100 slices of 1 mm by 0.9 mm."""
 MAX_TILT_DEG = 45.0
@@ -121,6 +123,8 @@ def slice_geometry(positions: np.ndarray, orientation: Sequence[float], pixel_sp
     """
     n = len(positions)
     unordered = np.arange(n)
+    if max(np.max(np.abs(positions)), *np.abs(orientation), *np.abs(() if pixel_spacing is None else pixel_spacing)) > MAX_MM:
+        return SliceGeometry(unordered, None, None, faults=("no_position",))
     along_row, down_column = np.asarray(orientation[:3], float), np.asarray(orientation[3:6], float)
     lengths = np.linalg.norm(along_row), np.linalg.norm(down_column)
     if min(lengths) < 0.5 or abs(along_row @ down_column) > 0.01 * lengths[0] * lengths[1]:

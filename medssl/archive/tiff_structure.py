@@ -17,8 +17,8 @@ from medssl.errors import ImageError
 
 MAX_PAGES = 10_000
 MAX_ENTRIES = 4096
-MAX_SEGMENTS_MISSING = 10_000
-"""More tiles or strips than the page lists: a few are forgiven, as TIFF libraries do."""
+SEGMENTS_MISSING = 16
+"""A page may list half as many tiles or strips as its size makes, less a few: TIFF libraries forgive what some writers do."""
 MAX_TILE_PIXELS = 1 << 26
 SPARE_BYTES = 1 << 20
 """Values of all pages may take four times the file and so much more: pages may share them, a colour profile for instance."""
@@ -133,5 +133,5 @@ def _check_page(values: dict[int, tuple[int, int]]) -> None:
         promised, listed = -(-width // across) * -(-length // down) * planes, values[_TILES][0]
     else:
         promised, listed = -(-length // (value(_ROWS, 0) or length or 1)) * planes, values.get(_STRIPS, (0, 0))[0]
-    if promised > max(listed, MAX_SEGMENTS_MISSING):
+    if promised > 2 * listed + SEGMENTS_MISSING:
         raise _fault("unreadable", "fewer tiles or strips than its size makes")

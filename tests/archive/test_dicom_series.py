@@ -83,6 +83,19 @@ def test_slice_geometry__rounded_positions_are_regular() -> None:
     assert slice_geometry(sideways, AXIAL, [1, 1]).faults == ("irregular_slices",)
 
 
+@pytest.mark.parametrize("where", ["position", "orientation", "spacing"])
+def test_slice_geometry__beyond_any_scanner_is_no_position(where: str) -> None:
+    """Squares of such numbers are infinite, and warnings of numpy are errors here."""
+    positions, orientation, spacing = stack(5), list(AXIAL), [1.0, 1.0]
+    if where == "position":
+        positions[2, 2] = 1e300
+    elif where == "orientation":
+        orientation[0] = 1e300
+    else:
+        spacing[1] = 1e300
+    assert slice_geometry(positions, orientation, spacing).faults == ("no_position",)
+
+
 def test_slice_geometry__few_missing_slices_become_empty_planes() -> None:
     positions = np.delete(np.round(stack(40, 0.625) + 0.3333, 2), [20, 31, 32], axis=0)
     geometry = slice_geometry(positions, AXIAL, [1, 1])
