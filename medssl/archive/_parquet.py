@@ -13,15 +13,18 @@ from medssl.errors import StoreError
 TEMPORARY = ".tmp-"
 MEMORY = "1500MB"
 """What DuckDB may hold in memory; the rest spills."""
-LINE_ROWS = 64
+ROW_GROUP = 8192
+"""Rows that a writer of Parquet holds in memory, times threads."""
+LINE_ROWS = 4
 """Rows that `TableWriter` encodes in one call: a call a row takes nearly twice as long."""
 
 
-def connect(spill: Path | None = None) -> Any:
+def connect(spill: Path | None = None, *, threads: int | None = None) -> Any:
     """Return an in-memory DuckDB connection that loads no extension from elsewhere.
 
     Args:
         spill: Private folder for what does not fit into `MEMORY`; None spills nothing.
+        threads: None takes one per core. A writer should have one: each holds row groups of its own.
     """
     import duckdb
 
@@ -35,7 +38,8 @@ def connect(spill: Path | None = None) -> Any:
         spill.mkdir(mode=0o700, exist_ok=True)
         connection.execute(f"SET memory_limit = '{MEMORY}'")
         connection.execute(f"SET temp_directory = {quote(spill)}")
-        connection.execute("SET threads = 2")
+    if threads is not None:
+        connection.execute(f"SET threads = {threads}")
     return connection
 
 
@@ -94,7 +98,7 @@ class TableWriter:
             self._write_line()
         row = ", ".join(f'"{name}" {kind}' for name, kind in self.columns.items())
         # DuckDB takes a multiple of the size it is told, whatever the file holds.
-        size = max(1 << 20, self._longest + 1)
+        size = max(1 << 18, self._longest + 1)
         lines = f"""read_json({quote(self._lines)}, format='newline_delimited', records=false, columns={{'line': 'STRUCT({row})[]'}},
         maximum_object_size={size})"""
         try:
@@ -137,11 +141,12 @@ def write_query(path: Path, query: str, connection: Any = None) -> None:
     import duckdb
 
     aside = temporary(path)
-    own = connect() if connection is None else connection
+    own = connect(threads=1) if connection is None else connection
     try:
         # The file is there with the owner's rights before DuckDB fills it: a kill leaves nothing that others may read.
         os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
-        own.execute(f"COPY ({query}) TO {quote(aside)} (FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false)")
+        form = f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP}, USE_TMP_FILE false"
+        own.execute(f"COPY ({query}) TO {quote(aside)} ({form})")
         with open(aside, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(aside, path)

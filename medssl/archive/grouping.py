@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from medssl.archive._parquet import TableWriter, connect, files_of, quote, stream, write_json, write_query, write_table
+from medssl.archive._parquet import ROW_GROUP, TableWriter, connect, files_of, quote, stream, write_json, write_query, write_table
 from medssl.archive.decisions import apply_splits, apply_withdrawals
 from medssl.archive.ids import IdKey
 from medssl.archive.paths import to_path
@@ -27,7 +26,9 @@ from medssl.archive.table import FILE_COLUMNS, PRIVATE_FILE_COLUMNS, PRIVATE_SER
 from medssl.archive.twins import join_twins
 
 PART_ROWS = 500_000
-CHUNK = 20_000
+CHUNK = 2048
+BUCKET_ROWS, MAX_BUCKETS = 20_000, 96
+"""Rows sorted at a time, as long as that makes no more files than DuckDB keeps open (100)."""
 MARK_COLUMNS = {"mark": "VARCHAR", "group_key": "VARCHAR"}
 CONFIRMED_COLUMNS = {"path": "VARCHAR", "mtime_ns": "BIGINT", "whole": "VARCHAR"}
 OUTPUTS = ("private/files.parquet", "private/series.parquet", "private/rows.parquet", "private/marks.parquet", "series.parquet")
@@ -56,7 +57,8 @@ def regroup(
         StoreError: The disk is full or failing; the tables that were there stay.
     """
     private = out / "private"
-    connection = connect(private / "spill")
+    shutil.rmtree(private / "spill", ignore_errors=True)  # what a killed run left
+    connection = connect(private / "spill", threads=1)
     try:
         _open(connection, private)
         _find_duplicates(connection, private)
@@ -77,7 +79,7 @@ def regroup(
 
 
 def _open(connection: Any, private: Path) -> None:
-    """Make `live`: the newest scan row of every file that is there now, and rows of what could not be opened."""
+    """Make `newest`: the newest scan row of every file that is there now, and rows of what could not be opened; and `live`, of fewer columns."""
     parts = sorted((private / "scan").glob("part-*.parquet"))
     listing = quote(private / "listing.parquet")
     if parts:
@@ -86,29 +88,47 @@ def _open(connection: Any, private: Path) -> None:
         from medssl.archive.scan import SCAN_COLUMNS
 
         connection.execute(f"CREATE TABLE scan ({', '.join(f'{name} {kind}' for name, kind in SCAN_COLUMNS.items())})")
-    connection.execute("CREATE TABLE latest AS SELECT source_id, max(part) AS part FROM scan GROUP BY source_id")
     connection.execute(
-        f"""CREATE TABLE live AS
-        SELECT s.path, s.size, s.mtime_ns, s.kind, s.reason, s.digest, s.group_key, s.sop_id, s.header_id, s.slice, s.part
+        f"""CREATE TABLE latest AS SELECT source_id, max(part) AS part FROM scan
+        WHERE source_id IN (SELECT source_id FROM read_parquet({listing}) WHERE reason IS NULL) GROUP BY source_id"""
+    )
+    # A view: what is wide (`header`, `slice`) is read from the parts when it is needed, and not kept.
+    connection.execute(
+        f"""CREATE VIEW newest AS
+        SELECT s.path, s.size, s.mtime_ns, s.kind, s.reason, s.digest, s.group_key, s.sop_id, s.header_id, s.header, s.slice, s.part
         FROM scan s JOIN latest USING (source_id, part)
-        WHERE s.source_id IN (SELECT source_id FROM read_parquet({listing}) WHERE reason IS NULL)
         UNION ALL
-        SELECT path, size, mtime_ns, 'other', reason, '', printf('f%016x', source_id), NULL, NULL, '{{}}', NULL
+        SELECT path, size, mtime_ns, 'other', reason, '', printf('f%016x', source_id), NULL, NULL, NULL, '{{}}', NULL
         FROM (SELECT DISTINCT * FROM read_parquet({listing}) WHERE reason IS NOT NULL AND reason <> 'folder')"""
     )
-    connection.execute(
-        """CREATE TABLE headers AS SELECT header_id, any_value(header) AS header FROM scan
-        WHERE header_id IN (SELECT header_id FROM live) GROUP BY header_id"""
+    # Tables as long as the archive are files, so that memory does not grow with it.
+    found, headers = private / "spill" / "found.parquet", private / "spill" / "headers.parquet"
+    write_query(found, "SELECT * EXCLUDE (size, header, slice) FROM newest", connection)
+    write_query(
+        headers,
+        f"""SELECT header_id, any_value(header) AS header FROM scan
+        WHERE header_id IN (SELECT header_id FROM read_parquet({quote(found)})) GROUP BY header_id""",
+        connection,
     )
+    connection.execute(f"CREATE VIEW headers AS SELECT * FROM read_parquet({quote(headers)})")
     # Detached data files belong to the group of the header that names them.
-    connection.execute("CREATE TABLE attached (path VARCHAR, group_key VARCHAR)")
+    connection.execute("CREATE TABLE named (path VARCHAR, group_key VARCHAR)")
     for row in connection.execute(
-        """SELECT h.header, l.group_key FROM live l JOIN headers h USING (header_id)
-        WHERE l.kind IN ('volume', 'image') AND l.reason IS NULL AND h.header LIKE '%"data_files": ["%'"""
+        f"""SELECT h.header, f.group_key FROM read_parquet({quote(found)}) f JOIN headers h USING (header_id)
+        WHERE f.kind IN ('volume', 'image') AND f.reason IS NULL AND h.header LIKE '%"data_files": ["%'"""
     ).fetchall():
         names = json.loads(row[0])["data_files"]
-        connection.execute("INSERT INTO attached SELECT unnest(?::VARCHAR[]), ?", [names, row[1]])
-    connection.execute("UPDATE live SET group_key = a.group_key FROM attached a WHERE live.path = a.path")
+        connection.execute("INSERT INTO named SELECT unnest(?::VARCHAR[]), ?", [names, row[1]])
+    connection.execute("CREATE TABLE attached AS SELECT path, min(group_key) AS group_key FROM named GROUP BY path")
+    connection.execute("CREATE TABLE duplicate (path VARCHAR)")
+    connection.execute(f"CREATE VIEW live AS {_corrected(f'read_parquet({quote(found)})')}")
+
+
+def _corrected(rows: str) -> str:
+    """Return scanned rows with what other files say of them: the group of attached data, the reason of a duplicate."""
+    return f"""SELECT r.* REPLACE (coalesce(a.group_key, r.group_key) AS group_key,
+        CASE WHEN r.reason IS NULL AND r.path IN (SELECT path FROM duplicate) THEN 'duplicate' ELSE r.reason END AS reason)
+        FROM {rows} r LEFT JOIN attached a ON a.path = r.path"""
 
 
 def _find_duplicates(connection: Any, private: Path) -> None:
@@ -116,10 +136,10 @@ def _find_duplicates(connection: Any, private: Path) -> None:
 
     The digest of a DICOM file covers its ends only, so equal ones are read whole before they are called the same.
     """
-    connection.execute("CREATE TABLE duplicate (path VARCHAR)")
+    image = "reason IS NULL AND kind IN ('dicom', 'volume', 'image')"
     connection.execute(
-        """CREATE TABLE alike AS SELECT path, mtime_ns, digest FROM live WHERE reason IS NULL AND kind IN ('dicom', 'volume', 'image') AND digest IN
-        (SELECT digest FROM live WHERE reason IS NULL AND kind IN ('dicom', 'volume', 'image') GROUP BY digest HAVING count(*) > 1)"""
+        f"""CREATE TABLE alike AS SELECT path, mtime_ns, digest FROM live WHERE {image} AND hash(digest) IN
+        (SELECT hash(digest) FROM live WHERE {image} GROUP BY hash(digest) HAVING count(*) > 1)"""
     )
     store = private / "confirmed.parquet"
     if store.exists():
@@ -146,7 +166,6 @@ def _find_duplicates(connection: Any, private: Path) -> None:
         connection.execute("INSERT INTO duplicate SELECT unnest(?::VARCHAR[])", [copies])
     if found:
         write_table(store, CONFIRMED_COLUMNS, found)
-    connection.execute("UPDATE live SET reason = 'duplicate' FROM duplicate d WHERE live.path = d.path AND live.reason IS NULL")
 
 
 def _mark(connection: Any, private: Path) -> None:
@@ -178,7 +197,7 @@ def _find_changed(connection: Any, private: Path, first_new_part: int) -> None:
     connection.execute(
         f"""CREATE TABLE changed AS
         SELECT group_key FROM live WHERE part >= {first_new_part} OR part IS NULL
-        UNION SELECT o.group_key FROM read_parquet({old}) o WHERE o.path NOT IN (SELECT path FROM live)
+        UNION SELECT o.group_key FROM read_parquet({old}) o ANTI JOIN live l USING (path)
         UNION SELECT o.group_key FROM read_parquet({old}) o JOIN live l USING (path) WHERE o.group_key <> l.group_key
         UNION SELECT group_key FROM (FROM marks EXCEPT FROM read_parquet({marks}))
         UNION SELECT group_key FROM (FROM read_parquet({marks}) EXCEPT FROM marks)"""
@@ -202,11 +221,10 @@ def _build(
         "private": TableWriter(private / "new-private.parquet", PRIVATE_SERIES_COLUMNS),
         "series": TableWriter(private / "new-series.parquet", {**SERIES_COLUMNS, "group_key": "VARCHAR"}),
     }
-    where = "WHERE l.group_key IN (SELECT group_key FROM changed)" if only_changed else ""
-    total = connection.execute(f"SELECT count(*) FROM live l {where}").fetchone()[0]
+    total = _fill_buckets(connection, private / "spill" / "groups", only_changed=only_changed)
     done = 0
     try:
-        for name, files in _groups(connection, choose, where):
+        for name, files in _groups(connection, choose, private / "spill" / "groups"):
             group = build_group(files, key, shared)
             for placed in group.files:
                 file_id = key.make("file", "", f"{placed.digest} {placed.path}")
@@ -226,48 +244,61 @@ def _build(
     return {name: table.path for name, table in tables.items()}
 
 
-def _groups(connection: Any, choose: Callable[[str], Choice], where: str) -> Iterator[tuple[str, list[Scanned]]]:
-    query = f"""SELECT l.group_key, l.path, l.size, l.kind, l.reason, l.digest, l.header_id, l.slice,
-        l.sop_id IN (SELECT sop_id FROM conflict) AS conflict FROM live l {where} ORDER BY l.group_key, l.path"""
-    result = connection.cursor().execute(query)
-    headers = _Headers(connection.cursor())
-    name, members = "", list[Scanned]()
-    while rows := result.fetchmany(CHUNK):
-        headers.load({row[6] for row in rows if row[6] is not None})
-        slices = json.loads(f"[{','.join(row[7] for row in rows)}]")  # in one call: half the time of one call each
-        for (group, path, size, kind, reason, digest, header_id, _, conflict), piece in zip(rows, slices):
-            if group != name:
-                if members:
-                    yield name, members
-                name, members = group, []
-            header = {**headers.get(header_id), **piece} if kind != "other" else {}
-            members.append(Scanned(path, size, kind, reason, digest, header, bool(conflict), choose(path)))
-    if members:
-        yield name, members
+def _fill_buckets(connection: Any, folder: Path, *, only_changed: bool) -> int:
+    """Write the rows to group to `rows`, and the headers of each group to `headers`; return how many rows.
+
+    Each file holds a range of group keys, so that it fits into memory.
+    """
+    where = "WHERE group_key IN (SELECT group_key FROM changed)" if only_changed else ""
+    total = int(connection.execute(f"SELECT count(*) FROM live {where}").fetchone()[0])
+    buckets = min(MAX_BUCKETS, -(-total // BUCKET_ROWS))
+    rows = f"""SELECT group_key, path, size, kind, reason, digest, header_id, slice,
+        sop_id IS NOT NULL AND sop_id IN (SELECT sop_id FROM conflict) AS conflict FROM ({_corrected("newest")})"""
+    headers = """SELECT g.group_key, g.header_id, h.header
+        FROM (SELECT DISTINCT group_key, header_id FROM live WHERE kind <> 'other') g JOIN headers h USING (header_id)"""
+    folder.mkdir(mode=0o700)
+    connection.execute(f"SET partitioned_write_flush_threshold = {max(2 * CHUNK, total // MAX_BUCKETS)}")
+    # A key is a letter and 63 random bits in hexadecimal digits.
+    bucket = f"printf('%s%04d', group_key[1], ('0x' || group_key[2:5])::INTEGER * {buckets} // 32768) AS bucket"
+    for name, query in {"rows": rows, "headers": headers}.items():
+        connection.execute(
+            f"""COPY (SELECT *, {bucket} FROM ({query}) {where}) TO {quote(folder / name)}
+            (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP}, PARTITION_BY (bucket))"""
+        )
+    return total
 
 
-class _Headers:
-    """Headers by id, the last ones parsed kept."""
+def _groups(connection: Any, choose: Callable[[str], Choice], folder: Path) -> Iterator[tuple[str, list[Scanned]]]:
+    """Yield the groups in order, with their files in order of path."""
+    for bucket in sorted((folder / "rows").glob("bucket=*")):
+        headers = _headers(connection, folder / "headers" / bucket.name)
+        name, own = next(headers, ("", {}))
+        current, members = "", list[Scanned]()
+        rows = connection.cursor().execute(f"SELECT * FROM {_read(bucket)} ORDER BY group_key, path")
+        while chunk := rows.fetchmany(CHUNK):
+            slices = json.loads(f"[{','.join(row[7] for row in chunk)}]")  # in one call: half the time of one call each
+            for (group, path, size, kind, reason, digest, header_id, _, conflict), piece in zip(chunk, slices):
+                if group != current:
+                    if members:
+                        yield current, members
+                    current, members = group, []
+                    while name < group:
+                        name, own = next(headers, (group, {}))
+                header = {**own[header_id], **piece} if kind != "other" else {}
+                members.append(Scanned(path, size, kind, reason, digest, header, conflict, choose(path)))
+        yield current, members
 
-    def __init__(self, connection: Any, size: int = 4 * CHUNK) -> None:
-        self._connection, self._size = connection, size
-        self._found: OrderedDict[int, dict[str, Any]] = OrderedDict()
 
-    def load(self, ids: set[int]) -> None:
-        missing = [name for name in ids if name not in self._found]
-        if missing:
-            query = "SELECT header_id, header FROM headers WHERE header_id IN (SELECT unnest(?::BIGINT[]))"
-            for name, text in self._connection.execute(query, [missing]).fetchall():
-                self._found[name] = json.loads(text)
-        while len(self._found) > self._size + len(ids):
-            self._found.popitem(last=False)
+def _read(bucket: Path) -> str:
+    return f"read_parquet({files_of(sorted(bucket.iterdir()))}, hive_partitioning = false)"
 
-    def get(self, name: int | None) -> dict[str, Any]:
-        if name is None:
-            return {}
-        if name not in self._found:
-            self.load({name})
-        return self._found[name]
+
+def _headers(connection: Any, bucket: Path) -> Iterator[tuple[str, dict[int, dict[str, Any]]]]:
+    """Yield every group that has headers, in order, with them."""
+    if bucket.exists():
+        rows = stream(connection.cursor(), f"SELECT * FROM {_read(bucket)} ORDER BY group_key", CHUNK)
+        for name, found in groupby(rows, key=lambda row: str(row["group_key"])):
+            yield name, {row["header_id"]: json.loads(row["header"]) for row in found}
 
 
 def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> None:
@@ -280,17 +311,17 @@ def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> N
             return rows
         return f"{rows} UNION ALL SELECT * FROM read_parquet({quote(old)}) WHERE {group} NOT IN (SELECT group_key FROM changed)"
 
+    files = joined(private / "files.parquet", new["files"])
     try:
         connection.execute(f"CREATE TABLE s AS {joined(private / 'rows.parquet', new['series'])}")
         connection.execute(f"CREATE TABLE p AS {joined(private / 'series.parquet', new['private'])}")
-        connection.execute(f"CREATE TABLE f AS {joined(private / 'files.parquet', new['files'])}")
         write_query(private / "rows.parquet", "SELECT * FROM s", connection)
         join_twins(connection)
         apply_splits(connection, private)
-        apply_withdrawals(connection, private)
+        apply_withdrawals(connection, private, files=f"({files})")
         apply_pixels(connection, private)
-        connection.execute("UPDATE f SET reason = 'withdrawn' WHERE series_id IN (SELECT series_id FROM withdrawn_series)")
-        write_query(private / "files.parquet", "SELECT * FROM f", connection)
+        withdrawn = "CASE WHEN series_id IN (SELECT series_id FROM withdrawn_series) THEN 'withdrawn' ELSE reason END AS reason"
+        write_query(private / "files.parquet", f"SELECT * REPLACE ({withdrawn}) FROM ({files})", connection)
         write_query(private / "series.parquet", "SELECT * FROM p ORDER BY series_id", connection)
         write_query(private / "marks.parquet", "SELECT * FROM marks", connection)
         _write_public_files(connection, out)

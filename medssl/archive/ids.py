@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 import secrets
@@ -32,7 +33,7 @@ class IdKey:
     def __init__(self, secret: bytes) -> None:
         if len(secret) < 16:
             raise RequestError(f"id key of {len(secret)} bytes; 16 or more are needed: make one with `openssl rand -hex 32`")
-        self._secret = secret
+        self._keyed = hmac.new(secret, digestmod=hashlib.sha256)  # copied for each id: the key is hashed once
 
     @property
     def fingerprint(self) -> str:
@@ -42,7 +43,9 @@ class IdKey:
     def make(self, field: str, issuer: str, value: str) -> str:
         """Return 32 hex digits: HMAC-SHA256 over field, issuer and normalised value, cut to 128 bits."""
         message = "\x1f".join((field, normalise(issuer), normalise(value)))
-        return hmac.digest(self._secret, message.encode(), "sha256").hex()[:32]
+        digest = self._keyed.copy()
+        digest.update(message.encode())
+        return digest.hexdigest()[:32]
 
 
 def normalise(value: str) -> str:

@@ -273,7 +273,7 @@ def _write_listing(private: Path, listing: Iterator[Entry], roots: Sequence[Path
         kept = "true" if keep_others else f"NOT ({under})"
         rows += f""" UNION ALL SELECT * FROM read_parquet({quote(old)})
         WHERE {kept} AND source_id NOT IN (SELECT source_id FROM read_parquet({quote(new)}))"""
-    connection = connect(private / "spill")
+    connection = connect(private / "spill", threads=1)
     try:
         write_query(old, f"SELECT DISTINCT ON (source_id) * FROM ({rows}) ORDER BY source_id", connection)
     finally:
@@ -286,7 +286,7 @@ def _find_fresh(private: Path) -> Path:
     fresh, listing = private / "fresh.parquet", quote(private / "listing.parquet")
     parts = sorted((private / "scan").glob("part-*.parquet"))
     query = f"SELECT path, size FROM read_parquet({listing}) WHERE reason IS NULL"
-    connection = connect(private / "spill")
+    connection = connect(private / "spill", threads=1)
     try:
         if parts:
             retried = ", ".join(f"'{reason}'" for reason in sorted(RETRIED))

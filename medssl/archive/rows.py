@@ -125,7 +125,7 @@ def canonical(affine: np.ndarray, shape: Sequence[int], slice_axis: int | None) 
         "extent_mm": tuple(round(n * s, 3) for n, s in zip(canonical_shape, canonical_spacing)),
         "slice_axis": axis,
         "plane": "unknown" if axis is None else PLANES[axis],
-        "orientation": "".join(str(code) for code in orientations.aff2axcodes(affine)),
+        "orientation": "".join(str(code) for code in orientations.ornt2axcodes(change)),
     }
 
 

@@ -55,8 +55,8 @@ def sweep(
         StoreError: More than one in twenty of the last thousand files had input/output errors (the storage is ill, the files are
             not), or the index could not be written.
     """
-    # About a hundred parts for a large archive, each worth less than a minute of scanning.
-    size = max(BATCH, min(MAX_BATCH, total // 100))
+    # A few hundred parts for a large archive, each worth seconds of scanning.
+    size = max(BATCH, min(MAX_BATCH, total // 200))
     part = next_part(private)
     recent: deque[bool] = deque(maxlen=OUTAGE_WINDOW)
     done = written = 0
@@ -113,8 +113,8 @@ def _batches(
         if not lost:
             return
         # A worker died. One file at a time shows which one killed it; the rest goes on with fresh workers.
-        for path in lost:
-            yield [path], _alone(path, limit_s)
+        for batch in _cut(lost, BATCH):
+            yield batch, _one_by_one(batch, limit_s)
 
 
 def _through(
@@ -156,10 +156,18 @@ def _through(
                 submit(batch)
 
 
-def _alone(path: str, limit_s: float) -> list[dict[str, Any]]:
-    with spawn_pool(1) as pool:
+def _one_by_one(paths: Sequence[str], limit_s: float) -> list[dict[str, Any]]:
+    """Scan files in one worker, each after the other; the one that kills it gets a reason, and the next a fresh worker."""
+    found: list[dict[str, Any]] = []
+    pool = None
+    for path in paths:
+        pool = pool or spawn_pool(1)
         try:
-            rows: list[dict[str, Any]] = pool.submit(scan_batch, [path], limit_s=limit_s).result()
+            found += pool.submit(scan_batch, [path], threads=2, limit_s=limit_s).result()
         except BrokenExecutor:
-            rows = [blank_row(path, "worker_lost")]
-    return rows
+            found.append(blank_row(path, "worker_lost"))
+            pool.shutdown(wait=False)
+            pool = None
+    if pool is not None:
+        pool.shutdown()
+    return found

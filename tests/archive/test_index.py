@@ -321,34 +321,32 @@ def test_privacy__no_identifier_path_or_uid_outside_private(tmp_path: Path, capl
     assert all(row.modality in {*MODALITIES, "unknown", "other"} for row in rows)
 
 
-def test_unreadable_folder__recorded(tmp_path: Path) -> None:
+def test_unreadable_folder__recorded(open_folder: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root to become another user")
-    source = write_cohort(tmp_path / "src", 2)
+    source = write_cohort(open_folder / "src", 2)
     (source / "closed").mkdir(mode=0o700)
     (source / "images" / "case_01.nii.gz").chmod(0o600)
-    done = run_as_nobody(tmp_path, source)
+    done = run_as_nobody(open_folder, source)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["reasons"] == {"not_image": 1, "permission": 2}
 
 
-def test_no_write_permission__request_error(tmp_path: Path) -> None:
+def test_no_write_permission__request_error(open_folder: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root to become another user")
-    source = write_cohort(tmp_path / "src", 2)
-    done = run_as_nobody(tmp_path, source, writable=False)
+    source = write_cohort(open_folder / "src", 2)
+    done = run_as_nobody(open_folder, source, writable=False)
     assert done.returncode == 2, done.stderr
     assert "cannot be written (Permission denied)" in done.stdout
-    assert not list((tmp_path / "nobody").iterdir())
+    assert not list((open_folder / "nobody").iterdir())
 
 
-def run_as_nobody(tmp_path: Path, source: Path, *, writable: bool = True) -> subprocess.CompletedProcess[str]:
-    place = tmp_path / "nobody"
+def run_as_nobody(folder: Path, source: Path, *, writable: bool = True) -> subprocess.CompletedProcess[str]:
+    place = folder / "nobody"
     place.mkdir(mode=0o755)
     if writable:
         os.chown(place, 65534, 65534)
-    for folder in [source, source / "images", *source.parents][:-1]:
-        folder.chmod(folder.stat().st_mode | 0o055)
     code = """
         import json, os, sys
         from dataclasses import asdict

@@ -342,7 +342,7 @@ def run_python(code: str, *args: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_no_write_permission__request_error_as_another_user(tmp_path: Path) -> None:
+def test_no_write_permission__request_error_as_another_user(open_folder: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root to become another user")
     code = """
@@ -359,10 +359,8 @@ def test_no_write_permission__request_error_as_another_user(tmp_path: Path) -> N
             print(err)
             sys.exit(err.exit_code)
     """
-    locked = tmp_path / "locked"
+    locked = open_folder / "locked"
     locked.mkdir(mode=0o755)
-    for folder in [locked, *locked.parents][:-1]:
-        folder.chmod(folder.stat().st_mode | 0o055)
     done = run_python(code, locked)
     assert done.returncode == 2, done.stderr
     assert "cannot be written (Permission denied)" in done.stdout
