@@ -198,7 +198,7 @@ def test_header_scan__times_ours_beside_pydicom(tmp_path: Path) -> None:
 
 
 def test_index_scale__counts_what_it_indexed(tmp_path: Path) -> None:
-    rows = play(index_scale.main, ["files", "--sizes", "100", "300", "--repeats", "1"], tmp_path / "files")["rows"]
+    rows = play(index_scale.main, ["files", "--sizes", "100", "300"], tmp_path / "files", repeats=1)["rows"]
     assert [(row["files"], row["scanned"]) for row in rows] == [
         (100, 100),
         (300, 300),
