@@ -1,7 +1,7 @@
 """Precision and recall of the suspicion of burned-in text, on text rendered over real images.
 
     python -m benchmarks.burned_in --data ../shared/data          measures on the test half
-    python -m benchmarks.burned_in --data ../shared/data --fit    fits the constants of `medssl.archive.burned_in` on the other half
+    python -m benchmarks.burned_in --data ../shared/data --fit    fits the constants of `medssl.archive.pixels.burned_in` on the other half
 
 Images are divided by patient where one is known, by volume or file else, and never by rendering. Each is judged as it is and with text
 of every size: one to three lines of made-up names, dates and numbers, in three typefaces, bright or dark, some outlined, anywhere.
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Check, Result, finish, parser
-from medssl.archive import burned_in
-from medssl.archive.burned_in import FEATURES, find_text, text_lines
+from medssl.archive.pixels import burned_in
+from medssl.archive.pixels.burned_in import FEATURES, find_text, text_lines
 
 OWN_TEXT = (
     "19073f37", "436a6348", "865336ed", "b343e657", "c0f74558",  # "Bettaufnahme", "liegend", "pa"
@@ -229,7 +229,7 @@ def _generator(picture: Picture, size: int) -> np.random.Generator:
 
 
 def fit(data: Path, *, ridge: float = 1.0) -> dict[str, Any]:
-    """Fit the constants of `medssl.archive.burned_in` on the fitting half.
+    """Fit the constants of `medssl.archive.pixels.burned_in` on the fitting half.
 
     Logistic regression over candidate lines (text or not by where they lie), both classes of equal weight. The bias is then set so that
     0.5 lies just above the highest score of a fitting image without text: a suspicion costs somebody's time.

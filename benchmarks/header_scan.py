@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.common import Check, Result, finish, interleave, milliseconds, parser, times_faster
 from medssl._compat.spawn_main import spawn_pool
-from medssl.archive.scan import scan_batch, scan_file
+from medssl.archive.scanning.scan import scan_batch, scan_file
 from tests.synthetic_tree import write_tree
 
 PYDICOM, OURS, ONE, TWO = "pydicom, three tags", "scan_file, all columns", "one worker process", "two worker processes"

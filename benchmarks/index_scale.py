@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.common import Check, Result, finish, parser
 from medssl.archive._parquet import connect, quote
-from medssl.archive.listing import LISTING_COLUMNS
-from medssl.archive.scan import SCAN_COLUMNS, scan_file
+from medssl.archive.scanning.listing import LISTING_COLUMNS
+from medssl.archive.scanning.scan import SCAN_COLUMNS, scan_file
 from tests.synthetic_tree import template, write_tree
 
 PER_SERIES = 100
@@ -53,7 +53,7 @@ def index_files(source: str, out: str, only: str = "") -> dict[str, Any]:
 
 def scan_rate(source: str, latency_ms: str, n: str) -> dict[str, Any]:
     """Scan files over two workers whose every opening of a file takes some milliseconds more."""
-    from medssl.archive import sweep
+    from medssl.archive.scanning import sweep
 
     paths = sorted(str(path) for path in Path(source).rglob("*_*") if path.is_file())[: int(n)]
     sweep.scan_batch = _Slow(float(latency_ms))  # type: ignore[assignment]
@@ -73,7 +73,7 @@ class _Slow:
     def __call__(self, paths: list[str], **options: Any) -> list[dict[str, Any]]:
         import time
 
-        from medssl.archive import scan
+        from medssl.archive.scanning import scan
 
         def slow(*args: Any, **named: Any) -> Any:
             time.sleep(self.latency_ms / 1000)
@@ -88,7 +88,7 @@ def group(out: str) -> dict[str, Any]:
     """Group the scan parts that lie in an index folder."""
     from medssl.archive.grouping import regroup
     from medssl.archive.ids import IdKey
-    from medssl.archive.rows import Choice
+    from medssl.archive.rows.base import Choice
 
     nothing = Choice()
     regroup(Path(out), IdKey(b"k" * 32), lambda path: nothing, first_new_part=None)

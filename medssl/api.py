@@ -638,7 +638,7 @@ def refuse_pretraining_images(weights: Path | str, cohort: Any) -> None:
 
 def file_digests(image: Path) -> list[str]:
     """Return the content digests of an image file, or of all files of a DICOM folder, as the archive computes them."""
-    from medssl.archive.scan import file_digest
+    from medssl.archive.scanning.scan import file_digest
 
     files = sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else [image]
     return [file_digest(path) for path in files]

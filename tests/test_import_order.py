@@ -26,6 +26,13 @@ MAY_IMPORT = {
     "report": set(),
     "phantoms": set(),
 }
+ARCHIVE_MAY_IMPORT = {
+    "headers": set(),
+    "rows": {"headers"},
+    "scanning": {"headers", "rows"},
+    "pixels": {"scanning"},
+    "operations": {"headers", "pixels"},
+}
 TOP = {"recipe", "build", "data_sources", "api", "cli", "demo", "doctor", "testing", "__main__"}
 
 
@@ -61,6 +68,18 @@ def test_imports__run_one_way() -> None:
             for module in imports_of(path)
             if package_of(module) not in allowed and package_of(module) != "__version__"
         ]
+    assert wrong == []
+
+
+def test_imports_within_archive__run_one_way() -> None:
+    folders = {path.name for path in (ROOT / "archive").iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(ARCHIVE_MAY_IMPORT)
+    wrong = []
+    for folder, others in ARCHIVE_MAY_IMPORT.items():
+        for path in (ROOT / "archive" / folder).rglob("*.py"):
+            used = {module.split(".")[2] for module in imports_of(path) if module.startswith("medssl.archive.")}
+            wrong += [f"{folder}/{path.name}: {name}" for name in (used & folders) - others - {folder}]
+            wrong += [f"{folder}/{path.name}: {name}" for name in used & {"index", "grouping"}]
     assert wrong == []
 
 

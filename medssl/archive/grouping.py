@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from medssl.archive._parquet import ROW_GROUP, TableWriter, connect, files_of, quote, stream, write_json, write_query, write_table
-from medssl.archive.decisions import apply_splits, apply_withdrawals
 from medssl.archive.ids import IdKey
+from medssl.archive.operations.decisions import apply_splits, apply_withdrawals
 from medssl.archive.paths import to_path
-from medssl.archive.pixels import apply_pixels
-from medssl.archive.rows import Choice, Scanned, as_record
-from medssl.archive.scan import short_hash, whole_digest
-from medssl.archive.series import build_group
+from medssl.archive.pixels.found import apply_pixels
+from medssl.archive.rows.base import Choice, Scanned, as_record
+from medssl.archive.rows.series import build_group
+from medssl.archive.rows.twins import join_twins
+from medssl.archive.scanning.scan import short_hash, whole_digest
 from medssl.archive.table import FILE_COLUMNS, PRIVATE_FILE_COLUMNS, PRIVATE_SERIES_COLUMNS, SERIES_COLUMNS
-from medssl.archive.twins import join_twins
 
 PART_ROWS = 500_000
 CHUNK = 2048
@@ -85,7 +85,7 @@ def _open(connection: Any, private: Path) -> None:
     if parts:
         connection.execute(f"CREATE VIEW scan AS SELECT * FROM read_parquet({files_of(parts)})")
     else:
-        from medssl.archive.scan import SCAN_COLUMNS
+        from medssl.archive.scanning.scan import SCAN_COLUMNS
 
         connection.execute(f"CREATE TABLE scan ({', '.join(f'{name} {kind}' for name, kind in SCAN_COLUMNS.items())})")
     connection.execute(

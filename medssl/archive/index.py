@@ -31,12 +31,12 @@ from typing import Any
 from medssl.archive._parquet import TEMPORARY, TableWriter, connect, files_of, quote, stream, write_json, write_query
 from medssl.archive.grouping import regroup, source_state
 from medssl.archive.ids import IdKey, load_key, make_key
-from medssl.archive.listing import LISTING_COLUMNS, Entry, look, read_list, settled, walk
 from medssl.archive.paths import to_path
-from medssl.archive.pixels import pixel_counts
-from medssl.archive.rows import DOMAINS, Choice
-from medssl.archive.scan import RETRIED, data_unchanged
-from medssl.archive.sweep import LIMIT_S, next_part, sweep
+from medssl.archive.pixels.found import pixel_counts
+from medssl.archive.rows.base import DOMAINS, Choice
+from medssl.archive.scanning.listing import LISTING_COLUMNS, Entry, look, read_list, settled, walk
+from medssl.archive.scanning.scan import RETRIED, data_unchanged
+from medssl.archive.scanning.sweep import LIMIT_S, next_part, sweep
 from medssl.archive.table import FORMAT
 from medssl.errors import RequestError, header_words
 

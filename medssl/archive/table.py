@@ -10,7 +10,7 @@ from typing import Any
 
 from medssl.archive._parquet import connect, quote, read_table
 from medssl.archive.condition import NEVER_UNKNOWN, check_condition, inside, refuse, unknown_as_null
-from medssl.archive.containers import SEPARATOR, unpack
+from medssl.archive.headers.containers import SEPARATOR, unpack
 from medssl.archive.paths import to_path
 from medssl.errors import ImageError, RequestError
 

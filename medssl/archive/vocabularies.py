@@ -6,16 +6,16 @@ and I each, in any order, or `unknown`).
 
 from __future__ import annotations
 
-from medssl.archive import attributes as a
-from medssl.archive import slide_headers
-from medssl.archive.dates import BANDS
-from medssl.archive.dicom_header import COMPRESSED, UNCOMPRESSED
-from medssl.archive.dicom_rows import PHOTOMETRICS
-from medssl.archive.dicom_series import SPLIT_TAGS
-from medssl.archive.image_scale import FPS_SOURCES, REGION_TYPES, SPACING_SOURCES
+from medssl.archive.headers import slide_headers
+from medssl.archive.headers.dicom_header import COMPRESSED, UNCOMPRESSED
+from medssl.archive.headers.dicom_series import SPLIT_TAGS
+from medssl.archive.headers.image_scale import FPS_SOURCES, REGION_TYPES, SPACING_SOURCES
 from medssl.archive.reasons import FILE_REASONS, FLAGS, IMAGE_REASONS, PRIVACY_FLAGS
-from medssl.archive.roles import ROLES
-from medssl.archive.rows import DOMAINS, DTYPES, PLANES
+from medssl.archive.rows import attributes as a
+from medssl.archive.rows.base import DOMAINS, DTYPES, PLANES
+from medssl.archive.rows.dates import BANDS
+from medssl.archive.rows.dicom_rows import PHOTOMETRICS
+from medssl.archive.rows.roles import ROLES
 
 IDS = ("series_id", "study_id", "patient_id", "scanner_id", "pair_group")
 OPEN = (*IDS, "site", "orientation")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medssl.archive.suppress import suppress_partitions
+from medssl.archive.operations.suppress import suppress_partitions
 from medssl.archive.table import Archive, SeriesRow
 from medssl.cards.schema import HIDDEN, WITHHELD, Count, FileCounts, IndexCounts, Table
 from medssl.errors import MedsslError, RequestError

@@ -66,7 +66,7 @@ def split(
     json: Json = False,
 ) -> None:
     """Split the patients; whoever has a split keeps it, also when the archive grows."""
-    from medssl.archive.split import read_fractions, split_archive
+    from medssl.archive.operations.split import read_fractions, split_archive
     from medssl.archive.table import Archive
 
     names = [name.strip() for name in by.split(",") if name.strip()]
@@ -101,7 +101,7 @@ def leakage(
     json: Json = False,
 ) -> None:
     """Find patients and images that two archives share."""
-    from medssl.archive.leakage import find_leakage
+    from medssl.archive.operations.leakage import find_leakage
     from medssl.archive.table import Archive
 
     found = find_leakage(Archive.open(archive), Archive.open(against), where=where, against_where=against_where, distance=distance)
@@ -132,8 +132,8 @@ def withdraw(
     json: Json = False,
 ) -> None:
     """Withdraw patients, studies or series; what is withdrawn stays so when it is indexed again."""
+    from medssl.archive.operations.withdraw import withdraw as run
     from medssl.archive.table import Archive
-    from medssl.archive.withdraw import withdraw as run
 
     done = run(Archive.open(archive), request, stores=store or [], embeddings=embeddings or [], runs=runs or [], key_file=key_file)
     lines = [
@@ -165,7 +165,7 @@ def release(
     json: Json = False,
 ) -> None:
     """Write counts that are made to leave the house: patients per cell, small cells and their complements hidden."""
-    from medssl.archive.release import release as run
+    from medssl.archive.operations.release import release as run
     from medssl.archive.table import Archive
 
     done = run(Archive.open(archive), out, k=k, where=where)

@@ -43,9 +43,9 @@ def index(
     json: Json = False,
 ) -> None:
     """Scan folders into one table: every file is accounted for, nothing is copied."""
-    from medssl.archive.cluster import executor_of
     from medssl.archive.index import ScanOptions
     from medssl.archive.index import index as run
+    from medssl.archive.scanning.cluster import executor_of
     from medssl.errors import RequestError
 
     if prune not in (None, "dir-mtime"):

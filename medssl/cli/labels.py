@@ -30,8 +30,8 @@ def attach(
     json: Json = False,
 ) -> None:
     """Replace the hospital's key by the series id; what does not match is counted and never shown."""
-    from medssl.archive.labels import REASONS
-    from medssl.archive.labels import attach as run
+    from medssl.archive.operations.labels import REASONS
+    from medssl.archive.operations.labels import attach as run
     from medssl.archive.table import Archive
 
     names = [name.strip() for name in columns.split(",") if name.strip()]

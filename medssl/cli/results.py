@@ -82,7 +82,7 @@ def report(
 
 
 def _archive_report(archive: Path, out: Path, with_images: bool, *, quiet: bool) -> Path:
-    from medssl.archive.facts import collect_facts
+    from medssl.archive.operations.facts import collect_facts
     from medssl.archive.table import Archive
     from medssl.cli.thumbnails import draw_pictures
     from medssl.report.archive_page import archive_report

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.roles import role_of
+from medssl.archive.rows.roles import role_of
 from medssl.domains.base import build_sample, named
 from medssl.domains.statistics import above
 from medssl.domains.volume_files import RawVolume, read_volume

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.decoders import decoders
-from medssl.archive.dicom_header import UNCOMPRESSED, Header, syntax_name
-from medssl.archive.dicom_raw import BoundedFile
+from medssl.archive.headers.decoders import decoders
+from medssl.archive.headers.dicom_header import UNCOMPRESSED, Header, syntax_name
+from medssl.archive.headers.dicom_raw import BoundedFile
 from medssl.domains.volume_stack import scaler
 from medssl.errors import ImageError
 

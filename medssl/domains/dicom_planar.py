@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.dicom_header import COMPRESSED, LOSSY_SYNTAXES, UNCOMPRESSED, find_decoder, syntax_name
-from medssl.archive.dicom_raw import BoundedFile
+from medssl.archive.headers.dicom_header import COMPRESSED, LOSSY_SYNTAXES, UNCOMPRESSED, find_decoder, syntax_name
+from medssl.archive.headers.dicom_raw import BoundedFile
 from medssl.archive.reasons import SERIES_REASONS
-from medssl.archive.roles import modality_of
+from medssl.archive.rows.roles import modality_of
 from medssl.domains.planar import check_size, frame_indices, os_fault, quiet_decoders
 from medssl.errors import ImageError
 

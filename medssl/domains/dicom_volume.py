@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.dicom_header import LOSSY_SYNTAXES, UNCOMPRESSED, Header, read_header, syntax_name
-from medssl.archive.dicom_raw import convert, read_raw
-from medssl.archive.dicom_series import SliceGeometry, mosaic_geometry, slice_geometry, split_series
-from medssl.archive.dicom_tags import READ_KEYS
-from medssl.archive.mosaic import mosaic_layout
-from medssl.archive.multiframe import frame_headers, frame_numbers
+from medssl.archive.headers.dicom_header import LOSSY_SYNTAXES, UNCOMPRESSED, Header, read_header, syntax_name
+from medssl.archive.headers.dicom_raw import convert, read_raw
+from medssl.archive.headers.dicom_series import SliceGeometry, mosaic_geometry, slice_geometry, split_series
+from medssl.archive.headers.dicom_tags import READ_KEYS
+from medssl.archive.headers.mosaic import mosaic_layout
+from medssl.archive.headers.multiframe import frame_headers, frame_numbers
 from medssl.domains.dicom_pixels import frame_spans, load_slice, padding_limits
 from medssl.domains.resample import regrid
 from medssl.domains.volume_stack import RawVolume, Stack, canonical, fault

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from medssl.archive.tiff_structure import check_structure
+from medssl.archive.headers.tiff_structure import check_structure
 from medssl.domains.lzw import LZW, lzw_intact
 from medssl.domains.planar import RawPlanar, check_size, finite, narrow, os_fault, quiet_decoders
 from medssl.errors import ImageError

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.file_headers import FLIP, read_volume_header, volume_fault
+from medssl.archive.headers.file_headers import FLIP, read_volume_header, volume_fault
 from medssl.domains.volume_stack import RawVolume, Stack, canonical, check_volume, fault, single_volume, slabs
 from medssl.errors import ImageError
 

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from medssl.archive.file_headers import inflate, parse_nifti, read_volume_header
+from medssl.archive.headers.file_headers import inflate, parse_nifti, read_volume_header
 from medssl.domains.volume_stack import RawVolume, Stack, canonical, scaler, single_volume, slabs
 from medssl.errors import ImageError
 

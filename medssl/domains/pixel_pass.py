@@ -19,10 +19,10 @@ import numpy as np
 
 from medssl._compat.spawn_main import spawn_pool
 from medssl.archive._parquet import write_json
-from medssl.archive.burned_in import find_text
-from medssl.archive.owner import locked
-from medssl.archive.pixel_checks import content_hash, intensity_statistics, perceptual_hash, quality_flags
-from medssl.archive.pixels import PixelTable, pixel_counts
+from medssl.archive.operations.owner import locked
+from medssl.archive.pixels.burned_in import find_text
+from medssl.archive.pixels.checks import content_hash, intensity_statistics, perceptual_hash, quality_flags
+from medssl.archive.pixels.found import PixelTable, pixel_counts
 from medssl.archive.reasons import IMAGE_REASONS
 from medssl.archive.table import Archive
 from medssl.domains.ct import AIR_HU

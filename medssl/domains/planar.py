@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.file_headers import HEAD_BYTES, sniff
+from medssl.archive.headers.file_headers import HEAD_BYTES, sniff
 from medssl.domains.statistics import intensity_stats, rounded
 from medssl.errors import ImageError
 from medssl.types import ImageMeta, Kind, Sample

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from medssl.archive.dicom_series import SliceGeometry
+from medssl.archive.headers.dicom_series import SliceGeometry
 from medssl.domains.volume_stack import Stack
 
 SNAP = 1e-3

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.dicom_extras import read_planar_header
-from medssl.archive.image_scale import TISSUE_2D, Region, frame_times, heart_rate, region_spacing, regions_fit, us_regions
+from medssl.archive.headers.dicom_extras import read_planar_header
+from medssl.archive.headers.image_scale import TISSUE_2D, Region, frame_times, heart_rate, region_spacing, regions_fit, us_regions
 from medssl.domains.base import named
 from medssl.domains.dicom_planar import read_planar_dicom
 from medssl.domains.image_files import read_image_file

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.file_headers import HEAD_BYTES, sniff
+from medssl.archive.headers.file_headers import HEAD_BYTES, sniff
 from medssl.domains.dicom_volume import read_dicom
 from medssl.domains.itk_files import read_itk
 from medssl.domains.nifti_files import read_nifti

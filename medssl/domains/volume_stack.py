@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.file_headers import VolumeHeader, volume_fault
+from medssl.archive.headers.file_headers import VolumeHeader, volume_fault
 from medssl.archive.reasons import SERIES_REASONS
 from medssl.errors import GeometryError, ImageError
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.attributes import laterality, view
-from medssl.archive.dicom_extras import read_planar_header
-from medssl.archive.image_scale import planar_spacing
+from medssl.archive.headers.dicom_extras import read_planar_header
+from medssl.archive.headers.image_scale import planar_spacing
+from medssl.archive.rows.attributes import laterality, view
 from medssl.domains.base import named
 from medssl.domains.dicom_planar import read_planar_dicom
 from medssl.domains.image_files import read_image_file

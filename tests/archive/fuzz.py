@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl._compat.quiet import silence_libraries
-from medssl.archive import scan
+from medssl.archive.scanning import scan
 from medssl.errors import ImageError, MedsslError
 from medssl.registry import DOMAINS, lookup
 from tests.fuzz_sources import sources

@@ -14,12 +14,12 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import generate_uid
 
-from medssl.archive.attributes import VARYING, attributes, varying
 from medssl.archive.index import index
 from medssl.archive.reasons import FLAGS, PRIVACY_FLAGS
-from medssl.archive.scan import scan_file
+from medssl.archive.rows.attributes import VARYING, attributes, varying
+from medssl.archive.rows.twins import pair_groups
+from medssl.archive.scanning.scan import scan_file
 from medssl.archive.table import Archive, SeriesRow
-from medssl.archive.twins import pair_groups
 from medssl.domains.microscopy import Microscopy
 from medssl.domains.wsi import WSI
 from medssl.errors import ImageError

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from medssl.archive.file_headers import HEAD_BYTES, KINDS, sniff
+from medssl.archive.headers.file_headers import HEAD_BYTES, KINDS, sniff
 from medssl.archive.reasons import FILE_REASONS, IMAGE_REASONS
-from medssl.archive.scan import SCAN_COLUMNS, scan_file
+from medssl.archive.scanning.scan import SCAN_COLUMNS, scan_file
 
 COUNT = 10_000
 SIGNATURES = [

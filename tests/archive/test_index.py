@@ -19,9 +19,9 @@ import duckdb
 import numpy as np
 import pytest
 
-from medssl.archive.attributes import MODALITIES
 from medssl.archive.index import IndexSummary, index, read_splits, stem
 from medssl.archive.reasons import FILE_REASONS, FLAGS, SERIES_REASONS
+from medssl.archive.rows.attributes import MODALITIES
 from medssl.archive.table import Archive, SeriesRow
 from medssl.domains.volume_files import read_volume
 from medssl.errors import RequestError
@@ -383,8 +383,8 @@ def test_kill__loses_at_most_the_batch_and_the_next_run_completes(tmp_path: Path
         import os, signal, sys
         from pathlib import Path
         import medssl.archive.index as module
-        import medssl.archive.sweep
-        medssl.archive.sweep.BATCH = 2
+        import medssl.archive.scanning.sweep
+        medssl.archive.scanning.sweep.BATCH = 2
         real = os.replace
         def replace(source, target):
             if sys.argv[3] in f"{Path(target).parent.name}-{Path(target).stem}".replace("part-", ""):

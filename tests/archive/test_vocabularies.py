@@ -9,7 +9,7 @@ import pytest
 
 from medssl.archive.index import index
 from medssl.archive.reasons import FLAGS, PRIVACY_FLAGS
-from medssl.archive.rows import stored_type
+from medssl.archive.rows.base import stored_type
 from medssl.archive.table import SERIES_COLUMNS, Archive, SeriesRow
 from medssl.archive.vocabularies import IDS, OPEN, VOCABULARIES
 

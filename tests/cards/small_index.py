@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medssl.archive._parquet import write_json, write_table
-from medssl.archive.rows import as_record
+from medssl.archive.rows.base import as_record
 from medssl.archive.table import FORMAT, PRIVATE_FILE_COLUMNS, PRIVATE_SERIES_COLUMNS, SERIES_COLUMNS, SeriesRow
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medssl.archive import decoders as decoders_module
-from medssl.archive.decoders import decoders, find_decoder
-from medssl.archive.dicom_header import Header, read_header
+from medssl.archive.headers import decoders as decoders_module
+from medssl.archive.headers.decoders import decoders, find_decoder
+from medssl.archive.headers.dicom_header import Header, read_header
 from medssl.domains import dicom_pixels
 from medssl.domains.dicom_pixels import frame_spans, load_slice, stored_values
 from medssl.domains.volume_files import read_volume

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medssl.archive.dicom_header import read_header
-from medssl.archive.dicom_series import split_series
-from medssl.archive.multiframe import describe_multiframe
+from medssl.archive.headers.dicom_header import read_header
+from medssl.archive.headers.dicom_series import split_series
+from medssl.archive.headers.multiframe import describe_multiframe
 from medssl.domains.ct import CT
 from medssl.domains.mri import MRI
 from medssl.domains.volume_files import read_volume

@@ -17,12 +17,12 @@ import pytest
 
 from medssl.archive._parquet import read_table
 from medssl.archive.index import index
-from medssl.archive.leakage import find_leakage
-from medssl.archive.pixels import PIXEL_COLUMNS, pixel_counts
+from medssl.archive.operations.leakage import find_leakage
+from medssl.archive.operations.split import split_archive
+from medssl.archive.operations.withdraw import withdraw
+from medssl.archive.pixels.found import PIXEL_COLUMNS, pixel_counts
 from medssl.archive.reasons import FLAGS, IMAGE_REASONS, PRIVACY_FLAGS
-from medssl.archive.split import split_archive
 from medssl.archive.table import Archive
-from medssl.archive.withdraw import withdraw
 from medssl.domains import pixel_pass
 from medssl.domains.pixel_pass import PixelSummary, look_at_pixels
 from medssl.errors import RequestError
@@ -233,7 +233,7 @@ def test_withdraw__takes_the_hashes_along(tmp_path: Path) -> None:
 def test_version__another_one_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volumes(tmp_path / "src", 1)
     look(tmp_path / "src", tmp_path / "out")
-    monkeypatch.setattr("medssl.archive.pixels.VERSION", 99)
+    monkeypatch.setattr("medssl.archive.pixels.found.VERSION", 99)
     assert look_at_pixels(tmp_path / "out").looked_at == 1 and look_at_pixels(tmp_path / "out").looked_at == 0
 
 

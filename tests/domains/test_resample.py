@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medssl.archive.dicom_header import read_header
-from medssl.archive.dicom_series import slice_geometry, split_series
+from medssl.archive.headers.dicom_header import read_header
+from medssl.archive.headers.dicom_series import slice_geometry, split_series
 from medssl.domains.ct import AIR_HU, CT
 from medssl.domains.mri import MRI
 from medssl.domains.resample import regrid, shift_axis

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medssl.archive.dicom_extras import read_planar_header
-from medssl.archive.image_scale import frame_step, frame_times
+from medssl.archive.headers.dicom_extras import read_planar_header
+from medssl.archive.headers.image_scale import frame_step, frame_times
 from medssl.domains.planar import luma
 from medssl.domains.ultrasound import Ultrasound, frames_at
 from medssl.errors import ImageError, RequestError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medssl.archive.decoders import decoders
+from medssl.archive.headers.decoders import decoders
 from medssl.domains.ct import CT
 from medssl.domains.mri import MRI
 from medssl.domains.volume_files import read_label, read_volume

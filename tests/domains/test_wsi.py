@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medssl.archive.headers.slide_headers import slide_header
 from medssl.archive.reasons import FLAGS, IMAGE_REASONS
-from medssl.archive.slide_headers import slide_header
 from medssl.domains.base import Domain
 from medssl.domains.slides.handles import HANDLES, Handles
 from medssl.domains.slides.slide import Slide, open_slide, read_mpp_table

@@ -123,7 +123,7 @@ class House:
 
     def searcher(self) -> planted.Searcher:
         """Return a searcher that also knows the sources' paths and what identifies their bytes."""
-        from medssl.archive.scan import file_digest, short_hash
+        from medssl.archive.scanning.scan import file_digest, short_hash
 
         extra = {HOST: "host", USER: "user", str(MODIFIED): "time of change of a source"}
         for path in (path for path in self.sources.rglob("*") if path.is_file()):
@@ -441,12 +441,12 @@ def long_road(house: House) -> list[Step]:
     asked = [f"source.index={archive}", "k=[3]", "--weights", out / "run"]
     tuned = ["settings.steps=2", "settings.warmup_steps=1", "settings.val_every=0", "settings.crop=[32, 32, 32]"]
     tuned += ["settings.spacing_mm=[4, 4, 4]", "labels=2", "--weights", out / "run"]
-    workers = {"medssl.archive.sweep:PROCESSES_ABOVE": 0, "medssl.archive.sweep:BATCH": 40}
+    workers = {"medssl.archive.scanning.sweep:PROCESSES_ABOVE": 0, "medssl.archive.scanning.sweep:BATCH": 40}
     return [
         step("index", data / house.sources.name, "--splits", data / "split.csv", "--modality", "MR", "--out", archive),
         step("index", data / house.sources.name, "--out", archive),
         step("index", data, "--out", out / "workers", "--json", set=workers),  # what processes of their own say
-        step("index", data, "--out", out / "odd", set={"medssl.archive.scan:parse_header": {"raise": TERRIBLE}}),
+        step("index", data, "--out", out / "odd", set={"medssl.archive.scanning.scan:parse_header": {"raise": TERRIBLE}}),
         step("cache", cnn, f"data.index={archive}"),
         step("pretrain", cnn, f"data.index={archive}", f"out={out / 'run'}", "train.steps=4", "probes.volume.every=2", *probe),
         step("pretrain", out / "run", status=2),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medssl.archive.facts import collect_facts
+from medssl.archive.operations.facts import collect_facts
 from medssl.archive.reasons import FLAGS, SERIES_REASONS
 from medssl.archive.table import Archive
 from medssl.cli.thumbnails import middle, spread

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from medssl.archive.slide_headers import PLANAR_PIXELS, TIFF_MAGIC, open_tiff, picture_size, tiff_slide, unreadable
-from medssl.archive.tiff_structure import check_structure
+from medssl.archive.headers.slide_headers import PLANAR_PIXELS, TIFF_MAGIC, open_tiff, picture_size, tiff_slide, unreadable
+from medssl.archive.headers.tiff_structure import check_structure
 from medssl.domains.lzw import LZW, lzw_intact
 from medssl.errors import ImageError, RequestError
 

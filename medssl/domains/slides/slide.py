@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.slide_headers import ROLES, VENDORS, Mpp, mpp_of, mpp_plausible, objective_of
+from medssl.archive.headers.slide_headers import ROLES, VENDORS, Mpp, mpp_of, mpp_plausible, objective_of
 from medssl.domains.slides.backends import Backend, RegionError
 from medssl.domains.slides.handles import HANDLES
 from medssl.errors import ImageError, RequestError

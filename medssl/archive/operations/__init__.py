@@ -1,0 +1,1 @@
+"""What an owner does with an index: split, label, compare, withdraw, release."""

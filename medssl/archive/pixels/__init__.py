@@ -1,0 +1,1 @@
+"""The pixel pass of the index: hashes, quality, text drawn into pixels."""
