@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from medssl.api import cache, evaluate, finetune, label_curve, pretrain
-    from medssl.archive.index import index
+    from medssl.api import cache, evaluate, finetune, index, label_curve, pretrain
     from medssl.build import load_encoder
     from medssl.export.write import export_weights
     from medssl.recipe import Recipe
@@ -22,7 +21,7 @@ _HOME = {
     "evaluate": "medssl.api",
     "export_weights": "medssl.export.write",
     "finetune": "medssl.api",
-    "index": "medssl.archive.index",
+    "index": "medssl.api",
     "label_curve": "medssl.api",
     "load_encoder": "medssl.build",
     "pretrain": "medssl.api",

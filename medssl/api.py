@@ -14,9 +14,13 @@ import torch
 from torch import nn
 
 from medssl import build, data_sources
+from medssl.archive import index as indexing
+from medssl.archive.index import IndexSummary, ScanOptions
+from medssl.archive.scanning.cluster import executor_of
 from medssl.cards.named import SourceCards, assign, card_facts
 from medssl.cards.schema import find_card, load_card
 from medssl.data_sources import ImageLike
+from medssl.domains.pixel_pass import PixelSummary, look_at_pixels
 from medssl.errors import RequestError
 from medssl.evaluation.controls import control_features
 from medssl.evaluation.features import embed, probe_table
@@ -53,6 +57,77 @@ class RunResult:
     status: str
     items: int
     failed: Mapping[str, tuple[str, str]]
+
+
+@dataclass
+class IndexResult(IndexSummary):
+    """Outcome of `index`: what `IndexSummary` says, and what is known of the pixels.
+
+    Args:
+        pixels: What `pixels=True` found; None when nobody asked.
+    """
+
+    pixels: PixelSummary | None = None
+
+
+def index(
+    sources: Path | str | Sequence[Path | str],
+    out: Path | str,
+    *,
+    site: str = "unknown",
+    modality: str = "unknown",
+    splits: Path | str | None = None,
+    key_file: Path | str | None = None,
+    workers: int | None = None,
+    dask: str | None = None,
+    options: ScanOptions | None = None,
+    pixels: bool = False,
+    on_progress: Progress | None = None,
+    on_pixels: Progress | None = None,
+) -> IndexResult:
+    """Index the images under some folders, and look at their pixels if asked; running it again does what is new or changed.
+
+    Args:
+        sources: Folders or files, one or several.
+        out: Folder of the index; made when absent.
+        site: Your name for where the images come from.
+        modality: MR, CT, CR, DX, US, SM or GM, for files that do not say (NIfTI, NRRD, MHA, pictures, videos).
+        splits: CSV with the columns `file,split` and optionally `patient`.
+        key_file: Your id key, mode 0600; None uses `out`/private/id.key, made when absent.
+        workers: Processes, short form of `options.workers`.
+        dask: Address of a Dask scheduler whose workers see the same paths; takes the place of `options.executor`.
+        options: How the sources are scanned: a list of changed paths, pruning, `settle_s`, `limit_s`, `max_rate`.
+        pixels: Read every usable series too: hashes, near-duplicates, blank or saturated images, text in them (docs/archive.md).
+        on_progress: Called with (done, total) files.
+        on_pixels: Called with (done, total) series.
+
+    Raises:
+        RequestError: A source, table, key or option cannot be used, no scheduler answers, or another process writes to `out`.
+        StoreError: Writing failed; run again to go on.
+    """
+    several = [sources] if isinstance(sources, str | Path) else sources
+    options = options or ScanOptions()
+    if workers is not None:
+        options = replace(options, workers=workers)
+    with executor_of(dask) as executor:
+        if executor is not None:
+            options = replace(options, executor=executor)
+        summary = indexing.index(
+            [Path(source) for source in several],
+            Path(out),
+            site=site,
+            modality=modality,
+            splits=None if splits is None else Path(splits),
+            key_file=None if key_file is None else Path(key_file),
+            options=options,
+            on_progress=on_progress,
+        )
+        looked = None
+        if pixels:
+            looked = look_at_pixels(
+                Path(out), workers=options.workers, executor=options.executor, limit_s=options.limit_s, on_progress=on_pixels
+            )
+    return IndexResult(**vars(summary), pixels=looked)
 
 
 def load_recipe(recipe: Any, overrides: Sequence[str] = (), kind: str | None = None) -> Any:

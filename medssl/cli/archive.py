@@ -111,9 +111,13 @@ def leakage(
     else:
         a, b = (len(ids) for ids in found.patient_series)
         lines.append(f"patients: {found.n_patients} in both, with {a} and {b} series" + _some(found.patient_series[0]))
-    lines.append(f"equal content: {len(found.content)} pairs" + _some(left for left, _ in found.content))
-    near = f"perceptual hashes within {distance} bits: {len(found.perceptual)} pairs to look at"
-    lines.append(near + _some(left for left, _, _ in found.perceptual))
+    lines.append(f"equal files: {len(found.files)} pairs" + _some(left for left, _ in found.files))
+    if found.content is None or found.perceptual is None:
+        lines += ["equal pixels: not compared", "perceptual hashes: not compared"]
+    else:
+        lines.append(f"equal pixels: {len(found.content)} pairs" + _some(left for left, _ in found.content))
+        near = f"perceptual hashes within {distance} bits: {len(found.perceptual)} pairs to look at"
+        lines.append(near + _some(left for left, _, _ in found.perceptual))
     show.result({"found": found.found, **asdict(found)}, json, "\n".join([*lines, *_notes(found.notes)]))
     if fail and found.found:
         raise typer.Exit(1)

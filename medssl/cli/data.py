@@ -34,7 +34,7 @@ def index(
     only: Annotated[Path | None, typer.Option("--list", help="Text file of changed paths; nothing else is looked at.")] = None,
     prune: Annotated[str | None, typer.Option(help="dir-mtime: do not list folders whose time of change is the same.")] = None,
     settle: Annotated[float, typer.Option(help="Leave files changed within the last seconds for the next run.")] = 0.0,
-    limit: Annotated[float, typer.Option(help="Seconds after which a file is left behind.")] = 600.0,
+    limit: Annotated[float, typer.Option(help="Seconds after which a file, or with --pixels a series, is left behind.")] = 600.0,
     max_rate: Annotated[float | None, typer.Option(help="Files per second at most.")] = None,
     pixels: Annotated[
         bool,
@@ -58,7 +58,7 @@ def index(
             summary = run(
                 sources, out, site=site, modality=modality, splits=splits, key_file=key_file, options=options, on_progress=update
             )
-        looked = _look(out, workers, executor, json) if pixels else None
+        looked = _look(out, workers, executor, limit, json) if pixels else None
     lines = [f"{summary.n_files_seen} files seen, {summary.n_files_used} used in {summary.n_series} series; index in {out}"]
     lines += [f"  {count:>5}  {reason}" for reason, count in sorted(summary.reasons.items())]
     found = asdict(summary)
@@ -68,11 +68,11 @@ def index(
     show.result(found, json, "\n".join(lines))
 
 
-def _look(out: Path, workers: int, executor: Executor | None, json: bool) -> PixelSummary:
+def _look(out: Path, workers: int, executor: Executor | None, limit: float, json: bool) -> PixelSummary:
     from medssl.domains.pixel_pass import look_at_pixels
 
     with show.progress("pixels", quiet=json) as update:
-        return look_at_pixels(out, workers=workers, executor=executor, on_progress=update)
+        return look_at_pixels(out, workers=workers, executor=executor, limit_s=limit, on_progress=update)
 
 
 def _pixel_lines(looked: PixelSummary) -> list[str]:
@@ -81,6 +81,7 @@ def _pixel_lines(looked: PixelSummary) -> list[str]:
         f"{looked.looked_at} series looked at now; the pixels of {looked.read} of {looked.series} are known",
         *(f"  {count:>5}  not read: {reason}" for reason, count in looked.failed.items()),
         *(f"  {count:>5}  flagged: {flag}" for flag, count in looked.flags.items()),
+        *(f"series {name} took too long and was left behind; the next run tries it again" for name in looked.left_behind),
         f"{near['groups']} groups of near-duplicates with {near['series']} series; "
         f"{near['groups_of_several_patients']} of them hold several patients",
     ]

@@ -10,7 +10,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, TimeoutError, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from medssl.archive.operations.owner import locked
 from medssl.archive.pixels.burned_in import find_text
 from medssl.archive.pixels.checks import content_hash, intensity_statistics, perceptual_hash, quality_flags
 from medssl.archive.pixels.found import PixelTable, pixel_counts
-from medssl.archive.reasons import IMAGE_REASONS
+from medssl.archive.reasons import FILE_REASONS, IMAGE_REASONS
+from medssl.archive.scanning.scan import guarded
 from medssl.archive.table import Archive
 from medssl.domains.ct import AIR_HU
 from medssl.errors import ImageError, MedsslError, RequestError
@@ -36,6 +37,10 @@ PROCESSES_ABOVE = 32
 """Fewer series are read in this process: a worker that imports torch costs seconds."""
 PART_SERIES, PART_SECONDS = 256, 30.0
 """A kill loses at most what one part holds."""
+LIMIT_S = 600.0
+"""Seconds for one series."""
+GRACE_S = 60.0
+"""Seconds beyond the limit after which a worker counts as hung that could not even leave its series behind."""
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ct": ("ct", {}),
     "mri": ("mri", {}),
@@ -86,6 +91,7 @@ class PixelSummary:
         failed: Reason -> number of series that could not be read.
         flags: Flag -> number of series.
         near_duplicates: `groups`, the `series` in them, and `groups_of_several_patients`.
+        left_behind: Series ids that took this run longer than the limit (`timeout` in `failed`); the next run tries them again.
     """
 
     looked_at: int
@@ -94,10 +100,16 @@ class PixelSummary:
     failed: dict[str, int]
     flags: dict[str, int]
     near_duplicates: dict[str, int]
+    left_behind: list[str] = field(default_factory=list)
 
 
 def look_at_pixels(
-    path: Path, *, workers: int = 1, executor: Executor | None = None, on_progress: Callable[[int, int], None] | None = None
+    path: Path,
+    *,
+    workers: int = 1,
+    executor: Executor | None = None,
+    limit_s: float = LIMIT_S,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> PixelSummary:
     """Look at the pixels of every usable series of an index that nobody has looked at since its files changed.
 
@@ -105,20 +117,26 @@ def look_at_pixels(
         path: Folder of the index.
         workers: Processes that read series; a few series are read in this one.
         executor: Takes the work instead, for instance a Dask cluster's; it must see the same paths.
+        limit_s: Seconds after which a series is left behind with the reason `timeout`.
         on_progress: Called with (done, total) series.
 
     Raises:
-        RequestError: The folder holds no index, or another process writes to it.
+        RequestError: The folder holds no index, another process writes to it, or the limit is not above 0.
         StoreError: The disk is full or failing; run again to go on.
     """
+    if limit_s <= 0:
+        raise RequestError(f"limit: {limit_s:g} s; above 0 is accepted; leave it out for {LIMIT_S:g}")
     archive = Archive.open(path)
     with locked(archive):
         table = PixelTable(archive.path / "private")
         missing = table.missing()
         rows: list[dict[str, Any]] = []
+        late: list[str] = []
         written = time.monotonic()
-        for done, row in enumerate(_results(archive, missing, workers, executor), start=1):
+        for done, row in enumerate(_results(archive, missing, workers, executor, limit_s), start=1):
             rows.append(row)
+            if row["reason"] == "timeout":
+                late.append(row["series_id"])
             if len(rows) >= PART_SERIES or time.monotonic() - written > PART_SECONDS or done == len(missing):
                 table.append(rows)
                 rows, written = [], time.monotonic()
@@ -130,31 +148,39 @@ def look_at_pixels(
         assert counts is not None
         write_json(archive.path / "summary.json", {**archive.summary, "pixels": counts})
     del counts["waiting"]
-    return PixelSummary(looked_at=len(missing), **counts)
+    return PixelSummary(looked_at=len(missing), left_behind=sorted(late), **counts)
 
 
 # --- many series
 
 
-def _results(archive: Archive, missing: list[dict[str, Any]], workers: int, executor: Executor | None) -> Iterator[dict[str, Any]]:
+def _results(
+    archive: Archive, missing: list[dict[str, Any]], workers: int, executor: Executor | None, limit_s: float
+) -> Iterator[dict[str, Any]]:
+    jobs = _jobs(archive, missing)
     if executor is not None:
-        yield from _through(executor, _jobs(archive, missing), 4 * workers, [])
+        yield from _through(executor, jobs, 4 * workers, [], limit_s)
     elif workers < 2 or len(missing) <= PROCESSES_ABOVE:
-        for job in _jobs(archive, missing):
-            yield job if isinstance(job, dict) else look(job)
+        for job in jobs:
+            yield job if isinstance(job, dict) else _within(look, job, limit_s)
     else:
-        jobs = _jobs(archive, missing)
         while True:
             lost: list[Job] = []
             pool = spawn_pool(workers)
             try:
-                yield from _through(pool, jobs, 2 * workers, lost)
+                yield from _through(pool, jobs, 2 * workers, lost, limit_s)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
             if not lost:
                 return
-            for job in lost:  # a worker died: one series at a time shows which one killed it
-                yield _alone(job)
+            for job in lost:  # a worker died or hung: one series at a time shows which one it was
+                yield _alone(job, limit_s)
+
+
+def _within(work: Callable[[Job], dict[str, Any]], job: Job, limit_s: float) -> dict[str, Any]:
+    """Look at one series, or leave it behind as the header scan does with a file."""
+    (row,) = guarded(work, [job], lambda late: _failure(late, "timeout"), limit_s=limit_s)
+    return row
 
 
 def _jobs(archive: Archive, missing: list[dict[str, Any]]) -> Iterator[Job | dict[str, Any]]:
@@ -166,8 +192,13 @@ def _jobs(archive: Archive, missing: list[dict[str, Any]]) -> Iterator[Job | dic
             yield _failure(Job(**row), err.reason if isinstance(err, ImageError) else "vanished")
 
 
-def _through(executor: Executor, jobs: Iterator[Job | dict[str, Any]], window: int, lost: list[Job]) -> Iterator[dict[str, Any]]:
-    """Keep `window` jobs under way; those whose worker died go to `lost`, and nothing more is submitted."""
+def _through(
+    executor: Executor, jobs: Iterator[Job | dict[str, Any]], window: int, lost: list[Job], limit_s: float
+) -> Iterator[dict[str, Any]]:
+    """Keep `window` jobs under way; those whose worker died or hangs go to `lost`, and nothing more is submitted.
+
+    A worker leaves a series behind by itself, unless a decoder keeps the interpreter to itself. Our own processes are killed then.
+    """
     running: dict[Future[dict[str, Any]], Job] = {}
     while True:
         while len(running) < window and not lost:
@@ -178,12 +209,15 @@ def _through(executor: Executor, jobs: Iterator[Job | dict[str, Any]], window: i
                 yield job
                 continue
             try:
-                running[executor.submit(look, job)] = job
+                running[executor.submit(_within, look, job, limit_s)] = job
             except BrokenExecutor:
                 lost.append(job)
         if not running:
             return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
+        finished = wait(running, timeout=limit_s + GRACE_S, return_when=FIRST_COMPLETED).done
+        if not finished and isinstance(executor, ProcessPoolExecutor):
+            _kill(executor)
+        for future in finished:
             job = running.pop(future)
             try:
                 row = future.result()
@@ -195,17 +229,25 @@ def _through(executor: Executor, jobs: Iterator[Job | dict[str, Any]], window: i
                 yield row
 
 
-def _alone(job: Job) -> dict[str, Any]:
+def _alone(job: Job, limit_s: float) -> dict[str, Any]:
     with spawn_pool(1) as pool:
         try:
-            return pool.submit(look, job).result()
+            return pool.submit(_within, look, job, limit_s).result(timeout=limit_s + GRACE_S)
+        except TimeoutError:
+            _kill(pool)
+            return _failure(job, "timeout")
         except BrokenExecutor:
             return _failure(job, "worker_lost")
 
 
+def _kill(pool: ProcessPoolExecutor) -> None:
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+
+
 def _failure(job: Job, reason: str, flags: tuple[str, ...] = ()) -> dict[str, Any]:
     known = {"series_id": job.series_id, "source_tag": job.source_tag, "quality_flags": list(flags), "privacy_flags": []}
-    return {**known, "reason": reason if reason in IMAGE_REASONS else "unreadable"}
+    return {**known, "reason": reason if reason in (*IMAGE_REASONS, *FILE_REASONS) else "unreadable"}
 
 
 # --- one series

@@ -144,9 +144,11 @@ def test_leakage__status_only_when_asked(archive: Path, tmp_path: Path, capsys: 
     index([tmp_path / "src"], tmp_path / "other", key_file=archive / "private" / "id.key")
     status, out, _ = medssl(capsys, "archive", "leakage", archive, "--against", tmp_path / "other")
     assert status == 0  # 11 is rejected in the first
-    assert "11 series against 4" in out and "patients: 1 in both, with 1 and 1 series" in out and "equal content: 0 pairs" in out
+    assert "11 series against 4" in out and "patients: 1 in both, with 1 and 1 series" in out and "equal files: 0 pairs" in out
+    assert "equal pixels: not compared\nperceptual hashes: not compared\n" in out and "--out ARCHIVE --pixels" in out
     status, out, _ = medssl(capsys, "archive", "leakage", archive, "--against", tmp_path / "other", "--fail", "--json")
     assert status == 1 and json.loads(out)["found"] is True
+    assert (json.loads(out)["files"], json.loads(out)["content"], json.loads(out)["perceptual"]) == ([], None, None)
     status, out, _ = medssl(
         capsys, "archive", "leakage", archive, "--against", tmp_path / "other", "--fail", "--where", "modality = 'CT'"
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from medssl.archive.operations.withdraw import withdraw
 from medssl.archive.pixels.found import PIXEL_COLUMNS, pixel_counts
 from medssl.archive.reasons import FLAGS, IMAGE_REASONS, PRIVACY_FLAGS
 from medssl.archive.table import Archive
+from medssl.cli.data import _pixel_lines
 from medssl.domains import pixel_pass
 from medssl.domains.pixel_pass import PixelSummary, look_at_pixels
 from medssl.errors import RequestError
@@ -145,6 +148,7 @@ def test_same_volume__dicom_and_nifti_under_two_keys(tmp_path: Path) -> None:
     assert one.key_fingerprint != two.key_fingerprint
     for copies in (two, three):
         found = find_leakage(one, copies)
+        assert found.files == [] and found.content is not None and found.perceptual is not None
         (pair,) = found.content
         assert one.select(f"series_id = '{pair[0]}'")[0].modality == "CT"
         assert [(left, bits <= 4) for left, _, bits in found.perceptual] == [(pair[0], True)]
@@ -217,6 +221,49 @@ def test_failures__are_tried_again_where_that_may_help(tmp_path: Path, monkeypat
     assert (again.looked_at, again.failed, again.read) == (1, {"too_large": 1, "unreadable": 1}, 1)
     with pytest.raises(RequestError, match="holds no index"):
         look_at_pixels(tmp_path / "nothing")
+
+
+def test_stuck_series__is_left_behind_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volumes(tmp_path / "src", 3)
+    index([tmp_path / "src"], tmp_path / "out")
+    ids = [row.series_id for row in Archive.open(tmp_path / "out").select()]
+    read, stuck = pixel_pass._read, threading.Event()
+
+    def hung(job: pixel_pass.Job) -> Any:
+        if job.series_id == ids[0]:  # the first of all
+            stuck.wait(60)
+        return read(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pixel_pass, "_read", hung)
+        summary = look_at_pixels(tmp_path / "out", limit_s=2.0)
+    stuck.set()
+    assert (summary.left_behind, summary.failed, summary.read) == ([ids[0]], {"timeout": 1}, 2)
+    assert results(tmp_path / "out")[ids[0]]["reason"] == "timeout" and all(hashes(tmp_path / "out")[ids[1]])
+    assert f"series {ids[0]} took too long" in "\n".join(_pixel_lines(summary))
+    again = look_at_pixels(tmp_path / "out")
+    assert (again.looked_at, again.left_behind, again.failed, again.read) == (1, [], {}, 3)
+    with pytest.raises(RequestError, match="limit: 0 s"):
+        look_at_pixels(tmp_path / "out", limit_s=0)
+
+
+@pytest.mark.slow
+def test_worker_that_keeps_the_interpreter__is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread of such a process can leave the series behind."""
+    volumes(tmp_path / "src", 3)
+    index([tmp_path / "src"], tmp_path / "out")
+    monkeypatch.setattr(pixel_pass, "PROCESSES_ABOVE", 1)
+    monkeypatch.setattr(pixel_pass, "GRACE_S", 15.0)
+    monkeypatch.setattr(pixel_pass, "look", keeping)
+    monkeypatch.setenv("KEEPS", min(row.series_id for row in Archive.open(tmp_path / "out").select()))
+    summary = look_at_pixels(tmp_path / "out", workers=2, limit_s=10.0)  # beside what the workers import
+    assert (summary.failed, summary.read) == ({"timeout": 1}, 2) and summary.left_behind == [os.environ["KEEPS"]]
+
+
+def keeping(job: pixel_pass.Job) -> dict[str, Any]:
+    if job.series_id == os.environ["KEEPS"]:
+        ctypes.PyDLL(None).sleep(300)  # holds the global interpreter lock
+    return pixel_pass.look(job)
 
 
 def test_withdraw__takes_the_hashes_along(tmp_path: Path) -> None:
@@ -345,7 +392,7 @@ def test_real_ct__equals_its_copy_by_simpleitk(shared_data: Path, tmp_path: Path
     look_at_pixels(tmp_path / "a")
     look(tmp_path / "nifti", tmp_path / "b")
     found = find_leakage(Archive.open(tmp_path / "a"), Archive.open(tmp_path / "b"))
-    assert not found.same_key and len(found.content) == 1 and found.perceptual == []
+    assert not found.same_key and found.content is not None and len(found.content) == 1 and found.perceptual == []
 
 
 @pytest.mark.slow

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -370,6 +373,24 @@ def test_locks__stale_ones_are_removed(tmp_path: Path, lock: dict[str, Any], sta
     (tmp_path / "locks" / "a.lock").write_text(json.dumps(lock))
     assert job.run("a", ["a.h5"], work_of(job, "a.h5"))["status"] == status
     assert (tmp_path / "a.h5").exists() == (status == "completed")
+
+
+def test_lock__says_nothing_of_the_host_name(tmp_path: Path) -> None:
+    """Two processes under two names of one machine are one host; without a boot id each is its own, and a new one each time."""
+    asked = "from medssl.domains.slides import job; print(job._host())"
+    for known in (True, False):
+        missing = "" if known else "; job.BOOT_ID = job.Path('/nowhere')"
+        call = asked.replace("; print", f"{missing}; print")
+        named = "import os, platform, socket; platform.node = socket.gethostname = lambda: 'hospital'; " + call
+        values = [subprocess.check_output([sys.executable, "-c", text], text=True).strip() for text in (call, named)]
+        assert all(len(value) == 16 for value in values) and (values[0] == values[1]) == known
+    job = SlideJob(tmp_path)
+    with job._lock("a", []) as taken:
+        assert taken
+        lock = (tmp_path / "locks" / "a.lock").read_text()
+    guesses = (platform.node(), socket.gethostname(), platform.node().partition(".")[0])
+    for digest in (hashlib.md5, hashlib.sha1, hashlib.sha256, hashlib.blake2b, lambda text: hashlib.blake2b(text, digest_size=8)):
+        assert not any(digest(name.encode()).hexdigest()[:12] in lock for name in guesses)
 
 
 def test_lock__is_stale_once_the_output_exists(tmp_path: Path) -> None:

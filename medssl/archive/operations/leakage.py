@@ -1,12 +1,14 @@
 """What two archives have in common: patients, images, near-duplicates.
 
-Three kinds of evidence, from certain to suspected:
+Four kinds of evidence, from certain to suspected:
 
 - *patients*: equal pseudonymous patient ids. They compare only when both indexes were made with one id key.
-- *content*: a file of the same bytes, or the same hash over canonical pixels. Neither is keyed, so both compare across
-  keys; after de-identification or conversion only the pixel hash can still match.
+- *files*: a file of the same bytes. Its digest is not keyed, so that files compare across keys.
+- *content*: the same hash over canonical pixels. Not keyed either; after de-identification or conversion it alone can still match.
 - *perceptual*: 64-bit perceptual hashes that differ in few bits. A suspicion, not a proof: two normal chest X-rays may
   look alike. Pairs that are certain already are not listed again.
+
+The last two need `medssl index --pixels` on both sides. What was not compared is None, which is not the same as nothing found.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ class Leakage:
         n_series: Rows looked at, of both.
         n_patients: Patients in both; None when they cannot be compared.
         patient_series: Series ids of these patients, of both.
-        content: (series of the one, series of the other) with equal bytes or equal pixels.
-        perceptual: (series, series, bits that differ), without pairs of `content` and without series of one patient.
+        files: (series of the one, series of the other) that share the bytes of a file.
+        content: The same with equal pixels; None when a side has no pixel hash at all, so that nothing was compared.
+        perceptual: (series, series, bits that differ), without pairs of `files` and `content` and without series of one patient; None
+            when nothing was compared.
         notes: What could not be compared, and why.
     """
 
@@ -44,14 +48,15 @@ class Leakage:
     n_series: tuple[int, int]
     n_patients: int | None = None
     patient_series: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
-    content: list[Pair] = field(default_factory=list)
-    perceptual: list[tuple[str, str, int]] = field(default_factory=list)
+    files: list[Pair] = field(default_factory=list)
+    content: list[Pair] | None = None
+    perceptual: list[tuple[str, str, int]] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def found(self) -> bool:
         """Whether anything is shared or suspected to be."""
-        return bool(self.n_patients or self.content or self.perceptual)
+        return bool(self.n_patients or self.files or self.content or self.perceptual)
 
 
 def find_leakage(
@@ -87,18 +92,20 @@ def find_leakage(
     same_key = archive.key_fingerprint == other.key_fingerprint
     found = Leakage(same_key, (len(one), len(two)))
     _compare_patients(found, one, two)
-    certain = set(_same_files(archive, other, one, two))
+    found.files = sorted(set(_same_files(archive, other, one, two)))
     hashes, pictures = _hashes(found, archive, one, "the first archive"), _hashes(found, other, two, "the second archive")
-    certain |= set(_shared(_one_each(hashes, "content_hash"), _one_each(pictures, "content_hash")))
-    found.content = sorted(certain)
-    patients_one, patients_two = ({row.series_id: row.patient_id for row in rows} for rows in (one, two))
-    (lefts, bits_one), (rights, bits_two) = _bits(hashes), _bits(pictures)
-    for i, j, bits in zip(*(column.tolist() for column in near_pairs(bits_one, bits_two, distance))):
-        left, right = lefts[i], rights[j]
-        same_patient = same_key and patients_one[left] == patients_two[right]
-        if (left, right) not in certain and not same_patient:
-            found.perceptual.append((left, right, bits))
-    found.perceptual.sort(key=lambda pair: (pair[2], pair[0], pair[1]))
+    if hashes is not None and pictures is not None:
+        found.content = sorted(set(_shared(_one_each(hashes, "content_hash"), _one_each(pictures, "content_hash"))))
+        patients_one, patients_two = ({row.series_id: row.patient_id for row in rows} for rows in (one, two))
+        found.perceptual = []
+        certain = {*found.files, *found.content}
+        (lefts, bits_one), (rights, bits_two) = _bits(hashes), _bits(pictures)
+        for i, j, bits in zip(*(column.tolist() for column in near_pairs(bits_one, bits_two, distance))):
+            left, right = lefts[i], rights[j]
+            same_patient = same_key and patients_one[left] == patients_two[right]
+            if (left, right) not in certain and not same_patient:
+                found.perceptual.append((left, right, bits))
+        found.perceptual.sort(key=lambda pair: (pair[2], pair[0], pair[1]))
     return found
 
 
@@ -136,11 +143,20 @@ def _same_files(archive: Archive, other: Archive, one: Sequence[SeriesRow], two:
     yield from pairs
 
 
-def _hashes(found: Leakage, archive: Archive, rows: Sequence[SeriesRow], name: str) -> dict[str, Mapping[str, str | None]]:
-    """Return series -> its pixel hashes, and note how many have none."""
+Hashes = Mapping[str, Mapping[str, str | None]]
+
+
+def _hashes(found: Leakage, archive: Archive, rows: Sequence[SeriesRow], name: str) -> Hashes | None:
+    """Return series -> its pixel hashes, and note how many have none; None when none of them has any."""
     wanted = {row.series_id for row in rows}
     table = owner_series(archive, ["content_hash", "perceptual_hash"])
-    hashes: dict[str, Mapping[str, str | None]] = {row["series_id"]: row for row in table.rows if row["series_id"] in wanted}
+    hashes = {row["series_id"]: row for row in table.rows if row["series_id"] in wanted}
+    if wanted and not any(row["content_hash"] or row["perceptual_hash"] for row in hashes.values()):
+        found.notes.append(
+            f"equal pixels and perceptual hashes were not compared: none of the {len(wanted)} series of {name} has a pixel hash; "
+            "make them with `medssl index SRC... --out ARCHIVE --pixels`"
+        )
+        return None
     n = sum(hashes.get(series, {}).get("content_hash") is None for series in wanted)
     if n:
         found.notes.append(
@@ -149,7 +165,7 @@ def _hashes(found: Leakage, archive: Archive, rows: Sequence[SeriesRow], name: s
     return hashes
 
 
-def _one_each(hashes: Mapping[str, Mapping[str, str | None]], name: str) -> dict[str, set[str]]:
+def _one_each(hashes: Hashes, name: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = defaultdict(set)
     for series, row in hashes.items():
         value = row[name]
@@ -163,7 +179,7 @@ def _shared(one: Mapping[str, Iterable[str]], two: Mapping[str, Iterable[str]]) 
         yield from ((left, right) for left in one[value] for right in two[value])
 
 
-def _bits(hashes: Mapping[str, Mapping[str, str | None]]) -> tuple[list[str], np.ndarray]:
+def _bits(hashes: Hashes) -> tuple[list[str], np.ndarray]:
     """Return the series that have a perceptual hash, and their hashes (N,) uint64."""
     known = {series: int(row["perceptual_hash"], 16) for series, row in hashes.items() if row["perceptual_hash"]}
     return list(known), np.array(list(known.values()), dtype=np.uint64)

@@ -15,9 +15,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from medssl.archive.headers.containers import SEPARATOR, copy_limited, in_memory, members
 from medssl.archive.headers.dicom_extras import read_extras, signs
@@ -40,6 +40,8 @@ from medssl.archive.paths import to_path, to_text
 from medssl.archive.rows.roles import modality_of
 from medssl.errors import ImageError
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 HEAD_BYTES = 65536
 """Where the header of 95 of 100 DICOM files ends."""
 TAIL_BYTES = 4096
@@ -440,42 +442,63 @@ def scan_batch(paths: Sequence[str], *, threads: int = 1, limit_s: float = 600.0
     """
     if threads <= 1:
         return [row for path in paths for row in scan_file(path)]
-    return [row for rows in _guarded(paths, threads, limit_s) for row in rows]
+    found = guarded(scan_file, paths, lambda path: [_seal(blank_row(path, "timeout"), {})], threads=threads, limit_s=limit_s)
+    return [row for rows in found for row in rows]
 
 
-def _guarded(paths: Sequence[str], threads: int, limit_s: float) -> Iterator[list[dict[str, Any]]]:
+def guarded(
+    work: Callable[[Item], Found], items: Sequence[Item], late: Callable[[Item], Found], *, threads: int = 1, limit_s: float
+) -> Iterator[Found]:
+    """Do some work in threads, and leave behind what takes too long, its thread with it: waiting for a hung mount cannot be stopped.
+
+    Args:
+        work: Called with each item; what it raises is raised here.
+        items: What there is to do.
+        late: Called in place of the result for an item that was left behind.
+        threads: Items under way together.
+        limit_s: Seconds for one item.
+
+    Returns:
+        Results in the order of `items`.
+    """
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[int, list[dict[str, Any]]]] = queue.SimpleQueue()
-    for number in range(len(paths)):
+    done: queue.SimpleQueue[tuple[int, list[Found], BaseException | None]] = queue.SimpleQueue()
+    for number in range(len(items)):
         todo.put(number)
     since: dict[int, float] = {}
 
-    def work() -> None:
+    def run() -> None:
         while True:
             try:
                 number = todo.get_nowait()
             except queue.Empty:
                 return
             since[number] = time.monotonic()
-            done.put((number, scan_file(paths[number])))
+            try:
+                done.put((number, [work(items[number])], None))
+            except BaseException as err:
+                done.put((number, [], err))
 
     def start() -> None:
-        threading.Thread(target=work, daemon=True).start()  # a daemon, so that a hung one does not keep the process alive
+        threading.Thread(target=run, daemon=True).start()  # a daemon, so that a hung one does not keep the process alive
 
-    for _ in range(min(threads, len(paths))):
+    for _ in range(min(threads, len(items))):
         start()
-    results: dict[int, list[dict[str, Any]]] = {}
-    while len(results) < len(paths):
+    results: dict[int, Found] = {}
+    while len(results) < len(items):
         try:
-            number, rows = done.get(timeout=min(1.0, limit_s))
-            results.setdefault(number, rows)
+            number, found, err = done.get(timeout=min(1.0, limit_s))
             since.pop(number, None)
+            if number not in results:
+                if err is not None:
+                    raise err
+                results[number] = found[0]
         except queue.Empty:
             pass
         now = time.monotonic()
         for number in [n for n, t in list(since.items()) if now - t > limit_s]:
             since.pop(number)
             if number not in results:
-                results[number] = [_seal(blank_row(paths[number], "timeout"), {})]
+                results[number] = late(items[number])
                 start()
-    yield from (results[number] for number in range(len(paths)))
+    yield from (results[number] for number in range(len(items)))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
-import platform
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from medssl.weights import private_folder, write_atomic
 STATUSES = ("not_started", "running", "completed", "skipped", "error")
 LOCK_HOURS = 24.0
 """A lock of another machine is believed for so long."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 Work = Callable[[], Mapping[str, Any]]
 
@@ -193,9 +195,18 @@ def _retake(path: Path) -> bool:
     return _take(path)
 
 
+@functools.cache
 def _host() -> str:
-    """Return a hash of this machine's name, which may name a hospital."""
-    return hashlib.blake2b(platform.node().encode(), digest_size=8).hexdigest()
+    """Return what the processes share that can see each other's ids: a hash of the boot and of the namespace of ids (a container's).
+
+    Nothing comes from the name of the host, which may name a hospital and could be guessed. Where the system does not number its boots
+    every process is a machine of its own, and age alone tells that a lock is stale.
+    """
+    try:
+        known = BOOT_ID.read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return secrets.token_hex(8)
+    return hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
 
 
 def _alive(pid: int) -> bool:

@@ -31,24 +31,33 @@ def test_patients_and_files__under_one_key(three: tuple[Archive, Archive, Archiv
     assert found.same_key and found.n_patients == 2 and found.n_series == (5, 5)
     assert [len(ids) for ids in found.patient_series] == [2, 2]
     same = {row.series_id for row in one.select()} & {row.series_id for row in two.select()}
-    by_digest = [pair for pair in found.content if pair[0] == pair[1]]
-    assert len(by_digest) == len(found.content) == 1 and by_digest[0][0] in same
-    assert found.found and any("no pixel hash" in note for note in found.notes)
+    (pair,) = found.files
+    assert pair[0] == pair[1] and pair[0] in same and found.found
+
+
+def test_without_pixel_hashes__nothing_was_compared_and_that_is_said(three: tuple[Archive, Archive, Archive]) -> None:
+    one, two, _ = three
+    found = find_leakage(one, two)
+    assert found.content is None and found.perceptual is None
+    (first, second) = (note for note in found.notes if "were not compared" in note)
+    assert "none of the 5 series of the first archive" in first and "the second archive" in second and "--pixels" in first
+    nobody = find_leakage(one, two, where="modality = 'CT'")  # no series at all: that is a comparison, with nothing in it
+    assert sum("were not compared" in note for note in nobody.notes) == 1
 
 
 def test_other_key__patients_are_not_compared_and_files_are(three: tuple[Archive, Archive, Archive]) -> None:
     one, _, other = three
     found = find_leakage(one, other)
     assert not found.same_key and found.n_patients is None and found.patient_series == ([], [])
-    assert len(found.content) == 1
+    assert len(found.files) == 1
     assert any("patients were not compared" in note and "different id keys" in note for note in found.notes)
-    nothing = find_leakage(one, other, where=f"series_id <> '{found.content[0][0]}'")
-    assert nothing.content == [] and not nothing.found
+    nothing = find_leakage(one, other, where=f"series_id <> '{found.files[0][0]}'")
+    assert nothing.files == [] and not nothing.found
 
 
 def test_pixel_hashes__match_across_keys(three: tuple[Archive, Archive, Archive]) -> None:
     one, _, other = three
-    file_pair = find_leakage(one, other).content[0]
+    file_pair = find_leakage(one, other).files[0]
     left = [row.series_id for row in one.select() if row.series_id != file_pair[0]]
     right = [row.series_id for row in other.select() if row.series_id != file_pair[1]]
     base = 0x0F0F_1234_5678_9ABC
@@ -57,7 +66,7 @@ def test_pixel_hashes__match_across_keys(three: tuple[Archive, Archive, Archive]
     )
     set_private(other, {right[0]: {"content_hash": "c1", "perceptual_hash": f"{base:016x}"}})
     found = find_leakage(one, other, distance=4)
-    assert sorted(found.content) == sorted([file_pair, (left[0], right[0])])
+    assert found.files == [file_pair] and found.content == [(left[0], right[0])]
     assert found.perceptual == [(left[1], right[0], 3)]  # the certain pair is not listed again
     assert find_leakage(one, other, distance=2).perceptual == []
     assert any("4 of 5 series of the first archive" in note for note in found.notes)
