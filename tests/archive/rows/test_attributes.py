@@ -13,7 +13,7 @@ from medssl.archive.headers.dicom_header import read_header
 from medssl.archive.headers.dicom_tags import TAGS
 from medssl.archive.headers.image_scale import FPS_SOURCES, SPACING_SOURCES, frame_step, planar_spacing
 from medssl.archive.reasons import FLAGS, PRIVACY_FLAGS
-from medssl.archive.rows.base import attributes as a
+from medssl.archive.rows import attributes as a
 from medssl.archive.rows.dates import BANDS
 from medssl.archive.rows.roles import ROLES, role_of, sop_kind, sop_modality
 from medssl.archive.table import SERIES_COLUMNS
