@@ -40,6 +40,7 @@ KEPT = (
     "versions",
 )
 AXIS_ORDER = "XYZ-RAS"  # what MONAI delivers too, so no kernel is permuted on the way
+IMAGE_ORDERS = ("HW", "slices of XYZ-RAS")  # of image encoders, and of those that look at volumes slice by slice
 
 
 @dataclass
@@ -78,7 +79,7 @@ def read_weights(path: Path, *, decoder: bool = False, tag: str = "last") -> Wei
     state, manifest = load_part(path, tag=tag)
     if manifest["part"] == "decoder":
         raise WeightsError(f"{path} is a decoder; an export needs the encoder: give encoder.safetensors or the run folder")
-    if manifest["axis_order"] != AXIS_ORDER:
+    if manifest["axis_order"] not in (AXIS_ORDER, *IMAGE_ORDERS):
         raise WeightsError(
             f"{path} has axis order {manifest['axis_order']}; exports are written for {AXIS_ORDER}; "
             "save the weights again with this medssl"
@@ -131,6 +132,17 @@ def require_library(manifest: Mapping[str, Any], library: str, to: str) -> None:
 FITTING = {
     "monai.ViT": ("safetensors", "unetr", "monai-bundle"),
     "monai.SegResNet": ("safetensors", "segresnet", "monai-bundle"),
+    "timm": ("safetensors", "timm", "torchvision", "resnet", "flexible-unet", "retinanet"),
+    "medssl.SliceVolumeEncoder": (
+        "joint",
+        "aggregator",
+        "safetensors",
+        "timm",
+        "torchvision",
+        "resnet",
+        "flexible-unet",
+        "retinanet",
+    ),
 }
 
 
