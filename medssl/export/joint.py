@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from medssl.errors import WeightsError
-from medssl.export.manifest import Weights, exported_manifest, require_library
+from medssl.export.manifest import Weights, exported_manifest, require_library, require_whole
 from medssl.export.slices import JOINT
 from medssl.export.verify import ExportReport, compare, features, load_stock, random_image, require_equal, source_encoder
 from medssl.weights import load_part, save_part
@@ -89,8 +88,5 @@ def write_aggregator(folder: Path, weights: Weights) -> ExportReport:
 def joint_encoder(weights: Weights, to: str) -> Any:
     """Build the joint encoder, or raise WeightsError where the weights hold less."""
     require_library(weights.manifest, JOINT, to)
-    if weights.manifest["part"] == "aggregator":
-        raise WeightsError(
-            f"export to {to} checks the whole encoder, and this is the part aggregator; give the run folder or joint.safetensors"
-        )
+    require_whole(weights.manifest, to)
     return source_encoder(weights)

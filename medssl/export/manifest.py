@@ -129,6 +129,14 @@ def require_library(manifest: Mapping[str, Any], library: str, to: str) -> None:
         )
 
 
+def require_whole(manifest: Mapping[str, Any], to: str) -> None:
+    """Raise WeightsError at the aggregator alone, which no encoder can be built from."""
+    if manifest["part"] == "aggregator":
+        raise WeightsError(
+            f"export to {to} checks the whole encoder, and this is the part aggregator; give the run folder or joint.safetensors"
+        )
+
+
 FITTING = {
     "monai.ViT": ("safetensors", "unetr", "monai-bundle"),
     "monai.SegResNet": ("safetensors", "segresnet", "monai-bundle"),

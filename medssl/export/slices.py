@@ -107,7 +107,7 @@ def adapt_stem(state: Mapping[str, Tensor], key: str, channels: int) -> tuple[di
         return {**state, key: weight.sum(dim=1, keepdim=True)}, [note]
     raise WeightsError(
         f"the stem has {found} input channels and {channels} are wanted; only grey (1) can be spread over channels, or channels summed "
-        "to grey; export with the channels it has, or to timm, which takes any number"
+        "to grey; export with the channels it has, as timm and the networks of MONAI take any number"
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from medssl.errors import RequestError, near
 from medssl.export import flexible_unet, joint, monai_bundle, resnet, resnet_trunk, retinanet, segresnet, timm, torchvision, unetr
-from medssl.export.manifest import Weights, exported_manifest, read_weights
+from medssl.export.manifest import Weights, exported_manifest, read_weights, require_whole
 from medssl.export.slices import Adaptation, Inflation
 from medssl.export.verify import ExportReport, compare, features, require_equal, source_encoder
 from medssl.weights import disk_error, load_part, save_part
@@ -107,6 +107,7 @@ def write_safetensors(folder: Path, weights: Weights) -> ExportReport:
     Raises:
         WeightsError: The weights do not fit the encoder that their manifest names.
     """
+    require_whole(weights.manifest, "safetensors")
     source = source_encoder(weights)
     files: list[Path] = []
     parts = {"encoder": (weights.state, weights.manifest), "decoder": (weights.decoder, weights.decoder_manifest)}
