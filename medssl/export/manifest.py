@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def exported_manifest(manifest: Mapping[str, Any], *, to: str, **facts: Any) -> 
     from medssl import __version__
 
     versions = {"medssl": __version__, "monai": monai.__version__, "torch": torch.__version__}
+    if to in ("timm", "torchvision"):
+        versions[to] = version(to)
     kept = {key: manifest[key] for key in KEPT if key in manifest}
     return {**kept, "export": {"to": to, "versions": versions, **facts}}
 

@@ -83,6 +83,7 @@ def test_timm__opens_the_folder(section: Any, stock: Any) -> None:
     again = names["timm"].create_model("resnet18", in_chans=1, num_classes=0)
     again.load_state_dict(load_file("export/timm/model.safetensors"))  # as the docs say, strictly
     assert torch.equal(again.eval()(image()), stock(image()))
+    assert load_part("export/timm/model.safetensors")[1]["export"]["versions"]["timm"] == names["timm"].__version__
     assert "timm: 120 tensors matched, 0 missing, 0 unexpected; features equal bit by bit" in said
 
 
