@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +12,10 @@ import typer
 
 from medssl.cli import show
 
+FORMS = (  # medssl.export.write.EXPORTS, which would import torch for --help
+    *("safetensors", "unetr", "segresnet", "monai-bundle", "timm", "torchvision", "resnet", "flexible-unet", "retinanet"),
+    *("joint", "aggregator"),
+)
 NO_CARD = "no data card; name one in the recipe (data.card), and the weights carry it"
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 
@@ -46,23 +52,41 @@ def evaluate(
 
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder or safetensors file.")],
-    to: Annotated[str, typer.Option("--to", help="safetensors, unetr, segresnet or monai-bundle.")],
+    to: Annotated[str, typer.Option("--to", help=f"{', '.join(FORMS)}; see docs/export.md.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    channels: Annotated[
+        int | None, typer.Option(help="Input channels, where not those of the weights: grey from or to several.")
+    ] = None,
+    dims: Annotated[int | None, typer.Option(help="2 or 3 spatial axes of MONAI's ResNet, FlexibleUNet, RetinaNet.")] = None,
+    inflation: Annotated[str, typer.Option(help="How 2D kernels get a depth: repeat or centre.")] = "repeat",
     json: Json = False,
 ) -> None:
     """Write weights in the layout of another library, reload them there and compare features before saying done."""
     from medssl.export.write import export_weights
     from medssl.weights import card_lines, read_manifest
 
-    done = export_weights(run, to, out)
+    done = export_weights(run, to, out, channels=channels, dims=dims, inflation=inflation)  # type: ignore[arg-type]  # checked there
     cards = read_manifest(run).get("data_cards") or []
-    text = (
-        f"{to}: {len(done.matched)} tensors matched, {len(done.missing)} missing, {len(done.unexpected)} unexpected; "
-        f"features equal within {done.max_feature_difference:.1e}\n" + "\n".join(str(path) for path in done.files)
+    worst = done.max_feature_difference
+    same = "features equal bit by bit" if worst == 0 else f"features equal within {worst:.1e}"
+    text = "\n".join(
+        [
+            f"{to}: {len(done.matched)} tensors matched, {len(done.missing)} missing, {len(done.unexpected)} unexpected; {same}",
+            *_groups("missing (they keep their random start)", done.missing),
+            *_groups("unexpected", done.unexpected),
+            *done.notes,
+            *map(str, done.files),
+        ]
     )
     lines = [f"pretrained on: {line}" for line in card_lines(cards) or [NO_CARD]]
     lines += [note for card in cards for note in card.get("notes", [])]
     show.result({**asdict(done), "data_cards": cards}, json, "\n".join([text, *lines]))
+
+
+def _groups(what: str, keys: Sequence[str]) -> list[str]:
+    """Return one line that counts keys by their first name, none without keys."""
+    counts = Counter(key.partition(".")[0] for key in keys)
+    return [f"{what}: " + ", ".join(f"{name} {count}" for name, count in counts.items())] if counts else []
 
 
 def report(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ KEPT = (
     "versions",
 )
 AXIS_ORDER = "XYZ-RAS"  # what MONAI delivers too, so no kernel is permuted on the way
+IMAGE_ORDERS = ("HW", "slices of XYZ-RAS")  # of image encoders, and of those that look at volumes slice by slice
 
 
 @dataclass
@@ -78,7 +80,7 @@ def read_weights(path: Path, *, decoder: bool = False, tag: str = "last") -> Wei
     state, manifest = load_part(path, tag=tag)
     if manifest["part"] == "decoder":
         raise WeightsError(f"{path} is a decoder; an export needs the encoder: give encoder.safetensors or the run folder")
-    if manifest["axis_order"] != AXIS_ORDER:
+    if manifest["axis_order"] not in (AXIS_ORDER, *IMAGE_ORDERS):
         raise WeightsError(
             f"{path} has axis order {manifest['axis_order']}; exports are written for {AXIS_ORDER}; "
             "save the weights again with this medssl"
@@ -108,6 +110,8 @@ def exported_manifest(manifest: Mapping[str, Any], *, to: str, **facts: Any) -> 
     from medssl import __version__
 
     versions = {"medssl": __version__, "monai": monai.__version__, "torch": torch.__version__}
+    if to in ("timm", "torchvision"):
+        versions[to] = version(to)
     kept = {key: manifest[key] for key in KEPT if key in manifest}
     return {**kept, "export": {"to": to, "versions": versions, **facts}}
 
@@ -128,9 +132,28 @@ def require_library(manifest: Mapping[str, Any], library: str, to: str) -> None:
         )
 
 
+def require_whole(manifest: Mapping[str, Any], to: str) -> None:
+    """Raise WeightsError at the aggregator alone, which no encoder can be built from."""
+    if manifest["part"] == "aggregator":
+        raise WeightsError(
+            f"export to {to} checks the whole encoder, and this is the part aggregator; give the run folder or joint.safetensors"
+        )
+
+
 FITTING = {
     "monai.ViT": ("safetensors", "unetr", "monai-bundle"),
     "monai.SegResNet": ("safetensors", "segresnet", "monai-bundle"),
+    "timm": ("safetensors", "timm", "torchvision", "resnet", "flexible-unet", "retinanet"),
+    "medssl.SliceVolumeEncoder": (
+        "joint",
+        "aggregator",
+        "safetensors",
+        "timm",
+        "torchvision",
+        "resnet",
+        "flexible-unet",
+        "retinanet",
+    ),
 }
 
 

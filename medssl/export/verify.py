@@ -28,6 +28,7 @@ class ExportReport:
         unexpected: Keys of the export that the stock network does not know; always empty after a successful export.
         max_feature_difference: Largest absolute difference between the features of the reloaded stock network and of the
             encoder, on a fixed random image, in float64.
+        notes: For people: what to load it into, and everything that was changed on the way.
     """
 
     files: tuple[Path, ...]
@@ -35,6 +36,7 @@ class ExportReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     max_feature_difference: float
+    notes: tuple[str, ...] = ()
 
 
 def source_encoder(weights: Weights) -> Any:
@@ -64,6 +66,20 @@ def random_image(channels: int, size: Sequence[int], seed: int = 0) -> Tensor:
     """Return a fixed random image (1, C, *size), float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, channels, *size, generator=generator, dtype=torch.float64)
+
+
+def features(encoder: Any) -> list[Tensor]:
+    """Return tokens and pooled vector of a fixed random image of a size that any encoder can take: 2, 3, ... times what it divides by."""
+    size = getattr(encoder, "only_size", None) or encoder.config()["args"].get("image_size")
+    stacks = getattr(encoder, "takes_stacks", False)
+    if stacks:
+        size = encoder.slice_encoder.only_size
+        size = (*size, 5) if size else None
+    size = size or [k * m for k, m in zip((2, 3, 5), getattr(encoder, "multiple", encoder.patch_size))]
+    more = {"z_mm": torch.tensor([[0.0, 2.0, 3.5, 9.0, 12.0]])} if stacks else {}
+    with torch.no_grad():
+        output = encoder.forward_features(random_image(encoder.in_channels, size), **more)
+    return [output.tokens, output.pooled]
 
 
 def load_stock(network: nn.Module, state: Mapping[str, Tensor], *, allowed_missing: tuple[str, ...] = ()) -> tuple[str, ...]:

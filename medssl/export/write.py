@@ -8,19 +8,29 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from medssl.errors import RequestError, near
-from medssl.export import monai_bundle, segresnet, unetr
-from medssl.export.manifest import Weights, exported_manifest, read_weights
-from medssl.export.verify import ExportReport, compare, random_image, require_equal, source_encoder
+from medssl.export import flexible_unet, joint, monai_bundle, resnet, resnet_trunk, retinanet, segresnet, timm, torchvision, unetr
+from medssl.export.manifest import Weights, exported_manifest, read_weights, require_whole
+from medssl.export.slices import Adaptation, Inflation
+from medssl.export.verify import ExportReport, compare, features, require_equal, source_encoder
 from medssl.weights import disk_error, load_part, save_part
 
-EXPORTS = ("safetensors", "unetr", "segresnet", "monai-bundle")
+TRUNKS = {module.TARGET.to: module.TARGET for module in (torchvision, resnet, flexible_unet, retinanet)}
+EXPORTS = ("safetensors", "unetr", "segresnet", "monai-bundle", "timm", *TRUNKS, "joint", "aggregator")
 WITH_DECODER = ("safetensors", "segresnet")
 
 
-def export_weights(weights_path: Path, to: str, out: Path, *, decoder: bool = False, tag: str = "last") -> ExportReport:
+def export_weights(
+    weights_path: Path,
+    to: str,
+    out: Path,
+    *,
+    decoder: bool = False,
+    tag: str = "last",
+    channels: int | None = None,
+    dims: int | None = None,
+    inflation: Inflation = "repeat",
+) -> ExportReport:
     """Write an encoder in another form, load what was written into the stock network, and compare features.
 
     Everything is written into a folder beside `out` that takes its name once all checks have passed.
@@ -31,12 +41,15 @@ def export_weights(weights_path: Path, to: str, out: Path, *, decoder: bool = Fa
         out: Folder to create; it must not exist, or be empty.
         decoder: Whether to add a pretrained decoder (`safetensors` and `segresnet` only). The default leaves it out.
         tag: `last` or `best`.
+        channels: Input channels of the export, for slice encoders; None keeps them (torchvision: 3).
+        dims: 2 or 3 spatial axes, for slice encoders to MONAI's ResNet, FlexibleUNet and RetinaNet; 3 inflates the kernels.
+        inflation: `repeat` or `centre`, see `medssl.export.slices.inflate`.
 
     Returns:
         Files, matched and missing keys of the stock network, and the largest difference of features.
 
     Raises:
-        RequestError: An unknown name, a decoder where none fits, or `out` is taken.
+        RequestError: An unknown name, a decoder, channels or axes where none fit, or `out` is taken.
         WeightsError: The weights are missing, damaged or of an encoder that the form does not take, or the check failed.
         StoreError: The disk is full, or the folder cannot be written.
     """
@@ -45,6 +58,12 @@ def export_weights(weights_path: Path, to: str, out: Path, *, decoder: bool = Fa
         raise RequestError(f'export: unknown form "{to}"{near(to, EXPORTS)}; known: {", ".join(EXPORTS)}')
     if decoder and to not in WITH_DECODER:
         raise RequestError(f"export to {to} holds the encoder only; a decoder goes with {' or '.join(WITH_DECODER)}")
+    asked = Adaptation(channels, dims, inflation)
+    asked.check()
+    if asked != Adaptation() and to not in ("timm", *TRUNKS):
+        raise RequestError(
+            f"export to {to} takes weights as they are; channels, dims and inflation go with timm, {', '.join(TRUNKS)}"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"export: {out} exists and is not an empty folder; choose another one, or remove it first")
     weights = read_weights(Path(weights_path), decoder=decoder, tag=tag)
@@ -52,7 +71,7 @@ def export_weights(weights_path: Path, to: str, out: Path, *, decoder: bool = Fa
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
-        report = _writer(to, out.name)(aside, weights)
+        report = _writer(to, out.name, asked)(aside, weights)
         if out.exists():
             out.rmdir()
         aside.rename(out)
@@ -63,13 +82,18 @@ def export_weights(weights_path: Path, to: str, out: Path, *, decoder: bool = Fa
     return replace(report, files=tuple(out / path.relative_to(aside) for path in report.files))
 
 
-def _writer(to: str, name: str) -> Callable[[Path, Weights], ExportReport]:
+def _writer(to: str, name: str, asked: Adaptation) -> Callable[[Path, Weights], ExportReport]:
     writers: dict[str, Callable[[Path, Weights], ExportReport]] = {
         "safetensors": write_safetensors,
         "unetr": unetr.write,
         "segresnet": segresnet.write,
         "monai-bundle": lambda folder, weights: monai_bundle.write(folder, weights, name=name),
+        "timm": lambda folder, weights: timm.write(folder, weights, asked),
+        "joint": joint.write_joint,
+        "aggregator": joint.write_aggregator,
     }
+    if to in TRUNKS:
+        return lambda folder, weights: resnet_trunk.write(folder, weights, TRUNKS[to], asked)
     return writers[to]
 
 
@@ -83,6 +107,7 @@ def write_safetensors(folder: Path, weights: Weights) -> ExportReport:
     Raises:
         WeightsError: The weights do not fit the encoder that their manifest names.
     """
+    require_whole(weights.manifest, "safetensors")
     source = source_encoder(weights)
     files: list[Path] = []
     parts = {"encoder": (weights.state, weights.manifest), "decoder": (weights.decoder, weights.decoder_manifest)}
@@ -98,11 +123,7 @@ def write_safetensors(folder: Path, weights: Weights) -> ExportReport:
             reloaded = Weights(found, found_manifest)
         else:
             reloaded.decoder, reloaded.decoder_manifest = found, found_manifest
-    encoder = source_encoder(reloaded)
-    size = weights.args.get("image_size") or [2 * p for p in source.patch_size]
-    image = random_image(source.in_channels, size)
-    with torch.no_grad():
-        pairs = [(encoder.forward_features(image).tokens, source.forward_features(image).tokens)]
+    pairs = list(zip(features(source_encoder(reloaded)), features(source), strict=True))
     matched = {*reloaded.state, *reloaded.decoder}
     return ExportReport(
         files=tuple(files),

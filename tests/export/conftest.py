@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from medssl.encoders.segresnet3d import SegResNet3D
+from medssl.encoders.slice_volume import SliceVolumeEncoder
 from medssl.encoders.vit3d import ViT3D
 from medssl.weights import save_part
 
@@ -57,3 +58,32 @@ def _segresnet_run(tmp_path: Path) -> Path:
 def _entries(tmp_path: Path) -> Callable[[], list[str]]:
     """Everything in the folder where exports are made, hidden files included."""
     return lambda: sorted(path.name for path in tmp_path.iterdir())
+
+
+def make_joint(**args: Any) -> SliceVolumeEncoder:
+    """A joint encoder whose batch norms are not what a new network has."""
+    torch.manual_seed(2)
+    small = {"depth": 2, "heads": 2, "dim_head": 8, "hidden_dim": 16}
+    encoder = SliceVolumeEncoder(**{"slice_encoder": {"model": "resnet18"}, "aggregator": small, "dim": 32, **args})
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)  # type: ignore[operator, union-attr]
+            module.running_var.uniform_(0.5, 1.5)  # type: ignore[operator, union-attr]
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
+    return encoder.eval()
+
+
+def save_parts(encoder: Any, folder: Path, **facts: Any) -> Path:
+    """Write a run folder with all parts of a joint encoder, or the one of an image encoder."""
+    parts = encoder.parts() if hasattr(encoder, "parts") else {"encoder": encoder.part("encoder")}
+    for name, part in parts.items():
+        state = {key[len(part.prefix) :]: value for key, value in part.module.state_dict().items() if key.startswith(part.prefix)}
+        save_part(folder / "weights" / "last", name, state, {**part.manifest, **FACTS, **facts})
+    (folder / "weights" / "index.json").write_text(json.dumps({"default": next(iter(parts))}))
+    return folder
+
+
+@pytest.fixture(name="joint_run", scope="session")
+def _joint_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_parts(make_joint(), tmp_path_factory.mktemp("joint") / "run")
