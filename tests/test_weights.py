@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from medssl.errors import StoreError, WeightsError
 from medssl.archive.facts import collect_facts
+from medssl.errors import StoreError, WeightsError
 from medssl.report.archive_page import archive_report
 from medssl.training.run_folder import RunFolder
 from medssl.weights import find_part, load_part, save_part, tensors_hash, write_atomic, write_private
