@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,14 +237,37 @@ def _check_state(objective: Any, views: Views) -> None:
 
 
 def _check_denominators(objective: Any, views: Views) -> None:
-    """The mean over two micro-steps must equal one step over both, when the counts are given."""
+    """The mean over two micro-steps must equal one step over both, when the counts are given and are not the same in both."""
     if not hasattr(objective, "denominators"):
         return
+    views = _uneven(views)
     halves = [_slice(views, slice(0, 1)), _slice(views, slice(1, None))]
     totals = {name: float(value) for name, value in objective.denominators(views).items()}
-    whole = objective(views, StepContext(totals=totals))["loss"]
-    split = [objective(half, StepContext(totals=totals, micro_steps=2))["loss"] for half in halves]
-    assert torch.allclose(whole, (split[0] + split[1]) / 2, rtol=1e-4), "micro-steps must average to the loss of the whole batch"
+    counts = [{name: float(value) for name, value in objective.denominators(half).items()} for half in halves]
+    for name, total in totals.items():
+        parts = [half.get(name, 0.0) for half in counts]
+        assert math.isclose(sum(parts), total, rel_tol=1e-6), (
+            f"denominators: {name} is {total:g} for a batch and {parts[0]:g} and {parts[1]:g} for its parts; a count must add up"
+        )
+    assert counts[0] != counts[1], (
+        "both micro-steps have the same counts, so that no wrong division would show; give views of three or more items"
+    )
+    whole = objective(views, StepContext(totals=totals))["loss"].detach()
+    split = [objective(half, StepContext(totals=totals, micro_steps=2))["loss"].detach() for half in halves]
+    average = (split[0] + split[1]) / 2
+    assert torch.allclose(whole, average, rtol=1e-4), (
+        f"micro-steps must average to the loss of the whole batch: it is {float(whole):.6g}, their average {float(average):.6g}; divide "
+        "sums by `ctx.mean(total, name, local_count)` under the names that `denominators` returns"
+    )
+
+
+def _uneven(views: Views) -> Views:
+    """Return the views with half of the first item's content not valid, so that it counts for less than the others."""
+    valid = {key: value.clone() for key, value in views.meta.valid.items()}
+    for value in valid.values():
+        if value.ndim > 3:  # more than which slices there are
+            value[0, ..., : value.shape[-1] // 2] = False
+    return Views(views.data, replace(views.meta, valid=valid))
 
 
 def _slice(views: Views, rows: slice) -> Views:

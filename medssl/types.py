@@ -213,7 +213,8 @@ class EncoderOutput:
     Args:
         tokens: (B, N, E) in the order of `medssl.layers.tokens`; (B, N_kept, E) when `keep` was given.
         grid: Token grid (X, Y, Z) of the full, unmasked image.
-        pooled: (B, E), mean over the tokens present.
+        pooled: (B, E). The mean over the tokens present for encoders of volumes, `vit3d` too, which has no class token; for `image2d`
+            what the stock network returns: the class token of most timm ViTs, a mean of the last map elsewhere.
         pyramid: Feature maps (B, C_i, *size_i) from fine to coarse; empty where an encoder has one scale or tokens were dropped.
     """
 

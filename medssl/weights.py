@@ -40,8 +40,13 @@ def _byte_type() -> Any:
     return torch.uint8
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Write a file aside, flush it to disk and rename it into place; on failure nothing is left behind.
+
+    Args:
+        path: File to write.
+        content: Its bytes.
+        mode: Rights of the file from its first byte on, less what the user's umask takes away.
 
     Raises:
         StoreError: The disk is full or the folder cannot be written; what was there before is untouched.
@@ -49,7 +54,8 @@ def write_atomic(path: Path, content: bytes) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         private_folder(path.parent)
-        with open(aside, "wb") as stream:
+        aside.unlink(missing_ok=True)  # of a killed process with this number: it would keep its rights
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -70,15 +76,13 @@ def write_private(path: Path, content: bytes) -> None:
         path.parent.chmod(0o700)
     except OSError as err:
         raise disk_error(err, path) from err
-    write_atomic(path, content)
-    path.chmod(0o600)
+    write_atomic(path, content, mode=0o600)
 
 
 def private_folder(folder: Path) -> None:
     """Make a folder that only its owner may enter; a folder that exists keeps its mode."""
     if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        os.chmod(folder, 0o700)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 def disk_error(err: OSError, path: Path) -> StoreError:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from medssl.archive.operations.facts import collect_facts
 from medssl.errors import StoreError, WeightsError
-from medssl.weights import find_part, load_part, save_part, tensors_hash, write_atomic
+from medssl.report.archive_page import archive_report
+from medssl.training.run_folder import RunFolder
+from medssl.weights import find_part, load_part, save_part, tensors_hash, write_atomic, write_private
+from tests.archive.small import small_archive
 
 MANIFEST = {"encoder": {"name": "vit3d", "args": {}}, "library": "monai.ViT", "axis_order": "XYZ-RAS", "channels": 1}
 
@@ -110,3 +115,31 @@ def test_file_size_limit__is_reported_as_a_full_disk(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert "StoreError the disk is full while writing w.bin" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_private_file__is_private_before_it_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rights that are taken away afterwards leave a moment, and a kill in it leaves a file for everybody."""
+    seen, replace = [], os.replace
+
+    def looked(aside: Path, path: Path) -> None:
+        seen.append(aside.stat().st_mode & 0o777)
+        replace(aside, path)
+
+    monkeypatch.setattr("medssl.weights.os.replace", looked)
+    umask = os.umask(0o022)
+    try:
+        write_private(tmp_path / "new" / "key", b"x")
+        (tmp_path / "new" / f".page.html.{os.getpid()}.tmp").write_text("left by a killed process, for everybody to read")
+        archive_report(collect_facts(small_archive(tmp_path / "index", 1)), tmp_path / "new" / "page.html")
+        assert (seen[0], seen[-1]) == (0o600, 0o600)
+        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700 and (
+            tmp_path / "new" / "page.html"
+        ).stat().st_mode & 0o777 == 0o600
+        write_atomic(tmp_path / "shared", b"x")
+        assert (tmp_path / "shared").stat().st_mode & 0o777 == 0o644
+        RunFolder(tmp_path / "run").create("", {})
+        assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run", *(tmp_path / "run").iterdir()) if path.is_dir()} == {
+            0o700
+        }
+    finally:
+        os.umask(umask)

@@ -28,9 +28,16 @@ def _hidden_main() -> Iterator[None]:
         main.__spec__ = spec
 
 
+class _Pool(ProcessPoolExecutor):
+    """Starts no worker with the user's script, whenever it starts one: Python 3.9 and newer start them one by one, as work comes in."""
+
+    def _spawn_process(self) -> None:
+        with _hidden_main():
+            super()._spawn_process()  # type: ignore[misc]
+
+
 def spawn_pool(workers: int) -> ProcessPoolExecutor:
-    """Return a pool of spawned processes that are already started."""
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=silence_libraries)
-    with _hidden_main():
-        pool.submit(int)  # the first submit starts all workers of a spawn pool
+    """Return a pool of spawned processes, the first of which is already started."""
+    pool = _Pool(workers, mp_context=multiprocessing.get_context("spawn"), initializer=silence_libraries)
+    pool.submit(int)
     return pool

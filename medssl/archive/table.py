@@ -12,7 +12,7 @@ from medssl.archive._parquet import connect, quote, read_table
 from medssl.archive.condition import NEVER_UNKNOWN, check_condition, inside, refuse, unknown_as_null
 from medssl.archive.headers.containers import SEPARATOR, unpack
 from medssl.archive.paths import to_path
-from medssl.errors import ImageError, RequestError
+from medssl.errors import ImageError, RequestError, StoreError
 
 FORMAT = 2
 """2: the whole column set."""
@@ -372,6 +372,8 @@ class Archive:
 
         Raises:
             RequestError: The index has no such series.
+            ImageError: A container has changed, or the member is damaged.
+            StoreError: The disk is full: members of containers are unpacked into the private folder.
         """
         return [self._real(path) for path, _ in self._entries(series_id)]
 
@@ -380,9 +382,17 @@ class Archive:
         if SEPARATOR not in str(path) or path.exists():
             return path
         try:
-            return unpack(str(path), self.path / "private" / "unpacked")
+            return unpack(str(path), self.path / "private" / "unpacked", lambda: self._beside(path))
+        except StoreError:
+            raise
         except (OSError, KeyError) as err:
             raise ImageError("vanished", "a container of this series has changed; run `medssl index` again") from err
+
+    def _beside(self, path: Path) -> list[str]:
+        """Return the paths of all used members of the container that holds a file."""
+        container = str(path).partition(SEPARATOR)[0] + SEPARATOR
+        assert self._files is not None
+        return [str(other) for entries in self._files.values() for other, _ in entries if str(other).startswith(container)]
 
     def digests(self, series_id: str) -> list[str]:
         """Return the digests of the files of a series, in the order of `files`."""

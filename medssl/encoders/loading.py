@@ -23,8 +23,14 @@ def load_into(encoder: Encoder, state: Mapping[str, Tensor], manifest: Mapping[s
         manifest: Its manifest.
 
     Raises:
-        WeightsError: A tensor is missing, unknown or of another shape; nothing has been loaded then.
+        WeightsError: The part is none that the encoder loads, or a tensor is missing, unknown or of another shape; nothing has been
+            loaded then.
     """
+    if manifest["part"] not in encoder.key_groups:
+        raise WeightsError(
+            f"these weights are the part {manifest['part']}, and {encoder.name} loads {', '.join(encoder.key_groups)}; "
+            "give the path of one of these, or build the module that the part belongs to and load its tensors into that"
+        )
     own = encoder.net.state_dict()
     given = dict(state)
     if POSITIONS in given and given[POSITIONS].shape != own[POSITIONS].shape:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +96,7 @@ def archive_report(facts: Mapping[str, Any], out: Path, *, pictures: Sequence[Pi
     """
     if out.is_dir():
         raise RequestError(f"{out}: is a folder; name the HTML file to write, for instance {out / 'report.html'}")
-    write_atomic(out, render(facts, pictures=pictures).encode())
-    os.chmod(out, 0o600)
+    write_atomic(out, render(facts, pictures=pictures).encode(), mode=0o600)
     return out
 
 
@@ -111,6 +109,7 @@ def render(facts: Mapping[str, Any], *, pictures: Sequence[Picture] | None = Non
         Section("geometry", "Spacing and size", _geometry(facts["geometry"], tables)),
         Section("left_out", "What was left out, and why", _left_out(facts)),
         Section("flags", "Quality and privacy flags", _flags(facts)),
+        Section("pixels", "What the pixels say", _pixels(facts["pixels"])),
         Section("unknown", "What nobody knows", _unknown(facts["unknown"])),
         *(
             []
@@ -315,7 +314,7 @@ def _geometry(rows: Sequence[Mapping[str, Any]], tables: Mapping[str, Sequence[M
     return f'{table(head, lines, caption=caption)}<div class="grid">{charts}</div>'
 
 
-def _explained(rows: Sequence[Mapping[str, Any]], unit: str, whole: int) -> str:
+def _explained(rows: Sequence[Mapping[str, Any]], unit: str, whole: int, *, first: str = "reason") -> str:
     lines = [
         [
             text(row["code"].replace("_", " ")),
@@ -325,7 +324,7 @@ def _explained(rows: Sequence[Mapping[str, Any]], unit: str, whole: int) -> str:
         ]
         for row in rows
     ]
-    return f'<div class="explained">{table(["reason", unit, "of all", "meaning"], lines)}</div>'
+    return f'<div class="explained">{table([first, unit, "of all", "meaning"], lines)}</div>'
 
 
 def _left_out(facts: Mapping[str, Any]) -> str:
@@ -354,7 +353,41 @@ def _flags(facts: Mapping[str, Any]) -> str:
     ):
         parts.append(f"<h3>{title}</h3>")
         rows = facts[key]
-        parts.append(_explained(rows, "series", whole).replace(">reason<", ">flag<") if rows else absent(none, ""))
+        parts.append(_explained(rows, "series", whole, first="flag") if rows else absent(none, ""))
+    return "\n".join(parts)
+
+
+_NO_PIXELS = "<code>medssl index SRC... --out ARCHIVE --pixels</code> looks for blank and saturated images, near-duplicates and text in them."
+
+
+def _pixels(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return absent("Nobody has looked at the pixels: what is said above comes from headers alone.", _NO_PIXELS)
+    whole, near = found["series"], found["near_duplicates"]
+    missing = f", {count(found['waiting'])} not looked at yet (run the same again)" if found["waiting"] else ""
+    unread = sum(row["series"] for row in found["failed"])
+    missing += f", {count(unread)} given up" if unread else ""
+    parts = [f"<p>{count(found['read'])} of {count(whole)} usable series were read{missing}.</p>"]
+    if found["failed"]:
+        parts += ["<h3>Given up, and why</h3>", _explained(found["failed"], "series", whole)]
+    parts.append("<h3>Quality</h3>")
+    if found["quality"]:
+        parts.append(_explained(found["quality"], "series", whole, first="flag"))
+    else:
+        parts.append(absent("No blank, constant, saturated or low-contrast image was found.", ""))
+    parts.append("<h3>Text in the picture</h3>")
+    if found["privacy"]:
+        parts.append(_explained(found["privacy"], "series", whole, first="flag"))
+    else:
+        parts.append(absent("No text is suspected; small, faint and hand-written text is often missed.", ""))
+    groups, several = near.get("groups", 0), near.get("groups_of_several_patients", 0)
+    parts.append("<h3>Near-duplicates</h3>")
+    if groups:
+        said = f"{count(near.get('series'))} series look alike in {count(groups)} {plural(groups, 'group', 'groups')}; "
+        said += f"{count(several)} of them {plural(several, 'holds', 'hold')} several patients. "
+        parts.append(f"<p>{said}Repeats and phases of one patient look alike too: a suspicion, not a proof.</p>")
+    else:
+        parts.append(absent("No two series look alike.", ""))
     return "\n".join(parts)
 
 

@@ -10,7 +10,6 @@ import base64
 import html
 import logging
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,8 +114,7 @@ def report(run: Path, out: Path, *, with_images: bool = True) -> Path:
     found = collect(run, with_images=with_images)
     for fault in found.faults:
         log.warning("report: %s", fault)
-    write_atomic(out, render(found, with_images=with_images).encode())
-    os.chmod(out, 0o600 if with_images else 0o644)
+    write_atomic(out, render(found, with_images=with_images).encode(), mode=0o600 if with_images else 0o644)
     return out
 
 

@@ -63,10 +63,10 @@ class RunFolder:
         if self.exists():
             raise RequestError(f"{self.path} already holds a run; continue it with --resume, or give another folder with out=PATH")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            os.chmod(self.path, 0o700)
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.chmod(self.path, 0o700)  # one that was there
             for folder in (self.checkpoints, self.weights, self.figures):
-                folder.mkdir(exist_ok=True)
+                folder.mkdir(exist_ok=True, mode=0o700)
         except OSError as err:
             raise disk_error(err, self.path) from err
         write_atomic(self.path / "recipe.yaml", recipe_yaml.encode())

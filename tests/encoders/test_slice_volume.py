@@ -215,6 +215,8 @@ def test_parts__are_written_and_loaded(tmp_path: Path) -> None:
         alone = load_encoder(paths["slice_encoder"])
         assert isinstance(alone, Image2D)
         assert torch.equal(alone(x[..., 0]).pooled, encoder.slice_encoder(x[..., 0]).pooled)
+    with pytest.raises(RequestError, match=r"the part aggregator, and slice_volume loads encoder, joint; give the path"):
+        load_encoder(paths["aggregator"])
     state, manifest = load_part(paths["aggregator"])
     aggregator = SliceAggregator(manifest["encoder"]["args"]["dim"], **manifest["encoder"]["args"]["aggregator"]).eval()
     aggregator.load_state_dict(state, strict=True)

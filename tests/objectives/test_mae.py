@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,51 @@ def test_builders__cover_the_registry() -> None:
 def test_objective__keeps_the_contract(name: str) -> None:
     objective = BUILDERS[name]()
     check_objective(objective, toy_views(objective), steps=15)
+
+
+class LocalMean(MAE):
+    """Divides by the count of its own micro-batch."""
+
+    def forward(self, views: Views, ctx: StepContext) -> dict[str, Tensor]:
+        return super().forward(views, replace(ctx, totals={}))
+
+
+class WrongName(MAE):
+    """Gives its count a name that `forward` does not use."""
+
+    def denominators(self, views: Views) -> dict[str, Tensor]:
+        return {"patches": super().denominators(views)["voxels"]}
+
+
+class Share(MAE):
+    """Takes a share for a count."""
+
+    def denominators(self, views: Views) -> dict[str, Tensor]:
+        return {"voxels": super().denominators(views)["voxels"] / len(views["volume"])}
+
+
+class Items(MAE):
+    """Counts items although voxels are scored."""
+
+    def denominators(self, views: Views) -> dict[str, Tensor]:
+        return {"voxels": torch.tensor(float(len(views["volume"])))}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (LocalMean, "micro-steps must average to the loss of the whole batch: it is"),
+        (WrongName, "under the names that `denominators` returns"),
+        (Share, "a count must add up"),
+        (Items, "both micro-steps have the same counts"),
+    ],
+)
+def test_contract__catches_wrong_denominators(wrong: type[MAE], text: str) -> None:
+    torch.manual_seed(0)
+    encoder = ViT3D(image_size=SIZE, patch_size=4, hidden_size=24, num_layers=2, num_heads=2)
+    objective = wrong(encoder, image_size=SIZE, decoder_dim=24, decoder_depth=1, decoder_heads=2)
+    with pytest.raises(AssertionError, match=text):
+        check_objective(objective, toy_views(objective), steps=1)
 
 
 def test_mask_and_tokens__agree_on_a_non_cubic_grid() -> None:

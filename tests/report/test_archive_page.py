@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from medssl.archive.operations.facts import collect_facts
-from medssl.archive.reasons import FLAGS, SERIES_REASONS
+from medssl.archive.reasons import FILE_REASONS, FLAGS, PRIVACY_FLAGS, SERIES_REASONS
 from medssl.archive.table import Archive
 from medssl.cli.thumbnails import middle, spread
 from medssl.errors import RequestError
@@ -46,7 +46,7 @@ def test_page__holds_counts_reasons_and_flags_with_their_meaning(archive: Archiv
     outline = read(path)
     assert outline.titles == [
         "Overview", "What is in it", "Spacing and size", "What was left out, and why", "Quality and privacy flags",
-        "What nobody knows", "Before you use this",
+        "What the pixels say", "What nobody knows", "Before you use this",
     ]  # fmt: skip
     said = words(path)
     assert "5 usable series of 6" in said and "5 patients" in said and "Every patient is in one split." in said
@@ -76,6 +76,32 @@ def test_page__torn_patients_and_wrong_totals_are_said(archive: Archive) -> None
     page = render(facts)
     assert "2 patients are in more than one" in page and "Every patient is in one split" not in page
     assert "do not add up" in page
+
+
+def test_page__says_what_the_pixels_say_or_that_nobody_looked(archive: Archive, tmp_path: Path) -> None:
+    facts = collect_facts(archive)
+    assert facts["pixels"] is None
+    never = words(archive_report(facts, tmp_path / "a.html"))
+    assert "Nobody has looked at the pixels" in never and "--out ARCHIVE --pixels" in never
+    found = {
+        "series": 90, "read": 80, "waiting": 7, "failed": {"truncated": 2, "timeout": 1},
+        "flags": {"blank": 4, "burned_in_suspected": 11, "marker": 5, "saturated": 6},
+        "near_duplicates": {"groups": 3, "series": 8, "groups_of_several_patients": 1},
+    }  # fmt: skip
+    try:
+        archive.summary["pixels"] = found
+        facts = json.loads(json.dumps(collect_facts(archive)))
+    finally:
+        del archive.summary["pixels"]
+    said = words(archive_report(facts, tmp_path / "a.html"))
+    assert "80 of 90 usable series were read, 7 not looked at yet (run the same again), 3 given up." in said
+    assert f"saturated 6 6.7 % {FLAGS['saturated']}" in said and f"blank 4 4.4 % {FLAGS['blank']}" in said
+    assert f"burned in suspected 11 12 % {PRIVACY_FLAGS['burned_in_suspected']}" in said
+    assert f"truncated 2 2.2 % {FILE_REASONS['truncated']}" in said and f"timeout 1 1.1 % {FILE_REASONS['timeout']}" in said
+    assert "8 series look alike in 3 groups; 1 of them holds several patients." in said and "Nobody has looked" not in said
+    facts["pixels"] |= {"failed": [], "quality": [], "privacy": [], "near_duplicates": {}, "waiting": 0, "read": 90}
+    clean = words(archive_report(facts, tmp_path / "a.html"))
+    assert "90 of 90 usable series were read." in clean and "No two series look alike." in clean and "often missed" in clean
 
 
 def test_page__an_empty_archive(archive: Archive, tmp_path: Path) -> None:

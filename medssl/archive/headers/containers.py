@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
 import lzma
@@ -13,13 +14,14 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from medssl.archive.headers.file_headers import is_tar
 from medssl.errors import ImageError
+from medssl.weights import disk_error
 
 SEPARATOR = "!/"
 """Between a container's path and a member's name in the index's private tables."""
@@ -90,11 +92,7 @@ def _open(path: Path, kind: str) -> Iterator[tuple[Member, IO[bytes] | None]]:
             for info in archive.infolist():
                 if info.is_dir():
                     continue
-                reason = None
-                if info.flag_bits & 1:
-                    reason = "encrypted"
-                elif info.file_size > MAX_MEMBER_BYTES or info.file_size > MAX_RATIO * max(info.compress_size, 1024):
-                    reason = "container_limit"
+                reason = _zip_reason(info)
                 if reason is None:
                     try:
                         opened = archive.open(info)
@@ -121,6 +119,13 @@ def _open(path: Path, kind: str) -> Iterator[tuple[Member, IO[bytes] | None]]:
         return
     with _inflating(path, kind) as stream:
         yield Member(path.stem, -1), stream
+
+
+def _zip_reason(info: zipfile.ZipInfo) -> str | None:
+    if info.flag_bits & 1:
+        return "encrypted"
+    limit = min(MAX_MEMBER_BYTES, MAX_RATIO * max(info.compress_size, 1024))
+    return "container_limit" if info.file_size > limit else None
 
 
 def _inflating(path: Path, kind: str) -> Any:
@@ -163,38 +168,174 @@ def in_memory() -> Iterator[tuple[int, str]]:
         os.close(descriptor)
 
 
-def unpack(path: str, folder: Path) -> Path:
+def unpack(path: str, folder: Path, used: Callable[[], Iterable[str]] = tuple) -> Path:
     """Write the member that a private path `container!/name` names to a folder, once per state of the container; return the file.
+
+    Where members lie in a tar or zip file is remembered. A compressed tar file can only be read from its start: one pass unpacks all
+    members that are used, because a pass for each would read the file as often as it has members.
+
+    Args:
+        path: The private path.
+        folder: Where members are unpacked to.
+        used: Returns the private paths of the members of this container that will be asked for.
+
+    Raises:
+        KeyError: The container holds no such member any more.
+        ImageError: `unreadable`: the member is damaged.
+        StoreError: The disk is full, or the folder cannot be written.
+    """
+    container, _, name = path.partition(SEPARATOR)
+    state = _state(container)
+    target = _place(path, state, folder)
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as err:
+        raise disk_error(err, folder) from err
+    kind = _kind(container)
+    if kind in ("zip", "tar"):
+        with opened(path) as stream:
+            reason = _write(stream, target)
+    else:
+        places = {_key(other.partition(SEPARATOR)[2]): _place(other, state, folder) for other in (*used(), path)}
+        reason = _unpack_all(Path(container), kind, places, _key(name))
+    if reason is not None:
+        raise ImageError("unreadable", "a member of a container is damaged; copy the container again from its source")
+    if not target.exists():
+        raise KeyError(name)
+    return target
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[IO[bytes]]:
+    """Open the member that a private path `container!/name` names; in a compressed tar file everything before it is read.
 
     Raises:
         KeyError: The container holds no such member any more.
         ImageError: `unreadable`: the member is damaged.
     """
+    container, _, name = path.partition(SEPARATOR)
+    kind = _kind(container)
+    if kind in ("zip", "tar"):
+        with (_zip_member if kind == "zip" else _tar_member)(_state(container), _key(name)) as found:
+            yield found
+        return
+    for member, stream in members(Path(container), kind):
+        if stream is not None and _key(member.name) == _key(name):
+            yield stream
+            return
+    raise KeyError(name)
+
+
+def _kind(container: str) -> str:
     from medssl.archive.headers.file_headers import sniff
 
-    container, _, name = path.partition(SEPARATOR)
-    now = os.stat(container)
-    state = f"{path}\0{now.st_size}\0{now.st_mtime_ns}"  # what was unpacked of a container that has changed is not used
-    target = folder / hashlib.blake2b(state.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(container, "rb") as handle:
-        kind = sniff(handle.read(4096))
-    for member, stream in members(Path(container), kind):
-        if member.name == name and stream is not None:
-            aside = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            try:
-                reason = copy_limited(stream, descriptor)
-            finally:
-                os.close(descriptor)
-            if reason is not None:
-                aside.unlink()
-                raise ImageError("unreadable", "a member of a container is damaged; copy the container again from its source")
+        return sniff(handle.read(4096))
+
+
+State = tuple[str, int, int]
+"""Path, size and time of change of a container."""
+
+
+def _state(container: str) -> State:
+    now = os.stat(container)
+    return (container, now.st_size, now.st_mtime_ns)
+
+
+def _place(path: str, state: State, folder: Path) -> Path:
+    known = f"{path}\0{state[1]}\0{state[2]}"  # what was unpacked of a container that has changed is not used
+    return folder / hashlib.blake2b(known.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def _key(name: str) -> str:
+    """Return a member's name as a path writes it: `./a` and `/a` are stored by some packers, and a `Path` keeps neither."""
+    return str(PurePosixPath(name.lstrip("/")))
+
+
+def _write(stream: IO[bytes], target: Path) -> str | None:
+    """Write a member to its place, or return why it cannot be used."""
+    aside = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    try:
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    except OSError as err:
+        raise disk_error(err, target) from err
+    try:
+        reason = copy_limited(stream, descriptor)
+        if reason is None:
             os.replace(aside, target)
-            return target
-    raise KeyError(name)
+        return reason
+    except OSError as err:
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):  # others may come from the container
+            raise disk_error(err, target) from err
+        raise
+    finally:
+        os.close(descriptor)
+        aside.unlink(missing_ok=True)
+
+
+def _unpack_all(container: Path, kind: str, places: dict[str, Path], asked: str) -> str | None:
+    """Unpack members in one pass; return why the one that was asked for cannot be used."""
+    failed = None
+    for member, stream in members(container, kind):
+        if stream is None or _key(member.name) not in places:
+            continue
+        target = places.pop(_key(member.name))  # the first of a name
+        reason = None if target.exists() else _write(stream, target)
+        if _key(member.name) == asked:
+            failed = reason
+        if not places:
+            break
+    return failed
+
+
+@functools.lru_cache(maxsize=2)
+def _tar_places(state: State) -> dict[str, tarfile.TarInfo]:
+    """Return what can be read of a tar file, by name; behind damage nothing is known."""
+    found: dict[str, tarfile.TarInfo] = {}
+    try:
+        with tarfile.open(state[0], "r:") as tar:
+            for item in tar:
+                if item.isfile() and item.size <= MAX_MEMBER_BYTES:
+                    found.setdefault(_key(item.name), item)
+    except _DAMAGE as err:
+        _raise_if_storage(err)
+    return found
+
+
+@contextlib.contextmanager
+def _tar_member(state: State, key: str) -> Iterator[IO[bytes]]:
+    info = _tar_places(state)[key]
+    with tarfile.open(state[0], "r:") as tar:
+        stream = tar.extractfile(info)
+        assert stream is not None
+        yield stream
+
+
+@functools.lru_cache(maxsize=2)
+def _zip_places(state: State, _process: int) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+    """Return an open zip file, for this process alone: forked ones share the place in a file. Its directory is read once."""
+    archive = zipfile.ZipFile(state[0])
+    found: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        if not info.is_dir() and _zip_reason(info) is None:
+            found.setdefault(_key(info.filename), info)
+    return archive, found
+
+
+@contextlib.contextmanager
+def _zip_member(state: State, key: str) -> Iterator[IO[bytes]]:
+    try:
+        archive, found = _zip_places(state, os.getpid())
+        stream = archive.open(found[key])
+    except KeyError:
+        raise
+    except _DAMAGE as err:
+        _raise_if_storage(err)
+        raise ImageError("unreadable", "a member of a container is damaged; copy the container again from its source") from err
+    with stream:
+        yield stream
 
 
 def forget_unpacked(folder: Path) -> None:

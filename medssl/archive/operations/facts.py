@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from medssl.archive.reasons import FILE_REASONS, FLAGS, PRIVACY_FLAGS, SERIES_REASONS
+from medssl.archive.reasons import FILE_REASONS, FLAGS, IMAGE_REASONS, PRIVACY_FLAGS, SERIES_REASONS
 from medssl.archive.table import SERIES_COLUMNS, Archive, SeriesRow
 
 SPACING_EDGES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -140,7 +140,8 @@ def collect_facts(archive: Archive) -> dict[str, Any]:
     Returns:
         JSON values: `files` (seen, used, by reason with meaning), `series`, `tables` (name -> value -> series and patients; people nobody
         knows are not counted), `by_split`, `flags`, `privacy_flags`, `unknown` (column, of which series, how many say nothing),
-        `geometry` (median, 10th and 90th percentile per modality).
+        `geometry` (median, 10th and 90th percentile per modality), `pixels` (what `index --pixels` found: `series`, `read`, `waiting`,
+        and with meanings `failed`, `quality` and `privacy`; `near_duplicates`), None when nobody has looked.
     """
     rows = archive.select(rejected=True)
     usable = [row for row in rows if row.status != "rejected"]
@@ -171,6 +172,27 @@ def collect_facts(archive: Archive) -> dict[str, Any]:
         "privacy_flags": _flags(rows, "privacy_flags", PRIVACY_FLAGS),
         "unknown": _unknown(usable),
         "geometry": _geometry(usable),
+        "pixels": _pixels(archive.summary.get("pixels")),
+    }
+
+
+def _pixels(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if not found:
+        return None
+    flags = dict(found.get("flags") or {})
+
+    def explained(counts: Mapping[str, int], meanings: Mapping[str, str]) -> list[dict[str, Any]]:
+        return [
+            {"code": name, "series": n, "meaning": meanings.get(name, "")}
+            for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        ]
+
+    return {
+        **{name: int(found.get(name) or 0) for name in ("series", "read", "waiting")},
+        "failed": explained(dict(found.get("failed") or {}), {**SERIES_REASONS, **FILE_REASONS, **IMAGE_REASONS}),
+        "quality": explained({name: n for name, n in flags.items() if name not in PRIVACY_FLAGS}, FLAGS),
+        "privacy": explained({name: n for name, n in flags.items() if name in PRIVACY_FLAGS}, PRIVACY_FLAGS),
+        "near_duplicates": dict(found.get("near_duplicates") or {}),
     }
 
 

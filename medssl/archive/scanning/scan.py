@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from medssl.archive.headers.containers import SEPARATOR, copy_limited, in_memory, members
+from medssl.archive.headers.containers import SEPARATOR, copy_limited, in_memory, members, opened
 from medssl.archive.headers.dicom_extras import read_extras, signs
 from medssl.archive.headers.dicom_header import parse_header
 from medssl.archive.headers.file_headers import (
@@ -283,7 +283,7 @@ def whole_digest(path: str) -> str:
         with _opened(path) as handle:
             while block := handle.read(1 << 20):
                 digest.update(block)
-    except (OSError, KeyError):
+    except (OSError, KeyError, ImageError):
         return ""
     return digest.hexdigest()
 
@@ -291,18 +291,12 @@ def whole_digest(path: str) -> str:
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
     """Open a file, or a member of a container named `container!/name`."""
-    container, separator, name = path.partition(SEPARATOR)
-    if not separator or os.path.exists(path):
+    if SEPARATOR not in path or os.path.exists(path):
         with open(path, "rb") as handle:
             yield handle
-        return
-    with open(container, "rb") as handle:
-        kind = sniff(handle.read(HEAD_BYTES))
-    for member, stream in members(Path(container), kind):
-        if member.name == name and stream is not None:
+    else:
+        with opened(path) as stream:
             yield stream
-            return
-    raise KeyError(name)
 
 
 def _digest_with(first: str, names: list[str]) -> str:

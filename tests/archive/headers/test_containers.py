@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -18,7 +19,7 @@ from medssl.archive.index import index
 from medssl.archive.scanning.scan import scan_file
 from medssl.archive.table import Archive
 from medssl.domains.mri import MRI
-from medssl.errors import ImageError
+from medssl.errors import ImageError, StoreError
 from tests.synthetic import oblique_volume, write_dicom_series, write_nifti
 
 
@@ -111,6 +112,82 @@ def test_unpacked_member__is_made_anew_when_its_container_has_changed(tmp_path: 
         assert containers.unpack(f"{container}{containers.SEPARATOR}x.dcm", folder) == path
     containers.forget_unpacked(folder)
     assert not folder.exists() and folder.parent.exists()
+
+
+def many(path: Path, n: int, form: str) -> list[str]:
+    """Write a container of n small files that do not compress, and return their private paths in no order."""
+    rng = np.random.default_rng(0)
+    if form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for k in range(n):
+                archive.writestr(f"{k}.dcm", rng.bytes(600))
+    else:
+        with tarfile.open(path, form.replace("tar", "w")) as tar:
+            for k in range(n):
+                info = tarfile.TarInfo(f"./{k}.dcm")
+                info.size = 600
+                tar.addfile(info, io.BytesIO(rng.bytes(600)))
+    return [f"{path}{containers.SEPARATOR}{k}.dcm" for k in rng.permutation(n)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="bytes read are counted by Linux")
+@pytest.mark.parametrize("form", ["zip", "tar", "tar:gz"])
+def test_unpacking_one_by_one__reads_twice_as_much_of_twice_as_many(tmp_path: Path, form: str) -> None:
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    cost = []
+    for n in (1000, 2000):
+        paths = many(tmp_path / f"{n}.bin", n, form)
+        before = bytes_read()
+        found = [containers.unpack(path, tmp_path / str(n), lambda paths=paths: paths) for path in paths]
+        cost.append(bytes_read() - before)
+        assert len({path.read_bytes() for path in found}) == n
+    assert 1.5 < cost[1] / cost[0] < 2.5  # one walk each for every member: 4
+
+
+@pytest.mark.parametrize("form", ["tar", "tar:gz"])
+def test_names_with_a_leading_dot_or_slash__are_found(tmp_path: Path, form: str) -> None:
+    """`tar -C FOLDER -cf X .` names its members `./a`."""
+    source = cohort(tmp_path / "src")
+    with tarfile.open(tmp_path / "all.bin", form.replace("tar", "w")) as tar:
+        for path in sorted(source.rglob("*.*")):
+            info = tar.gettarinfo(str(path), f"./{path.relative_to(source)}")
+            info.name = info.name if path.suffix == ".nii" else f"/{info.name}"
+            tar.addfile(info, io.BytesIO(path.read_bytes()))
+    index([tmp_path / "all.bin"], tmp_path / "out", modality="MR")
+    archive = Archive.open(tmp_path / "out")
+    n_files = {len(archive.files(row.series_id)) for row in archive.select()}
+    assert n_files == {1, 14} and len(list((tmp_path / "out" / "private" / "unpacked").iterdir())) == 15
+
+
+def test_compressed_tar__is_read_once_for_all_its_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = packed(cohort(tmp_path / "src"), tmp_path / "packed", "tar:gz")
+    index([key], tmp_path / "out", modality="MR")
+    archive = Archive.open(tmp_path / "out")
+    passes, walk = [], containers.members
+
+    def counted(path: Path, kind: str) -> object:
+        passes.append(path)
+        return walk(path, kind)
+
+    monkeypatch.setattr(containers, "members", counted)
+    files = [archive.files(row.series_id) for row in archive.select()]
+    assert sorted(len(paths) for paths in files) == [1, 14] and len(passes) == 1
+
+
+def test_full_disk__is_no_change_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index([packed(cohort(tmp_path / "src"), tmp_path / "packed", "zip")], tmp_path / "out", modality="MR")
+    archive = Archive.open(tmp_path / "out")
+    (row, _) = archive.select()
+
+    def full(stream: object, target: int) -> str | None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(containers, "copy_limited", full)
+    with pytest.raises(StoreError, match="the disk is full"):
+        archive.files(row.series_id)
+    assert not any((tmp_path / "out" / "private" / "unpacked").iterdir())
 
 
 def test_damaged_member__loses_itself_and_not_the_others(tmp_path: Path) -> None:
