@@ -132,10 +132,14 @@ def test_private_file__is_private_before_it_is_in_place(tmp_path: Path, monkeypa
         (tmp_path / "new" / f".page.html.{os.getpid()}.tmp").write_text("left by a killed process, for everybody to read")
         archive_report(collect_facts(small_archive(tmp_path / "index", 1)), tmp_path / "new" / "page.html")
         assert (seen[0], seen[-1]) == (0o600, 0o600)
-        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700 and (tmp_path / "new" / "page.html").stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700 and (
+            tmp_path / "new" / "page.html"
+        ).stat().st_mode & 0o777 == 0o600
         write_atomic(tmp_path / "shared", b"x")
         assert (tmp_path / "shared").stat().st_mode & 0o777 == 0o644
         RunFolder(tmp_path / "run").create("", {})
-        assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run", *(tmp_path / "run").iterdir()) if path.is_dir()} == {0o700}
+        assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run", *(tmp_path / "run").iterdir()) if path.is_dir()} == {
+            0o700
+        }
     finally:
         os.umask(umask)
