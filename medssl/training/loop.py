@@ -574,7 +574,12 @@ class _Steps:
                 f"the objective asks for the features of source {source}, and this run has nobody to make them; "
                 "give `train` an embedder (`medssl pretrain` does)"
             )
-        return self.job.embedder(self.job.keeper.gather(self.engine.model), source)
+        return self.job.embedder(self.copies(), source)
+
+    def copies(self) -> dict[str, nn.Module]:
+        """Return frozen copies of the parts; all ranks must call."""
+        distributed.average_running_statistics(self.engine.model, self.job.world)
+        return self.job.keeper.gather(self.engine.model)
 
     def schedules(self, step: int) -> dict[str, float]:
         """Values of the objective's own schedules (teacher momentum and the like) at a step of the run."""
@@ -621,7 +626,7 @@ class _Steps:
         due = [callback for callback in self.job.callbacks if done % callback.every == 0 or at_end]
         if not due:
             return
-        copies = self.job.keeper.gather(self.engine.model)
+        copies = self.copies()
         metrics: dict[str, float] = {}
         problem: str | None = None
         if self.job.world.is_main:
@@ -651,6 +656,7 @@ class _Steps:
             "batch": self.job.settings.batch,
             "world_size": self.job.world.size,
         }
+        copies = self.copies()
         checkpoint.save(
             self.job.run.checkpoints,
             done,
@@ -660,7 +666,6 @@ class _Steps:
             self.job.settings.keep_checkpoints,
             self.job.world,
         )
-        copies = self.job.keeper.gather(self.engine.model)
         if self.job.world.is_main and copies:
             self.write_weights("last", done, copies)
         self.saved_at = done
