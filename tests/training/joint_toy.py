@@ -1,6 +1,6 @@
 """A toy run of the real loop on planes: stacks and pictures of volumes in memory, through the real samplers, sources and views.
 
-python -m tests.training.joint_toy OUT NAME ... [--strategy ddp|fsdp]
+python -m tests.training.joint_toy OUT NAME ... [--strategy ddp|fsdp] [--kill-at N] [--resume]
 
 Each rank leaves OUT/<name>_<rank>.pt: the whole state of the objective, and the source of every step.
 """
@@ -199,9 +199,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="+")
     parser.add_argument("--strategy", default="auto")
+    parser.add_argument("--kill-at", type=int, default=-1)
+    parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     for name in args.names:
-        found = run(args.out / name, name, norm="each", strategy=args.strategy)
+        how: dict[str, Any] = {"strategy": args.strategy, "kill_at": args.kill_at, "resume": args.resume}
+        try:
+            found = run(args.out / name, name, norm="each", **how)
+        except StoreError:
+            assert args.kill_at >= 0
+            continue
         torch.save(found, args.out / f"{name}_{distributed.environment()[0]}.pt")
     distributed.stop()
 

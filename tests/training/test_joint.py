@@ -93,17 +93,19 @@ def test_loss_stuck_at_ln_k__stops_the_run_and_keeps_the_checkpoint(name: str, t
     assert done[-1] >= 9
 
 
-def distributed(out: Path, *names: str, strategy: str = "ddp") -> list[dict[str, dict[str, Any]]]:
-    """Run on two processes; per rank, what `run` returned by name."""
+def distributed(out: Path, *names: str, strategy: str = "ddp", options: tuple[str, ...] = ()) -> list[dict[str, dict[str, Any]]]:
+    """Run on two processes; per rank, what `run` returned by name, nothing where it was killed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
-        [*command, "-m", "tests.training.joint_toy", str(out), *names, "--strategy", strategy],
+        [*command, "-m", "tests.training.joint_toy", str(out), *names, "--strategy", strategy, *options],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    if "--kill-at" in options:
+        return []
     return [{name: torch.load(out / f"{name}_{rank}.pt") for name in names} for rank in (0, 1)]
 
 
@@ -134,6 +136,19 @@ def test_two_processes__train_what_one_does(tmp_path: Path) -> None:
             assert {k: v for k, v in mine.items() if "loss" in k} == pytest.approx(
                 {k: v for k, v in other.items() if "loss" in k}, rel=LOSS
             )
+
+
+@pytest.mark.slow
+def test_two_processes__resume_to_the_same_bits(tmp_path: Path) -> None:
+    expected = distributed(tmp_path / "whole", *CLUSTERING)
+    distributed(tmp_path / "killed", *CLUSTERING, options=("--kill-at", "8"))
+    found = distributed(tmp_path / "killed", *CLUSTERING, options=("--resume",))
+    for name in CLUSTERING:
+        for one, two in zip(expected, found):
+            assert one[name]["state"].keys() == two[name]["state"].keys()
+            unequal = [key for key, value in one[name]["state"].items() if not torch.equal(value, two[name]["state"][key])]
+            assert unequal == []
+        assert lines(tmp_path / "killed" / name) == lines(tmp_path / "whole" / name)
 
 
 @pytest.mark.slow
