@@ -260,9 +260,13 @@ def check_objective(
         assert kept, f"exported part {name} has no tensors under prefix {part.prefix!r}"
 
 
-def _loss(objective: Any, views: Views) -> float:
-    torch.manual_seed(0)
-    return float(objective(views, StepContext())["loss"].detach())
+def _loss(objective: Any, views: Views, draws: int = 4) -> float:
+    """Mean over a few seeds: the loss of an objective with noise of its own is a draw."""
+    total = 0.0
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        total += float(objective(views, StepContext())["loss"].detach()) / draws
+    return total
 
 
 def _advance(objective: Any, views: Views, optimiser: torch.optim.Optimizer, step: int) -> None:
