@@ -214,19 +214,23 @@ def pretrain(
     fingerprint = items_hash(items)
     failed = {series: why for shelf in shelves for series, why in shelf.summary.failed.items()}
     probes = [build_probe(name, probe, recipe, shelves) for name, probe in recipe.probes.items()]
-    if world.is_main and not run.exists():
-        facts = _run_facts(recipe, items, shelves, failed, world.size)
-        run.create(Recipe.dump(recipe), {**facts, "data_cards": card_facts, "data_card_notes": notes})
-        write_items(items, run.items)
-    distributed.barrier(world)
+    # everything that may refuse the run stands before the first file of its folder
     objective, encoders = build.build_objective(recipe, len(items))
-    objective.to(world.device)
+    for shelf in shelves:
+        data_sources.check_items(shelf, recipe.sources[shelf.name], encoders)
+    _check_batch(objective, recipe, settings.micro_steps(world.size)[1])
     sources = {
         shelf.name: data_sources.training_source(shelf, recipe.sources[shelf.name], items, recipe.train.batch) for shelf in shelves
     }
     for source in sources.values():
         _check_specs(objective, source)
     monitor = build_monitor(recipe, shelves[0])
+    if world.is_main and not run.exists():
+        facts = _run_facts(recipe, items, shelves, failed, world.size)
+        run.create(Recipe.dump(recipe), {**facts, "data_cards": card_facts, "data_card_notes": notes})
+        write_items(items, run.items)
+    distributed.barrier(world)
+    objective.to(world.device)
     with _tensorboard(run, recipe, world) as board:
         status = train(
             objective,
@@ -292,6 +296,15 @@ def _fill(recipe: PretrainRecipe, world: distributed.World, on_cache: Progress |
     if world.is_main:
         distributed.barrier(world)
     return shelves
+
+
+def _check_batch(objective: Any, recipe: PretrainRecipe, micro: int) -> None:
+    least = getattr(objective, "smallest_batch", 1)
+    if micro < least:
+        raise RequestError(
+            f"objective {recipe.objective.name} compares the items of a forward pass with each other and needs {least} or more on each "
+            f"process; here it gets {micro}: raise train.batch or train.micro_batch, or start fewer processes"
+        )
 
 
 def _check_specs(objective: Any, source: ImageLike) -> None:

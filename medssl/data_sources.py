@@ -6,6 +6,7 @@ Views come in three kinds (`views.kind` of a source): `volume` crops of volumes;
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +213,36 @@ def freeze_items(shelves: Sequence[Shelf], sources: Mapping[str, SourceSection],
             for row in shelf.rows
         ]
     )
+
+
+def check_items(shelf: Shelf, section: SourceSection, encoders: Sequence[Any]) -> None:
+    """Refuse items that no encoder of the run takes, from what the store says of them: before a run is made.
+
+    Args:
+        shelf: The items.
+        section: Their source.
+        encoders: Encoders of the run.
+
+    Raises:
+        RequestError: Channels do not fit, or a stack of frames whose times nobody knows.
+    """
+    records = [shelf.reader.record(row.series_id) for row in shelf.rows]
+    one = section.views.get("channels") == "mean"
+    found = Counter(1 if one else record.channels for record in records)
+    accepted = {encoder.in_channels for encoder in encoders if hasattr(encoder, "in_channels")}
+    wrong = sorted(set(found) - accepted)
+    if accepted and wrong:
+        grey = "" if view_kind(section.views).maker is VolumeViews else "set views.channels: mean (one grey channel), "
+        raise RequestError(
+            f"source {shelf.name}: {sum(found[n] for n in wrong)} of {len(records)} items have {' or '.join(map(str, wrong))} channels, "
+            f"the encoder takes {' or '.join(map(str, sorted(accepted)))}; {grey}give the encoder that in_channels, or leave them out by `where`"
+        )
+    timeless = sum(record.kind == "clip" and record.frame_times_ms is None for record in records)
+    if timeless and section.views.get("kind") == "stack":
+        raise RequestError(
+            f"source {shelf.name}: {timeless} of {len(records)} clips have no frame times, and a stack needs them; leave them out of "
+            "the query (where: frame_time_ms is not null), or draw single frames (views.kind: image)"
+        )
 
 
 def training_source(shelf: Shelf, section: SourceSection, items: Sequence[Item], batch: int) -> ImageLike:

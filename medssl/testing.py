@@ -169,55 +169,91 @@ def _effect_centre(encoder: Any, image_size: Sequence[int], cell: Sequence[int])
     return [float((energy * place).sum()) for place in places]
 
 
-def toy_views(objective: Any, *, channels: int = 1, batch: int = 2, ratio: float = 0.75, seed: int = 0) -> Views:
-    """Return random views that fit an objective, with masks of equal counts and some invalid voxels."""
+def toy_views(
+    objective: Any, *, view: str | None = None, channels: int = 1, batch: int = 2, ratio: float = 0.75, seed: int = 0
+) -> Views:
+    """Return random views as one source brings them: smooth images with noise of each view, and with parts that are not valid.
+
+    Args:
+        objective: Has `view_specs`, and an encoder.
+        view: Key of the source's views; None takes the first. Small crops (`<view>_local`) come along.
+        channels: Image channels.
+        batch: Items.
+        ratio: Share of hidden patches, for encoders of volumes with patches.
+        seed: Of everything random.
+    """
     generator = torch.Generator().manual_seed(seed)
+    main = view or next(iter(objective.view_specs))
     data: dict[str, torch.Tensor] = {}
     valid: dict[str, torch.Tensor] = {}
+    spacing: dict[str, torch.Tensor] = {}
     for name, spec in objective.view_specs.items():
-        shape = (batch, spec.count, channels, *spec.size)
-        data[name] = torch.randn(shape, generator=generator)
-        valid[name] = torch.ones(batch, spec.count, *spec.size, dtype=torch.bool)
-        valid[name][:, :, 0] = False
-        grid = [n // p for n, p in zip(spec.size, objective.encoder.patch_size)]
-        cells = int(np.prod(grid))
-        order = torch.argsort(torch.rand(batch, spec.count, cells, generator=generator), dim=-1)
-        data[f"{name}_mask"] = (order < int(ratio * cells)).reshape(batch, spec.count, *grid)
-    meta = ViewsMeta("toy", "mri", torch.arange(batch), {}, {}, valid, ())
+        if name not in (main, f"{main}_local"):
+            continue
+        count, size = spec.count, tuple(spec.size)
+        content = torch.randn(batch, 1, channels, *size, generator=generator).cumsum(dim=-2)
+        data[name] = content / content.std() + 0.3 * torch.randn(batch, count, channels, *size, generator=generator)
+        valid[name] = torch.ones(batch, count, *size, dtype=torch.bool)
+        if spec.kind == "clip":
+            data[name] = data[name].movedim(2, 3)  # (B, V, N, C, H, W)
+            valid[name][-1, :, size[0] // 2 + 1 :] = False  # a shorter stack, padded
+            steps = torch.arange(size[0], dtype=torch.float32).expand(batch, count, -1)
+            data[f"{name}_depth"], data[f"{name}_share"] = 2.5 * steps, steps / max(size[0] - 1, 1)
+        else:
+            valid[name][:, :, 0] = False
+        if spec.kind == "image":
+            share = (torch.arange(batch, dtype=torch.float32) + 0.5) / batch
+            data[f"{name}_depth"], data[f"{name}_share"] = (x[:, None].expand(-1, count) for x in (100 * share, share))
+        if spec.kind == "volume":
+            spacing[name] = torch.tensor([1.0, 1.5, 2.5], dtype=torch.float64).expand(batch, count, 3)
+            if not getattr(objective.encoder, "takes_stacks", False):
+                grid = [n // p for n, p in zip(size, objective.encoder.patch_size)]
+                cells = int(np.prod(grid))
+                order = torch.argsort(torch.rand(batch, count, cells, generator=generator), dim=-1)
+                data[f"{name}_mask"] = (order < int(ratio * cells)).reshape(batch, count, *grid)
+        else:
+            whole = torch.tensor([[0.0, 0.5, 0.5], [0.5, 0.0, 0.5]])  # a view of the whole picture
+            data[f"{name}_map"] = whole.expand(batch, count, 2, 3)
+    meta = ViewsMeta("toy", "mri", torch.arange(batch), spacing, {}, valid, ())
     return Views(data, meta)
 
 
-def check_objective(objective: Any, views: Views, *, steps: int = 30, lr: float = 3e-3) -> None:
+def check_objective(
+    objective: Any, views: Views | Sequence[Views], *, steps: int = 30, lr: float = 3e-3, separable: bool = True
+) -> None:
     """Check that an objective keeps the contract of DESIGN section 5 and can learn one batch by heart.
 
     Args:
         objective: Built at toy size.
-        views: A batch that fits its `view_specs`.
+        views: A batch that fits its `view_specs`; where sources differ, one batch of each.
         steps: Steps of the overfitting run.
         lr: Its learning rate.
+        separable: The loss is a mean over samples. False where samples of a micro-batch are compared with each other (balanced
+            assignments, contrast, graphs), so that a batch in two halves is another loss.
     """
     assert objective.view_specs, "view_specs says which views the objective needs"
+    batches = [views] if isinstance(views, Views) else list(views)
     ctx = StepContext()
-    torch.manual_seed(0)
-    parts = objective(views, ctx)
-    assert "loss" in parts and parts["loss"].ndim == 0, "forward returns {'loss': scalar, ...}"
-    assert all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in parts.values()), "parts are scalar tensors"
-    parts["loss"].backward()
+    for batch in batches:
+        torch.manual_seed(0)
+        parts = objective(batch, ctx)
+        assert "loss" in parts and parts["loss"].ndim == 0, "forward returns {'loss': scalar, ...}"
+        assert all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in parts.values()), "parts are scalar tensors"
+        parts["loss"].backward()
+        torch.manual_seed(0)
+        assert torch.equal(objective(batch, ctx)["loss"], parts["loss"]), "equal seeds must give equal losses: no hidden randomness"
     lost = [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None]
     assert not lost, f"{lost[0]} gets no gradient; set requires_grad False on parameters that no path uses"
-    torch.manual_seed(0)
-    assert torch.equal(objective(views, ctx)["loss"], parts["loss"]), "equal seeds must give equal losses: no hidden randomness"
-    _check_state(objective, views)
-    _check_denominators(objective, views)
-    first = float(parts["loss"].detach())
+    for batch in batches:
+        _check_reach(objective, batch, separable)
+        _check_denominators(objective, batch, separable)
+    _check_state(objective, batches)
     optimiser = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
+    first = [_loss(objective, batch) for batch in batches]
     for step in range(steps):
-        loss = objective(views, StepContext(step=step))["loss"]
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    last = float(objective(views, ctx)["loss"].detach())
-    assert last < first, f"the loss of one repeated batch went from {first:.4f} to {last:.4f}; it must fall"
+        _advance(objective, batches[step % len(batches)], optimiser, step)
+    last = [_loss(objective, batch) for batch in batches]
+    assert sum(last) < sum(first), f"the loss of repeated batches went from {sum(first):.4f} to {sum(last):.4f}; it must fall"
     for name, part in objective.exported().items():
         state = part.module.state_dict()
         kept = [
@@ -226,29 +262,76 @@ def check_objective(objective: Any, views: Views, *, steps: int = 30, lr: float 
         assert kept, f"exported part {name} has no tensors under prefix {part.prefix!r}"
 
 
-def _check_state(objective: Any, views: Views) -> None:
-    twin = copy.deepcopy(objective)
-    twin.load_state_dict(objective.state_dict(), strict=True)
-    torch.manual_seed(0)
-    a = objective(views, StepContext())["loss"]
-    torch.manual_seed(0)
-    b = twin(views, StepContext())["loss"]
-    assert torch.equal(a, b), "state_dict() must hold everything that survives a step"
+def _loss(objective: Any, views: Views, draws: int = 4) -> float:
+    """Mean over a few seeds: the loss of an objective with noise of its own is a draw."""
+    total = 0.0
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        total += float(objective(views, StepContext())["loss"].detach()) / draws
+    return total
 
 
-def _check_denominators(objective: Any, views: Views) -> None:
-    """The mean over two micro-steps must equal one step over both, when the counts are given and are not the same in both."""
+def _advance(objective: Any, views: Views, optimiser: torch.optim.Optimizer, step: int) -> None:
+    """One step as the loop takes it."""
+    ctx = StepContext(step=step)
+    torch.manual_seed(step)
+    optimiser.zero_grad()
+    objective(views, ctx)["loss"].backward()
+    optimiser.step()
+    if hasattr(objective, "after_step"):
+        objective.after_step(ctx)
+
+
+def _check_reach(objective: Any, views: Views, separable: bool) -> None:
+    """The encoder learns from every item of a batch, and from no padding; where items are compared, some may be right already."""
+    inputs = {key: value.clone().requires_grad_(True) for key, value in views.data.items() if key in objective.view_specs}
+    torch.manual_seed(0)
+    loss = objective(Views({**views.data, **inputs}, views.meta), StepContext())["loss"]
+    for key, grad in zip(inputs, torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)):
+        assert grad is not None and torch.isfinite(grad).all(), f"{key}: no finite gradient with respect to the views"
+        felt = grad.flatten(1).abs().sum(dim=1) > 0
+        assert felt.all() or (not separable and felt.any()), (
+            f"{key}: items {(~felt).nonzero()[:, 0].tolist()} of the batch teach nothing"
+        )
+        if objective.view_specs[key].kind == "clip":
+            padding = ~views.meta.valid[key].flatten(3).any(dim=-1)
+            assert (grad[padding] == 0).all(), f"{key}: padded slices reach the loss"
+
+
+def _check_state(objective: Any, batches: Sequence[Views]) -> None:
+    """What an untouched copy needs to go on where another one is must be in `state_dict()`."""
+    old = copy.deepcopy(objective.state_dict())
+    twin, third = copy.deepcopy(objective), copy.deepcopy(objective)
+    for step, views in enumerate([*batches, *batches]):
+        _advance(twin, views, torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=1e-2), step)
+    if hasattr(twin, "on_epoch"):
+        twin.on_epoch(StepContext(step=len(batches) * 2), None)
+    third.load_state_dict(twin.state_dict(), strict=True)
+    for model in (twin, third):
+        _advance(model, batches[0], torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2), 9)
+    unequal = [key for key, value in twin.state_dict().items() if not torch.equal(value, third.state_dict()[key])]
+    assert not unequal, f"{unequal[0]} differs after loading: state_dict() must hold everything that survives a step"
+    assert all(torch.equal(value, old[key]) for key, value in objective.state_dict().items()), (
+        "a copy shares tensors with the original"
+    )
+
+
+def _check_denominators(objective: Any, views: Views, separable: bool) -> None:
+    """Counts add up over micro-steps; where the loss is separable, its mean over two micro-steps equals one step over both."""
     if not hasattr(objective, "denominators"):
         return
-    views = _uneven(views)
+    if separable:
+        views = _uneven(views)
     halves = [_slice(views, slice(0, 1)), _slice(views, slice(1, None))]
     totals = {name: float(value) for name, value in objective.denominators(views).items()}
     counts = [{name: float(value) for name, value in objective.denominators(half).items()} for half in halves]
-    for name, total in totals.items():
-        parts = [half.get(name, 0.0) for half in counts]
+    for name in {*totals, *counts[0], *counts[1]}:
+        total, parts = totals.get(name, 0.0), [half.get(name, 0.0) for half in counts]
         assert math.isclose(sum(parts), total, rel_tol=1e-6), (
             f"denominators: {name} is {total:g} for a batch and {parts[0]:g} and {parts[1]:g} for its parts; a count must add up"
         )
+    if not separable:
+        return
     assert counts[0] != counts[1], (
         "both micro-steps have the same counts, so that no wrong division would show; give views of three or more items"
     )
@@ -272,8 +355,8 @@ def _uneven(views: Views) -> Views:
 
 def _slice(views: Views, rows: slice) -> Views:
     data = {key: value[rows] for key, value in views.data.items()}
-    valid = {key: value[rows] for key, value in views.meta.valid.items()}
-    return Views(data, ViewsMeta(views.meta.source, views.meta.domain, views.meta.ids[rows], {}, {}, valid, ()))
+    valid, spacing = ({key: x[rows] for key, x in table.items()} for table in (views.meta.valid, views.meta.spacing_mm))
+    return Views(data, ViewsMeta(views.meta.source, views.meta.domain, views.meta.ids[rows], spacing, {}, valid, ()))
 
 
 def check_domain(

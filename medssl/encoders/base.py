@@ -27,12 +27,16 @@ class Encoder(nn.Module):
         embed_dim: E, the width of `tokens` and `pooled`.
         drops_tokens: `forward_features` takes `keep`.
         has_decoder: `forward_features` takes `stem_extra`, and there is `forward_decoder(pyramid)`.
+        takes_images: `forward_features` takes flat images (B, C, H, W), and its tokens are the cells of a feature map.
+        takes_stacks: It has `embed_slices(stacks, valid)`, `aggregator(tokens, valid, z_mm)` and `parts()`.
     """
 
     name: str = ""
     library: str = ""
     drops_tokens: bool = False
     has_decoder: bool = False
+    takes_images: bool = False
+    takes_stacks: bool = False
     key_groups: dict[str, list[str]] = {}  # noqa: RUF012 (overridden as a constant)
     net: nn.Module
     patch_size: tuple[int, ...]

@@ -154,6 +154,7 @@ class Image2D(Encoder):
     name = "image2d"
     library = "timm"
     key_groups = {"encoder": [""], "slice_encoder": [""]}  # noqa: RUF012
+    takes_images = True
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from medssl.encoders.base import Encoder
@@ -89,6 +90,9 @@ class SliceVolumeEncoder(Encoder):
     stay near those of the whole batch. Running statistics move once per chunk, not again in the recomputation. What shall not depend on
     the chunk at all takes group norm (`slice_encoder: {model_args: {norm_layer: groupnorm}}`), a network without batch norm, or
     `slice_encoder: {norm: frozen}`.
+
+    Where blocks are sharded over processes (FSDP), each process calls them as often as if all slices were valid, with blank slices in the
+    end: processes whose stacks differ in length would wait for each other otherwise.
 
     Args:
         slice_encoder: Arguments of `Image2D`.
@@ -201,25 +205,38 @@ class SliceVolumeEncoder(Encoder):
             place = torch.arange(batch * slots, device=stacks.device)
         else:
             place = valid.flatten().nonzero()[:, 0]
-        if len(place) == 0:
-            return self._nothing(stacks)
         # never one slice alone where there are two: batch norm could not train on it
         chunks = max(min(-(-len(place) // self.chunk), len(place) // 2), 1)
-        parts = [place[first::chunks] for first in range(chunks)]
-        if chunks > 1 and torch.is_grad_enabled():
-            rows = [recomputed(self.slice_encoder, self._embed_chunk, stacks, part) for part in parts]
-        else:
-            rows = [self._embed_chunk(stacks, part) for part in parts]
-        embedded = self.projection(torch.cat(rows))
-        full = embedded.new_zeros(batch * slots, embedded.shape[1]).index_copy(0, torch.cat(parts), embedded)
+        parts = [place[first::chunks] for first in range(chunks)] if len(place) else []
+        passes = -(-batch * slots // self.chunk) if self._sharded else max(len(parts), 1)
+        again = passes > 1 and torch.is_grad_enabled()
+
+        def run(call: Any, *args: Any) -> Tensor:
+            return recomputed(self.slice_encoder, call, *args) if again else call(*args)  # type: ignore[no-any-return]
+
+        rows = [run(self._embed_chunk, stacks, part) for part in parts]
+        blanks = [run(self._embed_blank, stacks) for _ in range(passes - len(parts))]
+        embedded = self.projection(torch.cat([*rows, *blanks]))
+        full = embedded.new_zeros(batch * slots, embedded.shape[1])
+        if parts:
+            full = full.index_copy(0, torch.cat(parts), embedded[: len(place)])
+        if blanks:  # so that the zeros depend on every parameter: gradients are zero but there, as distributed training expects
+            full = full + 0.0 * embedded[len(place) :].sum(dim=0)
         return full.reshape(batch, slots, -1)  # type: ignore[no-any-return]
 
-    def _nothing(self, stacks: Tensor) -> Tensor:
-        """Zeros (B, N, dim) that depend on every parameter: their gradients are zero but there, as distributed training expects."""
-        blank = stacks.new_zeros(2, *stacks.shape[2:])
+    @property
+    def _sharded(self) -> bool:
+        """Whether the blocks of the slice encoder are sharded over processes: then all must call them equally often."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return False
+        from torch.distributed.fsdp import FSDPModule
+
+        return any(isinstance(block, FSDPModule) for block in self.slice_encoder.blocks)
+
+    def _embed_blank(self, stacks: Tensor) -> Tensor:
+        """One row (1, width) from blank slices, of which batch norms learn nothing."""
         with running_statistics_kept(self.slice_encoder):
-            row = self.projection(self.slice_encoder.embed(blank, self.pool))[:1] * 0.0
-        return row.expand(*stacks.shape[:2], -1)  # type: ignore[no-any-return]
+            return self.slice_encoder.embed(stacks.new_zeros(2, *stacks.shape[2:]), self.pool)[:1]
 
     def _embed_chunk(self, stacks: Tensor, place: Tensor) -> Tensor:
         slots = stacks.shape[1]

@@ -3,7 +3,8 @@
 Global: slices at the same relative position of different volumes are alike, slices of other parts differ; trains the encoder. Local:
 within a feature map of a small decoder, different places differ, and the same place agrees under a change of intensities.
 
-Contrast sees the slices of one micro-batch of one process.
+Contrast sees the slices of one micro-batch of one process: negatives are not gathered. Two processes equal one that takes the batch in two
+micro-steps, not one that sees it whole; choose `train.micro_batch` so that each holds all partitions several times.
 
 Reference:
     Chaitanya et al. 2020, "Contrastive learning of global and local features for medical image segmentation with limited annotations"
@@ -34,13 +35,14 @@ def partition_of(share: Tensor, partitions: int) -> Tensor:
     """Return which of S equal parts of its volume a slice lies in.
 
     Args:
-        share: How far along the volume, 0 (first slice) to 1 (last); NaN belongs to no volume.
+        share: How far along the volume, 0 (first slice) to 1 (last); NaN belongs to no volume. A share on a border, up to the rounding
+            of float32, belongs to the part behind it, as in `sampling.planes.partition_planes`.
         partitions: S.
 
     Returns:
         int64, 0 to S - 1; -1 for NaN.
     """
-    part = (share.nan_to_num(0.0) * partitions).long().clamp(0, partitions - 1)
+    part = (share.nan_to_num(0.0) * partitions + 1e-5).long().clamp(0, partitions - 1)
     return torch.where(share.isnan(), -1, part)
 
 
@@ -188,6 +190,9 @@ class GlobalLocalContrast(nn.Module):
         decoder_width: Channels of each decoder block.
     """
 
+    needs = ("takes_images",)
+    smallest_batch = 2
+
     def __init__(
         self,
         encoder: Any,
@@ -316,7 +321,7 @@ class GlobalLocalContrast(nn.Module):
 
     def _global(self, views: Views, key: str) -> dict[str, Tensor]:
         kept = self._kept(views, key)
-        share = views[f"{key}_share"].mean(dim=1) if f"{key}_share" in views else None
+        share = views[f"{key}_share"][:, 0] if f"{key}_share" in views else None
         if share is None and self.variant != "random":
             raise RequestError(f"views {key} come without {key}_share, the place of a slice in its volume; set variant: random")
         parts = torch.zeros_like(kept, dtype=torch.int64) if share is None else partition_of(share, self.partitions)

@@ -406,7 +406,8 @@ class GraphMatching(nn.Module):
     """Second-order graph matching between two views of a batch.
 
     Graphs are made per process and micro-batch, anew in each step; a remainder smaller than a graph is left out. A batch smaller than
-    `nodes` is one graph.
+    `nodes` is one graph. So another number of processes or micro-steps makes other graphs: gradients are averaged over processes and
+    weights are the same on all, but a run on two is not the run on one. Give each `train.micro_batch` a multiple of `nodes`.
 
     Args:
         encoder: `image2d`, or another encoder whose `forward_features` gives the cells of a feature map as tokens.
@@ -425,6 +426,9 @@ class GraphMatching(nn.Module):
     Reference:
         Nguyen et al. 2023 (arXiv 2306.11925): dim 128, 2 layers, N 16, k 5, alpha 0.8, lambda 80.
     """
+
+    needs = ("takes_images",)
+    smallest_batch = 2
 
     def __init__(
         self,

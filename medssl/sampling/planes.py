@@ -50,7 +50,8 @@ class PlaneSampler:
         batch: Items per optimiser step.
         cover: Range of the share of a volume or clip that a stack covers, uniform; its planes are spread evenly over it.
         foreground: Share of single slices that go through a foreground voxel.
-        partitions: S > 0 draws the single slice of batch position p from part p mod S of the volume (Chaitanya et al. 2020).
+        partitions: S > 0 draws the single slice of batch position p from part p mod S of the volume (Chaitanya et al. 2020), see
+            `partition_planes`.
         axis: Slice axis; `auto` takes the one along which the source had slices, else the one with the largest spacing, else Z.
     """
 
@@ -94,13 +95,30 @@ class PlaneSampler:
             share = rng.uniform(*self.cover)
             return PlaneDraw(item, spread(count, self.slices, share, rng.random()), axis)
         if self.partitions:
-            part = key.position % self.partitions
-            edges = np.linspace(0, count, self.partitions + 1)
-            low, high = int(np.floor(edges[part])), max(int(np.floor(edges[part])) + 1, int(np.floor(edges[part + 1])))
-            return PlaneDraw(item, (min(int(rng.integers(low, high)), count - 1),), axis)
+            places = partition_planes(count, self.partitions, key.position % self.partitions)
+            return PlaneDraw(item, (int(places[rng.integers(len(places))]),), axis)
         through = rng.random() < self.foreground and len(record.foreground) > 0 and record.kind == "volume"
         place = int(record.foreground[rng.integers(len(record.foreground))][axis]) if through else int(rng.integers(count))
         return PlaneDraw(item, (place,), axis)
+
+
+def partition_planes(count: int, partitions: int, part: int) -> np.ndarray:
+    """Return the planes of one of S equal parts of a volume; where no plane lies in it, the nearest one.
+
+    Plane k lies k / (count - 1) along its volume (`shares`), a single plane half-way; part p is the range from p / S to (p + 1) / S. This is
+    what an objective sees in `<view>_share`, so that both sides agree on every plane.
+
+    Args:
+        count: Planes of the volume.
+        partitions: S.
+        part: p, 0 to S - 1.
+    """
+    doubled, last = (np.array([1]), 2) if count == 1 else (2 * np.arange(count), 2 * (count - 1))
+    own = np.minimum(doubled * partitions // last, partitions - 1)
+    if (own == part).any():
+        return np.flatnonzero(own == part)
+    away = np.abs(2 * doubled * partitions - (2 * part + 1) * last)  # from the middle of the part, in whole numbers
+    return np.flatnonzero(away == away.min())[:1]
 
 
 class MiddlePlanes:

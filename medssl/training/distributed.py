@@ -101,6 +101,23 @@ def barrier(world: World) -> None:
         dist.barrier()
 
 
+@torch.no_grad()
+def average_running_statistics(model: nn.Module, world: World) -> None:
+    """Give the batch norms of all processes the mean of their running statistics; all ranks must call.
+
+    Training does not look at them, and each process counts its own share of the batches. What is saved, probed or resumed must not be the
+    view of one rank, and must be the same on all.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    if world.size == 1 or not norms:
+        return
+    rows = [row for norm in norms for row in (norm.running_mean, norm.running_var) if row is not None]
+    flat = torch.cat([row.double() for row in rows])
+    dist.all_reduce(flat)
+    for row, mean in zip(rows, torch.split(flat / world.size, [len(row) for row in rows])):
+        row.copy_(mean)
+
+
 def choose_strategy(strategy: str, world: World) -> str:
     """Resolve `auto`: DDP with several processes, nothing with one. FSDP with one process is `none` too."""
     if world.size == 1:

@@ -364,7 +364,8 @@ def train(
         manifest: Facts that every weight manifest carries (spacing, intensity, licence, hashes).
         items_hash: Hash of items.parquet; a checkpoint of another table is refused.
         resume: Continue from the newest checkpoint.
-        embedder: ({part: module}, source name) -> (ids, features) in id order with evaluation views, for `objective.on_epoch`.
+        embedder: ({part: module}, source name) -> (ids, features) in id order with evaluation views, for an `objective.on_epoch` that
+            calls its `embed`; without one, `on_epoch` is called all the same.
         on_step: Called on rank 0 after each logged step with (steps done, steps in all, metrics).
 
     Returns:
@@ -547,12 +548,11 @@ class _Steps:
         return {**sums, "grad_norm": grad_norm.detach(), "lr": lr}
 
     def epoch(self, step: int, stage_index: int) -> None:
-        """At the first step of an epoch, let the objective look at the features of all items (k-means and the like)."""
+        """Tell the objective that an epoch begins; it may cluster what it remembers, or ask for the features of all items."""
         objective: Any = self.engine.objective
         epoch, into = divmod(step * self.job.settings.batch, max(self.items, 1))
-        if into >= self.job.settings.batch or self.job.embedder is None or not hasattr(objective, "on_epoch"):
+        if into >= self.job.settings.batch or not hasattr(objective, "on_epoch"):
             return
-        copies = self.job.keeper.gather(self.engine.model)
         ctx = StepContext(
             step=step,
             epoch=epoch,
@@ -561,8 +561,25 @@ class _Steps:
             rank=self.job.world.rank,
             world_size=self.job.world.size,
         )
-        embedder = self.job.embedder
-        objective.on_epoch(ctx, lambda name: embedder(copies, name))
+        objective.on_epoch(ctx, self.embed)
+
+    def embed(self, source: str) -> tuple[Tensor, Tensor]:
+        """Return (ids, features) of all items of a source, by frozen copies of the parts; all ranks must call.
+
+        Raises:
+            RequestError: The run was started without an embedder.
+        """
+        if self.job.embedder is None:
+            raise RequestError(
+                f"the objective asks for the features of source {source}, and this run has nobody to make them; "
+                "give `train` an embedder (`medssl pretrain` does)"
+            )
+        return self.job.embedder(self.copies(), source)
+
+    def copies(self) -> dict[str, nn.Module]:
+        """Return frozen copies of the parts; all ranks must call."""
+        distributed.average_running_statistics(self.engine.model, self.job.world)
+        return self.job.keeper.gather(self.engine.model)
 
     def schedules(self, step: int) -> dict[str, float]:
         """Values of the objective's own schedules (teacher momentum and the like) at a step of the run."""
@@ -609,7 +626,7 @@ class _Steps:
         due = [callback for callback in self.job.callbacks if done % callback.every == 0 or at_end]
         if not due:
             return
-        copies = self.job.keeper.gather(self.engine.model)
+        copies = self.copies()
         metrics: dict[str, float] = {}
         problem: str | None = None
         if self.job.world.is_main:
@@ -639,6 +656,7 @@ class _Steps:
             "batch": self.job.settings.batch,
             "world_size": self.job.world.size,
         }
+        copies = self.copies()
         checkpoint.save(
             self.job.run.checkpoints,
             done,
@@ -648,7 +666,6 @@ class _Steps:
             self.job.settings.keep_checkpoints,
             self.job.world,
         )
-        copies = self.job.keeper.gather(self.engine.model)
         if self.job.world.is_main and copies:
             self.write_weights("last", done, copies)
         self.saved_at = done

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import deformable_attention, slice_memory, slice_order
+from benchmarks import deformable_attention, joint_shapes, position_shortcut, slice_memory, slice_order
 from tests.benchmarks.test_benchmarks import by, play
 
 TOY = ["--dim", "64", "--heads", "4", "--dim-head", "16", "--batch", "1"]
@@ -49,3 +50,29 @@ def test_slice_memory__does_not_grow_with_the_slices(tmp_path: Path) -> None:
     grown = rows["64 slices in chunks"]["peak_gb"] - rows["8 slices in chunks"]["peak_gb"]
     kept = rows["64 slices at once, extrapolated"]["peak_gb"] - rows["nothing trained"]["peak_gb"]
     assert check["value"] is not None and grown < 0.1 * kept
+
+
+def test_joint_shapes__runs_both_modes(tmp_path: Path) -> None:
+    content = play(joint_shapes.main, ["--items", "12", "--epochs", "1", "--batch", "6"], tmp_path, repeats=1)
+    assert [row["mode"] for row in content["rows"]] == ["swav", "deepcluster"] and len(content["checks"]) == 4
+    assert all(0 <= row["nmi"] <= 1 for row in content["rows"])
+
+
+def test_mutual_information__of_equal_independent_and_constant_labels() -> None:
+    labels = np.arange(60) % 4
+    assert joint_shapes.mutual_information(labels, (labels + 1) % 4) == pytest.approx(1)
+    assert joint_shapes.mutual_information(np.arange(60) % 3, np.arange(60) // 3 % 4) == pytest.approx(0, abs=1e-12)
+    assert joint_shapes.mutual_information(np.zeros(60, dtype=int), labels) == pytest.approx(0, abs=1e-12)
+
+
+def test_position_shortcut__lists_all_arms(tmp_path: Path) -> None:
+    content = play(position_shortcut.main, ["--steps", "2", "--batch", "4", "--prototypes", "4"], tmp_path, repeats=1)
+    assert [row["positions"] for row in content["rows"]] == list(position_shortcut.ARMS)
+
+
+@pytest.mark.slow
+def test_position_shortcut__positions_in_mm_solve_noise_and_numbers_of_equal_stacks_do_not() -> None:
+    solved = position_shortcut.play("mm, N 16, step 1 to 6 mm", seed=0, steps=400, batch=64, prototypes=8)
+    assert solved["loss_over_ln_k"] < 0.5  # measured 0.19
+    blind = position_shortcut.play("index, N 16", seed=0, steps=100, batch=64, prototypes=8)
+    assert blind["loss_over_ln_k"] > 1 - position_shortcut.MARGIN

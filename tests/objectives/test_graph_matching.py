@@ -30,7 +30,6 @@ from medssl.objectives.graph_matching import (
     squared_distances,
     swap_pairs,
 )
-from medssl.testing import check_objective
 from medssl.types import EncoderOutput, StepContext
 from tests.objectives.pictures import SPECS, FakeImageEncoder, make_pictures, place
 
@@ -355,11 +354,6 @@ def test_places__follow_shifts_and_mirrors() -> None:
     assert match(place(), place(flip=(True, False))) == cells[::-1].ravel().tolist()
     corner = cell_positions(place(size=0.5, centre=(0.25, 0.25)), grid)
     assert torch.allclose(corner[0], torch.tensor([0.5 / 8, 0.5 / 12]))
-
-
-def test_contract() -> None:
-    objective = build(noise=0.1, nodes=8, neighbours=3)
-    check_objective(objective, make_pictures(16, noise=2.0), steps=30, lr=1e-2)
 
 
 def test_objective__learns_to_match() -> None:

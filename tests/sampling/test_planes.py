@@ -10,6 +10,7 @@ import torch
 
 from medssl.domains.mri import MRI
 from medssl.errors import RequestError
+from medssl.objectives.global_local_contrast import partition_of
 from medssl.sampling.planes import (
     MiddlePlanes,
     PlaneDraw,
@@ -17,8 +18,10 @@ from medssl.sampling.planes import (
     PlaneSource,
     depths,
     display,
+    partition_planes,
     pixel_mm,
     read_planes,
+    shares,
     slice_axis,
     spread,
 )
@@ -81,6 +84,37 @@ def test_partitions__follow_the_position_in_the_batch() -> None:
         assert min(found) >= 25 * (position % 4) and max(found) < 25 * (position % 4 + 1) and len(found) > 10
     thin = Record(shape=(30, 40, 2))
     assert all(sampler(thin, None, partitions=4).draw(DrawKey(0, 0, p)).planes[0] in (0, 1) for p in range(4))
+
+
+@pytest.mark.parametrize("partitions", [2, 3, 4, 6, 10])
+def test_partitions__sampler_and_objective_agree_on_every_plane(partitions: int) -> None:
+    """The objective sees a float32 share, the sampler counts in whole numbers."""
+    for count in [*range(1, 130), 400, 999, 1000, 1001]:
+        record = Record(shape=(30, 40, count))
+        share = torch.from_numpy(shares(record, PlaneDraw(0, tuple(range(count)), 2)).astype(np.float32))
+        seen = partition_of(share, partitions).numpy()
+        for part in range(partitions):
+            places = partition_planes(count, partitions, part)
+            if (seen == part).any():
+                assert np.array_equal(places, np.flatnonzero(seen == part)), (count, part)
+            else:  # too few planes: the nearest one to the middle of the part
+                away = np.abs(share.numpy() - (part + 0.5) / partitions)
+                assert len(places) == 1 and away[places[0]] == pytest.approx(away.min(), abs=1e-6)
+        if count >= partitions + 1:
+            assert set(seen.tolist()) == set(range(partitions))
+
+
+def test_partitions__of_drawn_slices_are_those_that_the_objective_reads(tmp_path: Path) -> None:
+    """Ten slices, four parts: equal counts of slices would put slice 2 into part 1, and its place says part 0."""
+    image = np.random.default_rng(0).integers(0, 900, (1, 20, 24, 10)).astype(np.int16)
+    reader = volume_store(tmp_path / "s", image, 2)
+    draw = PlaneSampler("a", [0], lambda _: reader.record(SERIES), None, batch=8, partitions=4)
+    views = PlaneViews(size=16, count=3, normalize="none")
+    source = PlaneSource("a", "mri", reader, {0: SERIES}, draw, views, planes=Planes)
+    for step in range(12):
+        made = source.views(source.fetch([DrawKey(0, step, p) for p in range(8)]), torch.device("cpu"))
+        for view in range(3):
+            assert partition_of(made["image_share"][:, view], 4).tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_slice_axis__as_the_source_had_it_else_the_coarsest_else_z() -> None:

@@ -284,6 +284,32 @@ def test_ema_after_step_and_epoch_hooks__are_called(tmp_path: Path) -> None:
     assert any(moved)
 
 
+def test_epoch_hook__runs_without_an_embedder_until_it_asks_for_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.training import toy
+
+    original = toy.make_objective
+    epochs: list[int] = []
+    asks = False
+
+    def make(kind: str = "vit", seed: int = 0) -> Any:
+        objective, encoder = original(kind, seed)
+
+        def on_epoch(ctx: Any, embed: Any) -> None:
+            epochs.append(ctx.step)
+            if asks:
+                embed("toy")
+
+        objective.on_epoch = on_epoch
+        return objective, encoder
+
+    monkeypatch.setattr(toy, "make_objective", make)
+    run(tmp_path / "a", 5, sources={"toy": ToySource(items=10)})
+    assert epochs == [0, 3]  # batches of 4: items 10 to 19 begin within step 2, so step 3 is the first of the second epoch
+    asks = True
+    with pytest.raises(RequestError, match=r"features of source toy.*give `train` an embedder"):
+        run(tmp_path / "b", 5, sources={"toy": ToySource(items=10)})
+
+
 def test_best_weights__are_those_of_the_highest_probe_and_say_what_chose_them(tmp_path: Path) -> None:
     scores = {2: 0.1, 4: 0.5, 6: float("nan"), 8: 0.3}
     snapshots: dict[int, dict[str, torch.Tensor]] = {}
