@@ -1,0 +1,83 @@
+"""What scanning has found so far: the newest row of every file, in one table without what is wide.
+
+    private/known.parquet     `KNOWN_COLUMNS`, of files that are gone too: they may come back
+    private/people.parquet    `PEOPLE_COLUMNS`, one row per header that names a patient
+
+They follow from the scan parts alone and spare reading all of them when a run has added few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from medssl.archive._parquet import files_of, quote, write_query
+from medssl.archive.scan import SCAN_COLUMNS
+
+KNOWN_COLUMNS: dict[str, str] = {
+    **{name: kind for name, kind in SCAN_COLUMNS.items() if name not in ("header", "slice")},
+    "detached": "BOOLEAN",
+}
+"""`detached`: the header names data files."""
+PEOPLE_COLUMNS = {"header_id": "BIGINT", **dict.fromkeys(("issuer", "patient_id", "sex", "birth_date"), "VARCHAR")}
+
+
+def scan_parts(private: Path) -> dict[int, Path]:
+    """Return the number and path of every scan part, in order."""
+    return {int(path.stem.partition("-")[2]): path for path in sorted((private / "scan").glob("part-*.parquet"))}
+
+
+def scanned(paths: Iterable[Path]) -> str:
+    """Return some scan parts as an SQL relation."""
+    paths = list(paths)
+    if paths:
+        return f"read_parquet({files_of(paths)})"
+    return f"(SELECT {', '.join(f'NULL::{kind} AS {name}' for name, kind in SCAN_COLUMNS.items())} LIMIT 0)"
+
+
+def update_known(connection: Any, private: Path) -> tuple[str, str]:
+    """Bring `known.parquet` and `people.parquet` up to date with the scan parts, and return them as SQL relations."""
+    known_path, people_path = private / "known.parquet", private / "people.parquet"
+    known, people = (f"read_parquet({quote(path)})" for path in (known_path, people_path))
+    parts = scan_parts(private)
+    covered = _covered(connection, known, people)
+    if not covered <= parts.keys():  # parts were taken away: their rows do not count any more
+        covered = set()
+    if covered and max(covered) == max(parts):
+        return known, people
+    later = scanned(part for number, part in parts.items() if number > max(covered, default=-1))
+    persons = f"""SELECT header_id, coalesce(header ->> 'issuer', '') AS issuer, header ->> 'patient_id' AS patient_id,
+        header ->> 'sex' AS sex, header ->> 'birth_date' AS birth_date
+        FROM (SELECT header_id, any_value(header) AS header FROM {later} GROUP BY header_id) WHERE header LIKE '%"patient_id"%'"""
+    newest = f"""SELECT {", ".join(name for name in KNOWN_COLUMNS if name != "detached")},
+        kind IN ('volume', 'image') AND header LIKE '%"data_stats"%' AS detached
+        FROM {later} JOIN (SELECT source_id, max(part) AS part FROM {later} GROUP BY source_id) USING (source_id, part)"""
+    if covered:
+        persons += f" UNION SELECT * FROM {people}"
+        newest += f" UNION ALL SELECT * FROM {known} WHERE source_id NOT IN (SELECT source_id FROM {later})"
+    # In this order: what `known.parquet` covers, the other one does too, also after a kill.
+    write_query(people_path, persons, connection)
+    write_query(known_path, newest, connection)
+    return known, people
+
+
+def _covered(connection: Any, known: str, people: str) -> set[int]:
+    """Return the scan parts whose rows the tables hold; none where there are no tables of this form."""
+    import duckdb
+
+    try:
+        for table, columns in ((known, KNOWN_COLUMNS), (people, PEOPLE_COLUMNS)):
+            found = connection.execute(f"DESCRIBE FROM {table}").fetchall()
+            if {row[0]: row[1] for row in found} != columns:
+                return set()
+        return {row[0] for row in connection.execute(f"SELECT DISTINCT part FROM {known}").fetchall()}
+    except duckdb.Error:
+        return set()
+
+
+def wide(connection: Any, private: Path, chosen: str) -> str:
+    """Return the scan rows that a query of `source_id` and `part` names, as an SQL query; only their parts are read."""
+    numbers = {row[0] for row in connection.execute(f"SELECT DISTINCT part FROM ({chosen})").fetchall()}
+    rows = scanned(path for number, path in scan_parts(private).items() if number in numbers)
+    return f"SELECT s.* FROM {rows} s SEMI JOIN ({chosen}) c ON s.source_id = c.source_id AND s.part = c.part"
