@@ -177,15 +177,17 @@ def _mark(connection: Any) -> None:
 def _find_changed(connection: Any, private: Path, first_new_part: int) -> None:
     """Make `changed`: groups that the tables on disk do not describe any more."""
     old, marks = quote(private / "files.parquet"), quote(private / "marks.parquet")
+    # Hashes for paths and digests, so that few bytes a file are held; a collision builds a group too many.
     connection.execute(
-        f"""CREATE TABLE changed AS
-        SELECT unnest([old_group, group_key]) AS group_key FROM (SELECT path, group_key AS old_group, digest AS old_digest FROM read_parquet({old}))
-        FULL JOIN (SELECT path, group_key, digest, part FROM live) USING (path)
-        WHERE part >= {first_new_part} OR part IS NULL OR old_group IS DISTINCT FROM group_key OR old_digest IS DISTINCT FROM digest
-        UNION SELECT group_key FROM (FROM marks EXCEPT FROM read_parquet({marks}))
-        UNION SELECT group_key FROM (FROM read_parquet({marks}) EXCEPT FROM marks)"""
+        f"""CREATE TABLE changed AS SELECT DISTINCT group_key FROM (
+        SELECT unnest([before.group_key, now.group_key]) AS group_key
+        FROM (SELECT hash(path) AS path, group_key, hash(digest) AS digest FROM read_parquet({old})) before
+        FULL JOIN (SELECT hash(path) AS path, group_key, hash(digest) AS digest, part FROM live) now USING (path)
+        WHERE now.part >= {first_new_part} OR now.part IS NULL
+        OR (before.group_key, before.digest) IS DISTINCT FROM (now.group_key, now.digest)
+        UNION ALL SELECT group_key FROM (FROM marks EXCEPT FROM read_parquet({marks}))
+        UNION ALL SELECT group_key FROM (FROM read_parquet({marks}) EXCEPT FROM marks)) WHERE group_key IS NOT NULL"""
     )
-    connection.execute("DELETE FROM changed WHERE group_key IS NULL")
 
 
 def _build(
@@ -237,13 +239,14 @@ def _fill_buckets(connection: Any, private: Path, folder: Path, *, only_changed:
     total = int(connection.execute(f"SELECT count(*) FROM live {where}").fetchone()[0])
     buckets = min(MAX_BUCKETS, -(-total // BUCKET_ROWS))
     # What is wide (`header`, `slice`) is read from the parts only now, and only from those that hold rows to group.
-    chosen = wide(connection, private, f"SELECT DISTINCT source_id, part FROM live {where}")
-    newest = f"SELECT * FROM ({chosen}) UNION ALL BY NAME SELECT *, '{{}}' AS slice FROM unopened"
+    connection.execute(f"CREATE TABLE chosen AS SELECT DISTINCT source_id, part FROM live {where}")
+    scan = wide(connection, private, "SELECT source_id, part FROM chosen")
+    newest = f"SELECT * FROM ({scan}) UNION ALL BY NAME SELECT *, '{{}}' AS slice FROM unopened"
     rows = f"""SELECT group_key, path, size, kind, reason, digest, header_id, slice,
         sop_id IS NOT NULL AND sop_id IN (SELECT sop_id FROM conflict) AS conflict FROM ({_corrected(f"({newest})")})"""
     headers = f"""SELECT g.group_key, g.header_id, h.header
         FROM (SELECT DISTINCT group_key, header_id FROM live WHERE kind <> 'other') g
-        JOIN (SELECT header_id, any_value(header) AS header FROM ({chosen}) WHERE kind <> 'other' GROUP BY header_id) h USING (header_id)"""
+        JOIN (SELECT header_id, any_value(header) AS header FROM ({scan}) WHERE kind <> 'other' GROUP BY header_id) h USING (header_id)"""
     folder.mkdir(mode=0o700)
     connection.execute(f"SET partitioned_write_flush_threshold = {max(2 * CHUNK, total // MAX_BUCKETS)}")
     # A key is a letter and 63 random bits in hexadecimal digits.
@@ -319,17 +322,17 @@ def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> N
             path.unlink(missing_ok=True)
 
 
-_NAMES = ", ".join(name for name in SERIES_COLUMNS if name not in ("study_rank", "best_in_study", "best_in_patient"))
+_NAMES = ", ".join(f"s.{name}" for name in SERIES_COLUMNS if name not in ("study_rank", "best_in_study", "best_in_patient"))
 _BEST = "role IN ('source', 'unknown') DESC, n_slices DESC NULLS LAST, bytes DESC, series_id"
 CHOOSE = f"""
-WITH dated AS (SELECT s.*, p.study_date, dense_rank() OVER (PARTITION BY patient_id ORDER BY p.study_date, study_id) - 1 AS rank
-               FROM s JOIN p USING (series_id)),
-ranked AS (SELECT *, CASE WHEN count(study_date) OVER (PARTITION BY patient_id) = count(*) OVER (PARTITION BY patient_id) THEN rank END
-           AS new_rank,
+WITH dated AS (SELECT series_id, patient_id, study_id, modality, body_region, status, role, n_slices, bytes, p.study_date,
+    dense_rank() OVER (PARTITION BY patient_id ORDER BY p.study_date, study_id) - 1 AS rank FROM s JOIN p USING (series_id)),
+ranked AS (SELECT series_id,
+    CASE WHEN count(study_date) OVER (PARTITION BY patient_id) = count(*) OVER (PARTITION BY patient_id) THEN rank END AS study_rank,
     row_number() OVER (PARTITION BY study_id, modality, body_region, status = 'rejected' ORDER BY {_BEST}) = 1 AS first_study,
     row_number() OVER (PARTITION BY patient_id, modality, body_region, status = 'rejected' ORDER BY {_BEST}) = 1 AS first_patient FROM dated)
-SELECT {_NAMES}, new_rank AS study_rank, CASE WHEN status <> 'rejected' THEN first_study END AS best_in_study,
-CASE WHEN status <> 'rejected' THEN first_patient END AS best_in_patient FROM ranked ORDER BY series_id"""
+SELECT {_NAMES}, r.study_rank, CASE WHEN status <> 'rejected' THEN first_study END AS best_in_study,
+CASE WHEN status <> 'rejected' THEN first_patient END AS best_in_patient FROM s JOIN ranked r USING (series_id) ORDER BY s.series_id"""
 """Order of studies within a patient (only where all are dated), and the one series to take per study or patient, modality and region:
 source images first, then most slices."""
 
