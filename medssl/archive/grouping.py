@@ -17,7 +17,7 @@ from typing import Any
 from medssl.archive._parquet import ROW_GROUP, TableWriter, connect, files_of, quote, stream, write_json, write_query, write_table
 from medssl.archive.decisions import apply_splits, apply_withdrawals
 from medssl.archive.ids import IdKey
-from medssl.archive.known import update_known, wide
+from medssl.archive.known import open_known, wide
 from medssl.archive.paths import to_path
 from medssl.archive.pixels import apply_pixels
 from medssl.archive.rows import Choice, Scanned, as_record
@@ -82,7 +82,7 @@ def regroup(
 def _open(connection: Any, private: Path) -> None:
     """Make `found`: the newest scan row of every file that is there now, and rows of what could not be opened; and `live`: the same, corrected."""
     listing = f"read_parquet({quote(private / 'listing.parquet')})"
-    known, people = update_known(connection, private)
+    known, people = open_known(connection, private)
     # Few, mostly: a join with what is there would hold a row of every file.
     connection.execute(
         f"""CREATE TABLE gone AS SELECT DISTINCT source_id FROM {known}
@@ -93,7 +93,7 @@ def _open(connection: Any, private: Path) -> None:
         printf('f%016x', source_id) AS group_key FROM {listing} WHERE reason IS NOT NULL AND reason <> 'folder'"""
     )
     connection.execute(
-        f"""CREATE VIEW found AS SELECT * FROM {known} WHERE source_id NOT IN (SELECT source_id FROM gone)
+        f"""CREATE VIEW found AS SELECT * FROM {known} ANTI JOIN gone USING (source_id)
         UNION ALL BY NAME SELECT * FROM unopened"""
     )
     # Detached data files belong to the group of the header that names them.

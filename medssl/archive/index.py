@@ -31,7 +31,7 @@ from typing import Any
 from medssl.archive._parquet import TEMPORARY, TableWriter, connect, quote, stream, write_json, write_query
 from medssl.archive.grouping import regroup, source_state
 from medssl.archive.ids import IdKey, load_key, make_key
-from medssl.archive.known import update_known, wide
+from medssl.archive.known import open_known, wide
 from medssl.archive.listing import LISTING_COLUMNS, Entry, look, read_list, settled, walk
 from medssl.archive.paths import to_path
 from medssl.archive.pixels import pixel_counts
@@ -284,7 +284,7 @@ def _write_listing(connection: Any, private: Path, listing: Iterator[Entry], roo
 def _find_fresh(connection: Any, private: Path) -> tuple[int, int]:
     """Write `fresh.parquet`, the files that are new or changed since they were scanned; return how many are not, and how many are."""
     fresh, listing = private / "fresh.parquet", quote(private / "listing.parquet")
-    known, _ = update_known(connection, private)
+    known, _ = open_known(connection, private)
     retried = ", ".join(f"'{reason}'" for reason in sorted(RETRIED))
     detached = wide(connection, private, f"SELECT source_id, part FROM {known} WHERE detached")
     rows = connection.execute(f"""SELECT path, header FROM ({detached}) WHERE header LIKE '%"data_stats"%'""").fetchall()

@@ -3,7 +3,7 @@
     private/known.parquet     `KNOWN_COLUMNS`, of files that are gone too: they may come back
     private/people.parquet    `PEOPLE_COLUMNS`, one row per header that names a patient
 
-They follow from the scan parts alone and spare reading all of them when a run has added few.
+They follow from the scan parts alone and spare reading all of them. While few rows are newer than they are, those are laid over them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ KNOWN_COLUMNS: dict[str, str] = {
     "detached": "BOOLEAN",
 }
 """`detached`: the header names data files."""
+RECENT_SHARE = 0.05
+"""Rows newer than the tables, as a share of theirs, up to which the tables are not written again."""
 PEOPLE_COLUMNS = {"header_id": "BIGINT", **dict.fromkeys(("issuer", "patient_id", "sex", "birth_date"), "VARCHAR")}
 
 
@@ -36,8 +38,11 @@ def scanned(paths: Iterable[Path]) -> str:
     return f"(SELECT {', '.join(f'NULL::{kind} AS {name}' for name, kind in SCAN_COLUMNS.items())} LIMIT 0)"
 
 
-def update_known(connection: Any, private: Path) -> tuple[str, str]:
-    """Bring `known.parquet` and `people.parquet` up to date with the scan parts, and return them as SQL relations."""
+def open_known(connection: Any, private: Path) -> tuple[str, str]:
+    """Return the newest row of every file (`KNOWN_COLUMNS`) and the people of all headers (`PEOPLE_COLUMNS`) as SQL relations.
+
+    They stay as they are when scan parts are added; call again then. The connection gets tables `recent` and `recent_people`.
+    """
     known_path, people_path = private / "known.parquet", private / "people.parquet"
     known, people = (f"read_parquet({quote(path)})" for path in (known_path, people_path))
     parts = scan_parts(private)
@@ -54,8 +59,16 @@ def update_known(connection: Any, private: Path) -> tuple[str, str]:
         kind IN ('volume', 'image') AND header LIKE '%"data_stats"%' AS detached
         FROM {later} JOIN (SELECT source_id, max(part) AS part FROM {later} GROUP BY source_id) USING (source_id, part)"""
     if covered:
+        n_later, n_known = (connection.execute(f"SELECT count(*) FROM {rows}").fetchone()[0] for rows in (later, known))
+        few = n_later <= RECENT_SHARE * n_known
+        if few:
+            connection.execute(f"CREATE OR REPLACE TABLE recent AS {newest}")
+            connection.execute(f"CREATE OR REPLACE TABLE recent_people AS {persons}")
+            newest, persons, later = "SELECT * FROM recent", "SELECT * FROM recent_people", "recent"
         persons += f" UNION SELECT * FROM {people}"
-        newest += f" UNION ALL SELECT * FROM {known} WHERE source_id NOT IN (SELECT source_id FROM {later})"
+        newest += f" UNION ALL SELECT * FROM {known} ANTI JOIN {later} USING (source_id)"
+        if few:
+            return f"({newest})", f"({persons})"
     # In this order: what `known.parquet` covers, the other one does too, also after a kill.
     write_query(people_path, persons, connection)
     write_query(known_path, newest, connection)
