@@ -66,7 +66,7 @@ def open_known(connection: Any, private: Path) -> tuple[str, str]:
             connection.execute(f"CREATE OR REPLACE TABLE recent_people AS {persons}")
             newest, persons, later = "SELECT * FROM recent", "SELECT * FROM recent_people", "recent"
         persons += f" UNION SELECT * FROM {people}"
-        newest += f" UNION ALL SELECT * FROM {known} ANTI JOIN {later} USING (source_id)"
+        newest += f" UNION ALL SELECT k.* FROM {known} k ANTI JOIN {later} l USING (source_id)"
         if few:
             return f"({newest})", f"({persons})"
     # In this order: what `known.parquet` covers, the other one does too, also after a kill.
