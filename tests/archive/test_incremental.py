@@ -223,7 +223,7 @@ def replay(folder: Path, seed: int, steps: int) -> int:
         if tree.rng.random() < 0.2:
             archive = Archive.open(out)
             if tree.rng.random() < 0.5:
-                split_archive(archive, {"train": 0.5, "test": 0.5})
+                split_archive(archive, {"train": 0.4, "val": 0.3, "test": 0.3})
             else:
                 (folder / "request.csv").write_text(f"kind,value\npatient,P{tree.rng.randrange(6):07d}\n")
                 withdraw(archive, folder / "request.csv")
