@@ -17,7 +17,7 @@ from typing import Any
 from medssl.archive._parquet import ROW_GROUP, TableWriter, connect, files_of, quote, stream, write_json, write_query, write_table
 from medssl.archive.decisions import apply_splits, apply_withdrawals
 from medssl.archive.ids import IdKey
-from medssl.archive.known import open_known, wide
+from medssl.archive.known import open_known, parts_of, wide
 from medssl.archive.paths import to_path
 from medssl.archive.pixels import apply_pixels
 from medssl.archive.rows import Choice, Scanned, as_record
@@ -98,7 +98,7 @@ def _open(connection: Any, private: Path) -> None:
     )
     # Detached data files belong to the group of the header that names them.
     connection.execute("CREATE TABLE named (path VARCHAR, group_key VARCHAR)")
-    detached = wide(connection, private, "SELECT source_id, part FROM found WHERE detached AND reason IS NULL")
+    detached = wide(connection, private, "SELECT DISTINCT source_id, part FROM found WHERE detached AND reason IS NULL")
     for header, group in connection.execute(
         f"""SELECT header, group_key FROM ({detached})
         WHERE kind IN ('volume', 'image') AND reason IS NULL AND header LIKE '%"data_files": ["%'"""
@@ -202,10 +202,12 @@ def _build(
     """Build groups one after the other into tables beside the final ones."""
     private = out / "private"
     shared = {(row[0], row[1]) for row in connection.execute("SELECT issuer, patient_id FROM shared").fetchall()}
+    # A full build sorts much before: what the connection still holds of that, and what writing takes, would add up.
+    writing = connection if only_changed else None
     tables = {
-        "files": TableWriter(private / "new-files.parquet", PRIVATE_FILE_COLUMNS, connection),
-        "private": TableWriter(private / "new-private.parquet", PRIVATE_SERIES_COLUMNS, connection),
-        "series": TableWriter(private / "new-series.parquet", {**SERIES_COLUMNS, "group_key": "VARCHAR"}, connection),
+        "files": TableWriter(private / "new-files.parquet", PRIVATE_FILE_COLUMNS, writing),
+        "private": TableWriter(private / "new-private.parquet", PRIVATE_SERIES_COLUMNS, writing),
+        "series": TableWriter(private / "new-series.parquet", {**SERIES_COLUMNS, "group_key": "VARCHAR"}, writing),
     }
     total = _fill_buckets(connection, private, private / "spill" / "groups", only_changed=only_changed)
     done = 0
@@ -244,9 +246,11 @@ def _fill_buckets(connection: Any, private: Path, folder: Path, *, only_changed:
     newest = f"SELECT * FROM ({scan}) UNION ALL BY NAME SELECT *, '{{}}' AS slice FROM unopened"
     rows = f"""SELECT group_key, path, size, kind, reason, digest, header_id, slice,
         sop_id IS NOT NULL AND sop_id IN (SELECT sop_id FROM conflict) AS conflict FROM ({_corrected(f"({newest})")})"""
+    scan = parts_of(connection, private, "SELECT part FROM chosen")
     headers = f"""SELECT g.group_key, g.header_id, h.header
         FROM (SELECT DISTINCT group_key, header_id FROM live WHERE kind <> 'other') g
-        JOIN (SELECT header_id, any_value(header) AS header FROM ({scan}) WHERE kind <> 'other' GROUP BY header_id) h USING (header_id)"""
+        JOIN (SELECT header_id, any_value(header) AS header FROM {scan}
+            WHERE header_id IN (SELECT header_id FROM live {where}) GROUP BY header_id) h USING (header_id)"""
     folder.mkdir(mode=0o700)
     connection.execute(f"SET partitioned_write_flush_threshold = {max(2 * CHUNK, total // MAX_BUCKETS)}")
     # A key is a letter and 63 random bits in hexadecimal digits.
@@ -256,6 +260,7 @@ def _fill_buckets(connection: Any, private: Path, folder: Path, *, only_changed:
             f"""COPY (SELECT *, {bucket} FROM ({query}) {where}) TO {quote(folder / name)}
             (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP}, PARTITION_BY (bucket))"""
         )
+    connection.execute("DROP TABLE chosen")
     return total
 
 

@@ -286,7 +286,7 @@ def _find_fresh(connection: Any, private: Path) -> tuple[int, int]:
     fresh, listing = private / "fresh.parquet", quote(private / "listing.parquet")
     known, _ = open_known(connection, private)
     retried = ", ".join(f"'{reason}'" for reason in sorted(RETRIED))
-    detached = wide(connection, private, f"SELECT source_id, part FROM {known} WHERE detached")
+    detached = wide(connection, private, f"SELECT DISTINCT source_id, part FROM {known} WHERE detached")
     rows = connection.execute(f"""SELECT path, header FROM ({detached}) WHERE header LIKE '%"data_stats"%'""").fetchall()
     connection.execute("CREATE TABLE stale (path VARCHAR)")
     stale = [path for path, header in rows if not data_unchanged(header)]

@@ -89,8 +89,12 @@ def _covered(connection: Any, known: str, people: str) -> set[int]:
         return set()
 
 
-def wide(connection: Any, private: Path, chosen: str) -> str:
-    """Return the scan rows that a query of `source_id` and `part` names, as an SQL query; only their parts are read."""
+def parts_of(connection: Any, private: Path, chosen: str) -> str:
+    """Return the scan parts that a query of `part` names, as an SQL relation."""
     numbers = {row[0] for row in connection.execute(f"SELECT DISTINCT part FROM ({chosen})").fetchall()}
-    rows = scanned(path for number, path in scan_parts(private).items() if number in numbers)
-    return f"SELECT s.* FROM {rows} s SEMI JOIN ({chosen}) c ON s.source_id = c.source_id AND s.part = c.part"
+    return scanned(path for number, path in scan_parts(private).items() if number in numbers)
+
+
+def wide(connection: Any, private: Path, chosen: str) -> str:
+    """Return the scan rows that a query names by `source_id` and `part`, each pair once, as an SQL query; only their parts are read."""
+    return f"SELECT s.* FROM {parts_of(connection, private, chosen)} s JOIN ({chosen}) c ON s.source_id = c.source_id AND s.part = c.part"
