@@ -3,7 +3,7 @@
     python -m benchmarks.index_scale files     # small DICOM files in a shuffled tree: 20,000 and 200,000 of them
     python -m benchmarks.index_scale grouper   # header rows only, no files: 2 and 20 million
 
-Each index runs in a fresh process that reports the high-water mark of its memory and of its workers' at its end (Linux only). `files` also
+Each index runs in a fresh process that reports the high-water mark of its memory and of its largest worker's (Linux only). `files` also
 names 1 % of the series or files as changed (`--list`), and sleeps 5 ms at each opening of a file. `grouper` writes scan parts as a scan leaves
 them, 100 slices a series.
 """
@@ -16,6 +16,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +33,50 @@ SCANNED = 20_000
 WHOLE = "1 % of the series changed, --list"
 SPREAD = "1 % of the files changed, spread over the series, --list"
 RUN = """
-import json, resource, sys, time
-from pathlib import Path
+import json, sys, time
 import benchmarks.index_scale as module
 began = time.perf_counter()
-found = getattr(module, sys.argv[2])(*sys.argv[3:])
-peak = dict(line.split(":", 1) for line in open("/proc/self/status"))["VmHWM"].split()[0]
+with module.watched_workers() as workers:
+    found = getattr(module, sys.argv[2])(*sys.argv[3:])
 seconds = time.perf_counter() - began
-children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-json.dump({"seconds": seconds, "peak_mb": int(peak) / 1024, "worker_mb": children / 1024, **found}, open(sys.argv[1], "w"))
+peaks = {"peak_mb": module.peak_mb("self"), "worker_mb": max(workers.values(), default=0.0)}
+json.dump({"seconds": seconds, **peaks, **found}, open(sys.argv[1], "w"))
 """
+
+
+def peak_mb(pid: int | str) -> float:
+    """Return the high-water mark of a process's memory; 0 for one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return max((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), default=0.0)
+
+
+@contextmanager
+def watched_workers(every_s: float = 0.1) -> Iterator[dict[int, float]]:
+    """Yield child process -> peak memory in MB, filled while they run.
+
+    The system's own account of ended children (`RUSAGE_CHILDREN`) will not do: it starts at the size of the process that started them.
+    """
+    peaks: dict[int, float] = {}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every_s):
+            for task in Path("/proc/self/task").iterdir():
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    for pid in map(int, (task / "children").read_text().split()):
+                        # The latest mark and not the highest: until a child runs its own program it has its parent's.
+                        peaks[pid] = peak_mb(pid) or peaks.get(pid, 0.0)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        done.set()
+        watcher.join()
 
 
 def index_files(source: str, out: str, only: str = "") -> dict[str, Any]:

@@ -64,10 +64,11 @@ class TableWriter:
     Args:
         path: Target; replaced by `close`.
         columns: Column name -> DuckDB type, in order.
+        connection: Encodes the file; None opens one for it, which takes as long as encoding a thousand rows.
     """
 
-    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
-        self.path, self.columns = path, columns
+    def __init__(self, path: Path, columns: Mapping[str, str], connection: Any = None) -> None:
+        self.path, self.columns, self.connection = path, columns, connection
         self.rows = 0
         self._pending: list[dict[str, Any]] = []
         self._longest = 0
@@ -104,7 +105,7 @@ class TableWriter:
         try:
             with _failing_as_store_error(self.path):
                 self._handle.close()
-            write_query(self.path, f"SELECT r.* FROM (SELECT unnest(line) AS r FROM {lines})")
+            write_query(self.path, f"SELECT r.* FROM (SELECT unnest(line) AS r FROM {lines})", self.connection)
         finally:
             self._lines.unlink(missing_ok=True)
 
@@ -145,7 +146,7 @@ def write_query(path: Path, query: str, connection: Any = None) -> None:
     try:
         # The file is there with the owner's rights before DuckDB fills it: a kill leaves nothing that others may read.
         os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
-        form = f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP}, USE_TMP_FILE false"
+        form = f"FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, ROW_GROUP_SIZE {ROW_GROUP}, USE_TMP_FILE false"
         own.execute(f"COPY ({query}) TO {quote(aside)} ({form})")
         with open(aside, "rb") as handle:
             os.fsync(handle.fileno())
@@ -158,18 +159,19 @@ def write_query(path: Path, query: str, connection: Any = None) -> None:
             own.close()
 
 
-def write_table(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> None:
+def write_table(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], connection: Any = None) -> None:
     """Write rows as one Parquet file, aside and renamed, mode 0600.
 
     Args:
         path: Target; replaced when present.
         columns: Column name -> DuckDB type, in order.
         rows: JSON-able values by column name; absent means null.
+        connection: See `TableWriter`.
 
     Raises:
         StoreError: The disk is full or failing; the old file, if any, is still there.
     """
-    writer = TableWriter(path, columns)
+    writer = TableWriter(path, columns, connection)
     try:
         for row in rows:
             writer.append(row)

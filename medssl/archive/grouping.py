@@ -16,6 +16,7 @@ from typing import Any
 
 from medssl.archive._parquet import ROW_GROUP, TableWriter, connect, files_of, quote, stream, write_json, write_query, write_table
 from medssl.archive.ids import IdKey
+from medssl.archive.known import open_known, parts_of, wide
 from medssl.archive.operations.decisions import apply_splits, apply_withdrawals
 from medssl.archive.paths import to_path
 from medssl.archive.pixels.found import apply_pixels
@@ -62,7 +63,7 @@ def regroup(
     try:
         _open(connection, private)
         _find_duplicates(connection, private)
-        _mark(connection, private)
+        _mark(connection)
         previous = (
             first_new_part is not None and not (private / UNFINISHED).exists() and all((out / name).exists() for name in OUTPUTS)
         )
@@ -79,49 +80,35 @@ def regroup(
 
 
 def _open(connection: Any, private: Path) -> None:
-    """Make `newest`: the newest scan row of every file that is there now, and rows of what could not be opened; and `live`, of fewer columns."""
-    parts = sorted((private / "scan").glob("part-*.parquet"))
-    listing = quote(private / "listing.parquet")
-    if parts:
-        connection.execute(f"CREATE VIEW scan AS SELECT * FROM read_parquet({files_of(parts)})")
-    else:
-        from medssl.archive.scanning.scan import SCAN_COLUMNS
-
-        connection.execute(f"CREATE TABLE scan ({', '.join(f'{name} {kind}' for name, kind in SCAN_COLUMNS.items())})")
+    """Make `found`: the newest scan row of every file that is there now, and rows of what could not be opened; and `live`: the same, corrected."""
+    listing = f"read_parquet({quote(private / 'listing.parquet')})"
+    known, people = open_known(connection, private)
+    # Few, mostly: a join with what is there would hold a row of every file.
     connection.execute(
-        f"""CREATE TABLE latest AS SELECT source_id, max(part) AS part FROM scan
-        WHERE source_id IN (SELECT source_id FROM read_parquet({listing}) WHERE reason IS NULL) GROUP BY source_id"""
+        f"""CREATE TABLE gone AS SELECT DISTINCT source_id FROM {known}
+        ANTI JOIN (SELECT source_id FROM {listing} WHERE reason IS NULL) USING (source_id)"""
     )
-    # A view: what is wide (`header`, `slice`) is read from the parts when it is needed, and not kept.
     connection.execute(
-        f"""CREATE VIEW newest AS
-        SELECT s.path, s.size, s.mtime_ns, s.kind, s.reason, s.digest, s.group_key, s.sop_id, s.header_id, s.header, s.slice, s.part
-        FROM scan s JOIN latest USING (source_id, part)
-        UNION ALL
-        SELECT path, size, mtime_ns, 'other', reason, '', printf('f%016x', source_id), NULL, NULL, NULL, '{{}}', NULL
-        FROM (SELECT DISTINCT * FROM read_parquet({listing}) WHERE reason IS NOT NULL AND reason <> 'folder')"""
+        f"""CREATE VIEW unopened AS SELECT path, source_id, size, mtime_ns, 'other' AS kind, reason, '' AS digest,
+        printf('f%016x', source_id) AS group_key FROM {listing} WHERE reason IS NOT NULL AND reason <> 'folder'"""
     )
-    # Tables as long as the archive are files, so that memory does not grow with it.
-    found, headers = private / "spill" / "found.parquet", private / "spill" / "headers.parquet"
-    write_query(found, "SELECT * EXCLUDE (size, header, slice) FROM newest", connection)
-    write_query(
-        headers,
-        f"""SELECT header_id, any_value(header) AS header FROM scan
-        WHERE header_id IN (SELECT header_id FROM read_parquet({quote(found)})) GROUP BY header_id""",
-        connection,
+    connection.execute(
+        f"""CREATE VIEW found AS SELECT * FROM {known} ANTI JOIN gone USING (source_id)
+        UNION ALL BY NAME SELECT * FROM unopened"""
     )
-    connection.execute(f"CREATE VIEW headers AS SELECT * FROM read_parquet({quote(headers)})")
     # Detached data files belong to the group of the header that names them.
     connection.execute("CREATE TABLE named (path VARCHAR, group_key VARCHAR)")
-    for row in connection.execute(
-        f"""SELECT h.header, f.group_key FROM read_parquet({quote(found)}) f JOIN headers h USING (header_id)
-        WHERE f.kind IN ('volume', 'image') AND f.reason IS NULL AND h.header LIKE '%"data_files": ["%'"""
+    detached = wide(connection, private, "SELECT DISTINCT source_id, part FROM found WHERE detached AND reason IS NULL")
+    for header, group in connection.execute(
+        f"""SELECT header, group_key FROM ({detached})
+        WHERE kind IN ('volume', 'image') AND reason IS NULL AND header LIKE '%"data_files": ["%'"""
     ).fetchall():
-        names = json.loads(row[0])["data_files"]
-        connection.execute("INSERT INTO named SELECT unnest(?::VARCHAR[]), ?", [names, row[1]])
+        names = json.loads(header)["data_files"]
+        connection.execute("INSERT INTO named SELECT unnest(?::VARCHAR[]), ?", [names, group])
     connection.execute("CREATE TABLE attached AS SELECT path, min(group_key) AS group_key FROM named GROUP BY path")
     connection.execute("CREATE TABLE duplicate (path VARCHAR)")
-    connection.execute(f"CREATE VIEW live AS {_corrected(f'read_parquet({quote(found)})')}")
+    connection.execute(f"CREATE TABLE persons AS SELECT * FROM {people} WHERE header_id IN (SELECT header_id FROM found)")
+    connection.execute(f"CREATE VIEW live AS {_corrected('found')}")
 
 
 def _corrected(rows: str) -> str:
@@ -168,15 +155,11 @@ def _find_duplicates(connection: Any, private: Path) -> None:
         write_table(store, CONFIRMED_COLUMNS, found)
 
 
-def _mark(connection: Any, private: Path) -> None:
+def _mark(connection: Any) -> None:
     """Make `conflict` and `shared`, and `marks`: what one group owes to the content of others."""
     connection.execute(
         """CREATE TABLE conflict AS SELECT sop_id FROM live WHERE sop_id IS NOT NULL AND reason IS NULL
         GROUP BY sop_id HAVING count(*) > 1"""
-    )
-    connection.execute(
-        """CREATE TABLE persons AS SELECT header_id, coalesce(header ->> 'issuer', '') AS issuer, header ->> 'patient_id' AS patient_id,
-        header ->> 'sex' AS sex, header ->> 'birth_date' AS birth_date FROM headers WHERE header LIKE '%"patient_id"%'"""
     )
     connection.execute(
         """CREATE TABLE shared AS SELECT issuer, patient_id FROM persons WHERE patient_id IS NOT NULL GROUP BY ALL
@@ -194,13 +177,16 @@ def _mark(connection: Any, private: Path) -> None:
 def _find_changed(connection: Any, private: Path, first_new_part: int) -> None:
     """Make `changed`: groups that the tables on disk do not describe any more."""
     old, marks = quote(private / "files.parquet"), quote(private / "marks.parquet")
+    # Hashes for paths and digests, so that few bytes a file are held; a collision builds a group too many.
     connection.execute(
-        f"""CREATE TABLE changed AS
-        SELECT group_key FROM live WHERE part >= {first_new_part} OR part IS NULL
-        UNION SELECT o.group_key FROM read_parquet({old}) o ANTI JOIN live l USING (path)
-        UNION SELECT o.group_key FROM read_parquet({old}) o JOIN live l USING (path) WHERE o.group_key <> l.group_key
-        UNION SELECT group_key FROM (FROM marks EXCEPT FROM read_parquet({marks}))
-        UNION SELECT group_key FROM (FROM read_parquet({marks}) EXCEPT FROM marks)"""
+        f"""CREATE TABLE changed AS SELECT DISTINCT group_key FROM (
+        SELECT unnest([before.group_key, now.group_key]) AS group_key
+        FROM (SELECT hash(path) AS path, group_key, hash(digest) AS digest FROM read_parquet({old})) before
+        FULL JOIN (SELECT hash(path) AS path, group_key, hash(digest) AS digest, part FROM live) now USING (path)
+        WHERE now.part >= {first_new_part} OR now.part IS NULL
+        OR (before.group_key, before.digest) IS DISTINCT FROM (now.group_key, now.digest)
+        UNION ALL SELECT group_key FROM (FROM marks EXCEPT FROM read_parquet({marks}))
+        UNION ALL SELECT group_key FROM (FROM read_parquet({marks}) EXCEPT FROM marks)) WHERE group_key IS NOT NULL"""
     )
 
 
@@ -216,12 +202,14 @@ def _build(
     """Build groups one after the other into tables beside the final ones."""
     private = out / "private"
     shared = {(row[0], row[1]) for row in connection.execute("SELECT issuer, patient_id FROM shared").fetchall()}
+    # A full build sorts much before: what the connection still holds of that, and what writing takes, would add up.
+    writing = connection if only_changed else None
     tables = {
-        "files": TableWriter(private / "new-files.parquet", PRIVATE_FILE_COLUMNS),
-        "private": TableWriter(private / "new-private.parquet", PRIVATE_SERIES_COLUMNS),
-        "series": TableWriter(private / "new-series.parquet", {**SERIES_COLUMNS, "group_key": "VARCHAR"}),
+        "files": TableWriter(private / "new-files.parquet", PRIVATE_FILE_COLUMNS, writing),
+        "private": TableWriter(private / "new-private.parquet", PRIVATE_SERIES_COLUMNS, writing),
+        "series": TableWriter(private / "new-series.parquet", {**SERIES_COLUMNS, "group_key": "VARCHAR"}, writing),
     }
-    total = _fill_buckets(connection, private / "spill" / "groups", only_changed=only_changed)
+    total = _fill_buckets(connection, private, private / "spill" / "groups", only_changed=only_changed)
     done = 0
     try:
         for name, files in _groups(connection, choose, private / "spill" / "groups"):
@@ -244,7 +232,7 @@ def _build(
     return {name: table.path for name, table in tables.items()}
 
 
-def _fill_buckets(connection: Any, folder: Path, *, only_changed: bool) -> int:
+def _fill_buckets(connection: Any, private: Path, folder: Path, *, only_changed: bool) -> int:
     """Write the rows to group to `rows`, and the headers of each group to `headers`; return how many rows.
 
     Each file holds a range of group keys, so that it fits into memory.
@@ -252,10 +240,17 @@ def _fill_buckets(connection: Any, folder: Path, *, only_changed: bool) -> int:
     where = "WHERE group_key IN (SELECT group_key FROM changed)" if only_changed else ""
     total = int(connection.execute(f"SELECT count(*) FROM live {where}").fetchone()[0])
     buckets = min(MAX_BUCKETS, -(-total // BUCKET_ROWS))
+    # What is wide (`header`, `slice`) is read from the parts only now, and only from those that hold rows to group.
+    connection.execute(f"CREATE TABLE chosen AS SELECT DISTINCT source_id, part FROM live {where}")
+    scan = wide(connection, private, "SELECT source_id, part FROM chosen")
+    newest = f"SELECT * FROM ({scan}) UNION ALL BY NAME SELECT *, '{{}}' AS slice FROM unopened"
     rows = f"""SELECT group_key, path, size, kind, reason, digest, header_id, slice,
-        sop_id IS NOT NULL AND sop_id IN (SELECT sop_id FROM conflict) AS conflict FROM ({_corrected("newest")})"""
-    headers = """SELECT g.group_key, g.header_id, h.header
-        FROM (SELECT DISTINCT group_key, header_id FROM live WHERE kind <> 'other') g JOIN headers h USING (header_id)"""
+        sop_id IS NOT NULL AND sop_id IN (SELECT sop_id FROM conflict) AS conflict FROM ({_corrected(f"({newest})")})"""
+    scan = parts_of(connection, private, "SELECT part FROM chosen")
+    headers = f"""SELECT g.group_key, g.header_id, h.header
+        FROM (SELECT DISTINCT group_key, header_id FROM live WHERE kind <> 'other') g
+        JOIN (SELECT header_id, any_value(header) AS header FROM {scan}
+            WHERE header_id IN (SELECT header_id FROM live {where}) GROUP BY header_id) h USING (header_id)"""
     folder.mkdir(mode=0o700)
     connection.execute(f"SET partitioned_write_flush_threshold = {max(2 * CHUNK, total // MAX_BUCKETS)}")
     # A key is a letter and 63 random bits in hexadecimal digits.
@@ -265,6 +260,7 @@ def _fill_buckets(connection: Any, folder: Path, *, only_changed: bool) -> int:
             f"""COPY (SELECT *, {bucket} FROM ({query}) {where}) TO {quote(folder / name)}
             (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP}, PARTITION_BY (bucket))"""
         )
+    connection.execute("DROP TABLE chosen")
     return total
 
 
@@ -331,17 +327,17 @@ def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> N
             path.unlink(missing_ok=True)
 
 
-_NAMES = ", ".join(name for name in SERIES_COLUMNS if name not in ("study_rank", "best_in_study", "best_in_patient"))
+_NAMES = ", ".join(f"s.{name}" for name in SERIES_COLUMNS if name not in ("study_rank", "best_in_study", "best_in_patient"))
 _BEST = "role IN ('source', 'unknown') DESC, n_slices DESC NULLS LAST, bytes DESC, series_id"
 CHOOSE = f"""
-WITH dated AS (SELECT s.*, p.study_date, dense_rank() OVER (PARTITION BY patient_id ORDER BY p.study_date, study_id) - 1 AS rank
-               FROM s JOIN p USING (series_id)),
-ranked AS (SELECT *, CASE WHEN count(study_date) OVER (PARTITION BY patient_id) = count(*) OVER (PARTITION BY patient_id) THEN rank END
-           AS new_rank,
+WITH dated AS (SELECT series_id, patient_id, study_id, modality, body_region, status, role, n_slices, bytes, p.study_date,
+    dense_rank() OVER (PARTITION BY patient_id ORDER BY p.study_date, study_id) - 1 AS rank FROM s JOIN p USING (series_id)),
+ranked AS (SELECT series_id,
+    CASE WHEN count(study_date) OVER (PARTITION BY patient_id) = count(*) OVER (PARTITION BY patient_id) THEN rank END AS study_rank,
     row_number() OVER (PARTITION BY study_id, modality, body_region, status = 'rejected' ORDER BY {_BEST}) = 1 AS first_study,
     row_number() OVER (PARTITION BY patient_id, modality, body_region, status = 'rejected' ORDER BY {_BEST}) = 1 AS first_patient FROM dated)
-SELECT {_NAMES}, new_rank AS study_rank, CASE WHEN status <> 'rejected' THEN first_study END AS best_in_study,
-CASE WHEN status <> 'rejected' THEN first_patient END AS best_in_patient FROM ranked ORDER BY series_id"""
+SELECT {_NAMES}, r.study_rank, CASE WHEN status <> 'rejected' THEN first_study END AS best_in_study,
+CASE WHEN status <> 'rejected' THEN first_patient END AS best_in_patient FROM s JOIN ranked r USING (series_id) ORDER BY s.series_id"""
 """Order of studies within a patient (only where all are dated), and the one series to take per study or patient, modality and region:
 source images first, then most slices."""
 

@@ -28,9 +28,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from medssl.archive._parquet import TEMPORARY, TableWriter, connect, files_of, quote, stream, write_json, write_query
+from medssl.archive._parquet import TEMPORARY, TableWriter, connect, quote, stream, write_json, write_query
 from medssl.archive.grouping import regroup, source_state
 from medssl.archive.ids import IdKey, load_key, make_key
+from medssl.archive.known import open_known, wide
 from medssl.archive.paths import to_path
 from medssl.archive.pixels.found import pixel_counts
 from medssl.archive.rows.base import DOMAINS, Choice
@@ -211,23 +212,27 @@ def _run(
 ) -> IndexSummary:
     private = out / "private"
     state = _remember(private, key, roots, site, modality, table)
-    _write_listing(private, listing, roots, keep_others=options.only is not None)
-    fresh = _find_fresh(private)
     first_new = next_part(private)
-    known, total = _count_known(private, roots), _count_fresh(fresh)
-    if on_progress is not None:
-        on_progress(known, known + total)
-    sweep(
-        _fresh_paths(fresh),
-        total,
-        private,
-        workers=options.workers,
-        executor=options.executor,
-        limit_s=options.limit_s,
-        max_rate=options.max_rate,
-        on_progress=None if on_progress is None else lambda done: on_progress(known + done, known + total),
-    )
-    fresh.unlink()
+    connection = connect(private / "spill", threads=1)
+    try:
+        _write_listing(connection, private, listing, roots, keep_others=options.only is not None)
+        known, total = _find_fresh(connection, private)
+        if on_progress is not None:
+            on_progress(known, known + total)
+        fresh = private / "fresh.parquet"
+        sweep(
+            (to_path(row["path"]) for row in stream(connection, f"SELECT path FROM read_parquet({quote(fresh)})")),
+            total,
+            private,
+            workers=options.workers,
+            executor=options.executor,
+            limit_s=options.limit_s,
+            max_rate=options.max_rate,
+            on_progress=None if on_progress is None else lambda done: on_progress(known + done, known + total),
+        )
+        fresh.unlink()
+    finally:
+        connection.close()
     last = _last_state(out)
     choices = source_state(state["sources"])
     unchanged_choices = last.get("choices") == choices and last.get("format") == FORMAT
@@ -244,7 +249,6 @@ def _run(
     write_json(
         private / "grouped.json", {"format": FORMAT, "choices": choices, "next_part": next_part(private), "first": first_new}
     )
-    _warn_of_split_patients(out)
     return summary
 
 
@@ -256,10 +260,10 @@ def _last_state(out: Path) -> dict[str, Any]:
         return {}
 
 
-def _write_listing(private: Path, listing: Iterator[Entry], roots: Sequence[Path], *, keep_others: bool) -> None:
+def _write_listing(connection: Any, private: Path, listing: Iterator[Entry], roots: Sequence[Path], *, keep_others: bool) -> None:
     """Replace what is known to lie under the roots; with `keep_others` only the paths named."""
     new, old = private / "new-listing.parquet", private / "listing.parquet"
-    writer = TableWriter(new, LISTING_COLUMNS)
+    writer = TableWriter(new, LISTING_COLUMNS, connection)
     try:
         for entry in listing:
             writer.append(entry.record())
@@ -267,77 +271,35 @@ def _write_listing(private: Path, listing: Iterator[Entry], roots: Sequence[Path
     except BaseException:
         writer.discard()
         raise
-    rows = f"SELECT * FROM read_parquet({quote(new)})"
+    rows = f"SELECT DISTINCT ON (source_id) * FROM read_parquet({quote(new)})"
     if old.exists():
         under = " OR ".join(f"path = {text} OR starts_with(path, {text} || '/')" for text in (quote(root) for root in roots))
         kept = "true" if keep_others else f"NOT ({under})"
-        rows += f""" UNION ALL SELECT * FROM read_parquet({quote(old)})
+        rows = f"""({rows}) UNION ALL SELECT * FROM read_parquet({quote(old)})
         WHERE {kept} AND source_id NOT IN (SELECT source_id FROM read_parquet({quote(new)}))"""
-    connection = connect(private / "spill", threads=1)
-    try:
-        write_query(old, f"SELECT DISTINCT ON (source_id) * FROM ({rows}) ORDER BY source_id", connection)
-    finally:
-        connection.close()
+    write_query(old, rows, connection)
     new.unlink()
 
 
-def _find_fresh(private: Path) -> Path:
-    """Write the files that are new or changed since they were scanned to a list beside the listing, and return it."""
+def _find_fresh(connection: Any, private: Path) -> tuple[int, int]:
+    """Write `fresh.parquet`, the files that are new or changed since they were scanned; return how many are not, and how many are."""
     fresh, listing = private / "fresh.parquet", quote(private / "listing.parquet")
-    parts = sorted((private / "scan").glob("part-*.parquet"))
-    query = f"SELECT path, size FROM read_parquet({listing}) WHERE reason IS NULL"
-    connection = connect(private / "spill", threads=1)
-    try:
-        if parts:
-            retried = ", ".join(f"'{reason}'" for reason in sorted(RETRIED))
-            connection.execute(
-                f"""CREATE TABLE scanned AS SELECT path, source_id, size, mtime_ns, reason, part,
-                CASE WHEN kind IN ('volume', 'image') AND header LIKE '%"data_stats"%' THEN header END AS detached
-                FROM read_parquet({files_of(parts)})"""
-            )
-            connection.execute("CREATE TABLE latest AS SELECT source_id, max(part) AS part FROM scanned GROUP BY source_id")
-            connection.execute("CREATE TABLE stale (path VARCHAR)")
-            rows = connection.execute(
-                "SELECT path, detached FROM scanned JOIN latest USING (source_id, part) WHERE detached IS NOT NULL"
-            ).fetchall()
-            stale = [path for path, header in rows if not data_unchanged(header)]
-            connection.execute("INSERT INTO stale SELECT unnest(?::VARCHAR[])", [stale])
-            query = f"""SELECT l.path, l.size FROM read_parquet({listing}) l
-            LEFT JOIN (SELECT s.* FROM scanned s JOIN latest USING (source_id, part)) k ON k.source_id = l.source_id AND k.path = l.path
-            WHERE l.reason IS NULL AND (k.path IS NULL OR k.size <> l.size OR k.mtime_ns <> l.mtime_ns
-            OR coalesce(k.reason IN ({retried}), false) OR l.path IN (SELECT path FROM stale)) ORDER BY l.path"""
-        write_query(fresh, query, connection)
-    finally:
-        connection.close()
-    return fresh
-
-
-def _count_fresh(fresh: Path) -> int:
-    return _number(f"SELECT count(*) FROM read_parquet({quote(fresh)})")
-
-
-def _count_known(private: Path, roots: Sequence[Path]) -> int:
-    """Return the number of files listed that need no scan."""
-    listing, fresh = quote(private / "listing.parquet"), quote(private / "fresh.parquet")
-    counts = f"(SELECT count(*) FROM read_parquet({listing}) WHERE reason IS DISTINCT FROM 'folder')"
-    return _number(f"SELECT {counts} - (SELECT count(*) FROM read_parquet({fresh}))")
-
-
-def _number(query: str) -> int:
-    connection = connect()
-    try:
-        return int(connection.execute(query).fetchone()[0])
-    finally:
-        connection.close()
-
-
-def _fresh_paths(fresh: Path) -> Iterator[str]:
-    connection = connect()
-    try:
-        for row in stream(connection, f"SELECT path FROM read_parquet({quote(fresh)})"):
-            yield to_path(row["path"])
-    finally:
-        connection.close()
+    known, _ = open_known(connection, private)
+    retried = ", ".join(f"'{reason}'" for reason in sorted(RETRIED))
+    detached = wide(connection, private, f"SELECT DISTINCT source_id, part FROM {known} WHERE detached")
+    rows = connection.execute(f"""SELECT path, header FROM ({detached}) WHERE header LIKE '%"data_stats"%'""").fetchall()
+    connection.execute("CREATE TABLE stale (path VARCHAR)")
+    stale = [path for path, header in rows if not data_unchanged(header)]
+    connection.execute("INSERT INTO stale SELECT unnest(?::VARCHAR[])", [stale])
+    query = f"""SELECT l.path, l.size FROM read_parquet({listing}) l
+        LEFT JOIN {known} k ON k.source_id = l.source_id AND k.path = l.path
+        WHERE l.reason IS NULL AND (k.path IS NULL OR k.size <> l.size OR k.mtime_ns <> l.mtime_ns
+        OR coalesce(k.reason IN ({retried}), false) OR l.path IN (SELECT path FROM stale)) ORDER BY l.path"""
+    write_query(fresh, query, connection)
+    counts = f"""SELECT (SELECT count(*) FROM read_parquet({listing}) WHERE reason IS DISTINCT FROM 'folder'),
+        (SELECT count(*) FROM read_parquet({quote(fresh)}))"""
+    listed, n_fresh = connection.execute(counts).fetchone()
+    return listed - n_fresh, n_fresh
 
 
 def _source(path: Path) -> Path:
@@ -495,16 +457,6 @@ def _choose(path: str, sources: dict[str, Any]) -> Choice:
     return Choice(source["site"], modality=source.get("modality", "unknown"))
 
 
-def _warn_of_split_patients(out: Path) -> None:
-    """Warn when the tags put one patient in two splits; the table's own patients were checked when it was read."""
-    n = _number(
-        f"""SELECT count(*) FROM (SELECT patient_id FROM read_parquet({quote(out / "series.parquet")}) WHERE split <> 'unknown'
-        GROUP BY patient_id HAVING count(DISTINCT split) > 1)"""
-    )
-    if n:
-        logger.warning("%d patients are in more than one split; correct the splits table", n)
-
-
 def _summarise(out: Path, scanned: int) -> IndexSummary:
     series, files = quote(out / "series.parquet"), quote(out / "private" / "files.parquet")
     connection = connect()
@@ -514,6 +466,11 @@ def _summarise(out: Path, scanned: int) -> IndexSummary:
             rows = connection.execute(f"SELECT {what}, count(*) FROM read_parquet({source}) WHERE {where} GROUP BY 1 ORDER BY 1")
             return {str(name): int(n) for name, n in rows.fetchall()}
 
+        # The table's own patients were checked when it was read; tags may put one patient in two splits.
+        split = f"""SELECT count(*) FROM (SELECT patient_id FROM read_parquet({series}) WHERE split <> 'unknown'
+        GROUP BY patient_id HAVING count(DISTINCT split) > 1)"""
+        if n := connection.execute(split).fetchone()[0]:
+            logger.warning("%d patients are in more than one split; correct the splits table", n)
         usable = "status <> 'rejected'"
         reasons = counts("reason", files, "reason IS NOT NULL")
         used = counts("reason", files, "reason IS NULL").get("None", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from benchmarks import (
     startup,
     store_size,
 )
+from medssl.archive.scanning import sweep
 from tests.archive.test_burned_in import tissue
 
 TINY_VIT = ["--hidden", "48", "--layers", "2", "--heads", "2"]
@@ -197,7 +199,19 @@ def test_header_scan__times_ours_beside_pydicom(tmp_path: Path) -> None:
     assert set(by(content["rows"], "what")) == {header_scan.PYDICOM, header_scan.OURS, header_scan.ONE, header_scan.TWO}
 
 
-def test_index_scale__counts_what_it_indexed(tmp_path: Path) -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_index_scale__counts_what_it_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = index_scale.fresh
+
+    def here(function: str, *args: object) -> dict[str, Any]:
+        """Start a process of its own once only: each takes a second."""
+        if function == "scan_rate" and args[1] == 5:
+            return fresh(function, *args)
+        return {"seconds": 1.0, "peak_mb": 1.0, "worker_mb": 1.0, **getattr(index_scale, function)(*map(str, args))}
+
+    for name in ("scan_batch", "PROCESSES_ABOVE"):  # `scan_rate` replaces them
+        monkeypatch.setattr(sweep, name, getattr(sweep, name))
+    monkeypatch.setattr(index_scale, "fresh", here)
     rows = play(index_scale.main, ["files", "--sizes", "100", "300"], tmp_path / "files", repeats=1)["rows"]
     assert [(row["files"], row["scanned"]) for row in rows] == [
         (100, 100),
@@ -207,8 +221,18 @@ def test_index_scale__counts_what_it_indexed(tmp_path: Path) -> None:
         (300, 300),
         (300, 300),
     ]
+    assert 10 < rows[-1]["worker_mb"] < rows[-1]["peak_mb"]
     rows = play(index_scale.main, ["grouper", "--sizes", "300", "600"], tmp_path / "grouper")["rows"]
     assert [(row["files"], row["series"]) for row in rows] == [(300, 3), (600, 6)]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_index_scale__workers_are_measured_and_not_who_started_them() -> None:
+    held = bytearray(200 << 20)
+    held[:: 1 << 12] = b"x" * (len(held) >> 12)
+    with index_scale.watched_workers(0.02) as workers:
+        subprocess.run([sys.executable, "-c", "held = b'x' * (40 << 20); import time; time.sleep(0.3)"], check=True)
+    assert 40 < max(workers.values()) < 100 < 200 < index_scale.peak_mb("self")
 
 
 def test_burned_in__fits_one_half_and_measures_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from medssl._compat.spawn_main import spawn_pool
-from medssl.archive._parquet import write_table
+from medssl.archive._parquet import connect, write_table
 from medssl.archive.scanning.scan import IO_REASONS, SCAN_COLUMNS, blank_row, scan_batch
 from medssl.errors import StoreError
 
-BATCH = 256
+BATCH = 1024
 MAX_BATCH = 8192
 PROCESSES_ABOVE = 2048
 """Fewer files are scanned in threads: starting a process costs as much as a few hundred files."""
@@ -61,22 +61,28 @@ def sweep(
     recent: deque[bool] = deque(maxlen=OUTAGE_WINDOW)
     done = written = 0
     started = time.monotonic()
-    for batch, rows in _batches(_cut(paths, size), workers, executor, limit_s, many=total > PROCESSES_ABOVE):
-        recent.extend(row["reason"] in IO_REASONS for row in rows)
-        if sum(recent) > OUTAGE_SHARE * OUTAGE_WINDOW:
-            raise StoreError(
-                f"{sum(recent)} of the last {len(recent)} files could not be read (input/output errors or time-outs): this looks like an "
-                "outage of the storage, not like bad files, and the last batch was not recorded; what was scanned before is kept; check "
-                "the mount and run the same command again to go on"
+    connection = connect(threads=1)
+    try:
+        for batch, rows in _batches(_cut(paths, size), workers, executor, limit_s, many=total > PROCESSES_ABOVE):
+            recent.extend(row["reason"] in IO_REASONS for row in rows)
+            if sum(recent) > OUTAGE_SHARE * OUTAGE_WINDOW:
+                raise StoreError(
+                    f"{sum(recent)} of the last {len(recent)} files could not be read (input/output errors or time-outs): this looks like an "
+                    "outage of the storage, not like bad files, and the last batch was not recorded; what was scanned before is kept; check "
+                    "the mount and run the same command again to go on"
+                )
+            write_table(
+                private / "scan" / f"part-{part:08d}.parquet", SCAN_COLUMNS, ({**row, "part": part} for row in rows), connection
             )
-        write_table(private / "scan" / f"part-{part:08d}.parquet", SCAN_COLUMNS, ({**row, "part": part} for row in rows))
-        part += 1
-        done += len(batch)
-        written += len(rows)
-        if on_progress is not None:
-            on_progress(done)
-        if max_rate:
-            time.sleep(max(0.0, done / max_rate - (time.monotonic() - started)))
+            part += 1
+            done += len(batch)
+            written += len(rows)
+            if on_progress is not None:
+                on_progress(done)
+            if max_rate:
+                time.sleep(max(0.0, done / max_rate - (time.monotonic() - started)))
+    finally:
+        connection.close()
     return written
 
 
