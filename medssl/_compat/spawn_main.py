@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,11 +29,24 @@ def _hidden_main() -> Iterator[None]:
         main.__spec__ = spec
 
 
+@contextlib.contextmanager
+def _few_arenas() -> Iterator[None]:
+    """Let processes that start now keep few heaps: glibc gives each thread one, and those of short threads fill and stay."""
+    if "MALLOC_ARENA_MAX" in os.environ:
+        yield
+        return
+    os.environ["MALLOC_ARENA_MAX"] = "2"
+    try:
+        yield
+    finally:
+        del os.environ["MALLOC_ARENA_MAX"]
+
+
 class _Pool(ProcessPoolExecutor):
     """Starts no worker with the user's script, whenever it starts one: Python 3.9 and newer start them one by one, as work comes in."""
 
     def _spawn_process(self) -> None:
-        with _hidden_main():
+        with _hidden_main(), _few_arenas():
             super()._spawn_process()  # type: ignore[misc]
 
 

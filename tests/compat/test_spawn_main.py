@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from medssl._compat.spawn_main import spawn_pool
 
 SCRIPT = """
 import time
@@ -26,3 +31,15 @@ def test_script_without_a_guard__runs_once_whichever_worker_starts_late(tmp_path
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.splitlines()[-1] == "3"
     assert (tmp_path / "log").read_text() == "run\n"
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "2"), ("7", "7")])
+def test_workers__keep_few_heaps_unless_the_user_says_otherwise(
+    given: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    if given:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", given)
+    with spawn_pool(1) as pool:
+        assert pool.submit(os.getenv, "MALLOC_ARENA_MAX").result() == found
+    assert os.environ.get("MALLOC_ARENA_MAX") == given
