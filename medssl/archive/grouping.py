@@ -16,7 +16,7 @@ from typing import Any
 
 from medssl.archive._parquet import ROW_GROUP, TableWriter, connect, files_of, quote, stream, write_json, write_query, write_table
 from medssl.archive.ids import IdKey
-from medssl.archive.known import open_known, parts_of, wide
+from medssl.archive.known import open_known, parts_of, scan_parts, scanned, wide
 from medssl.archive.operations.decisions import apply_splits, apply_withdrawals
 from medssl.archive.paths import to_path
 from medssl.archive.pixels.found import apply_pixels
@@ -241,15 +241,19 @@ def _fill_buckets(connection: Any, private: Path, folder: Path, *, only_changed:
     total = int(connection.execute(f"SELECT count(*) FROM live {where}").fetchone()[0])
     buckets = min(MAX_BUCKETS, -(-total // BUCKET_ROWS))
     # What is wide (`header`, `slice`) is read from the parts only now, and only from those that hold rows to group.
-    connection.execute(f"CREATE TABLE chosen AS SELECT DISTINCT source_id, part FROM live {where}")
-    scan = wide(connection, private, "SELECT source_id, part FROM chosen")
+    chosen, parts = f"SELECT source_id, part FROM live {where}", scanned(scan_parts(private).values())
+    (n_parts,) = connection.execute(f"SELECT count(*) FROM {parts}").fetchone()
+    (n_chosen,) = connection.execute(f"SELECT count(part) FROM ({chosen})").fetchone()
+    scan = f"SELECT * FROM {parts}"
+    if n_chosen < n_parts:  # no join where every row is the newest of its file: it would hold a row of every file
+        connection.execute(f"CREATE TABLE chosen AS SELECT DISTINCT * FROM ({chosen})")
+        scan, parts = wide(connection, private, "SELECT * FROM chosen"), parts_of(connection, private, "SELECT part FROM chosen")
     newest = f"SELECT * FROM ({scan}) UNION ALL BY NAME SELECT *, '{{}}' AS slice FROM unopened"
     rows = f"""SELECT group_key, path, size, kind, reason, digest, header_id, slice,
         sop_id IS NOT NULL AND sop_id IN (SELECT sop_id FROM conflict) AS conflict FROM ({_corrected(f"({newest})")})"""
-    scan = parts_of(connection, private, "SELECT part FROM chosen")
     headers = f"""SELECT g.group_key, g.header_id, h.header
         FROM (SELECT DISTINCT group_key, header_id FROM live WHERE kind <> 'other') g
-        JOIN (SELECT header_id, any_value(header) AS header FROM {scan}
+        JOIN (SELECT header_id, any_value(header) AS header FROM {parts}
             WHERE header_id IN (SELECT header_id FROM live {where}) GROUP BY header_id) h USING (header_id)"""
     folder.mkdir(mode=0o700)
     connection.execute(f"SET partitioned_write_flush_threshold = {max(2 * CHUNK, total // MAX_BUCKETS)}")
@@ -260,7 +264,7 @@ def _fill_buckets(connection: Any, private: Path, folder: Path, *, only_changed:
             f"""COPY (SELECT *, {bucket} FROM ({query}) {where}) TO {quote(folder / name)}
             (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP}, PARTITION_BY (bucket))"""
         )
-    connection.execute("DROP TABLE chosen")
+    connection.execute("DROP TABLE IF EXISTS chosen")
     return total
 
 
