@@ -224,13 +224,7 @@ def measure_files(sizes: list[int], folder: Path, turns: int) -> tuple[list[dict
     rows += [together, spread]
     rows += [{"what": f"scan, {ms} ms a file", **turn[k]} for turn in scans for k, ms in enumerate((0, 5))]
     checks = [
-        Check("peak memory, largest against smallest", full["peak_mb"] / small["peak_mb"], 1.2, at_least=False),
-        Check(
-            "peak memory of a worker, largest against smallest",
-            full["worker_mb"] / max(1.0, small["worker_mb"]),
-            1.2,
-            at_least=False,
-        ),
+        Check("peak memory of all processes, largest against smallest", _memory(full) / _memory(small), 1.2, at_least=False),
         *(
             Check(f"{row['what']}: share of the full index's time", row["seconds"] / full["seconds"], 0.05, at_least=False)
             for row in (together, spread)
@@ -238,6 +232,11 @@ def measure_files(sizes: list[int], folder: Path, turns: int) -> tuple[list[dict
         Check("rate with 5 ms a file against none", statistics.median(a["seconds"] / b["seconds"] for a, b in scans), 0.8),
     ]
     return rows, checks
+
+
+def _memory(row: dict[str, Any]) -> float:
+    """Return the peaks of the main process and of both workers, in MB."""
+    return float(row["peak_mb"] + 2 * row["worker_mb"])
 
 
 def measure_grouper(sizes: list[int], folder: Path) -> tuple[list[dict[str, Any]], list[Check]]:

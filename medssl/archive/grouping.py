@@ -256,7 +256,7 @@ def _fill_buckets(connection: Any, private: Path, folder: Path, *, only_changed:
         JOIN (SELECT header_id, any_value(header) AS header FROM {parts}
             WHERE header_id IN (SELECT header_id FROM live {where}) GROUP BY header_id) h USING (header_id)"""
     folder.mkdir(mode=0o700)
-    connection.execute(f"SET partitioned_write_flush_threshold = {max(2 * CHUNK, total // MAX_BUCKETS)}")
+    connection.execute(f"SET partitioned_write_flush_threshold = {max(CHUNK // 2, total // MAX_BUCKETS)}")
     # A key is a letter and 63 random bits in hexadecimal digits.
     bucket = f"printf('%s%04d', group_key[1], ('0x' || group_key[2:5])::INTEGER * {buckets} // 32768) AS bucket"
     for name, query in {"rows": rows, "headers": headers}.items():
