@@ -29,7 +29,7 @@ from benchmarks import (
     store_size,
 )
 from medssl.archive.scanning import sweep
-from tests.archive.test_burned_in import tissue
+from tests.archive.pixels.test_burned_in import tissue
 
 TINY_VIT = ["--hidden", "48", "--layers", "2", "--heads", "2"]
 GPU_STEP = [

@@ -29,7 +29,7 @@ from medssl.cli.data import _pixel_lines
 from medssl.domains import pixel_pass
 from medssl.domains.pixel_pass import PixelSummary, look_at_pixels
 from medssl.errors import RequestError
-from tests.archive.test_burned_in import tissue, written
+from tests.archive.pixels.test_burned_in import tissue, written
 from tests.synthetic import oblique_volume, plain_affine, write_dicom_series, write_nifti
 from tests.synthetic_planar import write_planar_dicom
 
