@@ -121,7 +121,8 @@ def standardised(crops: Sequence[Tensor]) -> list[Tensor]:
     if len(rows) < 3:
         return list(crops)
     variance, mean = torch.var_mean(rows, dim=0, correction=0)
-    return list(((rows - mean) * (variance + 1e-5 * variance.mean().detach() + 1e-12).rsqrt()).split([len(z) for z in crops]))
+    unit = (rows - mean) * (variance + 1e-5 * variance.mean().detach() + 1e-12).rsqrt()
+    return list(torch.split(unit, [len(z) for z in crops]))
 
 
 class ClusterHead(nn.Module):
