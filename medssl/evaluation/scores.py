@@ -44,6 +44,28 @@ def balanced_accuracy(rows: np.ndarray) -> float:
     return float(np.mean(recalls))
 
 
+def roc_auc(rows: np.ndarray) -> float:
+    """Return the area under the ROC curve: how often an image of class 1 scores above one of class 0, ties counting half.
+
+    Args:
+        rows: (N, 2), target 0 or 1 and score; higher means class 1.
+
+    Returns:
+        0 to 1; NaN when a class has no image.
+
+    Reference:
+        Hanley and McNeil 1982: the Mann-Whitney statistic.
+    """
+    target, score = rows[:, 0] > 0.5, rows[:, 1]
+    ones, zeros = int(target.sum()), int((~target).sum())
+    if not ones or not zeros:
+        return float("nan")
+    _, place, counts = np.unique(score, return_inverse=True, return_counts=True)
+    middle = np.cumsum(counts) - (counts - 1) / 2  # mean rank of equal scores, from 1
+    ranks = middle[place.reshape(-1)]
+    return float((ranks[target].sum() - ones * (ones + 1) / 2) / (ones * zeros))
+
+
 METRICS: dict[str, dict[str, Statistic]] = {
     "regression": {"r2": r2, "mae": mae},
     "classification": {"balanced_accuracy": balanced_accuracy, "accuracy": accuracy},

@@ -107,6 +107,24 @@ def masked_loss(prediction: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:
     return (prediction[hidden].to(kind) - target[hidden]).square().mean(dim=-1).sum()
 
 
+def standardised(crops: Sequence[Tensor]) -> list[Tensor]:
+    """Give every channel mean 0 and variance 1 over all crops of a micro-batch; fewer than three rows stay as they are.
+
+    Embeddings of medical images of one kind point nearly the same way. Balanced assignments of them are nearly uniform, and the quickest
+    way down is to make them quite so. Standardised ones cannot all be alike, so that only agreement of views is left to learn.
+
+    Args:
+        crops: Embeddings (M, E) of each crop.
+    """
+    rows = torch.cat(list(crops))
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if len(rows) < 3:
+        return list(crops)
+    variance, mean = torch.var_mean(rows, dim=0, correction=0)
+    unit = (rows - mean) * (variance + 1e-5 * variance.mean().detach() + 1e-12).rsqrt()
+    return list(torch.split(unit, [len(z) for z in crops]))
+
+
 class ClusterHead(nn.Module):
     """Prototypes with what gives their targets, for one term.
 
@@ -283,6 +301,8 @@ class IntraInterClustering(nn.Module):
         inter_queue: The same for L_inter.
         freeze_prototypes: Steps during which prototypes stay as they are (`swav`).
         mask_ratio: Share of slices hidden in L_mask.
+        standardise: Standardise embeddings over the micro-batch of this process before they are scored, see `standardised`. For small
+            batches from scratch, which otherwise end at ln K; with several processes each takes its own statistics, as batch norms do.
         places: Memory slots per item in L_intra (`deepcluster`): slices of a stack share a slot when they lie in the same of this many
             parts of it.
         slice_axis: Of volumes.
@@ -310,6 +330,7 @@ class IntraInterClustering(nn.Module):
         inter_queue: int = 0,
         freeze_prototypes: int = 313,
         mask_ratio: float = 0.1,
+        standardise: bool = False,
         places: int = 16,
         slice_axis: int = 2,
         alarm: Mapping[str, float] | None = None,
@@ -320,6 +341,7 @@ class IntraInterClustering(nn.Module):
         _check(self.view_specs, self.weights, mode, mask_ratio, items, intra_queue + inter_queue)
         self.encoder = encoder
         self.freeze_prototypes, self.mask_ratio, self.slice_axis = freeze_prototypes, mask_ratio, slice_axis
+        self.standardise = standardise
         width = int(encoder.embed_dim)
         shared = {"mode": mode, "temperature": temperature, "epsilon": epsilon, "iterations": sinkhorn_iterations, "alarm": alarm}
         stacks = any(spec.kind != "image" for spec in self.view_specs.values())
@@ -476,6 +498,7 @@ class IntraInterClustering(nn.Module):
 
     def _cluster(self, term: str, crops: Sequence[Tensor], slots: Tensor, ctx: StepContext) -> dict[str, Tensor]:
         head: ClusterHead = getattr(self, term)
+        crops = standardised(crops) if self.standardise else crops
         unit = [functional.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1) for z in crops]
         total, monitors = head(unit, slots, frozen=ctx.step < self.freeze_prototypes)
         loss = ctx.mean(total, term, head.labelled(slots).sum())
