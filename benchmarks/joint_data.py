@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from medssl.archive.index import IndexSummary, index
-from medssl.archive.labels import attach
-from medssl.archive.leakage import find_leakage
-from medssl.archive.pixel_checks import content_hash
+from medssl.archive.operations.labels import attach
+from medssl.archive.operations.leakage import find_leakage
+from medssl.archive.pixels.checks import content_hash
 from medssl.archive.table import Archive
 from medssl.weights import write_atomic
 

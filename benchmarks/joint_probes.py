@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from benchmarks.joint_data import MEDMNIST, read_table
 from medssl import build
-from medssl.archive.pixel_checks import content_hash
+from medssl.archive.pixels.checks import content_hash
 from medssl.data_sources import store_folder
 from medssl.errors import LeakageError
 from medssl.evaluation.controls import random_init, small_images

@@ -14,8 +14,8 @@ from torch.nn.functional import interpolate
 
 from benchmarks import joint_data, joint_probes, joint_runs
 from medssl.archive.index import index
-from medssl.archive.leakage import find_leakage
-from medssl.archive.pixel_checks import content_hash
+from medssl.archive.operations.leakage import find_leakage
+from medssl.archive.pixels.checks import content_hash
 from medssl.archive.table import Archive
 from medssl.errors import LeakageError
 from medssl.evaluation.scores import roc_auc
