@@ -6,7 +6,9 @@ scan has touched are built again: the rows of all others are copied from the tab
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -232,6 +234,16 @@ def _build(
     return {name: table.path for name, table in tables.items()}
 
 
+@contextlib.contextmanager
+def _for_owner_alone() -> Iterator[None]:
+    """Let what is made now be the owner's alone: DuckDB makes folders and files of a partitioned table with the usual rights."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def _fill_buckets(connection: Any, private: Path, folder: Path, *, only_changed: bool) -> int:
     """Write the rows to group to `rows`, and the headers of each group to `headers`; return how many rows.
 
@@ -259,11 +271,12 @@ def _fill_buckets(connection: Any, private: Path, folder: Path, *, only_changed:
     connection.execute(f"SET partitioned_write_flush_threshold = {max(CHUNK // 2, total // MAX_BUCKETS)}")
     # A key is a letter and 63 random bits in hexadecimal digits.
     bucket = f"printf('%s%04d', group_key[1], ('0x' || group_key[2:5])::INTEGER * {buckets} // 32768) AS bucket"
-    for name, query in {"rows": rows, "headers": headers}.items():
-        connection.execute(
-            f"""COPY (SELECT *, {bucket} FROM ({query}) {where}) TO {quote(folder / name)}
-            (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP}, PARTITION_BY (bucket))"""
-        )
+    with _for_owner_alone():
+        for name, query in {"rows": rows, "headers": headers}.items():
+            connection.execute(
+                f"""COPY (SELECT *, {bucket} FROM ({query}) {where}) TO {quote(folder / name)}
+                (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROW_GROUP}, PARTITION_BY (bucket))"""
+            )
     connection.execute("DROP TABLE IF EXISTS chosen")
     return total
 
