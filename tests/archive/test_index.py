@@ -488,7 +488,7 @@ def test_real_archive__counts_and_verdicts(tmp_path: Path, shared_data: Path) ->
             ("mr_dicom_nih", "mr_dicom_t1_studyforrest", "nifti_misc", "nrrd_pyradiomics", "ct_mr_totalseg_examples", "dicom_odd"),
             40,
         ),
-        (
+        pytest.param(
             (
                 "dicom_multiframe",
                 "nifti_orientations",
@@ -499,6 +499,7 @@ def test_real_archive__counts_and_verdicts(tmp_path: Path, shared_data: Path) ->
                 "wsi_multistain",
             ),
             50,
+            marks=pytest.mark.slow,
         ),
         (("ct_ge_gantry_tilt", "ct_covid_ct_md", "cine_mr_sunnybrook"), 20),
     ],

@@ -48,6 +48,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_sigkill__then_resume_gives_the_same_bits(tmp_path: Path, reference: Path) -> None:
     killed = toy(str(tmp_path / "a"), "20", "--kill-at", "10")
     assert killed.returncode == -9

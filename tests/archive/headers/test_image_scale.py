@@ -152,7 +152,7 @@ def test_index__rejects_what_the_readers_refuse(tmp_path: Path, modality: str, c
 @pytest.mark.parametrize(
     ("folder", "modality", "read", "empty"),
     [
-        ("us_lung_video", "US", 28, 0),
+        pytest.param("us_lung_video", "US", 28, 0, marks=pytest.mark.slow),
         ("us_breast_busi", "US", 38, 2),
         ("cxr_hannover", "DX", 34, 0),
         ("dicom_odd", "unknown", 9, 0),
