@@ -18,9 +18,10 @@ help:
 install: $(VENV)/.installed
 
 # torch and torchvision are named together with the constraints file: pip left alone with either picks gigabytes of CUDA packages
+# Python compiles what is imported when it is imported: compiling all of it takes a third of the install
 $(VENV)/.installed: setup.cfg pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt torch torchvision -e ".[test,all]"
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints-cpu.txt torch torchvision -e ".[test,all]"
 	touch $@
 
 demo: install
