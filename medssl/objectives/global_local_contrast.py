@@ -225,6 +225,39 @@ class GlobalLocalContrast(nn.Module):
             self._build_decoder(maps, decoder_blocks, decoder_width, dim)
         freeze_unused(encoder, next(iter(self.view_specs.values())).size, self._used)
 
+    def check_places(self, sources: Mapping[str, tuple[str, int, int]]) -> list[str]:
+        """Look at what belongs to no volume and so has no place in one: the global term leaves it out, but for `variant: random`.
+
+        Args:
+            sources: Name -> key of its views, items that are single pictures, items in all.
+
+        Returns:
+            A sentence for each source that holds such pictures.
+
+        Raises:
+            RequestError: A source would train nothing, or no source trains the global term.
+        """
+        if "global" not in self.weights or self.variant == "random":
+            return []
+        seen = {name: counts for name, (key, *counts) in sources.items() if key != self.local_view}
+        instead = "take variant: random, which needs no place"
+        alone = [name for name, (pictures, items) in seen.items() if pictures == items]
+        if alone and ("local" not in self.weights or self.local_view is not None):
+            raise RequestError(
+                f"source {alone[0]}: its items are all pictures that belong to no volume or clip; variant {self.variant} compares slices by "
+                f"their place in one, so this source would train nothing; leave the source out, or {instead}"
+            )
+        if alone and len(alone) == len(seen):
+            raise RequestError(
+                f"all items of {', '.join(alone)} are pictures that belong to no volume or clip; variant {self.variant} compares slices by "
+                f"their place in one, so the global term would train nothing; set weights: {{local: 1}}, or {instead}"
+            )
+        return [
+            f"source {name}: {pictures} of {items} items are pictures that belong to no volume or clip; the global term leaves them out"
+            for name, (pictures, items) in seen.items()
+            if pictures
+        ]
+
     def _look(self, key: str) -> tuple[int, list[tuple[int, int, int]]]:
         """Return the number of token channels in all, and (channels, height, width) of the maps at different strides."""
         training = self.encoder.training

@@ -297,6 +297,29 @@ def test_pictures_without_a_place__stay_out() -> None:
     assert float(build(weights={"global": 1.0}, variant="random")(views, StepContext())["loss"].detach()) > 0
 
 
+def test_sources_of_pictures__are_refused_where_they_would_train_nothing() -> None:
+    both, one, two = (
+        build(),
+        build(weights={"global": 1.0}),
+        {"image": SPECS["image"], "plain": ViewSpec("image", (32, 32), None, 2)},
+    )
+    flat, mixed, slices = ("image", 6, 6), ("image", 2, 6), ("image", 0, 6)
+    with pytest.raises(RequestError, match=r"source x: its items are all pictures .* would train nothing; .* variant: random"):
+        one.check_places({"ct": slices, "x": flat})
+    with pytest.raises(RequestError, match="source x: its items are all pictures"):  # views for the local term have another key
+        build(view_specs=two, local_view="plain").check_places({"ct": slices, "x": flat})
+    with pytest.raises(RequestError, match=r"all items of x, y are pictures .* set weights: \{local: 1\}"):
+        both.check_places({"x": flat, "y": flat})
+    assert both.check_places({"ct": slices, "x": flat}) == [
+        "source x: 6 of 6 items are pictures that belong to no volume or clip; the global term leaves them out"
+    ]
+    assert one.check_places({"ct": slices, "m": mixed}) == [
+        "source m: 2 of 6 items are pictures that belong to no volume or clip; the global term leaves them out"
+    ]
+    assert build(view_specs=two, local_view="plain").check_places({"ct": slices, "x": ("plain", 6, 6)}) == []
+    assert build(variant="random").check_places({"x": flat}) == build(weights={"local": 1.0}).check_places({"x": flat}) == []
+
+
 def test_frozen_encoder__keeps_its_batch_norms() -> None:
     objective = build()
     objective.encoder.requires_grad_(False)
