@@ -311,9 +311,11 @@ class GlobalLocalContrast(nn.Module):
 
     def embed_regions(self, maps: Tensor) -> Tensor:
         """Return the embeddings of the 13 regions (B, 13, dim) of decoder maps (B, width, H, W)."""
-        rows = functional.unfold(self.regions(maps), 3, padding=1)  # (B, 9 width, H W)
-        place = self.centres[:, 0] * maps.shape[3] + self.centres[:, 1]
-        return self.region_head(rows[:, :, place].transpose(1, 2))  # type: ignore[no-any-return]
+        around = torch.arange(-1, 2, device=maps.device)
+        rows = (self.centres[:, 0, None] + around)[:, :, None]  # (13, 3, 1)
+        columns = (self.centres[:, 1, None] + around)[:, None, :]
+        cells = self.regions(maps)[:, :, rows, columns]  # (B, width, 13, 3, 3)
+        return self.region_head(cells.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _key(self, views: Views) -> str:
         found = [key for key in self.view_specs if key in views]

@@ -220,6 +220,14 @@ def test_embed_regions__looks_at_three_by_three_cells() -> None:
         assert bool(moved[10]) == felt
 
 
+def test_embed_regions__equals_unfolding_the_whole_map() -> None:
+    objective = build(weights={"local": 1.0}).eval()
+    maps = torch.randn(2, 16, 16, 16)
+    rows = functional.unfold(objective.regions(maps), 3, padding=1)
+    place = objective.centres[:, 0] * 16 + objective.centres[:, 1]
+    assert torch.equal(objective.embed_regions(maps), objective.region_head(rows[:, :, place].transpose(1, 2)))
+
+
 def test_local__learns_places_and_a_probe_finds_them() -> None:
     """Card 8.4: a position probe of 13 classes on decoder features rises above 80 %."""
     objective = build(weights={"local": 1.0})
