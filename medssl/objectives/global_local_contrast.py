@@ -173,7 +173,7 @@ class _UpBlock(nn.Module):
 class GlobalLocalContrast(nn.Module):
     """Contrast of slices by their partition, and of regions within decoder maps.
 
-    The usual schedule is two stages: `loss_weights: {local: 0}`, then `{global: 0}` with `train: ["decoder.*", "regions.*"]`. An encoder
+    The usual schedule is two stages: `loss_weights: {local: 0}`, then `{global: 0}` with `train: ["decoder.*", "region*"]`. An encoder
     without a trained parameter runs in evaluation mode, so that its batch norms stay as they are.
 
     Args:

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import deformable_attention, joint_shapes, place_contrast, position_shortcut, slice_memory, slice_order
+from benchmarks import (
+    deformable_attention,
+    joint_shapes,
+    matching_knn,
+    place_contrast,
+    position_shortcut,
+    slice_memory,
+    slice_order,
+)
 from tests.benchmarks.test_benchmarks import by, play
 
 TOY = ["--dim", "64", "--heads", "4", "--dim-head", "16", "--batch", "1"]
@@ -52,9 +61,9 @@ def test_slice_memory__does_not_grow_with_the_slices(tmp_path: Path) -> None:
     assert check["value"] is not None and grown < 0.1 * kept
 
 
-def test_joint_shapes__runs_both_modes(tmp_path: Path) -> None:
+def test_joint_shapes__runs_all_modes(tmp_path: Path) -> None:
     content = play(joint_shapes.main, ["--items", "12", "--epochs", "1", "--batch", "6"], tmp_path, repeats=1)
-    assert [row["mode"] for row in content["rows"]] == ["swav", "deepcluster"] and len(content["checks"]) == 4
+    assert [row["mode"] for row in content["rows"]] == list(joint_shapes.ARMS) and len(content["checks"]) == 6
     assert all(0 <= row["nmi"] <= 1 for row in content["rows"])
 
 
@@ -103,3 +112,31 @@ def test_place_contrast__a_few_steps_beat_the_untrained_encoder() -> None:
         for arm in ("untrained", "part")
     }
     assert scores["part"] > scores["untrained"] + 0.05
+
+
+def test_matching_knn__runs_all_arms(tmp_path: Path) -> None:
+    content = play(matching_knn.main, ["--items", "32", "--tests", "8", "--epochs", "1", "--batch", "16"], tmp_path, repeats=1)
+    assert [row["arm"] for row in content["rows"]] == list(matching_knn.ARMS)
+    assert all(0 <= row["accuracy"] <= 1 for row in content["rows"]) and len(content["checks"]) == 2
+
+
+def test_neighbour_accuracy__counts_the_commonest_organ() -> None:
+    known = torch.eye(8).repeat_interleave(3, dim=0)
+    labels = np.repeat(np.arange(8), 3)
+    assert matching_knn.neighbour_accuracy(known, labels, torch.eye(8), np.arange(8), k=3) == 1
+    assert matching_knn.neighbour_accuracy(known, labels, torch.eye(8), (np.arange(8) + 1) % 8, k=3) == 0
+    drawn, kinds = matching_knn.slices(16, 32, 0)
+    assert drawn.shape == (16, 1, 32, 32) and kinds.tolist() == [*range(8), *range(8)]
+
+
+@pytest.mark.slow
+def test_matching_knn__a_short_run_beats_the_untrained_encoder() -> None:
+    """lvm-med card 9.7, the part of it that one seed and three epochs can hold."""
+    images, labels = matching_knn.slices(800, 32, 0, 0)
+    asked, wanted = matching_knn.slices(400, 32, 0, 1)
+    scores = {}
+    for arm in ("untrained", "graph_matching"):
+        encoder = matching_knn.pretrain(arm, images, model="small", epochs=3, batch=32, seed=0)
+        found = matching_knn.embedded(encoder, images), matching_knn.embedded(encoder, asked)
+        scores[arm] = matching_knn.neighbour_accuracy(found[0], labels, found[1], wanted)
+    assert scores["graph_matching"] > scores["untrained"] + 0.05

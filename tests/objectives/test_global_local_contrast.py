@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from medssl.objectives.global_local_contrast import (
     region_centres,
 )
 from medssl.testing import check_objective
+from medssl.training.loop import frozen_names, set_trainable
 from medssl.types import EncoderOutput, Part, StepContext, Views, ViewsMeta, ViewSpec
 
 SPECS = {"image": ViewSpec("image", (32, 32), None, 2)}
@@ -338,6 +341,18 @@ def test_frozen_encoder__keeps_its_batch_norms() -> None:
     assert objective.decoder.training
     objective.encoder.requires_grad_(True)
     assert objective.train().encoder.training
+
+
+def test_second_stage__of_the_docstring_trains_all_of_the_local_term_and_nothing_else() -> None:
+    """The linear map of the 3 x 3 regions is part of the local head (card 3, g2): left out of the patterns it would stay random."""
+    named = re.search(r"train: (\[.*?\])", str(GlobalLocalContrast.__doc__))
+    assert named is not None
+    objective = build()
+    set_trainable(objective, json.loads(named.group(1)), frozen_names(objective))
+    trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    local = {name for name, _ in build(weights={"local": 1.0}).named_parameters() if not name.startswith("encoder.")}
+    assert trained == local and "region_head.weight" in local
+    assert not objective.train().encoder.training
 
 
 def test_two_views__one_per_term() -> None:
