@@ -177,6 +177,34 @@ def test_positives__of_part_are_those_of_the_paper() -> None:
     assert pairs == {(a, b) for a, b in within | across} | {(b, a) for a, b in within | across}
 
 
+def test_within__takes_near_places_for_one_partition() -> None:
+    """Card 9: a soft threshold instead of partitions, for volumes that partitions do not suit."""
+    place = torch.tensor([0.0, 0.1, 0.3, 0.95])
+    made = rows(4, 2, torch.tensor([0, 1, 2, 1]), place)
+    positives, negatives = contrast_pairs(*made, "part", 0.25)
+    slices, volumes, places, views = (x.tolist() for x in made)
+    for a in range(8):
+        for b in range(8):
+            near = abs(places[a] - places[b]) < 0.25
+            pair = (slices[a] == slices[b] and views[a] != views[b]) or (near and volumes[a] != volumes[b] and views[a] == views[b])
+            assert bool(positives[a, b]) == pair and bool(negatives[a, b]) == (not near)
+    assert positives.sum() == 8 + 2 * 2 * 2  # views of each slice; slices 0-1 and 1-2 in both views, both orders
+    together, apart = (
+        build(weights={"global": 1.0}, within=w).eval()(make_slices(8), StepContext())["negatives"] for w in (2.0, 0.01)
+    )
+    assert float(together) == 0 and float(apart) == 14
+
+
+def test_within__in_mm_goes_by_depth_and_leaves_pictures_out() -> None:
+    objective = build(weights={"global": 1.0}, within=20.0, position="mm").eval()
+    views = make_slices(8)
+    views.data["image_depth"] = (torch.arange(8.0)[:, None] * 15).expand(8, 2).clone()
+    parts = objective(views, StepContext())
+    assert float(parts["negatives"]) == pytest.approx(2 * sum(sum(abs(a - b) * 15 >= 20 for b in range(8)) for a in range(8)) / 8)
+    views.data["image_share"][:4] = float("nan")
+    assert float(objective(views, StepContext())["negatives"]) == pytest.approx(2 * (2 + 1 + 1 + 2) / 4)
+
+
 def test_partition__is_a_function_of_the_place_alone() -> None:
     """Card 8.6: slices may change places within a partition, a reversed volume is another one."""
     share = torch.linspace(0, 1, 16)
@@ -375,6 +403,10 @@ def test_two_views__one_per_term() -> None:
         ({"weights": {"globl": 1.0}}, r'weights names globl \(did you mean "global"\?\)'),
         ({"variant": "parts"}, "accepted: random, part_negatives, part"),
         ({"partitions": 1}, "2 or more"),
+        ({"position": "cm", "within": 1.0}, "accepted: fraction, mm"),
+        ({"position": "mm"}, "how many mm apart"),
+        ({"within": 0.0}, "above 0"),
+        ({"within": 0.2, "variant": "random"}, "random compares no places"),
         ({"decoder_blocks": 3}, "1 to 2 blocks fit"),
         ({"decoder_blocks": 1}, "too small for 13 regions"),
         ({"local_view": "plain"}, "name one of them"),
