@@ -22,7 +22,7 @@ from medssl.errors import RequestError, header_words, near
 from medssl.recipe import SourceSection
 from medssl.registry import argument_faults, component_faults, lookup
 from medssl.sampling.items import Item, freeze
-from medssl.sampling.planes import MiddlePlanes, PlaneSampler, PlaneSource
+from medssl.sampling.planes import MiddlePlanes, PlaneSampler, PlaneSource, slice_axis
 from medssl.sampling.samplers import CentreSampler, CropSampler
 from medssl.sampling.source import ImageSource
 from medssl.store.manifest import store_key
@@ -243,6 +243,12 @@ def check_items(shelf: Shelf, section: SourceSection, encoders: Sequence[Any]) -
             f"source {shelf.name}: {timeless} of {len(records)} clips have no frame times, and a stack needs them; leave them out of "
             "the query (where: frame_time_ms is not null), or draw single frames (views.kind: image)"
         )
+
+
+def without_place(shelf: Shelf, section: SourceSection) -> tuple[str, int, int]:
+    """Return the key of a source's views, how many of its items are single pictures, which lie at no place of a volume, and all items."""
+    pictures = sum(slice_axis(shelf.reader.record(row.series_id)) is None for row in shelf.rows)
+    return make_views(section.views).name, pictures, len(shelf.rows)
 
 
 def training_source(shelf: Shelf, section: SourceSection, items: Sequence[Item], batch: int) -> ImageLike:

@@ -41,6 +41,7 @@ KEPT = (
     "versions",
 )
 AXIS_ORDER = "XYZ-RAS"  # what MONAI delivers too, so no kernel is permuted on the way
+INFLATED_ORDER = "XYZ-PLS"  # of a slice encoder with a third axis: rows and columns of an axial slice, as pretraining shows it
 IMAGE_ORDERS = ("HW", "slices of XYZ-RAS")  # of image encoders, and of those that look at volumes slice by slice
 
 
