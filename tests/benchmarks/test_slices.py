@@ -61,9 +61,10 @@ def test_slice_memory__does_not_grow_with_the_slices(tmp_path: Path) -> None:
     assert check["value"] is not None and grown < 0.1 * kept
 
 
-def test_joint_shapes__runs_all_modes(tmp_path: Path) -> None:
-    content = play(joint_shapes.main, ["--items", "12", "--epochs", "1", "--batch", "6"], tmp_path, repeats=1)
-    assert [row["mode"] for row in content["rows"]] == list(joint_shapes.ARMS) and len(content["checks"]) == 6
+def test_joint_shapes__runs_both_modes(tmp_path: Path) -> None:
+    arms = ["swav", "deepcluster standardised"]
+    content = play(joint_shapes.main, ["--items", "12", "--epochs", "1", "--batch", "6", "--arms", *arms], tmp_path, repeats=1)
+    assert [row["mode"] for row in content["rows"]] == arms and len(content["checks"]) == 4
     assert all(0 <= row["nmi"] <= 1 for row in content["rows"])
 
 
