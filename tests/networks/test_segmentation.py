@@ -152,7 +152,7 @@ def test_weights_of_another_network__say_which_network_fits() -> None:
     with pytest.raises(WeightsError, match=r"of monai.ViT .*choose network unetr"):
         load_pretrained(network, state, manifest)
     unetr = build_unetr(encoder={"name": "vit3d", "args": VIT}, out_channels=2, image_size=(16, 16, 16), feature_size=4)
-    with pytest.raises(WeightsError, match="only a SegResNet takes a pretrained decoder"):
+    with pytest.raises(WeightsError, match="only a SegResNet or SwinUNETR takes a pretrained decoder"):
         load_pretrained(unetr, state, manifest, decoder_state={"up_layers.x": torch.zeros(1)})
 
 
