@@ -9,7 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from medssl.errors import RequestError, near
-from medssl.export import flexible_unet, joint, monai_bundle, resnet, resnet_trunk, retinanet, segresnet, swin_unetr, timm, torchvision, unetr
+from medssl.export import (
+    flexible_unet,
+    joint,
+    monai_bundle,
+    resnet,
+    resnet_trunk,
+    retinanet,
+    segresnet,
+    swin_unetr,
+    timm,
+    torchvision,
+    unetr,
+)
 from medssl.export.manifest import Weights, exported_manifest, read_weights, require_whole
 from medssl.export.slices import Adaptation, Inflation
 from medssl.export.verify import ExportReport, compare, features, require_equal, source_encoder
