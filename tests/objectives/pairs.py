@@ -35,14 +35,19 @@ def make_encoder(name: str) -> Any:
 
 def make_alice(name: str = "segresnet3d", seed: int = 0, **changes: Any) -> Alice:
     torch.manual_seed(seed)
-    return Alice(make_encoder(name), image_size=SIZES[name], **{**SMALL, **changes})
+    return Alice(make_encoder(name), **{"image_size": SIZES[name], **SMALL, **changes})
 
 
 def make_pairs(
-    name: str = "segresnet3d", batch: int = 2, seed: int = 0, weights: list[float] | None = None, first: int = 0
+    name: str = "segresnet3d",
+    batch: int = 2,
+    seed: int = 0,
+    weights: list[float] | None = None,
+    first: int = 0,
+    size: tuple[int, ...] | None = None,
 ) -> Views:
-    """Random pairs, every crop with a mask of its own; the first planes of every other pair are padding."""
-    size, cell = SIZES[name], CELLS[name]
+    """Random pairs, every crop with a mask of its own; one half of every other pair is padding."""
+    size, cell = size or SIZES[name], CELLS[name]
     images, masks, valids = [], [], []
     for item in range(first, first + batch):
         generator = torch.Generator().manual_seed(1000 * seed + item)
@@ -52,7 +57,7 @@ def make_pairs(
         order = torch.rand(2, cells, generator=generator).argsort(dim=1)
         masks.append((order < cells // 2).reshape(2, *grid))
         valid = torch.ones(2, *size, dtype=torch.bool)
-        valid[:, : 8 * (item % 2)] = False
+        valid[:, : size[0] // 2 * (item % 2)] = False
         valids.append(valid)
     data = {"volume": torch.stack(images), "volume_mask": torch.stack(masks)}
     if weights is not None:

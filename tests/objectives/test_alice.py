@@ -128,8 +128,9 @@ def loops(objective: Alice, views: Views, t_t: float) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", ["segresnet3d", "vit3d"])
 def test_losses__equal_plain_loops_in_float64(name: str) -> None:
-    objective = settle(make_alice(name).double())
-    views = to_double(make_pairs(name, weights=[1.0, 0.25]))
+    size = (8, 12, 4) if name == "segresnet3d" else SIZES[name]
+    objective = settle(make_alice(name, image_size=size).double())
+    views = to_double(make_pairs(name, weights=[1.0, 0.25], size=size))
     found = numbers(objective(views, StepContext(schedules={"teacher_temperature": 0.05}, epoch=3)))
     expected = loops(objective, views, 0.05)
     for term, value in expected.items():
@@ -151,7 +152,8 @@ def test_losses__recon_region_all_scores_every_valid_voxel() -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_alice__keeps_the_contract(name: str) -> None:
-    check_objective(make_alice(name), make_pairs(name, weights=[1.0, 0.5]), steps=3 if name == "swin3d" else 10)
+    steps, lr = (4, 3e-4) if name == "swin3d" else (10, 3e-3)
+    check_objective(make_alice(name), make_pairs(name, weights=[1.0, 0.5]), steps=steps, lr=lr)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +328,7 @@ def test_floor__teacher_equal_to_student_without_mask_and_with_a_equal_to_b() ->
     views.meta.valid["volume"][:] = True  # so that every token counts, in the loss as in the monitor
     parts = numbers(objective(views, StepContext(schedules={"teacher_temperature": 0.04})))
     for term in ("cls", "patch"):
-        assert parts[f"loss_{term}"] == pytest.approx(parts[f"{term}_teacher_entropy"] * math.log(16), rel=1e-6), term
+        assert parts[f"loss_{term}"] == pytest.approx(parts[f"{term}_teacher_entropy"] * math.log(16), rel=1e-5), term
     assert parts["loss_rec"] == 0.0  # nothing was hidden
 
 
@@ -509,4 +511,4 @@ def test_mask_token__replaces_the_embedding_of_a_hidden_patch() -> None:
         extra = stem(hidden.float())
         assert torch.equal(extra[0, :, 0, 0, 0], stem.mask_token[0, :, 0, 0, 0])
         if name == "swin3d":
-            assert extra.shape == (1, 12, 32, 16, 16) and float(extra[0, :, 8:].abs().max()) == 0.0
+            assert extra.shape == (1, 12, 32, 16, 16) and not extra[0, :, 8:].any()
