@@ -234,7 +234,7 @@ def test_swin_unetr__refuses_other_crops_encoders_and_channels() -> None:
         build_swin_unetr(encoder={"name": "swin3d", "args": SWIN}, out_channels=2, image_size=(32, 32, 32))
     with pytest.raises(RequestError, match='the encoder is "segresnet3d"; it is built around swin3d; choose network "segresnet"'):
         build_swin_unetr(encoder={"name": "segresnet3d", "args": SEG}, out_channels=2)
-    encoder, state, manifest = swin_part()
+    _, state, manifest = swin_part()
     wide = build_swin_unetr(encoder={"name": "swin3d", "args": {**SWIN, "in_channels": 2}}, out_channels=2)
     with pytest.raises(WeightsError, match=r"the weights take 1 input channel\(s\), the network has 2"):
         load_pretrained(wide, state, manifest)
