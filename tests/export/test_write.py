@@ -3,12 +3,17 @@ from __future__ import annotations
 import errno
 import json
 import pickletools
+import re
+import shlex
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from medssl.cli import main as cli
+from medssl.encoders.swin3d import Swin3D
 from medssl.errors import RequestError, StoreError, WeightsError
 from medssl.export import segresnet, verify
 from medssl.export.write import EXPORTS, export_weights
@@ -275,3 +280,20 @@ def test_compare__nan_does_not_pass():
         verify.compare([(torch.tensor([float("nan")]), torch.zeros(1))], "unetr")
     with pytest.raises(WeightsError, match=r"returns features \(2,\), the encoder \(1,\)"):
         verify.compare([(torch.zeros(2), torch.zeros(1))], "unetr")
+
+
+def test_swin_unetr__code_of_the_docs_runs(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text().split("## MONAI SwinUNETR")[1].split("\n## ")[0]
+    (command,) = re.findall(r"```sh\nmedssl (.*?)```", text, flags=re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    run = save_run(Swin3D(feature_size=12), tmp_path / "runs" / "swin")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        cli.main(shlex.split(command))
+    assert not left.value.code, capsys.readouterr().err
+    names = {}
+    exec(compile(code, "docs/export.md", "exec"), names)
+    expected, _ = load_part(run)
+    for network in (names["network"], names["again"]):
+        found = network.state_dict()
+        assert len(expected) == 126 and all(torch.equal(found[key], value) for key, value in expected.items())
