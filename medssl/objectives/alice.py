@@ -52,7 +52,9 @@ from medssl.types import EncoderOutput, Part, StepContext, Views, ViewSpec
 
 TERMS = ("cls", "patch", "rec")
 SPREAD = 0.3
-"""Std of unit-length features over a batch, in units of 1 / sqrt(E), below which they count as collapsed."""
+"""Std of unit-length features over a batch, in units of 1 / sqrt(E), below which they are alike. Convolutions start below it."""
+UNIFORM = 0.99
+"""Entropy of targets as a share of ln K above which they teach nothing."""
 ALARM_ROWS = 8
 """Fewer features than this say nothing about a spread."""
 
@@ -242,8 +244,11 @@ class Alice(nn.Module):
         student_temperature: T_s.
         teacher_temperature: T_t at the start and after the warm-up; below T_s, or targets teach nothing.
         temperature_warmup: Share of the run over which T_t rises.
+        standardise: Bring the channels of what enters the heads to mean 0 and variance 1, by running statistics of student and of teacher.
+            Features of a fresh network have most of their length in common; of what is left after centring, a teacher can only say that
+            all prototypes are alike, and the student learns just that. False is the published form.
         teacher_momentum: Momentum of the teacher at the start; it ends at 1.
-        centre_momentum: Momentum of the centres.
+        centre_momentum: Momentum of the centres and of the running statistics.
         frozen_epochs: First epochs in which the last layers stay as they are.
         recon_region: `masked` scores hidden voxels only, `all` every valid voxel.
         decoder_dim: Width of the decoder for encoders without one.
@@ -273,6 +278,7 @@ class Alice(nn.Module):
         student_temperature: float = 0.1,
         teacher_temperature: Sequence[float] = (0.04, 0.07),
         temperature_warmup: float = 0.1,
+        standardise: bool = True,
         teacher_momentum: float = 0.996,
         centre_momentum: float = 0.9,
         frozen_epochs: int = 1,
@@ -325,9 +331,16 @@ class Alice(nn.Module):
         self.teacher.requires_grad_(False)
         for term in self.head.last:
             self.register_buffer(f"centre_{term}", torch.zeros(prototypes))
-        self.alarm = StuckAlarm(**{"share": 1.0, **(alarm or {})})  # type: ignore[arg-type]
+        self.standardise = standardise
+        widths = {"pooled": encoder.embed_dim, "tokens": encoder.embed_dim, "context": context_dim}
+        for branch in ("student", "teacher"):
+            for kind, width in widths.items():
+                self.register_buffer(f"{branch}_{kind}", torch.stack([torch.zeros(width), torch.ones(width)]))
+        self.known: Tensor
+        self.register_buffer("known", torch.tensor(False))
+        self.alarm = StuckAlarm(**(alarm or {}))  # type: ignore[arg-type]
         self._pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._spreads: list[Tensor] = []
+        self._health: list[Tensor] = []
         self._step = -1
 
     def _averaged(self) -> dict[str, nn.Module]:
@@ -440,9 +453,9 @@ class Alice(nn.Module):
     def forward(self, views: Views, ctx: StepContext) -> dict[str, Tensor]:
         """Return `loss`, the weighted sum of the terms, the terms `loss_*`, and monitors.
 
-        `cls_spread` is the std over the batch of pooled features of length 1, times sqrt(E): 1 when they point everywhere, below 0.3 when
-        they are about to collapse. `<term>_centre_entropy` and `<term>_teacher_entropy` are shares of ln K: the first nears 0 when one
-        prototype takes everything, the second nears 1 when targets are uniform.
+        `cls_spread` is the std over the batch of pooled features of length 1, times sqrt(E): 1 when they point everywhere, 0 when they are
+        alike. `<term>_centre_entropy` and `<term>_teacher_entropy` are shares of ln K: the first nears 0 when one prototype takes
+        everything, the second nears 1 when targets are uniform. A run that stays below a spread of 0.3 with uniform targets is stopped.
         """
         unknown = [name for name in ctx.loss_weights if name not in self.weights]
         if unknown:
@@ -453,7 +466,7 @@ class Alice(nn.Module):
         x, hidden, valid, weight = self.inputs(views)
         temperature = ctx.schedules.get("teacher_temperature", self.teacher_temperature[0])
         if self._step != ctx.step:
-            self._pending, self._spreads, self._step = {}, [], ctx.step
+            self._pending, self._health, self._step = {}, [], ctx.step
         output, context, painted = self.encode(x.flatten(0, 1), hidden.flatten(0, 1), paint="rec" in self.weights)
         with torch.no_grad():
             target, target_context, _ = self.encode(x.flatten(0, 1), None, paint=False)
@@ -468,16 +481,33 @@ class Alice(nn.Module):
             kind = torch.promote_types(x.dtype, torch.float32)
             error = (_in_pairs(painted).to(kind) - x.to(kind)).square().mean(dim=2, keepdim=True)  # over channels
             parts["loss_rec"] = ctx.mean((error * scored).sum(), "voxels", scored.sum())
-        parts["cls_spread"] = self._spread(output.pooled, weight)
+        parts["cls_spread"], rows = self._spread(output.pooled, weight)
+        if self.training:
+            targets = [value for name, value in parts.items() if name.endswith("_teacher_entropy")]
+            self._health.append(torch.stack([parts["cls_spread"], torch.stack(targets).min(), rows.float()]))
         total = torch.stack([ctx.loss_weights.get(term, w) * parts[f"loss_{term}"] for term, w in self.weights.items()]).sum()
         return {"loss": total, **parts}
+
+    def _standard(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
+        """Return features (..., E) with running mean and variance taken out, and note them, rows by weight (...)."""
+        if not self.standardise:
+            return x
+        if self.training:
+            with torch.no_grad():
+                rows, share = x.detach().double().flatten(0, -2), weight.double().flatten()[:, None]
+                sums = torch.cat([(rows * share).sum(dim=0), (rows.square() * share).sum(dim=0)])
+                self._pending.setdefault(name, []).append((sums, share.sum()))
+        mean, variance = self.get_buffer(name).to(x.dtype)
+        return (x - mean) / variance.clamp_min(1e-6).sqrt()
 
     def _cls(
         self, output: EncoderOutput, target: EncoderOutput, weight: Tensor, temperature: float, ctx: StepContext, frozen: bool
     ) -> dict[str, Tensor]:
-        student = _in_pairs(self.head(output.pooled, "cls", frozen=frozen))  # (B, 2, K)
+        both = weight.repeat_interleave(2)
+        student = self.head(self._standard(output.pooled, both, "student_pooled"), "cls", frozen=frozen)
         with torch.no_grad():
-            teacher = _in_pairs(self.teacher["head"](target.pooled, "cls"))
+            teacher = self.teacher["head"](self._standard(target.pooled, both, "teacher_pooled"), "cls")
+        student, teacher = _in_pairs(student), _in_pairs(teacher)  # (B, 2, K)
         centre = self.get_buffer("centre_cls")
         crossed = cross_entropy(teacher.flip(1), centre, temperature, student, self.student_temperature).mean(dim=1)
         self._remember("cls", teacher, weight[:, None].expand(-1, 2))
@@ -496,21 +526,25 @@ class Alice(nn.Module):
         ctx: StepContext,
         frozen: bool,
     ) -> dict[str, Tensor]:
-        student = self.head(output.tokens, "patch", frozen=frozen)  # (2 B, N, K)
-        if self.casa is None:
-            with torch.no_grad():
-                teacher = self.teacher["head"](target.tokens, "patch")
-        else:
-            queries = student
-            student = self.casa(queries, self.head(context, "patch", context=True, frozen=frozen))
-            with torch.no_grad():
-                teacher = self.casa(queries.detach(), self.teacher["head"](target_context, "patch", context=True), teacher=True)
         # tokens whose cell holds nothing real are left out
         real = functional.max_pool3d(valid.flatten(0, 1).to(weight.dtype), self.patch)
         real = _in_pairs(flatten_tokens(real)[..., 0])  # (B, 2, N)
+        rows = (weight[:, None, None] * real).flatten(0, 1)
+        student = self.head(self._standard(output.tokens, rows, "student_tokens"), "patch", frozen=frozen)  # (2 B, N, K)
+        if context is None or target_context is None or self.casa is None:
+            with torch.no_grad():
+                teacher = self.teacher["head"](self._standard(target.tokens, rows, "teacher_tokens"), "patch")
+        else:
+            queries = student
+            rows = weight.repeat_interleave(2)[:, None].expand(context.shape[:2])
+            own = self.head(self._standard(context, rows, "student_context"), "patch", context=True, frozen=frozen)
+            student = self.casa(queries, own)
+            with torch.no_grad():
+                seen = self._standard(target_context, rows, "teacher_context")
+                teacher = self.casa(queries.detach(), self.teacher["head"](seen, "patch", context=True), teacher=True)
         teacher, student = _in_pairs(teacher), _in_pairs(student)
-        rows = cross_entropy(teacher, self.get_buffer("centre_patch"), temperature, student, self.student_temperature)
-        crops = (rows * real).sum(dim=2) / real.sum(dim=2).clamp_min(1)  # (B, 2)
+        losses = cross_entropy(teacher, self.get_buffer("centre_patch"), temperature, student, self.student_temperature)
+        crops = (losses * real).sum(dim=2) / real.sum(dim=2).clamp_min(1)  # (B, 2)
         self._remember("patch", teacher, weight[:, None, None] * real)
         loss = ctx.mean((crops.mean(dim=1) * weight).sum(), "pairs", weight.sum())
         return {"loss_patch": loss, **self._entropies("patch", teacher, temperature)}
@@ -524,48 +558,58 @@ class Alice(nn.Module):
         }
 
     @torch.no_grad()
-    def _spread(self, pooled: Tensor, weight: Tensor) -> Tensor:
-        """Return the std of unit-length features over the batch of all processes, times sqrt(E)."""
+    def _spread(self, pooled: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the std of unit-length features over the batch of all processes, times sqrt(E), and how many features that were."""
         rows = functional.normalize(pooled.detach().double(), dim=1)
         kept = (weight > 0).double().repeat_interleave(2)[:, None]
         sums = sum_ranks(torch.cat([(rows * kept).sum(dim=0), (rows.square() * kept).sum(dim=0), kept.sum()[None]]))
-        count = sums[-1].clamp_min(1)
-        mean, square = (sums[:-1] / count).chunk(2)
+        mean, square = (sums[:-1] / sums[-1].clamp_min(1)).chunk(2)
         spread = (square - mean.square()).clamp_min(0).sqrt().mean() * math.sqrt(rows.shape[1])
-        if self.training and float(sums[-1]) >= ALARM_ROWS:
-            self._spreads.append(spread)
-        return spread.float()
+        return spread.float(), sums[-1]
 
     @torch.no_grad()
     def _remember(self, term: str, logits: Tensor, weight: Tensor) -> None:
         """Keep the weighted sum of the teacher's logits of this micro-batch for the centre."""
         if self.training:
             total = (logits.double() * weight[..., None]).flatten(0, -2).sum(dim=0)
-            self._pending.setdefault(term, []).append((total, weight.double().sum()))
+            self._pending.setdefault(f"centre_{term}", []).append((total, weight.double().sum()))
 
     @torch.no_grad()
     def after_step(self, ctx: StepContext) -> None:
-        """Move the centres by what all micro-steps and processes saw, and look for a collapse.
+        """Move centres and statistics by what all micro-steps and processes saw, and look for a collapse.
 
         Raises:
             TrainingStopped: The features of a batch have been alike for too long.
         """
-        pending, spreads = self._pending, self._spreads
-        self._pending, self._spreads = {}, []
-        for term, seen in pending.items():
+        pending, health = self._pending, self._health
+        self._pending, self._health = {}, []
+        learnt = torch.zeros_like(self.known)
+        for name, seen in pending.items():
             sums = torch.stack([total for total, _ in seen]).sum(dim=0)
             packed = sum_ranks(torch.cat([sums, torch.stack([count for _, count in seen]).sum()[None]]))
-            centre = self.get_buffer(f"centre_{term}")
-            mean = (packed[:-1] / packed[-1].clamp_min(1e-12)).to(centre.dtype)
-            centre.copy_(torch.where(packed[-1] > 0, torch.lerp(mean, centre, self.centre_momentum), centre))
-        if not spreads:
+            kept = self.get_buffer(name)
+            found = packed[:-1] / packed[-1].clamp_min(1e-12)
+            if name.startswith("centre_"):
+                momentum = self.centre_momentum
+            else:
+                mean, square = found.chunk(2)
+                found = torch.stack([mean, (square - mean.square()).clamp_min(0)])
+                momentum = self.centre_momentum if bool(self.known) else 0.0
+            kept.copy_(torch.where(packed[-1] > 0, torch.lerp(found.to(kept.dtype), kept, momentum), kept))
+                learnt = learnt | (packed[-1] > 0)
+        self.known.copy_(self.known | learnt)
+        if not health:
             return
-        spread = float(torch.stack(spreads).mean())
-        if self.alarm.update(min(SPREAD / max(spread, 1e-6), 10.0), 1.0, ctx.step, ctx.epoch):
+        spread, entropy, rows = (sum_ranks(torch.stack(health).mean(dim=0)) / ctx.world_size).tolist()
+        if rows < ALARM_ROWS:
+            return
+        alike = float(spread < SPREAD and entropy > UNIFORM)
+        if self.alarm.update(alike, 1.0, ctx.step, ctx.epoch):
             raise TrainingStopped(
-                f"step {ctx.step}: the pooled features of a batch are alike (spread {spread:.2g} of 1 / sqrt(E), limit {SPREAD}) for more "
-                f"than {self.alarm.epochs} epochs: they have collapsed. The last checkpoint is safe. Try a lower optim.lr, more warm-up, a "
-                "larger batch, a higher teacher_momentum, or a higher weight of rec"
+                f"step {ctx.step}: the pooled features of a batch are alike (spread {spread:.2g} of 1 / sqrt(E), limit {SPREAD}) and the "
+                f"teacher's targets uniform, for more than {self.alarm.epochs} epochs: they have collapsed. The last checkpoint is safe. Try "
+                "a lower optim.lr, more warm-up, a larger batch, a stage of reconstruction alone (loss_weights: {cls: 0, patch: 0}) first, or "
+                "a lower weight of cls and patch"
             )
 
     @torch.no_grad()
