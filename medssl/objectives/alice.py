@@ -338,7 +338,7 @@ class Alice(nn.Module):
                 self.register_buffer(f"{branch}_{kind}", torch.stack([torch.zeros(width), torch.ones(width)]))
         self.known: Tensor
         self.register_buffer("known", torch.tensor(False))
-        self.alarm = StuckAlarm(**(alarm or {}))  # type: ignore[arg-type]
+        self.alarm = StuckAlarm(**{"share": 0.5, **(alarm or {})})  # type: ignore[arg-type]
         self._pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._health: list[Tensor] = []
         self._step = -1
@@ -498,7 +498,7 @@ class Alice(nn.Module):
                 sums = torch.cat([(rows * share).sum(dim=0), (rows.square() * share).sum(dim=0)])
                 self._pending.setdefault(name, []).append((sums, share.sum()))
         mean, variance = self.get_buffer(name).to(x.dtype)
-        return (x - mean) / variance.clamp_min(1e-6).sqrt()
+        return (x - mean) / variance.clamp_min(1e-6).sqrt()  # type: ignore[no-any-return]
 
     def _cls(
         self, output: EncoderOutput, target: EncoderOutput, weight: Tensor, temperature: float, ctx: StepContext, frozen: bool
@@ -595,8 +595,8 @@ class Alice(nn.Module):
                 mean, square = found.chunk(2)
                 found = torch.stack([mean, (square - mean.square()).clamp_min(0)])
                 momentum = self.centre_momentum if bool(self.known) else 0.0
-            kept.copy_(torch.where(packed[-1] > 0, torch.lerp(found.to(kept.dtype), kept, momentum), kept))
                 learnt = learnt | (packed[-1] > 0)
+            kept.copy_(torch.where(packed[-1] > 0, torch.lerp(found.to(kept.dtype), kept, momentum), kept))
         self.known.copy_(self.known | learnt)
         if not health:
             return

@@ -469,9 +469,9 @@ def test_collapse__stops_the_run_with_advice() -> None:
     views = make_pairs(batch=4)
     views.data["volume"][:] = 1.0  # the features of all pairs are alike
     with pytest.raises(TrainingStopped, match=r"pooled features of a batch are alike .*collapsed.*Try a lower optim.lr"):
-        look(objective, [views] * 10)
+        look(objective, [views] * 25)
     healthy = make_alice(alarm={"epochs": 2, "steps": 3}, centre_momentum=0.0, weights={"cls": 1})
-    look(healthy, [make_pairs(batch=4, seed=step) for step in range(10)])
+    look(healthy, [make_pairs(batch=4, seed=step) for step in range(25)])
 
 
 def look(objective: Alice, batches: list[Views]) -> None:
