@@ -26,8 +26,8 @@ Reference:
     are marked by a mask token or channel and alone are scored, teacher temperatures are 0.04 to 0.07, every sample of a batch has its own
     partner, CASA is in the checkpoints. The teacher's head is built as the student's (the public code shares one last layer between cls
     and patches in the teacher only, which no average of two can be). CASA's last norm starts with gain 1 / sqrt(K), so that its logits
-    start with length 1 as those of the head do; at gain 1 the teacher's targets are one-hot from the first step. The decay of weights
-    does not rise during the run.
+    start with length 1 as those of the head do; at gain 1 the teacher's targets are one-hot from the first step. What enters the heads is
+    standardised by running statistics. The decay of weights does not rise during the run.
 """
 
 from __future__ import annotations
