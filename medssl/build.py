@@ -49,7 +49,19 @@ def pretrain_faults(recipe: PretrainRecipe) -> list[str]:
         faults += component_faults(f"encoders.{name}" if len(recipe.encoders) > 1 else "encoder", "encoder", encoder)
     arguments = {key: value for key, value in recipe.objective.args.items() if key != "encoder"}  # which encoder: by name
     faults += component_faults("objective", "objective", Component(name=recipe.objective.name, **arguments), _GIVEN)
+    faults += rate_faults(recipe)
     return faults or fit_faults(recipe) or crop_faults(recipe) or specs_faults(recipe)
+
+
+def rate_faults(recipe: PretrainRecipe) -> list[str]:
+    """Check that no learning rate ends above its peak: the cosine would rise."""
+    sections = {"optim": recipe.optim} | {f"stages.{n}.optim": stage.optim for n, stage in enumerate(recipe.stages) if stage.optim}
+    return [
+        f"{path}.schedule.final_lr: {section.schedule.final_lr:g} is above {path}.lr {section.lr:g}, so the rate would rise to it; choose "
+        "final_lr below lr, for instance 1e-6"
+        for path, section in sections.items()
+        if section.schedule.final_lr > section.lr
+    ]
 
 
 def fit_faults(recipe: PretrainRecipe) -> list[str]:
@@ -83,7 +95,7 @@ def crop_faults(recipe: PretrainRecipe) -> list[str]:
                 faults.append(f"{place}: patch {patch} does not divide {path}.size {size}; choose sizes that are multiples of it")
             if recipe.objective.name == "mae" and grid != tuple(n // p for n, p in zip(size, patch)):
                 faults.append(f"{path}.mask.cell: objective mae drops tokens, so a mask cell must be one patch: cell={list(patch)}")
-        if recipe.objective.name.startswith("mae") and grid is None:
+        if recipe.objective.name.startswith(("mae", "alice")) and grid is None:
             faults.append(
                 f"{path}.mask: required by objective {recipe.objective.name}; for instance mask: {{ratio: 0.75, cell: 16}}"
             )

@@ -107,7 +107,7 @@ def view_faults(path: str, views: Mapping[str, Any]) -> list[str]:
     if kind not in VIEW_KINDS:
         return [f'{path}.kind: unknown kind "{kind}"{near(str(kind), VIEW_KINDS)}; accepted: {", ".join(VIEW_KINDS)}']
     given = {key: value for key, value in views.items() if key != "kind"}
-    faults = argument_faults(path, VIEW_KINDS[kind].maker, given, given=("name", "count") if kind == "volume" else ("name",))
+    faults = argument_faults(path, VIEW_KINDS[kind].maker, given, given=("name",))
     if kind != "volume" and (kind == "stack") != (views.get("slices") is not None):
         wanted = "required for" if kind == "stack" else "only for"
         faults.append(f"{path}.slices: {wanted} kind: stack (planes per view)")

@@ -209,7 +209,7 @@ class FinetuneRecipe(Node):
 
     kind: Literal["finetune"] = "finetune"
     cohort: CohortSection
-    network: Literal["unetr", "segresnet"]
+    network: Literal["unetr", "segresnet", "swin_unetr"]
     encoder: dict[str, Any] = Field(
         default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
     )

@@ -16,12 +16,14 @@ from medssl.errors import RegistryError, near
 ENCODERS: dict[str, str] = {
     "vit3d": "medssl.encoders.vit3d:ViT3D",
     "segresnet3d": "medssl.encoders.segresnet3d:SegResNet3D",
+    "swin3d": "medssl.encoders.swin3d:Swin3D",
     "image2d": "medssl.encoders.image2d:Image2D",
     "slice_volume": "medssl.encoders.slice_volume:SliceVolumeEncoder",
 }
 OBJECTIVES: dict[str, str] = {
     "mae": "medssl.objectives.mae:MAE",
     "mae_cnn": "medssl.objectives.mae_cnn:MAECNN",
+    "alice": "medssl.objectives.alice:Alice",
     "intra_inter_clustering": "medssl.objectives.intra_inter_clustering:IntraInterClustering",
     "graph_matching": "medssl.objectives.graph_matching:GraphMatching",
     "global_local_contrast": "medssl.objectives.global_local_contrast:GlobalLocalContrast",
@@ -37,6 +39,7 @@ DOMAINS: dict[str, str] = {
 NETWORKS: dict[str, str] = {
     "unetr": "medssl.networks.segmentation:build_unetr",
     "segresnet": "medssl.networks.segmentation:build_segresnet",
+    "swin_unetr": "medssl.networks.segmentation:build_swin_unetr",
 }
 TABLES: dict[str, dict[str, str]] = {
     "encoder": ENCODERS,
