@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "objectives": {"layers"},
     "training": set(),
     "evaluation": {"layers", "encoders", "networks", "domains", "store", "views"},
+    "matching": {"layers", "encoders", "store", "views"},
     "export": {"layers", "encoders", "networks", "evaluation"},
     "report": set(),
     "phantoms": set(),

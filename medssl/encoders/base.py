@@ -27,12 +27,15 @@ class Encoder(nn.Module):
         embed_dim: E, the width of `tokens` and `pooled`.
         drops_tokens: `forward_features` takes `keep`.
         has_decoder: `forward_features` takes `stem_extra`, and there is `forward_decoder(pyramid)`.
+        pyramid_centres: Where a cell of the pyramid is centred in the voxels it stands for: on the `first` one along each axis
+            (strided convolutions of odd size) or in the `middle` (patches); empty where there is no pyramid of several scales.
     """
 
     name: str = ""
     library: str = ""
     drops_tokens: bool = False
     has_decoder: bool = False
+    pyramid_centres: str = ""
     key_groups: dict[str, list[str]] = {}  # noqa: RUF012 (overridden as a constant)
     net: nn.Module
     patch_size: tuple[int, ...]

@@ -28,6 +28,7 @@ class SegResNet3D(Encoder):
     name = "segresnet3d"
     library = "monai.SegResNet"
     has_decoder = True
+    pyramid_centres = "first"
     key_groups = {"encoder": ["convInit.", "down_layers."], "decoder": ["up_samples.", "up_layers."]}  # noqa: RUF012
 
     def __init__(
