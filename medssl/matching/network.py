@@ -225,7 +225,7 @@ def cell_body(body: np.ndarray, step: int, grid: Any) -> np.ndarray:
     from scipy import ndimage
 
     x, y, z = (int(n) for n in grid)
-    cells: np.ndarray = body[: x * step, : y * step, : z * step].reshape(x, step, y, step, z, step).any(axis=(1, 3, 5))
+    cells = np.asarray(body[: x * step, : y * step, : z * step].reshape(x, step, y, step, z, step).any(axis=(1, 3, 5)))
     for k in range(z):
         cells[:, :, k] = ndimage.binary_fill_holes(cells[:, :, k])
     if not cells.any():
