@@ -213,6 +213,9 @@ def pretrain(
     items = data_sources.freeze_items(shelves, recipe.sources, cards)
     fingerprint = items_hash(items)
     failed = {series: why for shelf in shelves for series, why in shelf.summary.failed.items()}
+    sources = {  # before anything is written: pairs that cannot be mined are refused here
+        shelf.name: data_sources.training_source(shelf, recipe.sources[shelf.name], items, recipe.train.batch) for shelf in shelves
+    }
     probes = [build_probe(name, probe, recipe, shelves) for name, probe in recipe.probes.items()]
     if world.is_main and not run.exists():
         facts = _run_facts(recipe, items, shelves, failed, world.size)
@@ -221,9 +224,6 @@ def pretrain(
     distributed.barrier(world)
     objective, encoders = build.build_objective(recipe, len(items))
     objective.to(world.device)
-    sources = {
-        shelf.name: data_sources.training_source(shelf, recipe.sources[shelf.name], items, recipe.train.batch) for shelf in shelves
-    }
     for source in sources.values():
         _check_specs(objective, source)
     monitor = build_monitor(recipe, shelves[0])

@@ -22,7 +22,7 @@ from medssl.registry import DOMAINS, MATCHERS, lookup
 from medssl.store.manifest import store_key
 from medssl.store.reader import StoreReader
 from medssl.types import Sample
-from medssl.weights import write_atomic
+from medssl.weights import read_manifest, write_atomic
 
 Progress = Callable[[int, int], None]
 SERIES = re.compile(r"[0-9a-f]{32}")
@@ -207,7 +207,7 @@ def match(
         raise RequestError("the matcher embedding needs weights; give --weights RUN, or take --matcher affine or body_axis")
     if (points is None) == (grid_mm is None):
         raise RequestError("give points (--point x,y,z in world mm) or a grid (--grid), and not both")
-    domains = MatcherNetwork(weights).domains if name == "embedding" and weights is not None and domain is None else ()
+    domains = read_manifest(weights, "encoder").get("domains", []) if weights is not None and domain is None else []
     chosen = domain or (domains[0] if len(domains) == 1 else None)
     source, store_a = _volume(a, "A", index, chosen)
     target, store_b = _volume(b, "B", index, chosen)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from medssl.errors import RequestError
-from medssl.matching.base import Matches, MatchVolume, block_mean, body_mask, checked_points, no_matches
+from medssl.matching.base import Matches, MatchVolume, block_mean, body_mask, checked_points, filled, no_matches
 
 BINS = 32
 
@@ -60,11 +60,11 @@ class AffineMatcher:
         sample = volume.read()
         edge = [max(1, round(self.step_mm / s)) for s in volume.spacing_mm]
         mask = body_mask(sample)
-        body = block_mean(mask, edge) >= 0.5
+        body = filled(block_mean(mask, edge) >= 0.5)
         mean, std = sample.meta.stats.get("mean", 0.0), sample.meta.stats.get("std", 1.0) or 1.0
-        filled = np.where(mask, (sample.image[0].astype(np.float32) - mean) / std, np.float32(-2.0))
+        painted = np.where(mask, (sample.image[0].astype(np.float32) - mean) / std, np.float32(-2.0))
         # air at one value, so that a dark lung and the room differ no more than they do in the body
-        image = sitk.GetImageFromArray(np.ascontiguousarray(block_mean(filled, edge).T))
+        image = sitk.GetImageFromArray(np.ascontiguousarray(block_mean(painted, edge).T))
         inside = sitk.GetImageFromArray(np.ascontiguousarray(body.T.astype(np.uint8)))
         steps = np.asarray(edge) * volume.spacing_mm
         for made in (image, inside):

@@ -141,7 +141,7 @@ def body_mask(sample: Sample) -> np.ndarray:
 
 
 def coarse_body(sample: Sample, step_mm: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the body of a volume on coarse blocks of whole voxels.
+    """Return the body of a volume on coarse blocks of whole voxels, its holes (lungs, fluid, bowel gas) filled slice by slice.
 
     Args:
         sample: The volume.
@@ -152,8 +152,15 @@ def coarse_body(sample: Sample, step_mm: float) -> tuple[np.ndarray, np.ndarray]
     """
     assert sample.spacing_mm is not None
     edge = [max(1, round(step_mm / s)) for s in sample.spacing_mm]
-    mask = body_mask(sample)
-    return block_mean(mask, edge) >= 0.5, np.asarray(edge) * np.asarray(sample.spacing_mm)
+    blocks = filled(block_mean(body_mask(sample), edge) >= 0.5)
+    return blocks, np.asarray(edge) * np.asarray(sample.spacing_mm)
+
+
+def filled(mask: np.ndarray) -> np.ndarray:
+    """Return a mask (X, Y, Z) with its holes filled in every axial slice: airways and bowel are open at the ends of a volume."""
+    from scipy import ndimage
+
+    return np.stack([ndimage.binary_fill_holes(mask[:, :, k]) for k in range(mask.shape[2])], axis=2)
 
 
 def block_mean(array: np.ndarray, edge: Any) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor
 from medssl.encoders.loading import load_into
 from medssl.errors import RequestError, WeightsError
 from medssl.layers.dense_embedding import DenseEmbedding
-from medssl.matching.base import MatchVolume
+from medssl.matching.base import MatchVolume, filled
 from medssl.matching.cells import CellMap, VolumeEmbedding, quantise
 from medssl.matching.store import EmbeddingManifest
 from medssl.registry import lookup
@@ -66,7 +66,6 @@ class MatcherNetwork:
         check_spacing(self.spacing_mm, spacing_mm)
         self.image_size = tuple(int(n) for n in manifest["image_size"])
         self.normalize = manifest["intensity"]["normalize"]
-        self.domains = tuple(manifest.get("domains", ()))
         self.device = torch.device(device)
         self.encoder = lookup("encoder", manifest["encoder"]["name"])(**manifest["encoder"]["args"])
         load_into(self.encoder, state, manifest)
@@ -226,8 +225,7 @@ def cell_body(body: np.ndarray, step: int, grid: Any) -> np.ndarray:
 
     x, y, z = (int(n) for n in grid)
     cells = np.asarray(body[: x * step, : y * step, : z * step].reshape(x, step, y, step, z, step).any(axis=(1, 3, 5)))
-    for k in range(z):
-        cells[:, :, k] = ndimage.binary_fill_holes(cells[:, :, k])
+    cells = filled(cells)
     if not cells.any():
         return np.ones_like(cells)
     return np.asarray(ndimage.binary_dilation(cells))

@@ -148,6 +148,7 @@ class AnatomicalEmbedding(nn.Module):
     """
 
     needs = ("pyramid_centres",)
+    pairs = ("same_volume",)
 
     def __init__(
         self,
@@ -250,6 +251,12 @@ class AnatomicalEmbedding(nn.Module):
             raise RequestError(
                 f"source {views.meta.source} brings {', '.join(sorted(views.data))}; objective anatomical_embedding needs two views with "
                 "points: set views.kind: pair, views.points: {} and sampler.pairs: same_volume"
+            )
+        partner = views.data.get(f"{self.view}_partner")
+        if partner is not None and (partner.cpu() != views.meta.ids.cpu()).any():
+            raise RequestError(
+                f"source {views.meta.source} pairs different volumes, whose points have no known counterparts; set sampler.pairs: same_volume "
+                "for objective anatomical_embedding"
             )
 
     def exported(self) -> dict[str, Part]:

@@ -25,6 +25,8 @@ from medssl.types import Box, Draw, DrawKey, Views, ViewsMeta
 KINDS = ("matched", "same_volume", "random")
 WATCHED = 256
 """Candidates of a run after which it is stopped when over half of them were dropped."""
+GUESSES = 64
+"""Items looked at by chance for a partner before all of them are listed."""
 
 
 @dataclass(frozen=True)
@@ -183,14 +185,20 @@ class PairSampler:
             return np.asarray(rng.random(3) * np.asarray(record.shape) * spacing)
         return np.asarray((record.foreground[rng.integers(len(record.foreground))] + rng.random(3)) * spacing)
 
-    def _partners(self, item: int) -> list[int]:
-        mine = self.regions.get(item, frozenset())
-        return [
-            other
-            for other in self.ids
-            if self.patients[other] != self.patients[item]
-            and (not mine or not self.regions.get(other) or mine & self.regions[other])
-        ]
+    def _partner(self, item: int, rng: np.random.Generator) -> int | None:
+        """Return an item of another patient that may show the same part of the body, or None when there is none."""
+        for number in rng.integers(len(self.ids), size=GUESSES):
+            guess = self.ids[int(number)]
+            if self._may_pair(item, guess):
+                return guess
+        partners = [other for other in self.ids if self._may_pair(item, other)]
+        return partners[int(rng.integers(len(partners)))] if partners else None
+
+    def _may_pair(self, item: int, other: int) -> bool:
+        if self.patients[item] == self.patients[other]:
+            return False
+        mine, others = self.regions.get(item), self.regions.get(other)
+        return not mine or not others or bool(mine & others)
 
     def _same_volume(self, item: int, rng: np.random.Generator) -> PairDraw:
         record = self.record(item)
@@ -203,16 +211,15 @@ class PairSampler:
         return PairDraw(self.source, (item, item), boxes)
 
     def _pair(self, item: int, rng: np.random.Generator) -> PairDraw:
-        partners = self._partners(item)
         here = self.record(item)
         size = np.asarray(self.box_size_mm(here.spacing_mm), dtype=np.float64)
         point = self._seed_point(here, rng)
         extent = np.asarray(here.shape) * np.asarray(here.spacing_mm, dtype=np.float64)
         moved = centre_inside(point, size, extent) - point
         first = box_around(point + moved, size)
-        if not partners:
+        other = self._partner(item, rng)
+        if other is None:
             return PairDraw(self.source, (item, item), (first, first), score=0.0, weight=0.0)
-        other = partners[int(rng.integers(len(partners)))]
         if self.pairs == "random":
             return PairDraw(self.source, (item, other), (first, box_around(self._seed_point(self.record(other), rng), size)))
         assert self.matcher is not None

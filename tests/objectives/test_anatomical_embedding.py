@@ -206,6 +206,10 @@ def test_bad_arguments__are_sentences() -> None:
     del views.data["volume_map"]
     with pytest.raises(RequestError, match=r"needs two views with points: set views.kind: pair"):
         model(views, StepContext())
+    views = pairs()
+    views.data["volume_partner"] = torch.tensor([0, 5])
+    with pytest.raises(RequestError, match=r"pairs different volumes, .* set sampler.pairs: same_volume"):
+        model(views, StepContext())
 
 
 def test_dense_embedding__has_unit_length_at_both_scales() -> None:
