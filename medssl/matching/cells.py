@@ -7,8 +7,10 @@ from functools import cached_property
 
 import numpy as np
 
-LEVELS_OF_SEARCH = (np.arange(-4, 5) / 4, np.arange(-2, 3) / 16, np.arange(-2, 3) / 64)
-"""Offsets in cells, along each axis, at which a match is refined, one list after the other: the last step is 1/64 of a cell."""
+AROUND = tuple((np.stack(np.indices((5, 5, 5)), axis=-1).reshape(-1, 3) - 2) * step for step in (1 / 2, 1 / 8, 1 / 32))
+"""Offsets in cells at which a match is refined, one list after the other: within 1/64 of a cell in the end."""
+CLIMBS = 3
+"""How often a list is tried again from where it led to."""
 FIRST_BAND = 0.1
 """How far below the best coarse similarity the first candidates lie."""
 ROWS = 65536
@@ -85,7 +87,7 @@ class VolumeEmbedding:
     @property
     def n_bytes(self) -> int:
         """Bytes in memory while points are looked for in it."""
-        return self.fine.vectors.nbytes + 5 * self.coarse.vectors.nbytes + 8 * int(np.prod(self.fine.grid))
+        return self.fine.vectors.nbytes + 5 * self.coarse.vectors.nbytes + 12 * int(np.prod(self.fine.grid))
 
     @cached_property
     def _coarse_unit(self) -> np.ndarray:
@@ -118,36 +120,33 @@ class VolumeEmbedding:
             (X, Y, Z) float32.
         """
         x, y, z = self._weights
-        out = np.tensordot(x, np.tensordot(y, np.tensordot(z, values, (1, 2)), (1, 2)), (1, 2))  # X, Y, Z
-        return np.ascontiguousarray(out)
+        planes = np.matmul(y, values @ z.T)  # (X', Y, Z), no axis moved: a transposed copy would cost as much as the sums
+        return np.asarray((x @ planes.reshape(len(planes), -1)).reshape(self.fine.grid))
 
     @cached_property
     def _coarse_inverse(self) -> np.ndarray:
-        """(cells,) float32: 1 / length of the interpolated coarse vector at each fine cell."""
+        """(cells,) float32: 1 / length of the interpolated coarse vector at each fine cell, 0 outside the body."""
         square = np.zeros(self.fine.grid, dtype=np.float32)
         units = self._coarse_unit.reshape(*self.coarse.grid, -1)
         for channel in range(units.shape[3]):
             square += self.spread(units[..., channel]) ** 2
-        return np.asarray(1 / np.sqrt(np.maximum(square, 1e-12)), dtype=np.float32).ravel()
+        inverse = np.zeros(square.size, dtype=np.float32)
+        inverse[self.body] = 1 / np.sqrt(np.maximum(square.ravel()[self.body], 1e-12))
+        return inverse
 
     @cached_property
     def body(self) -> np.ndarray:
         """(cells,) int64: flat numbers of the fine cells inside the body."""
         return np.flatnonzero(self.fine.vectors.any(axis=3).ravel())
 
-    @cached_property
-    def _outside(self) -> np.ndarray:
-        return np.flatnonzero(~self.fine.vectors.any(axis=3).ravel())
-
     def query(self, item_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the fine and coarse unit vectors (N, E) at points (N, 3), item mm; the fine one is 0 outside the body."""
         return self.fine.at(self.fine.cell_of(item_mm)), self.coarse.at(self.coarse.cell_of(item_mm))
 
     def coarse_similarity(self, query: np.ndarray) -> np.ndarray:
-        """Return the cosine of a coarse query with the interpolated coarse map at every fine cell, (cells,) float32; -2 outside the body."""
+        """Return the cosine of a coarse query with the interpolated coarse map at every fine cell, (cells,) float32; 0 outside the body."""
         values = self.spread((self._coarse_unit @ query).reshape(self.coarse.grid)).ravel()
         values *= self._coarse_inverse
-        values[self._outside] = -2
         return values
 
     def _fine_similarity(self, cells: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -167,17 +166,22 @@ class VolumeEmbedding:
         best score found so far cannot win.
         """
         bound = self.coarse_similarity(coarse)
-        level = float(bound.max()) - FIRST_BAND
-        cells = np.flatnonzero(bound >= level)
+        level = float(bound[self.body].max()) - FIRST_BAND if bound.max() <= 0 else float(bound.max()) - FIRST_BAND
+        cells = self._at_least(bound, level)
         best, score = self._best_of(cells, bound, fine)
         needed = 2 * score - 1
         if needed < level:
-            more = np.flatnonzero((bound < level) & (bound >= max(needed, -1.5)))
+            more = self._at_least(bound, needed)
+            more = more[bound[more] < level]
             if len(more):
                 other, other_score = self._best_of(more, bound, fine)
                 if other_score > score:
                     best = other
         return best
+
+    def _at_least(self, bound: np.ndarray, level: float) -> np.ndarray:
+        """Return the body cells whose coarse similarity is at least a level; outside the body it is 0."""
+        return np.flatnonzero(bound >= level) if level > 0 else self.body[bound[self.body] >= level]
 
     def _best_of(self, cells: np.ndarray, coarse: np.ndarray, fine: np.ndarray) -> tuple[int, float]:
         scores = (self._fine_similarity(cells, fine) + coarse[cells]) / 2
@@ -202,12 +206,13 @@ class VolumeEmbedding:
         at = np.array(np.unravel_index(self.best_cell(fine, coarse), self.fine.grid), dtype=np.float64)
         last = np.asarray(self.fine.grid) - 1
         score = float(self.score_at(at[None], fine, coarse)[0])
-        for steps in LEVELS_OF_SEARCH:
-            around = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
-            tried = np.clip(at + around, 0, last)
-            scores = self.score_at(tried, fine, coarse)
-            place = int(scores.argmax())
-            if scores[place] > score:  # a tie stays where it is: a point found in its own volume must not move
+        for around in AROUND:
+            for _ in range(CLIMBS):
+                tried = np.clip(at + around, 0, last)
+                scores = self.score_at(tried, fine, coarse)
+                place = int(scores.argmax())
+                if not scores[place] > score:  # a tie stays where it is: a point found in its own volume must not move
+                    break
                 at, score = tried[place], float(scores[place])
         return self.fine.origin_mm + at * self.fine.step_mm, min(score, 1.0)
 
