@@ -92,7 +92,7 @@ def crop_faults(recipe: PretrainRecipe) -> list[str]:
 
 def pair_faults(recipe: PretrainRecipe) -> list[str]:
     """Check that an objective that says which pairs of crops it learns from (`pairs`) gets these, with their points."""
-    wanted = getattr(lookup("objective", recipe.objective.name), "pairs", ())
+    wanted: tuple[str, ...] = getattr(lookup("objective", recipe.objective.name), "pairs", ())
     faults = []
     for name, source in recipe.sources.items() if wanted else ():
         path, given = _source_path(recipe, name), source.sampler.args.get("pairs", "matched")
