@@ -50,7 +50,7 @@ def pretrain_faults(recipe: PretrainRecipe) -> list[str]:
     arguments = {key: value for key, value in recipe.objective.args.items() if key != "encoder"}  # which encoder: by name
     faults += component_faults("objective", "objective", Component(name=recipe.objective.name, **arguments), _GIVEN)
     faults += rate_faults(recipe)
-    return faults or fit_faults(recipe) or crop_faults(recipe) or specs_faults(recipe)
+    return faults or fit_faults(recipe) or crop_faults(recipe) + pair_faults(recipe) or specs_faults(recipe)
 
 
 def rate_faults(recipe: PretrainRecipe) -> list[str]:
@@ -98,6 +98,24 @@ def crop_faults(recipe: PretrainRecipe) -> list[str]:
         if recipe.objective.name.startswith(("mae", "alice")) and grid is None:
             faults.append(
                 f"{path}.mask: required by objective {recipe.objective.name}; for instance mask: {{ratio: 0.75, cell: 16}}"
+            )
+    return faults
+
+
+def pair_faults(recipe: PretrainRecipe) -> list[str]:
+    """Check that an objective that says which pairs of crops it learns from (`pairs`) gets these, with their points."""
+    wanted: tuple[str, ...] = getattr(lookup("objective", recipe.objective.name), "pairs", ())
+    faults = []
+    for name, source in recipe.sources.items() if wanted else ():
+        path, given = _source_path(recipe, name), source.sampler.args.get("pairs", "matched")
+        if source.views.get("kind") != "pair" or given not in wanted:
+            faults.append(
+                f"{path}.sampler.pairs: objective {recipe.objective.name} learns from pairs: {' or '.join(wanted)}; set views.kind: pair and "
+                f"sampler.pairs: {wanted[0]}"
+            )
+        elif source.views.get("points") is None:
+            faults.append(
+                f"{path}.views.points: required by objective {recipe.objective.name}; for instance points: {{seeds: 100, negatives: 1000}}"
             )
     return faults
 

@@ -1,4 +1,4 @@
-"""Name -> class tables. Adding an encoder, objective, domain or task network is one line here.
+"""Name -> class tables. Adding an encoder, objective, domain, task network or matcher is one line here.
 
 An entry is "module:Class", imported on first use so that `import medssl` stays cheap. A recipe may also name an outside class by an
 import path with a colon ("mypackage.encoders:MyEncoder"); `medssl.testing` checks such a plug-in in one line.
@@ -27,6 +27,12 @@ OBJECTIVES: dict[str, str] = {
     "intra_inter_clustering": "medssl.objectives.intra_inter_clustering:IntraInterClustering",
     "graph_matching": "medssl.objectives.graph_matching:GraphMatching",
     "global_local_contrast": "medssl.objectives.global_local_contrast:GlobalLocalContrast",
+    "anatomical_embedding": "medssl.objectives.anatomical_embedding:AnatomicalEmbedding",
+}
+MATCHERS: dict[str, str] = {
+    "embedding": "medssl.matching.embedding:EmbeddingMatcher",
+    "affine": "medssl.matching.affine:AffineMatcher",
+    "body_axis": "medssl.matching.body_axis:BodyAxisMatcher",
 }
 DOMAINS: dict[str, str] = {
     "mri": "medssl.domains.mri:MRI",
@@ -46,6 +52,7 @@ TABLES: dict[str, dict[str, str]] = {
     "objective": OBJECTIVES,
     "domain": DOMAINS,
     "network": NETWORKS,
+    "matcher": MATCHERS,
 }
 
 
@@ -53,7 +60,7 @@ def lookup(kind: str, name: str) -> Any:
     """Return the class or function registered for a name.
 
     Args:
-        kind: `encoder`, `objective`, `domain` or `network`.
+        kind: `encoder`, `objective`, `domain`, `network` or `matcher`.
         name: A registered name, or an import path "module:Class".
 
     Raises:

@@ -29,6 +29,8 @@ class Encoder(nn.Module):
         marks_hidden: `forward_features` takes `stem_extra`, which the module that `mask_stem()` returns makes of a mask.
         has_decoder: `marks_hidden`, and there are `decode(pyramid, image)`, which yields the decoder's maps from coarse to fine,
             `forward_decoder(pyramid, image)`, the last of them with `init_filters` channels, and `context_dim`, the channels of the first.
+        pyramid_centres: Where a cell of the pyramid is centred in the voxels it stands for: on the `first` one along each axis
+            (strided convolutions of odd size) or in the `middle` (patches); empty where there is no pyramid of several scales.
         takes_images: `forward_features` takes flat images (B, C, H, W), and its tokens are the cells of a feature map.
         takes_stacks: It has `embed_slices(stacks, valid)`, `aggregator(tokens, valid, z_mm)` and `parts()`.
     """
@@ -38,6 +40,7 @@ class Encoder(nn.Module):
     drops_tokens: bool = False
     marks_hidden: bool = False
     has_decoder: bool = False
+    pyramid_centres: str = ""
     takes_images: bool = False
     takes_stacks: bool = False
     key_groups: dict[str, list[str]] = {}  # noqa: RUF012 (overridden as a constant)

@@ -29,6 +29,7 @@ class SegResNet3D(Encoder):
     library = "monai.SegResNet"
     has_decoder = True
     marks_hidden = True
+    pyramid_centres = "first"
     key_groups = {"encoder": ["convInit.", "down_layers."], "decoder": ["up_samples.", "up_layers."]}  # noqa: RUF012
 
     def __init__(
