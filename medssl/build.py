@@ -103,17 +103,25 @@ def crop_faults(recipe: PretrainRecipe) -> list[str]:
 
 
 def pair_faults(recipe: PretrainRecipe) -> list[str]:
-    """Check that an objective that says which pairs of crops it learns from (`pairs`) gets these, with their points."""
-    wanted: tuple[str, ...] = getattr(lookup("objective", recipe.objective.name), "pairs", ())
+    """Check that an objective that learns from pairs of crops gets those it names.
+
+    An objective says which pairs of a sampler it takes (`pairs`), whether two looks at one crop will do (`looks`), and whether it needs to
+    know where points lie (`points`).
+    """
+    target = lookup("objective", recipe.objective.name)
+    wanted: tuple[str, ...] = getattr(target, "pairs", ())
     faults = []
     for name, source in recipe.sources.items() if wanted else ():
-        path, given = _source_path(recipe, name), source.sampler.args.get("pairs", "matched")
-        if source.views.get("kind") != "pair" or given not in wanted:
+        path, kind, given = _source_path(recipe, name), source.views.get("kind", "volume"), source.sampler.args.get("pairs", "matched")
+        looks = getattr(target, "looks", False)
+        if kind == "volume" and looks and source.views.get("count") == 2:
+            continue
+        if kind != "pair" or given not in wanted:
             faults.append(
                 f"{path}.sampler.pairs: objective {recipe.objective.name} learns from pairs: {' or '.join(wanted)}; set views.kind: pair and "
-                f"sampler.pairs: {wanted[0]}"
+                f"sampler.pairs: {wanted[0]}{', or views.count: 2 for two looks at one crop' if looks else ''}"
             )
-        elif source.views.get("points") is None:
+        elif getattr(target, "points", False) and source.views.get("points") is None:
             faults.append(
                 f"{path}.views.points: required by objective {recipe.objective.name}; for instance points: {{seeds: 100, negatives: 1000}}"
             )

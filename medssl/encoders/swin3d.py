@@ -38,6 +38,7 @@ class Swin3D(Encoder):
     library = "monai.SwinUNETR"
     has_decoder = True
     marks_hidden = True
+    pyramid_centres = "middle"
     key_groups = {"encoder": ["swinViT."], "decoder": list(DECODER)}  # noqa: RUF012
 
     def __init__(

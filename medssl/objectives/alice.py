@@ -259,6 +259,8 @@ class Alice(nn.Module):
     """
 
     needs = ("marks_hidden",)
+    pairs = ("matched", "same_volume", "random")
+    looks = True
 
     def __init__(
         self,

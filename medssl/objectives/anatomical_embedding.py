@@ -149,6 +149,7 @@ class AnatomicalEmbedding(nn.Module):
 
     needs = ("pyramid_centres",)
     pairs = ("same_volume",)
+    points = True
 
     def __init__(
         self,

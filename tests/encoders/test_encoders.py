@@ -176,3 +176,34 @@ def test_swin3d__says_what_its_decoder_needs() -> None:
         encoder.forward_decoder(pyramid, x)
     with pytest.raises(ValueError, match="cannot drop tokens"):
         encoder.forward_features(x, keep=torch.zeros(1, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(ENCODERS) if lookup("encoder", name).pyramid_centres])
+def test_pyramid_centres__are_where_cells_look(name: str) -> None:
+    """With its residual branches at zero a cell sees its own voxels only; ramps in mm along the axes say where their middle lies."""
+    from medssl.objectives.anatomical_embedding import lattice, pyramid_shape
+
+    size = {"swin3d": (64, 32, 32)}.get(name, (24, 32, 16))
+    spacing = torch.tensor([1.5, 0.75, 3.0], dtype=torch.float64)
+    encoder = lookup("encoder", name)(**TINY[name]).eval()
+    _, strides = pyramid_shape(encoder, size)
+    with torch.no_grad():
+        for key, parameter in encoder.net.named_parameters():
+            if any(part in key for part in ("conv2.", "attn.proj.", "linear2.")):
+                parameter.zero_()
+    indices = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in size), indexing="ij"))
+    ramps = indices * spacing[:, None, None, None] + 10.0
+    view = torch.cat([torch.diag(spacing), torch.full((3, 1), 10.0, dtype=torch.float64)], dim=1)
+    for level, stride in enumerate(strides):
+        image = torch.randn(1, 1, *size, requires_grad=True)
+        found = encoder.forward_features(image).pyramid[level]
+        cells = lattice(size, stride, encoder.pyramid_centres)
+        assert tuple(found.shape[2:]) == cells.grid == tuple(n // stride for n in size)
+        cell = tuple(n // 2 for n in cells.grid)
+        (gradient,) = torch.autograd.grad(found[(0, slice(None), *cell)].square().sum(), image)
+        seen = gradient[0, 0] != 0
+        middle = torch.stack([(ramp[seen].min() + ramp[seen].max()) / 2 for ramp in ramps])
+        number = (cell[0] * cells.grid[1] + cell[1]) * cells.grid[2] + cell[2]
+        assert torch.allclose(middle, cells.places(view)[number]), (level, stride)
+        edges = torch.stack([(ramp[seen].max() - ramp[seen].min()) for ramp in ramps]) / spacing
+        assert name != "swin3d" or edges.tolist() == [stride - 1] * 3
