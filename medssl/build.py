@@ -112,7 +112,11 @@ def pair_faults(recipe: PretrainRecipe) -> list[str]:
     wanted: tuple[str, ...] = getattr(target, "pairs", ())
     faults = []
     for name, source in recipe.sources.items() if wanted else ():
-        path, kind, given = _source_path(recipe, name), source.views.get("kind", "volume"), source.sampler.args.get("pairs", "matched")
+        path, kind, given = (
+            _source_path(recipe, name),
+            source.views.get("kind", "volume"),
+            source.sampler.args.get("pairs", "matched"),
+        )
         looks = getattr(target, "looks", False)
         if kind == "volume" and looks and source.views.get("count") == 2:
             continue

@@ -191,8 +191,8 @@ def match(
         matcher: `embedding`, `affine` or `body_axis`; None is `embedding` with weights and `affine` without.
         index: Archive that series ids refer to.
         domain: Domain that reads files; None is that of the weights when they know one only.
-        out: PNG to write: matched points in both images and, with embeddings, the map of similarity for the first point. It shows
-            patients and is made for its owner alone (mode 0600).
+        out: PNG to write: matched points in both images and, with embeddings, the map of similarity for the first point (of a grid: the
+            one in the middle). It shows patients and is made for its owner alone (mode 0600).
         step_mm: Step of embeddings; in an archive this chooses among those on disk.
         spacing_mm: Refuse weights that were not trained at this spacing.
 
@@ -223,7 +223,7 @@ def match(
     found: Matches = tool.match(source, asked, target)
     picture = None
     if out is not None:
-        picture = _picture(tool, source, target, asked, found, Path(out))
+        picture = _picture(tool, source, target, asked, found, Path(out), grid=points is None)
     rows = [
         {
             "a": [round(float(v), 2) for v in p],
@@ -304,23 +304,28 @@ def _span(volume: MatchVolume) -> str:
     return ", ".join(f"{axis} {low:.0f} to {high:.0f}" for axis, low, high in zip("xyz", world.min(axis=0), world.max(axis=0)))
 
 
-def _picture(tool: Any, source: MatchVolume, target: MatchVolume, asked: np.ndarray, found: Matches, out: Path) -> Path:
+def _picture(
+    tool: Any, source: MatchVolume, target: MatchVolume, asked: np.ndarray, found: Matches, out: Path, *, grid: bool
+) -> Path:
     """Draw the matches into a private PNG."""
-    from medssl.report.match_figure import matches_png
+    from medssl.report.match_figure import matches_png, middle_point
 
     if out.suffix.lower() != ".png":
         raise RequestError(f"{out.name}: the overlay is a PNG; give a name that ends in .png")
     similarity = None
-    matched = np.flatnonzero(np.isfinite(found.points_mm).all(axis=1))
-    if isinstance(tool, EmbeddingMatcher) and len(matched):
-        cells, origin, step = tool.similarity(source, asked[matched[0]], target)
+    matched = np.isfinite(found.points_mm).all(axis=1)
+    focus = middle_point(asked, matched) if grid else int(matched.argmax())
+    if isinstance(tool, EmbeddingMatcher) and matched[focus]:
+        cells, origin, step = tool.similarity(source, asked[focus], target)
         similarity = on_voxels(cells, origin, step, target)
     images = tuple(volume.read().image[0].astype(np.float32) for volume in (source, target))
     places = tuple(
         volume.to_item(points) / volume.spacing_mm - 0.5 for volume, points in ((source, asked), (target, found.points_mm))
     )
     spacings = (source.spacing_mm.tolist(), target.spacing_mm.tolist())
-    data = matches_png((images[0], images[1]), spacings, (places[0], places[1]), similarity=similarity, scores=found.scores)
+    data = matches_png(
+        (images[0], images[1]), spacings, (places[0], places[1]), focus=focus, similarity=similarity, scores=found.scores
+    )
     write_private_file(out, data)
     return out
 

@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import re
 import stat
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
-from medssl import api
+from medssl import api, build, data_sources
 from medssl.archive.table import Archive
+from medssl.correspondence import embed
 from medssl.correspondence import match as match_volumes
 from medssl.errors import RecipeError, RequestError
 from medssl.matching.store import EmbeddingReader
-from medssl.recipe import shipped
+from medssl.recipe import PretrainRecipe, shipped
+from medssl.types import DrawKey
 from tests.cli.test_bad_input import medssl
 from tests.matching import toy
 
 SMOKE = shipped()["smoke/anatomical_embedding_segresnet3d_mri"]
+ALICE = shipped()["smoke/alice_segresnet3d_mri_pairs"]
 SHORT = ["train.steps=3", "train.monitor_items=0", "views.size=[16, 16, 16]"]
 
 
@@ -103,10 +109,6 @@ def test_matched_pairs__train_from_embeddings_and_refuse_missing_ones(archive: P
 
 
 def test_matched_pairs__use_the_embeddings_of_the_store(archive: Path, run: Path) -> None:
-    from medssl import build, data_sources
-    from medssl.correspondence import embed
-    from medssl.types import DrawKey
-
     folder = embed(SMOKE, run, [f"data.index={archive}"])["main"].folder
     sampler = f"data.sampler={{name: pairs, pairs: matched, min_score: 0.5, matcher: {{name: embedding, weights: {run}}}}}"
     views = "views={kind: pair, size: [16, 16, 16], spacing_mm: 4.0, mask: {ratio: 0.5, cell: 4}}"
@@ -117,6 +119,76 @@ def test_matched_pairs__use_the_embeddings_of_the_store(archive: Path, run: Path
     draw = source.sampler.draw(DrawKey(0, 0, 0))  # type: ignore[attr-defined]
     reader = source.sampler.matcher.reader  # type: ignore[attr-defined, union-attr]
     assert isinstance(reader, EmbeddingReader) and reader.folder == folder and draw.ids[0] != draw.ids[1]
+
+
+def matched(run: Path, **changes: str) -> str:
+    """The sampler of pairs that a matcher's embeddings mine."""
+    extra = "".join(f", {key}: {value}" for key, value in changes.items())
+    return f"data.sampler={{name: pairs, pairs: matched, matcher: {{name: embedding, weights: {run}{extra}}}}}"
+
+
+def source_of(recipe: PretrainRecipe, **changes: Any) -> Any:
+    """The training source of a recipe; `changes` of all rows of the index."""
+    shelf = data_sources.fill_shelf("main", recipe.sources["main"])
+    shelf.rows = [replace(row, **{key: value(k) for key, value in changes.items()}) for k, row in enumerate(shelf.rows)]
+    items = data_sources.freeze_items([shelf], recipe.sources, build.assign_cards(recipe))
+    return data_sources.training_source(shelf, recipe.sources["main"], items, recipe.train.batch)
+
+
+def test_alice_road__matcher_embed_and_pairs_of_two_patients(archive: Path, run: Path, tmp_path: Path) -> None:
+    changes = [f"data.index={archive}", f"out={tmp_path / 'alice'}", "train.steps=3", "train.monitor_items=0", matched(run)]
+    embed(ALICE, run, changes)  # the recipe that needs the embeddings names the volumes
+    done = api.pretrain(ALICE, [*changes, "train.checkpoint_every=2", "train.keep_checkpoints=2"])
+    assert done.status == "finished" and done.items == 4
+    lines = [json.loads(line) for line in (done.path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    terms = {"loss_cls", "loss_patch", "loss_rec", "cls_spread", "cls_centre_entropy", "patch_teacher_entropy"}
+    assert len(steps) == 3 and all(terms <= set(line) and np.isfinite(line["loss"]) for line in steps)
+    first = (done.path / "weights" / "last" / "encoder.safetensors").read_bytes()
+    api.pretrain(done.path, resume=True)  # finished already: nothing is written again
+    assert (done.path / "weights" / "last" / "encoder.safetensors").read_bytes() == first
+
+    recipe = api.load_recipe(ALICE, changes)
+    source = source_of(recipe)
+    batch = source.views(source.fetch([DrawKey(0, 0, place) for place in range(3)]), torch.device("cpu"))
+    draws = [source.sampler.draw(DrawKey(0, 0, place)) for place in range(3)]
+    assert all(draw.ids[0] != draw.ids[1] and draw.weight > 0 for draw in draws)
+    assert batch["volume_partner"].tolist() == [draw.ids[1] for draw in draws]
+    objective, _ = build.build_objective(recipe, 4)
+    counts = objective.denominators(batch)
+    assert float(counts["pairs"]) == pytest.approx(sum(draw.weight for draw in draws), rel=1e-6)
+    x, hidden, _, weight = objective.inputs(batch)
+    assert weight.tolist() == pytest.approx([draw.weight for draw in draws])
+    assert not torch.equal(hidden[:, 0], hidden[:, 1]) and not torch.equal(hidden[0], hidden[1])
+    assert not torch.equal(x[:, 0], x[:, 1])
+
+
+def test_pairs_that_cannot_be_mined__are_refused_before_anything_is_written(archive: Path, run: Path, tmp_path: Path) -> None:
+    changes = [f"data.index={archive}", f"out={tmp_path / 'none'}", "train.steps=2", "train.monitor_items=0"]
+    body = "data.sampler={pairs: matched, matcher: {name: body_axis}}"
+    one = Archive.open(archive).select()[0].series_id
+    for words, match in (
+        ([body, f"data.where=series_id = '{one}'"], r"source main holds volumes of one patient only, and pairs: matched takes two"),
+        (
+            [matched(run, spacing_mm="2")],
+            "the matcher was trained at a spacing of 4x4x4 mm and 2x2x2 mm is asked for; leave the spacing out",
+        ),
+        (
+            [matched(run, step_mm="32")],
+            r"the embeddings in .* were made with .* wanted; run `medssl embed` with these weights again",
+        ),
+    ):
+        with pytest.raises(RequestError, match=match):
+            api.pretrain(ALICE, [*changes, *words])
+    assert not (tmp_path / "none").exists()
+    recipe = api.load_recipe(ALICE, [*changes, body])
+    regions = (("head",), ("abdomen",), ("pelvis",), ("foot",))
+    with pytest.raises(
+        RequestError, match=r"source main: 128 of 128 candidate pairs were dropped, because no partner shows the same part"
+    ):
+        source_of(recipe, body_region=lambda k: regions[k])
+    half = source_of(recipe, body_region=lambda k: regions[k // 2])  # two heads, two abdomens
+    assert half.sampler.draw(DrawKey(0, 0, 0)).weight > 0
 
 
 @pytest.mark.parametrize(
