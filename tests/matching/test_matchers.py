@@ -14,7 +14,7 @@ from medssl.matching.affine import AffineMatcher
 from medssl.matching.base import MatchVolume
 from medssl.matching.body_axis import BodyAxisMatcher
 from medssl.matching.embedding import EmbeddingMatcher
-from medssl.types import Sample
+from medssl.types import ImageMeta, Sample
 from tests.matching import toy
 
 
@@ -128,6 +128,23 @@ def test_volumes_of_different_length__score_low_on_the_body_axis() -> None:
     whole = MatchVolume.of_sample(sample)
     found = BodyAxisMatcher().match(whole, centres, MatchVolume.of_sample(half))
     assert found.scores.max() < 0.6
+
+
+def box_body(low: tuple[int, ...], high: tuple[int, ...]) -> MatchVolume:
+    """A body that is a box of voxels of 2 mm, in air."""
+    image = np.zeros((32, 32, 32), dtype=np.int16)
+    image[tuple(slice(a, b) for a, b in zip(low, high))] = 1000
+    meta = ImageMeta("a" * 32, "mri", "MR", "arbitrary", 2, {"min": 500.0})
+    return MatchVolume.of_sample(Sample(image[None], (2.0,) * 3, np.diag([2.0, 2.0, 2.0, 1.0]), None, meta))
+
+
+def test_body_axis__formula() -> None:
+    """A quarter, a half and three quarters of the way through one box lie as far through the other; the edges' worst ratio is the score."""
+    a, b = box_body((4, 6, 2), (20, 22, 26)), box_body((8, 6, 4), (28, 22, 20))
+    point = a.to_world(np.array([[8 + 0.25 * 32, 12 + 0.5 * 32, 4 + 0.75 * 48]]))
+    found = BodyAxisMatcher(step_mm=2.0).match(a, point, b)
+    np.testing.assert_allclose(b.to_item(found.points_mm), [[16 + 0.25 * 40, 12 + 0.5 * 32, 8 + 0.75 * 32]])
+    assert found.scores.tolist() == [pytest.approx(32 / 48)]
 
 
 def test_affine__too_few_voxels_is_a_sentence() -> None:
