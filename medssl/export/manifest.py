@@ -91,7 +91,7 @@ def read_weights(path: Path, *, decoder: bool = False, tag: str = "last") -> Wei
         file = find_part(path, "decoder", tag)
         if not file.is_file():
             raise WeightsError(
-                f"{path} has no decoder; only networks that pretrain one (segresnet3d) write it; export without the decoder"
+                f"{path} has no decoder; only networks that pretrain one (segresnet3d, swin3d) write it; export without the decoder"
             )
         weights.decoder, weights.decoder_manifest = load_part(file)
     return weights
@@ -144,6 +144,7 @@ def require_whole(manifest: Mapping[str, Any], to: str) -> None:
 FITTING = {
     "monai.ViT": ("safetensors", "unetr", "monai-bundle"),
     "monai.SegResNet": ("safetensors", "segresnet", "monai-bundle"),
+    "monai.SwinUNETR": ("safetensors", "swin-unetr", "monai-bundle"),
     "timm": ("safetensors", "timm", "torchvision", "resnet", "flexible-unet", "retinanet"),
     "medssl.SliceVolumeEncoder": (
         "joint",
