@@ -178,7 +178,7 @@ def _mark(connection: Any) -> None:
 
 def _short(text: str) -> str:
     """Return SQL for 64 bits that stand for a text. DuckDB's own `hash` is equal for one in 200 paths that differ in a few digits only."""
-    return f"md5_number_lower({text})"
+    return f"hash(md5({text}))"
 
 
 def _find_changed(connection: Any, private: Path, first_new_part: int) -> None:
@@ -188,8 +188,8 @@ def _find_changed(connection: Any, private: Path, first_new_part: int) -> None:
     connection.execute(
         f"""CREATE TABLE changed AS SELECT DISTINCT group_key FROM (
         SELECT unnest([before.group_key, now.group_key]) AS group_key
-        FROM (SELECT {_short("path")} AS path, group_key, {_short("digest")} AS digest FROM read_parquet({old})) before
-        FULL JOIN (SELECT {_short("path")} AS path, group_key, {_short("digest")} AS digest, part FROM live) now USING (path)
+        FROM (SELECT {_short("path")} AS path, group_key, hash(digest) AS digest FROM read_parquet({old})) before
+        FULL JOIN (SELECT {_short("path")} AS path, group_key, hash(digest) AS digest, part FROM live) now USING (path)
         WHERE now.part >= {first_new_part} OR now.part IS NULL
         OR (before.group_key, before.digest) IS DISTINCT FROM (now.group_key, now.digest)
         UNION ALL SELECT group_key FROM (FROM marks EXCEPT FROM read_parquet({marks}))
