@@ -177,7 +177,7 @@ def _mark(connection: Any) -> None:
 
 
 def _short(text: str) -> str:
-    """Return SQL for 64 bits that stand for a text. DuckDB's own `hash` is equal for one in 200 paths that differ in a few digits only."""
+    """Return SQL for 64 bits that stand for a text. DuckDB's own `hash` is equal for many paths that differ in a few digits only."""
     return f"hash(md5({text}))"
 
 
