@@ -27,7 +27,7 @@ Reference:
     partner, CASA is in the checkpoints. The teacher's head is built as the student's (the public code shares one last layer between cls
     and patches in the teacher only, which no average of two can be). CASA's last norm starts with gain 1 / sqrt(K), so that its logits
     start with length 1 as those of the head do; at gain 1 the teacher's targets are one-hot from the first step. What enters the heads is
-    standardised by running statistics. The decay of weights does not rise during the run.
+    standardised over the micro-batch. The decay of weights does not rise during the run.
 """
 
 from __future__ import annotations
@@ -89,6 +89,31 @@ def entropy_share(logits: Tensor) -> Tensor:
 def _in_pairs(x: Tensor) -> Tensor:
     """View rows (2 B, ...) as (B, 2, ...)."""
     return x.reshape(-1, 2, *x.shape[1:])
+
+
+def standardised(x: Tensor, weight: Tensor) -> Tensor:
+    """Give every channel mean 0 and variance 1 over the rows of a micro-batch; fewer than three rows stay as they are.
+
+    Features of a fresh network have most of their length in common. Of what is left after centring, a teacher can only say that all
+    prototypes are alike; and a student that cannot yet tell its crops apart loses least when it makes them quite alike. Running statistics
+    do not stop it, because what features have in common moves by more than their spread at every step. Standardised over the batch itself
+    they cannot all be alike.
+
+    Args:
+        x: (..., E) features.
+        weight: (...) what each row counts; rows of weight 0 are as if they were not there.
+
+    Returns:
+        (..., E).
+    """
+    kind = torch.promote_types(x.dtype, torch.float32)
+    rows, share = x.to(kind), weight.to(kind)[..., None]
+    over = tuple(range(x.ndim - 1))
+    total = share.sum().clamp_min(1e-12)
+    mean = (rows * share).sum(dim=over) / total
+    variance = ((rows - mean).square() * share).sum(dim=over) / total
+    unit = (rows - mean) * (variance + 1e-5 * variance.mean().detach() + 1e-12).rsqrt()
+    return torch.where((weight > 0).sum() < 3, rows, unit)
 
 
 class UnitLinear(nn.Module):
@@ -244,11 +269,10 @@ class Alice(nn.Module):
         student_temperature: T_s.
         teacher_temperature: T_t at the start and after the warm-up; below T_s, or targets teach nothing.
         temperature_warmup: Share of the run over which T_t rises.
-        standardise: Bring the channels of what enters the heads to mean 0 and variance 1, by running statistics of student and of teacher.
-            Features of a fresh network have most of their length in common; of what is left after centring, a teacher can only say that
-            all prototypes are alike, and the student learns just that. False is the published form.
+        standardise: Bring the channels of what enters the heads to mean 0 and variance 1 over the micro-batch of this process, see
+            `standardised`. False is the published form.
         teacher_momentum: Momentum of the teacher at the start; it ends at 1.
-        centre_momentum: Momentum of the centres and of the running statistics.
+        centre_momentum: Momentum of the centres.
         frozen_epochs: First epochs in which the last layers stay as they are.
         recon_region: `masked` scores hidden voxels only, `all` every valid voxel.
         decoder_dim: Width of the decoder for encoders without one.
@@ -334,12 +358,6 @@ class Alice(nn.Module):
         for term in self.head.last:
             self.register_buffer(f"centre_{term}", torch.zeros(prototypes))
         self.standardise = standardise
-        widths = {"pooled": encoder.embed_dim, "tokens": encoder.embed_dim, "context": context_dim}
-        for branch in ("student", "teacher"):
-            for kind, width in widths.items():
-                self.register_buffer(f"{branch}_{kind}", torch.stack([torch.zeros(width), torch.ones(width)]))
-        self.known: Tensor
-        self.register_buffer("known", torch.tensor(False))
         self.alarm = StuckAlarm(**{"share": 0.5, **(alarm or {})})  # type: ignore[arg-type]
         self._pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._health: list[Tensor] = []
@@ -490,25 +508,16 @@ class Alice(nn.Module):
         total = torch.stack([ctx.loss_weights.get(term, w) * parts[f"loss_{term}"] for term, w in self.weights.items()]).sum()
         return {"loss": total, **parts}
 
-    def _standard(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
-        """Return features (..., E) with running mean and variance taken out, and note them, rows by weight (...)."""
-        if not self.standardise:
-            return x
-        if self.training:
-            with torch.no_grad():
-                rows, share = x.detach().double().flatten(0, -2), weight.double().flatten()[:, None]
-                sums = torch.cat([(rows * share).sum(dim=0), (rows.square() * share).sum(dim=0)])
-                self._pending.setdefault(name, []).append((sums, share.sum()))
-        mean, variance = self.get_buffer(name).to(x.dtype)
-        return (x - mean) / variance.clamp_min(1e-6).sqrt()  # type: ignore[no-any-return]
+    def _standard(self, x: Tensor, weight: Tensor) -> Tensor:
+        return standardised(x, weight) if self.standardise else x
 
     def _cls(
         self, output: EncoderOutput, target: EncoderOutput, weight: Tensor, temperature: float, ctx: StepContext, frozen: bool
     ) -> dict[str, Tensor]:
         both = weight.repeat_interleave(2)
-        student = self.head(self._standard(output.pooled, both, "student_pooled"), "cls", frozen=frozen)
+        student = self.head(self._standard(output.pooled, both), "cls", frozen=frozen)
         with torch.no_grad():
-            teacher = self.teacher["head"](self._standard(target.pooled, both, "teacher_pooled"), "cls")
+            teacher = self.teacher["head"](self._standard(target.pooled, both), "cls")
         student, teacher = _in_pairs(student), _in_pairs(teacher)  # (B, 2, K)
         centre = self.get_buffer("centre_cls")
         crossed = cross_entropy(teacher.flip(1), centre, temperature, student, self.student_temperature).mean(dim=1)
@@ -532,17 +541,17 @@ class Alice(nn.Module):
         real = functional.max_pool3d(valid.flatten(0, 1).to(weight.dtype), self.patch)
         real = _in_pairs(flatten_tokens(real)[..., 0])  # (B, 2, N)
         rows = (weight[:, None, None] * real).flatten(0, 1)
-        student = self.head(self._standard(output.tokens, rows, "student_tokens"), "patch", frozen=frozen)  # (2 B, N, K)
+        student = self.head(self._standard(output.tokens, rows), "patch", frozen=frozen)  # (2 B, N, K)
         if context is None or target_context is None or self.casa is None:
             with torch.no_grad():
-                teacher = self.teacher["head"](self._standard(target.tokens, rows, "teacher_tokens"), "patch")
+                teacher = self.teacher["head"](self._standard(target.tokens, rows), "patch")
         else:
             queries = student
             rows = weight.repeat_interleave(2)[:, None].expand(context.shape[:2])
-            own = self.head(self._standard(context, rows, "student_context"), "patch", context=True, frozen=frozen)
+            own = self.head(self._standard(context, rows), "patch", context=True, frozen=frozen)
             student = self.casa(queries, own)
             with torch.no_grad():
-                seen = self._standard(target_context, rows, "teacher_context")
+                seen = self._standard(target_context, rows)
                 teacher = self.casa(queries.detach(), self.teacher["head"](seen, "patch", context=True), teacher=True)
         teacher, student = _in_pairs(teacher), _in_pairs(student)
         losses = cross_entropy(teacher, self.get_buffer("centre_patch"), temperature, student, self.student_temperature)
@@ -578,28 +587,19 @@ class Alice(nn.Module):
 
     @torch.no_grad()
     def after_step(self, ctx: StepContext) -> None:
-        """Move centres and statistics by what all micro-steps and processes saw, and look for a collapse.
+        """Move centres by what all micro-steps and processes saw, and look for a collapse.
 
         Raises:
             TrainingStopped: The features of a batch have been alike for too long.
         """
         pending, health = self._pending, self._health
         self._pending, self._health = {}, []
-        learnt = torch.zeros_like(self.known)
         for name, seen in pending.items():
             sums = torch.stack([total for total, _ in seen]).sum(dim=0)
             packed = sum_ranks(torch.cat([sums, torch.stack([count for _, count in seen]).sum()[None]]))
             kept = self.get_buffer(name)
             found = packed[:-1] / packed[-1].clamp_min(1e-12)
-            if name.startswith("centre_"):
-                momentum = self.centre_momentum
-            else:
-                mean, square = found.chunk(2)
-                found = torch.stack([mean, (square - mean.square()).clamp_min(0)])
-                momentum = self.centre_momentum if bool(self.known) else 0.0
-                learnt = learnt | (packed[-1] > 0)
-            kept.copy_(torch.where(packed[-1] > 0, torch.lerp(found.to(kept.dtype), kept, momentum), kept))
-        self.known.copy_(self.known | learnt)
+            kept.copy_(torch.where(packed[-1] > 0, torch.lerp(found.to(kept.dtype), kept, self.centre_momentum), kept))
         if not health:
             return
         spread, entropy, rows = (sum_ranks(torch.stack(health).mean(dim=0)) / ctx.world_size).tolist()

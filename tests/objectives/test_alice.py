@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from medssl.errors import RequestError, TrainingStopped
-from medssl.objectives.alice import Alice, cross_entropy
+from medssl.objectives.alice import Alice, cross_entropy, standardised
 from medssl.testing import check_objective
 from medssl.training.ema import update_ema
 from medssl.types import StepContext, Views
@@ -22,15 +23,13 @@ ENCODERS = ("segresnet3d", "vit3d", "swin3d")
 
 
 def settle(objective: Alice, scale: float = 1.0) -> Alice:
-    """Give teacher, centres and statistics values of their own, as after some training."""
+    """Give teacher and centres values of their own, as after some training."""
     with torch.no_grad():
         for parameter in objective.teacher.parameters():
             parameter.add_(0.1 * scale * torch.randn_like(parameter) * parameter.abs().mean())
         for name, buffer in objective.named_buffers():
             if name.startswith("centre_"):
                 buffer.copy_(0.05 * scale * torch.randn_like(buffer))
-            elif name.startswith(("student_", "teacher_")):
-                buffer.copy_(torch.stack([0.3 * torch.randn_like(buffer[0]), 0.5 + torch.rand_like(buffer[1])]))
     return objective
 
 
@@ -71,10 +70,12 @@ def norm_of(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
     return (x - x.mean()) / math.sqrt(x.var() + 1e-5) * weight + bias
 
 
-def standard_of(objective: Alice, name: str, x: np.ndarray) -> np.ndarray:
-    """Features with the running mean and variance of `name` taken out, channel by channel."""
-    mean, variance = objective.get_buffer(name).numpy()
-    return np.stack([(x[..., e] - mean[e]) / math.sqrt(variance[e]) for e in range(x.shape[-1])], axis=-1)
+def standard_of(crops: dict[Any, np.ndarray], weights: dict[Any, np.ndarray]) -> dict[Any, np.ndarray]:
+    """Features (N, E) of crops, brought to mean 0 and variance 1 over the rows of all crops; weights (N,) per crop."""
+    rows, share = np.concatenate(list(crops.values())), np.concatenate([weights[key] for key in crops])
+    mean = sum(w * row for w, row in zip(share, rows)) / share.sum()
+    variance = sum(w * (row - mean) ** 2 for w, row in zip(share, rows)) / share.sum()
+    return {key: (x - mean) / np.sqrt(variance + 1e-5 * variance.mean() + 1e-12) for key, x in crops.items()}
 
 
 def casa_of(casa: Any, queries: np.ndarray, context: np.ndarray) -> np.ndarray:
@@ -107,31 +108,34 @@ def loops(objective: Alice, views: Views, t_t: float) -> dict[str, float]:
     with torch.no_grad():
         student = [[objective.encode(x[i, v : v + 1], hidden[i, v : v + 1], paint=True) for v in (0, 1)] for i in range(batch)]
         teacher = [[objective.encode(x[i, v : v + 1], None, paint=False) for v in (0, 1)] for i in range(batch)]
+    crops = [(i, v) for i in range(batch) for v in (0, 1)]
+    real: dict[Any, np.ndarray] = {}
+    for i, v in crops:
+        cells = [np.unravel_index(k, objective.grid) for k in range(math.prod(objective.grid))]
+        windows = [tuple(slice(c * p, (c + 1) * p) for c, p in zip(cell, patch)) for cell in cells]
+        real[i, v] = np.array([bool(valid[i, v, 0][window].any()) for window in windows])
+    looks = {"student": student, "teacher": teacher}
+    one = {(i, v): np.array([float(weight[i])]) for i, v in crops}
+    some = {(i, v): float(weight[i]) * real[i, v] for i, v in crops}
+    pooled = {side: standard_of({(i, v): look[i][v][0].pooled.numpy() for i, v in crops}, one) for side, look in looks.items()}
+    tokens = standard_of({(i, v): student[i][v][0].tokens[0].numpy() for i, v in crops}, some)
+    context = {}
+    for side, look in looks.items():
+        found = {(i, v): look[i][v][1][0].numpy() for i, v in crops}
+        context[side] = standard_of(found, {key: np.full(len(x), float(weight[key[0]])) for key, x in found.items()})
     cls = patches = squares = voxels = 0.0
     for i in range(batch):
         w = float(weight[i])
-        pooled = {
-            side: [standard_of(objective, f"{side}_pooled", look[v][0].pooled[0].numpy()) for v in (0, 1)]
-            for side, look in (("student", student[i]), ("teacher", teacher[i]))
-        }
-        z_s = [head_of(head, pooled["student"][v], "cls") for v in (0, 1)]
-        z_t = [head_of(other_head, pooled["teacher"][v], "cls") for v in (0, 1)]
+        z_s = [head_of(head, pooled["student"][i, v][0], "cls") for v in (0, 1)]
+        z_t = [head_of(other_head, pooled["teacher"][i, v][0], "cls") for v in (0, 1)]
         cls += w * 0.5 * (entropy_of(z_t[0], c_cls, t_t, z_s[1], t_s) + entropy_of(z_t[1], c_cls, t_t, z_s[0], t_s))
         for v in (0, 1):
-            tokens = standard_of(objective, "student_tokens", student[i][v][0].tokens[0].numpy())
-            own_context = standard_of(objective, "student_context", student[i][v][1][0].numpy())
-            other_context = standard_of(objective, "teacher_context", teacher[i][v][1][0].numpy())
-            q = np.stack([head_of(head, token, "patch") for token in tokens])
-            own = np.stack([head_of(head, token, "patch", True) for token in own_context])
-            other = np.stack([head_of(other_head, token, "patch", True) for token in other_context])
+            q = np.stack([head_of(head, token, "patch") for token in tokens[i, v]])
+            own = np.stack([head_of(head, token, "patch", True) for token in context["student"][i, v]])
+            other = np.stack([head_of(other_head, token, "patch", True) for token in context["teacher"][i, v]])
             a_s, a_t = casa_of(objective.casa, q, own), casa_of(objective.casa, q, other)
-            real = []
-            for k in range(len(tokens)):
-                cell = np.unravel_index(k, objective.grid)
-                window = tuple(slice(c * p, (c + 1) * p) for c, p in zip(cell, patch))
-                if valid[i, v, 0][window].any():
-                    real.append(entropy_of(a_t[k], c_patch, t_t, a_s[k], t_s))
-            patches += w * 0.5 * sum(real) / max(len(real), 1)
+            scored = [entropy_of(a_t[k], c_patch, t_t, a_s[k], t_s) for k in np.flatnonzero(real[i, v])]
+            patches += w * 0.5 * sum(scored) / max(len(scored), 1)
             painted, true = student[i][v][2][0, 0].numpy(), x[i, v, 0].numpy()
             for place in zip(*np.nonzero((hidden[i, v, 0] & valid[i, v, 0]).numpy())):
                 squares += w * (painted[place] - true[place]) ** 2
@@ -399,10 +403,9 @@ def test_centre__is_a_running_mean_over_pairs_by_weight() -> None:
     views = to_double(make_pairs(weights=[1.0, 0.5]))
     before = objective.get_buffer("centre_cls").clone()
     x = objective.inputs(views)[0]
-    mean, variance = objective.get_buffer("teacher_pooled")
     with torch.no_grad():
         pooled = objective.encode(x.flatten(0, 1), None, paint=False)[0].pooled
-        logits = objective.teacher["head"]((pooled - mean) / variance.sqrt(), "cls")
+        logits = objective.teacher["head"](standardised(pooled, torch.tensor([1.0, 1.0, 0.5, 0.5]).double()), "cls")
     expected = 0.9 * before + 0.1 * (logits[0] + logits[1] + 0.5 * logits[2] + 0.5 * logits[3]) / 3
     objective(views, StepContext())
     objective.after_step(StepContext())
@@ -411,7 +414,7 @@ def test_centre__is_a_running_mean_over_pairs_by_weight() -> None:
 
 def test_centre__of_two_micro_steps_is_that_of_one_step() -> None:
     views = make_pairs(weights=[1.0, 0.5])
-    one, two = make_alice(), make_alice()
+    one, two = make_alice(standardise=False), make_alice(standardise=False)
     one(views, StepContext())
     for row in ([0], [1]):
         two(take(views, row), StepContext(micro_steps=2))
@@ -421,25 +424,31 @@ def test_centre__of_two_micro_steps_is_that_of_one_step() -> None:
         assert torch.allclose(one.get_buffer(f"centre_{term}"), two.get_buffer(f"centre_{term}"), atol=1e-6)
 
 
-def test_statistics__are_those_of_the_pairs_by_weight_then_running_means() -> None:
-    objective = make_alice().double()
-    seen = []
-    for step, weights in enumerate(([1.0, 0.5], [0.5, 1.0])):
-        views = to_double(make_pairs(seed=step, weights=weights))
-        x, hidden, _, _ = objective.inputs(views)
-        with torch.no_grad():
-            rows = objective.encode(x.flatten(0, 1), hidden.flatten(0, 1), paint=False)[0].pooled.numpy()
-        share = np.repeat(weights, 2)
-        mean = np.average(rows, axis=0, weights=share)
-        seen.append(np.stack([mean, np.average((rows - mean) ** 2, axis=0, weights=share)]))
-        objective(views, StepContext(step=step))
-        objective.after_step(StepContext(step=step))
-    expected = 0.9 * seen[0] + 0.1 * seen[1]  # the first batch is taken as it is
-    assert np.allclose(objective.get_buffer("student_pooled").numpy(), expected, rtol=1e-9, atol=1e-12)
-    same = make_alice(standardise=False)
-    same(make_pairs(), StepContext())
-    same.after_step(StepContext())
-    assert torch.equal(same.get_buffer("student_pooled"), make_alice().get_buffer("student_pooled"))
+def test_standardised__formula_by_weight() -> None:
+    x = torch.randn(4, 5, 3, dtype=torch.float64) * 0.01 + torch.tensor([5.0, -2.0, 0.3])
+    weight = torch.rand(4, 5, dtype=torch.float64)
+    weight[1] = 0.0
+    rows = standardised(x, weight)
+    share = weight[..., None] / weight.sum()
+    assert torch.allclose((rows * share).sum(dim=(0, 1)), torch.zeros(3).double(), atol=1e-9)
+    assert torch.allclose((rows.square() * share).sum(dim=(0, 1)), torch.ones(3).double(), rtol=1e-3)
+    kept = [0, 2, 3]
+    assert torch.allclose(rows[kept], standardised(x[kept], weight[kept]), rtol=1e-12)
+    assert torch.equal(standardised(x[0, :2], weight[0, :2]), x[0, :2]), "fewer than three rows"
+
+
+def test_loss__does_not_feel_what_all_student_features_have_in_common() -> None:
+    """Of a fresh network it is most of their length; with running statistics it outran them, and the heads saw nothing else."""
+    views = make_pairs(batch=4)
+    plain, moved = make_alice(weights={"cls": 1}), make_alice(weights={"cls": 1})
+    encode = moved.encode
+
+    def offset(*arguments: Any, **options: Any) -> Any:
+        output, context, painted = encode(*arguments, **options)
+        return dataclasses.replace(output, pooled=output.pooled + 100.0), context, painted
+
+    moved.encode = offset  # type: ignore[method-assign]
+    assert float(moved(views, StepContext())["loss"]) == pytest.approx(float(plain(views, StepContext())["loss"]), rel=1e-3)
 
 
 def test_first_epoch__leaves_the_last_layers() -> None:
