@@ -24,7 +24,8 @@ Reference:
     Jiang et al. 2023, "Anatomical Invariance Modeling and Semantic Alignment for Self-supervised Learning in 3D Medical Image Analysis"
     (ICCV, arXiv 2302.05615). We differ where the published settings cannot work: masks are three-dimensional and per crop, hidden voxels
     are marked by a mask token or channel and alone are scored, teacher temperatures are 0.04 to 0.07, every sample of a batch has its own
-    partner, CASA is in the checkpoints. The teacher's head is built as the student's (the public code shares one last layer between cls
+    partner, CASA is in the checkpoints. The teacher has a CASA of its own, averaged like the rest, and asks with its own tokens: one module
+    for both, asked by the student twice, makes targets that follow the student at once, which are one-hot after thirty steps. The teacher's head is built as the student's (the public code shares one last layer between cls
     and patches in the teacher only, which no average of two can be). CASA's last norm starts with gain 1 / sqrt(K), so that its logits
     start with length 1 as those of the head do; at gain 1 the teacher's targets are one-hot from the first step. What enters the heads is
     standardised over the micro-batch. The decay of weights does not rise during the run.
@@ -181,7 +182,7 @@ class ConditionalAlignment(nn.Module):
         dim: K, the width of the logits.
         heads: Attention heads; must divide `dim`.
         hidden: Width of the feed-forward layer.
-        dropout: Rate, in the student's pass only. With it a changed number of processes changes results.
+        dropout: Rate, in training only. With it a changed number of processes changes results.
     """
 
     def __init__(self, dim: int, *, heads: int = 8, hidden: int = 2048, dropout: float = 0.0) -> None:
@@ -196,18 +197,17 @@ class ConditionalAlignment(nn.Module):
         self.norm = nn.LayerNorm(dim)
         nn.init.constant_(self.norm.weight, dim**-0.5)
 
-    def forward(self, queries: Tensor, context: Tensor, *, teacher: bool = False) -> Tensor:
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
         """Align.
 
         Args:
-            queries: (M, N, K), of the student in both passes.
-            context: (M, T, K), of the student or of the teacher.
-            teacher: The teacher's pass: nothing is dropped.
+            queries: (M, N, K).
+            context: (M, T, K).
 
         Returns:
             (M, N, K).
         """
-        rate = self.dropout if self.training and not teacher else 0.0
+        rate = self.dropout if self.training else 0.0
         q, k, v = (self._split(layer(x)) for layer, x in ((self.query, queries), (self.key, context), (self.value, context)))
         found = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = self.norm_attention(queries + functional.dropout(self.out(found), rate))
@@ -365,7 +365,7 @@ class Alice(nn.Module):
 
     def _averaged(self) -> dict[str, nn.Module]:
         """The student's modules that the teacher has too."""
-        found = {"encoder": self.encoder, "decoder": self.decoder, "head": self.head}
+        found = {"encoder": self.encoder, "decoder": self.decoder, "head": self.head, "casa": self.casa}
         return {name: module for name, module in found.items() if module is not None}
 
     def _painter(self, decoder_dim: int) -> nn.Module:
@@ -398,7 +398,7 @@ class Alice(nn.Module):
         return {"teacher_momentum": momentum, "teacher_temperature": first + (last - first) * risen}
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module, str]]:
-        """Encoder, decoder and head of the student, their counterparts, and the schedule."""
+        """Encoder, decoder, head and CASA of the student, their counterparts, and the schedule."""
         return [(module, self.teacher[name], "teacher_momentum") for name, module in self._averaged().items()]
 
     def encode(self, x: Tensor, hidden: Tensor | None, *, paint: bool) -> tuple[EncoderOutput, Tensor | None, Tensor | None]:
@@ -542,17 +542,15 @@ class Alice(nn.Module):
         real = _in_pairs(flatten_tokens(real)[..., 0])  # (B, 2, N)
         rows = (weight[:, None, None] * real).flatten(0, 1)
         student = self.head(self._standard(output.tokens, rows), "patch", frozen=frozen)  # (2 B, N, K)
-        if context is None or target_context is None or self.casa is None:
-            with torch.no_grad():
-                teacher = self.teacher["head"](self._standard(target.tokens, rows), "patch")
-        else:
-            queries = student
+        with torch.no_grad():
+            teacher = self.teacher["head"](self._standard(target.tokens, rows), "patch")
+        if context is not None and target_context is not None and self.casa is not None:
             rows = weight.repeat_interleave(2)[:, None].expand(context.shape[:2])
             own = self.head(self._standard(context, rows), "patch", context=True, frozen=frozen)
-            student = self.casa(queries, own)
+            student = self.casa(student, own)
             with torch.no_grad():
                 seen = self._standard(target_context, rows)
-                teacher = self.casa(queries.detach(), self.teacher["head"](seen, "patch", context=True), teacher=True)
+                teacher = self.teacher["casa"](teacher, self.teacher["head"](seen, "patch", context=True))
         teacher, student = _in_pairs(teacher), _in_pairs(student)
         losses = cross_entropy(teacher, self.get_buffer("centre_patch"), temperature, student, self.student_temperature)
         crops = (losses * real).sum(dim=2) / real.sum(dim=2).clamp_min(1)  # (B, 2)

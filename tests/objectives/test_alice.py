@@ -118,7 +118,7 @@ def loops(objective: Alice, views: Views, t_t: float) -> dict[str, float]:
     one = {(i, v): np.array([float(weight[i])]) for i, v in crops}
     some = {(i, v): float(weight[i]) * real[i, v] for i, v in crops}
     pooled = {side: standard_of({(i, v): look[i][v][0].pooled.numpy() for i, v in crops}, one) for side, look in looks.items()}
-    tokens = standard_of({(i, v): student[i][v][0].tokens[0].numpy() for i, v in crops}, some)
+    tokens = {side: standard_of({(i, v): look[i][v][0].tokens[0].numpy() for i, v in crops}, some) for side, look in looks.items()}
     context = {}
     for side, look in looks.items():
         found = {(i, v): look[i][v][1][0].numpy() for i, v in crops}
@@ -130,10 +130,11 @@ def loops(objective: Alice, views: Views, t_t: float) -> dict[str, float]:
         z_t = [head_of(other_head, pooled["teacher"][i, v][0], "cls") for v in (0, 1)]
         cls += w * 0.5 * (entropy_of(z_t[0], c_cls, t_t, z_s[1], t_s) + entropy_of(z_t[1], c_cls, t_t, z_s[0], t_s))
         for v in (0, 1):
-            q = np.stack([head_of(head, token, "patch") for token in tokens[i, v]])
+            q_s = np.stack([head_of(head, token, "patch") for token in tokens["student"][i, v]])
+            q_t = np.stack([head_of(other_head, token, "patch") for token in tokens["teacher"][i, v]])
             own = np.stack([head_of(head, token, "patch", True) for token in context["student"][i, v]])
             other = np.stack([head_of(other_head, token, "patch", True) for token in context["teacher"][i, v]])
-            a_s, a_t = casa_of(objective.casa, q, own), casa_of(objective.casa, q, other)
+            a_s, a_t = casa_of(objective.casa, q_s, own), casa_of(objective.teacher["casa"], q_t, other)
             scored = [entropy_of(a_t[k], c_patch, t_t, a_s[k], t_s) for k in np.flatnonzero(real[i, v])]
             patches += w * 0.5 * sum(scored) / max(len(scored), 1)
             painted, true = student[i][v][2][0, 0].numpy(), x[i, v, 0].numpy()
@@ -212,18 +213,19 @@ def test_teacher__is_a_frozen_copy_in_evaluation_mode_and_gets_no_gradient() -> 
     objective(make_pairs(), StepContext())["loss"].backward()
     assert all(not p.requires_grad and p.grad is None for p in objective.teacher.parameters())
     pairs = objective.ema_pairs()
-    assert len(pairs) == 2 and {schedule for _, _, schedule in pairs} == set(objective.schedules(0, 10)) - {"teacher_temperature"}
+    assert len(pairs) == 3 and {schedule for _, _, schedule in pairs} == set(objective.schedules(0, 10)) - {"teacher_temperature"}
     assert all(torch.equal(a, b) for s, t, _ in pairs for a, b in zip(s.state_dict().values(), t.state_dict().values()))
     assert sum(len(list(t.parameters())) for _, t, _ in pairs) == len(list(objective.teacher.parameters()))
 
 
-def test_teacher_path__reaches_casa_and_queries_with_no_gradient() -> None:
-    """A teacher whose targets change does not change how: the gradient goes through the student's pass alone."""
+def test_teacher_path__asks_with_its_own_tokens_and_has_no_gradient() -> None:
     objective, views = make_alice(weights={"patch": 1}).double(), to_double(make_pairs())
     seen = []
-    objective.casa.register_forward_hook(lambda _, __, output: seen.append(output))  # type: ignore[union-attr]
+    for casa in (objective.casa, objective.teacher["casa"]):
+        casa.register_forward_hook(lambda _, given, output: seen.append((given[0], output)))  # type: ignore[union-attr]
     objective(views, StepContext())
-    assert [output.requires_grad for output in seen] == [True, False]
+    assert [output.requires_grad for _, output in seen] == [True, False]
+    assert not torch.equal(seen[0][0], seen[1][0])
 
 
 def test_schedules__rise_as_they_should() -> None:
