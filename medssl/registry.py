@@ -18,6 +18,7 @@ ENCODERS: dict[str, str] = {
     "segresnet3d": "medssl.encoders.segresnet3d:SegResNet3D",
     "image2d": "medssl.encoders.image2d:Image2D",
     "slice_volume": "medssl.encoders.slice_volume:SliceVolumeEncoder",
+    "video_vit": "medssl.encoders.video_vit:VideoViT",
 }
 OBJECTIVES: dict[str, str] = {
     "mae": "medssl.objectives.mae:MAE",

@@ -28,6 +28,7 @@ class Encoder(nn.Module):
         drops_tokens: `forward_features` takes `keep`.
         has_decoder: `forward_features` takes `stem_extra`, and there is `forward_decoder(pyramid)`.
         takes_images: `forward_features` takes flat images (B, C, H, W), and its tokens are the cells of a feature map.
+        takes_clips: Images are clips (B, C, T, H, W), with `valid`; it has `masked(x, keep, valid)` and `frame_branch()`.
         takes_stacks: It has `embed_slices(stacks, valid)`, `aggregator(tokens, valid, z_mm)` and `parts()`.
     """
 
@@ -36,6 +37,7 @@ class Encoder(nn.Module):
     drops_tokens: bool = False
     has_decoder: bool = False
     takes_images: bool = False
+    takes_clips: bool = False
     takes_stacks: bool = False
     key_groups: dict[str, list[str]] = {}  # noqa: RUF012 (overridden as a constant)
     net: nn.Module

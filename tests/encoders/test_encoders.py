@@ -13,6 +13,7 @@ from medssl.registry import ENCODERS
 from medssl.testing import check_encoder
 
 TINY = {
+    "video_vit": {"image_size": (4, 16, 24), "patch_size": 8, "hidden_size": 24, "num_layers": 2, "num_heads": 2},
     "vit3d": {"image_size": (16, 24, 8), "patch_size": 8, "hidden_size": 24, "num_layers": 2, "num_heads": 2},
     "segresnet3d": {"init_filters": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)},
     "image2d": {"model": "resnet18", "in_channels": 2},
@@ -24,7 +25,7 @@ TINY = {
         "chunk": 4,
     },
 }
-SIZES = {"image2d": (64, 96), "slice_volume": (32, 64, 6)}
+SIZES = {"image2d": (64, 96), "slice_volume": (32, 64, 6), "video_vit": (4, 16, 24)}
 
 
 @pytest.mark.parametrize("name", sorted(ENCODERS))
