@@ -26,6 +26,9 @@ OBJECTIVES: dict[str, str] = {
     "intra_inter_clustering": "medssl.objectives.intra_inter_clustering:IntraInterClustering",
     "graph_matching": "medssl.objectives.graph_matching:GraphMatching",
     "global_local_contrast": "medssl.objectives.global_local_contrast:GlobalLocalContrast",
+    "cluster_distillation": "medssl.objectives.cluster_distillation:ClusterDistillation",
+    "video_mae": "medssl.objectives.video_mae:VideoMAE",
+    "relative_speed": "medssl.objectives.relative_speed:RelativeSpeed",
 }
 DOMAINS: dict[str, str] = {
     "mri": "medssl.domains.mri:MRI",

@@ -55,7 +55,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, patch: Sequence[int]) -> None:
         super().__init__()
-        self.proj = nn.Conv3d(in_channels, dim, tuple(patch), tuple(patch))
+        frames, rows, columns = patch
+        self.proj = nn.Conv3d(in_channels, dim, (frames, rows, columns), (frames, rows, columns))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens (B, N, E) of clips (B, C, T, H, W)."""
@@ -159,9 +160,7 @@ class VideoViT(Encoder):
         self.pool, self.time_positions, self.valid_share = pool, time_positions, valid_share
         self.check_size(image_size)
         self.table_grid = tuple(n // p for n, p in zip(image_size, self.patch_size))
-        self.net = VideoTransformer(
-            in_channels, hidden_size, self.patch_size, num_layers, num_heads, mlp_dim or 4 * hidden_size
-        )
+        self.net = VideoTransformer(in_channels, hidden_size, self.patch_size, num_layers, num_heads, mlp_dim or 4 * hidden_size)
 
     @classmethod
     def divisor(cls, args: Mapping[str, Any]) -> tuple[int, ...]:
@@ -181,7 +180,9 @@ class VideoViT(Encoder):
         if frames % tubelet:
             raise ValueError(f"video_vit: {frames} frames are no multiple of the tubelet {tubelet}; take a frame more or less")
         if any(n % p or n < p for n, p in zip(pixels, patch)):
-            raise ValueError(f"video_vit: frames of {tuple(pixels)} pixels are no multiple of the patch {tuple(patch)}; crop or pad")
+            raise ValueError(
+                f"video_vit: frames of {tuple(pixels)} pixels are no multiple of the patch {tuple(patch)}; crop or pad"
+            )
 
     def frame_branch(self) -> VideoViT:
         """Return a fresh encoder of single frames that is like this one but for its tubelet of 1."""
@@ -202,9 +203,7 @@ class VideoViT(Encoder):
     def positions(self, grid: Sequence[int], like: Tensor) -> Tensor:
         """Return the positions (1, N, E) of a token grid, where and as `like` is."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return factorised_positions(
-            tuple(grid), self.embed_dim, self.table_grid, self.time_positions, str(like.device), dtype
-        )
+        return factorised_positions(tuple(grid), self.embed_dim, self.table_grid, self.time_positions, str(like.device), dtype)
 
     def embed(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Embed all patches, positions included.
@@ -296,9 +295,7 @@ class VideoViT(Encoder):
             tokens=found, grid=grid, pooled=pooled, pyramid=tuple(unflatten_tokens(state, grid) for state in states)
         )
 
-    def encode_valid(
-        self, tokens: Tensor, valid: Tensor | None, *, states: bool = True
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def encode_valid(self, tokens: Tensor, valid: Tensor | None, *, states: bool = True) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As `encode`, but computes only as many tokens as the clip with most valid ones has.
 
         Args:
@@ -336,4 +333,4 @@ class VideoViT(Encoder):
         seen = None if real is None else real.gather(1, rows).reshape(-1, keep.shape[2])
         visible = gather_tokens(tokens, rows).reshape(prod(keep.shape[:2]), keep.shape[2], -1)
         pooled, found, _ = self.encode(visible, seen)
-        return pooled.unflatten(0, keep.shape[:2]), found.unflatten(0, keep.shape[:2])
+        return pooled.reshape(*keep.shape[:2], -1), found.reshape(*keep.shape, -1)

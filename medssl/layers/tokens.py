@@ -134,4 +134,4 @@ def valid_tokens(valid: Tensor, patch: Sequence[int], share: float = 0.25) -> Te
         (B, N) bool.
     """
     rows = patchify(valid[:, None], patch)
-    return (rows.unflatten(2, (patch[0], -1)).float().mean(dim=3) >= share).all(dim=2)
+    return (rows.reshape(*rows.shape[:2], patch[0], -1).float().mean(dim=3) >= share).all(dim=2)
