@@ -41,6 +41,8 @@ SPECKLE_PIXELS = 0.7
 """Standard deviation of the blur of speckle noise: one resolution cell of a scanner is one to two pixels of a view of 112."""
 FAR_APEX = 1.0
 """An apex further above the sector than so many of its heights is that of a linear probe, whose beams are parallel."""
+STRAIGHT = 0.02
+"""Root mean square distance from a straight line, in heights of the sector, up to which a border is straight."""
 
 
 @dataclass
@@ -269,7 +271,7 @@ class ClipViews:
         scale = torch.tensor([[1 / height], [1 / width]], dtype=torch.float64)
         out = {
             self.name: x[torch.from_numpy(order).to(x.device)],
-            f"{self.name}_valid": torch.from_numpy(item.valid[v]).to(x.device),
+            f"{self.name}_valid": to_device(item.valid[v], x.device),
             f"{self.name}_sector": inside[None],
             f"{self.name}_time_s": torch.from_numpy(item.time_s[v].astype(np.float32)).to(x.device),
             f"{self.name}_frame": torch.from_numpy(item.frame[v].astype(np.int64)).to(x.device),
@@ -372,17 +374,23 @@ def sector_place(sector: np.ndarray) -> SectorPlace:
     ends = [int(np.argmin(left)), int(np.argmax(right))]
     if min(ends) < 4:
         return fallback
-    centres = rows + 0.5
-    (slope_left, at_left), (slope_right, at_right) = (
-        np.polyfit(centres[: end + 1], border[: end + 1], 1) for end, border in zip(ends, (left, right))
-    )
+    tall = bottom - top
+    lines = [_line(rows[: end + 1] + 0.5, border[: end + 1]) for end, border in zip(ends, (left, right))]
+    if max(away for _, _, away in lines) > STRAIGHT * tall:
+        return fallback
+    (slope_left, at_left, _), (slope_right, at_right, _) = lines
     if slope_right - slope_left < 1e-3:
         return fallback
     row = (at_left - at_right) / (slope_right - slope_left)
-    tall = bottom - top
     if not top - FAR_APEX * tall <= row <= top + tall / 2:
         return fallback
     return SectorPlace((top, first), (bottom, last), (float(row), float(slope_left * row + at_left)))
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """Return slope, intercept and root mean square distance of the straight line through points."""
+    slope, intercept = np.polyfit(x, y, 1)
+    return float(slope), float(intercept), float(np.sqrt(np.mean((slope * x + intercept - y) ** 2)))
 
 
 def tube_masks(sector: Tensor, patch: Sequence[int], ratio: float, count: int, seed: int) -> Tensor:
