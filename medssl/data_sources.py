@@ -1,7 +1,7 @@
 """From a recipe's sources to objects: what is selected, cached, drawn from, and shown to probes.
 
-Views come in three kinds (`views.kind` of a source): `volume` crops of volumes; `image` pictures, single slices and frames;
-`stack` slices of a volume or frames of a clip, in order.
+Views come in four kinds (`views.kind` of a source): `volume` crops of volumes; `image` pictures, single slices and frames;
+`stack` slices of a volume or frames of a clip, in order; `clip` ultrasound cines sampled by time.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from medssl.archive.table import Archive, SeriesRow
 from medssl.cards.named import SourceCards
-from medssl.errors import RequestError, header_words, near
+from medssl.errors import ImageError, RequestError, header_words, near
 from medssl.recipe import SourceSection
 from medssl.registry import argument_faults, component_faults, lookup
+from medssl.sampling.clips import ClipSampler, ClipSource, MiddleClips, check_clip
 from medssl.sampling.items import Item, freeze
 from medssl.sampling.planes import MiddlePlanes, PlaneSampler, PlaneSource
 from medssl.sampling.samplers import CentreSampler, CropSampler
@@ -28,13 +29,14 @@ from medssl.sampling.source import ImageSource
 from medssl.store.manifest import store_key
 from medssl.store.reader import StoreReader
 from medssl.store.writer import CacheSummary, cache_items
-from medssl.types import Box, DrawKey, Stack, Views, ViewsMeta, ViewSpec
+from medssl.types import Box, ClipBatch, DrawKey, Stack, Views, ViewsMeta, ViewSpec
+from medssl.views.clips import ClipFrames, ClipViews
 from medssl.views.pipeline import Crop, VolumeViews
 from medssl.views.planes import Planes, PlaneViews
 
 Progress = Callable[[int, int], None]
-ViewMaker = VolumeViews | PlaneViews
-ImageLike = ImageSource | PlaneSource
+ViewMaker = VolumeViews | PlaneViews | ClipViews
+ImageLike = ImageSource | PlaneSource | ClipSource
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class ViewKind:
     """
 
     items: tuple[str, ...]
-    maker: type[VolumeViews] | type[PlaneViews]
-    sampler: tuple[str, type[CropSampler] | type[PlaneSampler]]
+    maker: type[VolumeViews] | type[PlaneViews] | type[ClipViews]
+    sampler: tuple[str, type[CropSampler] | type[PlaneSampler] | type[ClipSampler]]
     given: tuple[str, ...]
     plain: tuple[str, ...]
 
@@ -74,6 +76,13 @@ VIEW_KINDS: dict[str, ViewKind] = {
     ),
     "stack": ViewKind(
         ("volume", "cine"), PlaneViews, ("planes", PlaneSampler), ("source", "ids", "record", "slices", "batch"), _PLAIN_PLANES
+    ),
+    "clip": ViewKind(
+        ("cine",),
+        ClipViews,
+        ("clips", ClipSampler),
+        ("source", "ids", "record", "frames", "fps", "count", "fill", "batch"),
+        ("size", "frames", "fps", "clip_seconds", "fill", "normalize", "channels"),
     ),
 }
 
@@ -108,7 +117,7 @@ def view_faults(path: str, views: Mapping[str, Any]) -> list[str]:
         return [f'{path}.kind: unknown kind "{kind}"{near(str(kind), VIEW_KINDS)}; accepted: {", ".join(VIEW_KINDS)}']
     given = {key: value for key, value in views.items() if key != "kind"}
     faults = argument_faults(path, VIEW_KINDS[kind].maker, given, given=("name", "count") if kind == "volume" else ("name",))
-    if kind != "volume" and (kind == "stack") != (views.get("slices") is not None):
+    if kind in ("image", "stack") and (kind == "stack") != (views.get("slices") is not None):
         wanted = "required for" if kind == "stack" else "only for"
         faults.append(f"{path}.slices: {wanted} kind: stack (planes per view)")
     if faults:
@@ -191,11 +200,25 @@ def fill_shelf(name: str, source: SourceSection, where: str | None = None, on_pr
     rows = select_rows(source, domain.name, archive, where)
     folder = store_folder(source, domain)
     summary = cache_items(archive, rows, domain, folder, on_progress=on_progress)
+    reader = StoreReader(folder)
+    if view_kind(source.views).maker is ClipViews:
+        summary.failed.update(unusable_clips(reader, [row for row in rows if row.series_id not in summary.failed]))
     kept = [row for row in rows if row.series_id not in summary.failed]
     if not kept:
         reasons = sorted({reason for reason, _ in summary.failed.values()})
         raise RequestError(f"source {name}: none of {len(rows)} series could be cached ({', '.join(reasons)}); nothing to train on")
-    return Shelf(name, archive, kept, domain, StoreReader(folder), summary)
+    return Shelf(name, archive, kept, domain, reader, summary)
+
+
+def unusable_clips(reader: StoreReader, rows: Sequence[SeriesRow]) -> dict[str, tuple[str, str]]:
+    """Return the cines that cannot be sampled by time, or hold no motion: series_id -> reason and message."""
+    found = {}
+    for row in rows:
+        try:
+            check_clip(reader.record(row.series_id))
+        except ImageError as err:
+            found[row.series_id] = (err.reason, str(err))
+    return found
 
 
 def freeze_items(shelves: Sequence[Shelf], sources: Mapping[str, SourceSection], cards: Mapping[str, SourceCards]) -> list[Item]:
@@ -256,6 +279,12 @@ def training_source(shelf: Shelf, section: SourceSection, items: Sequence[Item],
     if isinstance(views, VolumeViews):
         crops = CropSampler(shelf.name, sorted(series), record, views.box_size_mm, batch=batch, **section.sampler.args)
         return ImageSource(shelf.name, shelf.domain.name, shelf.reader, series, crops, views, crop=Crop, weight=section.weight)
+    if isinstance(views, ClipViews):
+        timing = (views.frames, views.fps, views.count, views.fill)
+        clips = ClipSampler(shelf.name, sorted(series), record, *timing, batch=batch, **section.sampler.args)
+        return ClipSource(
+            shelf.name, shelf.domain.name, shelf.reader, series, clips, views, frames=ClipFrames, weight=section.weight
+        )
     planes = PlaneSampler(shelf.name, sorted(series), record, views.slices, batch=batch, **section.sampler.args)
     return PlaneSource(shelf.name, shelf.domain.name, shelf.reader, series, planes, views, planes=Planes, weight=section.weight)
 
@@ -273,6 +302,9 @@ def evaluation_source(
     if isinstance(views, VolumeViews):
         centre = CentreSampler(name, sorted(numbered), record, views.box_size_mm)
         return ImageSource(name, shelf.domain.name, shelf.reader, numbered, centre, views, crop=Crop)
+    if isinstance(views, ClipViews):
+        clips = MiddleClips(name, sorted(numbered), record, views.frames, views.fps, views.count, views.fill)
+        return ClipSource(name, shelf.domain.name, shelf.reader, numbered, clips, views, frames=ClipFrames)
     middle = MiddlePlanes(name, sorted(numbered), record, views.slices, section.sampler.args.get("axis", "auto"))
     return PlaneSource(name, shelf.domain.name, shelf.reader, numbered, middle, views, planes=Planes)
 
@@ -284,14 +316,18 @@ def evaluation_batches(source: ImageLike, device: torch.device, batch: int = 4, 
         yield source.views(source.fetch(keys), device)
 
 
-def images_and_ids(source: ImageLike, device: torch.device, batch: int = 4) -> Iterable[tuple[Tensor | Stack, list[int]]]:
-    """Yield (B, C, *size) images, or stacks, and ids, as `evaluation.features.embed` takes them."""
+def images_and_ids(
+    source: ImageLike, device: torch.device, batch: int = 4
+) -> Iterable[tuple[Tensor | Stack | ClipBatch, list[int]]]:
+    """Yield (B, C, *size) images, stacks or clips, and ids, as `evaluation.features.embed` takes them."""
     for views in evaluation_batches(source, device, batch):
         yield first_view(views, source.view_maker.name), views.meta.ids.tolist()
 
 
-def first_view(views: Views, name: str) -> Tensor | Stack:
+def first_view(views: Views, name: str) -> Tensor | Stack | ClipBatch:
     """Return the first view of each item: what an encoder takes."""
+    if f"{name}_sector" in views:
+        return ClipBatch.of(views, name)
     if f"{name}_depth" not in views or views[name].dim() != 6:
         return views[name][:, 0]
     valid = views.meta.valid[name][:, 0].flatten(2).any(dim=2)
@@ -321,6 +357,19 @@ def random_views(maker: ViewMaker, batch: int, channels: int, device: torch.devi
         ]
         data, seen, _, _ = maker.batch(crops, device)
         valid = {maker.name: seen}
+    elif isinstance(maker, ClipViews):
+        shape = (maker.frames, channels, *maker.size)
+        order = np.broadcast_to(np.arange(maker.frames), (maker.count, maker.frames))
+        shown = np.ones(order.shape, bool)
+        speed = np.ones(maker.count)
+        sector = np.ones(maker.size, bool)
+        times = order / maker.fps
+        stats["max"] = 1.0
+        clips = [
+            ClipFrames(rng.random(shape, np.float32), sector, None, order, shown, times, order, speed, stats, key, n)
+            for n, key in enumerate(keys)
+        ]
+        data, valid, _ = maker.batch(clips, device)
     else:
         n = maker.slices or 1
         shape = (n, channels, *maker.size)

@@ -52,6 +52,8 @@ SERIES_REASONS: dict[str, str] = {
     "too_large": "a slide too large to be read whole; it is read in tiles",
     "empty_tissue": "a slide on which no tissue was found",
     "no_tissue": "ultrasound without a two-dimensional tissue image",
+    "no_frame_time": "a cine without any frame time, where clips are sampled by time",
+    "too_short": "a cine of fewer frames than a clip needs to show motion",
 }
 """Reasons of series, and so of all their files."""
 

@@ -15,9 +15,9 @@ from medssl.errors import RequestError
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_probe
 from medssl.evaluation.scores import Task
-from medssl.types import Stack
+from medssl.types import ClipBatch, Stack
 
-Batch = tuple[Tensor | Stack, Sequence[Hashable]]
+Batch = tuple[Tensor | Stack | ClipBatch, Sequence[Hashable]]
 CONTROLS = ("random_init", "raw_pixels", "intensity_statistics")
 
 
@@ -53,7 +53,7 @@ def embed(encoder: nn.Module, batches: Iterable[Batch]) -> tuple[np.ndarray, lis
 
     Args:
         encoder: Has `forward_features(x) -> EncoderOutput`; its state is the same afterwards (`evaluation_mode`).
-        batches: Pairs of images (B, C, *size) or stacks, normalised as in pretraining, and their B ids. Moved to the encoder's
+        batches: Pairs of images (B, C, *size), stacks or clips, normalised as in pretraining, and their B ids. Moved to the encoder's
             device and dtype.
 
     Returns:
