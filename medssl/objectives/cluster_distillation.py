@@ -18,7 +18,7 @@ Reference:
     (arXiv 2506.11777); Caron et al. 2021 (DINO); Salehi et al. 2024 (SIGMA). We differ where the released code cannot do what the paper says:
     tokens of both branches meet in the order of the grid, one frame of each tubelet; prototypes learn from both directions; momenta and
     schedules reach the model; centres follow raw logits; the image loss is over a few frames of each clip; teachers move once per
-    optimiser step. `legacy_order` brings the released order of tokens back, for ablation.
+    optimiser step; what enters the heads is standardised by running statistics. `legacy_order` brings the released order of tokens back, for ablation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError, TrainingStopped, near
-from medssl.layers.distillation import Centre, UnitHead, cross_entropy, entropy_share, unit_spread
+from medssl.layers.distillation import Centre, RunningStandard, UnitHead, cross_entropy, entropy_share, unit_spread
 from medssl.layers.pos_embed import sincos_positions
 from medssl.layers.prototypes import Prototypes, StuckAlarm, usage
 from medssl.layers.sinkhorn import sinkhorn, sum_ranks
@@ -139,7 +139,9 @@ class ClusterDistillation(nn.Module):
         teacher_temperature: T_t at the start and after the warm-up; below T_s, or targets teach nothing.
         temperature_warmup: Share of the run over which T_t rises (published: 30 of 400 epochs).
         teacher_momentum: Momentum of the teachers at the start; it ends at 1 by half a cosine.
-        centre_momentum: Momentum of the centres.
+        centre_momentum: Momentum of the centres and of the running statistics.
+        standardise: Bring the channels of what enters the heads to mean 0 and variance 1, by running statistics of student and of teacher,
+            see `RunningStandard`. False is the published form.
         cluster_temperature: T of the cluster term.
         epsilon: Of Sinkhorn.
         sinkhorn_iterations: Of Sinkhorn.
@@ -172,6 +174,7 @@ class ClusterDistillation(nn.Module):
         temperature_warmup: float = 0.075,
         teacher_momentum: float = 0.996,
         centre_momentum: float = 0.9,
+        standardise: bool = True,
         cluster_temperature: float = 0.1,
         epsilon: float = 0.05,
         sinkhorn_iterations: int = 10,
@@ -204,6 +207,14 @@ class ClusterDistillation(nn.Module):
             {term: UnitHead(encoder.embed_dim, **sizes) for term in ("video", "image") if term in self.weights}
         )
         self.centres = nn.ModuleDict({term: Centre(head_prototypes, centre_momentum) for term in self.heads})
+        self.standards = nn.ModuleDict(
+            {
+                f"{term}_{branch}": RunningStandard(encoder.embed_dim, centre_momentum)
+                for term in self.heads
+                for branch in ("student", "teacher")
+                if standardise
+            }
+        )
         self.decoder: MaskedDecoder | None = None
         self.prototypes: Prototypes | None = None
         if "cluster" in self.weights:
@@ -289,7 +300,7 @@ class ClusterDistillation(nn.Module):
 
     def first_frames(self, clips: Clips) -> Tensor:
         """Return the first frame of every tubelet, (M, T / tubelet)."""
-        first = torch.arange(clips.grid[0], device=clips.tokens.device) * self.patch[0]
+        first: Tensor = torch.arange(clips.grid[0], device=clips.tokens.device) * self.patch[0]
         return first.expand(len(clips), -1)
 
     def forward(self, views: Views, ctx: StepContext) -> dict[str, Tensor]:
@@ -309,8 +320,8 @@ class ClusterDistillation(nn.Module):
             )
         if self._step != ctx.step:
             self._health, self._step = [], ctx.step
-            for centre in self.centres.values():
-                centre.reset()  # type: ignore[operator]
+            for running in (*self.centres.values(), *self.standards.values()):
+                running.reset()  # type: ignore[operator]
         clips = self.clips(views)
         temperature = ctx.schedules.get("teacher_temperature", self.teacher_temperature[0])
         parts = self._video_terms(clips, temperature, ctx)
@@ -367,21 +378,25 @@ class ClusterDistillation(nn.Module):
         self, term: str, student: Tensor, teacher: Tensor, weight: Tensor, count: str, temperature: float, ctx: StepContext
     ) -> dict[str, Tensor]:
         """Compare class tokens of masked views (M, R, E) with those of whole ones (M, E), which count by weight (M,)."""
-        logits = self.heads[term](student)
+        rows, repeated = student.flatten(0, 1), weight.repeat_interleave(student.shape[1])
+        spread, count_rows = unit_spread(rows, repeated)
+        if self.standards:
+            rows = self.standards[f"{term}_student"](rows, repeated)
+            teacher = self.standards[f"{term}_teacher"](teacher, weight)
+        logits = self.heads[term](rows).reshape(*student.shape[:2], -1)
         with torch.no_grad():
             targets = self.teacher[f"{term}_head"](teacher)
         centre: Any = self.centres[term]
         losses = cross_entropy(targets[:, None], centre.value, temperature, logits, self.student_temperature).mean(dim=1)
         if self.training:
             centre.note(targets, weight)
-        spread, rows = unit_spread(student.flatten(0, 1), weight.repeat_interleave(student.shape[1]))
         with torch.no_grad():
             shifted = (targets - centre.value.to(targets.dtype)) / temperature
             monitors = {
                 f"{term}_teacher_entropy": entropy_share(shifted),
                 f"{term}_centre_entropy": entropy_share(centre.value / temperature),
                 f"{term}_spread": spread,
-                f"{term}_rows": rows,
+                f"{term}_rows": count_rows,
             }
         return {f"loss_{term}": ctx.mean((losses * weight).sum(), count, weight.sum()), **monitors}
 
@@ -390,12 +405,12 @@ class ClusterDistillation(nn.Module):
         """Return what the frame teacher sees at every token, standardised over each frame, (M, N, E), in the order of the grid."""
         if self.legacy_order:
             frames = torch.arange(clips.video.shape[2], device=clips.video.device).expand(len(clips), -1)
-            tokens, real = self._frame_tokens(clips, frames)
+            tokens, real = self.frame_tokens(clips, frames)
             return released_targets(standardised_tokens(tokens, real), self.patch[0])
-        tokens, real = self._frame_tokens(clips, self.first_frames(clips))
+        tokens, real = self.frame_tokens(clips, self.first_frames(clips))
         return standardised_tokens(tokens, real).flatten(1, 2)  # frames before places, as the grid counts
 
-    def _frame_tokens(self, clips: Clips, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def frame_tokens(self, clips: Clips, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Return the frame teacher's tokens (M, F, S, E) of frames (M, F), and which are valid; frames without any are left out."""
         real = self.frame_validity(clips, frames)
         owner, place = real.any(dim=2).nonzero(as_tuple=True)
@@ -491,8 +506,8 @@ class ClusterDistillation(nn.Module):
         """
         if self.prototypes is not None:
             self.prototypes.normalise()
-        for centre in self.centres.values():
-            centre.update()  # type: ignore[operator]
+        for running in (*self.centres.values(), *self.standards.values()):
+            running.update()  # type: ignore[operator]
         health, self._health = self._health, []
         if not health:
             return

@@ -59,7 +59,7 @@ def discrimination_loss(query: Tensor, key: Tensor, negatives: Tensor, *, temper
     Args:
         query: (B, E) of length 1.
         key: (B, E).
-        negatives: (Q, E); with none the loss is 0.
+        negatives: (Q, E).
         temperature: T.
     """
     logits = torch.cat([(query * key).sum(dim=1, keepdim=True), query @ negatives.T], dim=1) / temperature
@@ -131,6 +131,8 @@ class RelativeSpeed(nn.Module):
         self.heads = SpeedHeads(encoder.embed_dim, dim, self.weights)
         self.keys = nn.ModuleDict({"encoder": copy.deepcopy(encoder), "heads": copy.deepcopy(self.heads)}).requires_grad_(False)
         self.queue = EmbeddingQueue(queue, dim, views=1) if "appearance" in self.weights else None
+        if self.queue is not None:  # full of random directions at first, so that the loss has one scale from the first step
+            self.queue.push(functional.normalize(torch.randn(1, queue, dim), dim=2))
         self._pending: list[Tensor] = []
         self._step = -1
 
@@ -211,7 +213,7 @@ class RelativeSpeed(nn.Module):
                 right = (gap > 0).float() + 0.5 * (gap == 0).float()
                 parts["speed_accuracy"] = (right * weight).sum() / weight.sum().clamp_min(1)
             if self.queue is not None:
-                negatives = self.queue.rows[0, : int(self.queue.filled)].to(query["appearance"].dtype)
+                negatives = self.queue.rows[0].to(query["appearance"].dtype)
                 losses = torch.stack(
                     [
                         discrimination_loss(query["appearance"], key["appearance"], negatives, temperature=self.temperature)

@@ -133,6 +133,7 @@ class VideoMAE(nn.Module):
         hidden = flatten_tokens(mask[:, None])[..., 0] & clips.tokens
         return (patchify(clips.pixels[:, None], self.patch) & hidden[..., None])[:, :, None]
 
+    @torch.no_grad()
     def target(self, clips: Clips) -> tuple[Tensor, Tensor, Tensor]:
         """Return the target rows (M, N, C, P), and the mean and deviation (M, N, C, 1) that were taken out (0 and 1 without `norm_target`)."""
         video = clips.video.to(torch.promote_types(clips.video.dtype, torch.float32))
