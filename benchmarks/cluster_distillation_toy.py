@@ -111,7 +111,9 @@ def agreement(objective: FrozenFeatures, held_out: np.ndarray, seed: int) -> dic
     }
 
 
-def play(seed: int, *, legacy: bool = False, steps: int = 700, batch: int = 24, lr: float = 2e-3, held_out: int = 192) -> dict[str, float]:
+def play(
+    seed: int, *, legacy: bool = False, steps: int = 700, batch: int = 24, lr: float = 2e-3, held_out: int = 192
+) -> dict[str, float]:
     """Train one seed; with `steps` 0, measure the untrained model."""
     objective = build(seed, legacy).train()
     optimiser = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
@@ -143,7 +145,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     rows, checks = [], []
     for seed in options.seeds:
-        for name, legacy, steps in (("untrained", False, 0), ("aligned", False, options.steps), ("released order", True, options.steps)):
+        for name, legacy, steps in (
+            ("untrained", False, 0),
+            ("aligned", False, options.steps),
+            ("released order", True, options.steps),
+        ):
             begin = time.perf_counter()
             found = play(seed, legacy=legacy, steps=steps, held_out=options.held_out)
             found = {key: value for key, value in found.items() if steps or key != "final_loss"}

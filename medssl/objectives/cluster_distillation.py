@@ -18,7 +18,8 @@ Reference:
     (arXiv 2506.11777); Caron et al. 2021 (DINO); Salehi et al. 2024 (SIGMA). We differ where the released code cannot do what the paper says:
     tokens of both branches meet in the order of the grid, one frame of each tubelet; prototypes learn from both directions; momenta and
     schedules reach the model; centres follow raw logits; the image loss is over a few frames of each clip; teachers move once per
-    optimiser step; what enters the heads is standardised by running statistics. `legacy_order` brings the released order of tokens back, for ablation.
+    optimiser step; what enters the heads is standardised by running statistics. `legacy_order` brings the released order of tokens back, for
+    ablation.
 """
 
 from __future__ import annotations
