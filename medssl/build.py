@@ -77,11 +77,14 @@ def crop_faults(recipe: PretrainRecipe) -> list[str]:
         size, grid = (views.size, views.mask_grid) if isinstance(views, VolumeViews) else (views.size, None)
         path = "views" if len(recipe.sources) == 1 else f"sources.{source_name}.views"
         for name, encoder in recipe.encoders.items():
-            patch = lookup("encoder", encoder.name).divisor(encoder.args)
+            target = lookup("encoder", encoder.name)
+            patch = target.divisor(encoder.args)
+            clips = getattr(target, "takes_clips", False) and views.spec.kind == "clip"
+            shown: tuple[int, ...] = views.spec.size if clips else size  # frames of a clip come first
             place = "encoder" if len(recipe.encoders) == 1 else f"encoders.{name}"
-            if any(n % p for n, p in zip(size, patch)):
-                faults.append(f"{place}: patch {patch} does not divide {path}.size {size}; choose sizes that are multiples of it")
-            if recipe.objective.name == "mae" and grid != tuple(n // p for n, p in zip(size, patch)):
+            if any(n % p for n, p in zip(shown, patch)):
+                faults.append(f"{place}: patch {patch} does not divide {path}.size {shown}; choose sizes that are multiples of it")
+            if recipe.objective.name == "mae" and grid != tuple(n // p for n, p in zip(shown, patch)):
                 faults.append(f"{path}.mask.cell: objective mae drops tokens, so a mask cell must be one patch: cell={list(patch)}")
         if recipe.objective.name.startswith("mae") and grid is None:
             faults.append(

@@ -29,6 +29,7 @@ KEPT = (
     "channels",
     "patch_size",
     "image_size",
+    "clip",
     "licence",
     "authors",
     "copyright",
@@ -41,7 +42,11 @@ KEPT = (
     "versions",
 )
 AXIS_ORDER = "XYZ-RAS"  # what MONAI delivers too, so no kernel is permuted on the way
-IMAGE_ORDERS = ("HW", "slices of XYZ-RAS")  # of image encoders, and of those that look at volumes slice by slice
+IMAGE_ORDERS = (
+    "HW",
+    "THW",
+    "slices of XYZ-RAS",
+)  # of encoders of images, of clips, and of those that look at volumes slice by slice
 
 
 @dataclass
@@ -143,6 +148,7 @@ def require_whole(manifest: Mapping[str, Any], to: str) -> None:
 FITTING = {
     "monai.ViT": ("safetensors", "unetr", "monai-bundle"),
     "monai.SegResNet": ("safetensors", "segresnet", "monai-bundle"),
+    "medssl.VideoTransformer": ("safetensors", "timm"),
     "timm": ("safetensors", "timm", "torchvision", "resnet", "flexible-unet", "retinanet"),
     "medssl.SliceVolumeEncoder": (
         "joint",

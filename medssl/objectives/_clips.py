@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from medssl.errors import RequestError
 from medssl.layers.tokens import valid_tokens
 from medssl.layers.tube_mask import tube_masks
-from medssl.types import Views, ViewSpec
+from medssl.types import Part, Views, ViewSpec
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Clips:
         return self.masks[:, :count, None].expand(-1, -1, self.grid[0], -1, -1)
 
 
-def clip_spec(view_specs: Mapping[str, ViewSpec], encoder: object, name: str) -> tuple[str, ViewSpec]:
+def clip_spec(view_specs: Mapping[str, ViewSpec], encoder: Any, name: str) -> tuple[str, ViewSpec]:
     """Return the key and the spec of the clips among the views of a run.
 
     Raises:
@@ -70,10 +71,18 @@ def clip_spec(view_specs: Mapping[str, ViewSpec], encoder: object, name: str) ->
         )
     ((key, spec),) = found.items()
     try:
-        encoder.check_size(spec.size)  # type: ignore[attr-defined]
+        encoder.check_size(spec.size)
     except ValueError as err:
         raise RequestError(f"views of {name}, (frames, height, width) = {tuple(spec.size)}: {err}") from err
     return key, spec
+
+
+def clip_part(encoder: Any, group: str, spec: ViewSpec) -> Part:
+    """Return an exportable part of an encoder of clips, with what its clips were like in the manifest."""
+    part: Part = encoder.part(group)
+    frames, *_ = spec.size
+    part.manifest["clip"] = {"frames": frames, "fps": spec.fps, "tubelet": encoder.patch_size[0]}
+    return part
 
 
 def clips_of(views: Views, key: str, patch: Sequence[int], share: float = 0.25) -> Clips:

@@ -42,7 +42,7 @@ from medssl.layers.sinkhorn import sinkhorn, sum_ranks
 from medssl.layers.tokens import valid_tokens, visible_indices
 from medssl.layers.transformer import MaskedDecoder
 from medssl.layers.tube_mask import tube_masks
-from medssl.objectives._clips import Clips, clip_spec, clips_of
+from medssl.objectives._clips import Clips, clip_part, clip_spec, clips_of
 from medssl.seeding import counter_rng
 from medssl.types import Part, StepContext, Views, ViewSpec
 
@@ -148,7 +148,7 @@ class ClusterDistillation(nn.Module):
         sinkhorn_iterations: Of Sinkhorn.
         legacy_order: Take the tokens in the order of the released code, in which targets and predictions do not show the same place. For
             ablation only; needs clips of which everything is valid.
-        export: Which encoder is the default part: `video_teacher` or `video_student`.
+        export: Which encoder is the part `encoder`: `video_teacher` or `video_student`.
         alarm: Changes to `StuckAlarm` of the collapse monitor: epochs, steps.
     """
 
@@ -526,15 +526,16 @@ class ClusterDistillation(nn.Module):
             )
 
     def exported(self) -> dict[str, Part]:
-        """The video encoders of teacher and student, and the frame encoder of the teacher; heads, decoder and prototypes stay behind."""
-        parts = {"video_student": self.encoder.part("video_student")}
+        """The encoders: `encoder`, the video branch that `export` names; the other one under its name; the frame encoder of the teacher."""
+        modules: dict[str, Any] = {"video_student": self.encoder}
         if "encoder" in self.teacher:
-            teacher: Any = self.teacher["encoder"]
-            parts["video_teacher"] = teacher.part("video_teacher")
+            modules["video_teacher"] = self.teacher["encoder"]
+        modules = {"encoder": modules.pop(self.export), **modules}
         if "image" in self.weights:
-            frame: Any = self.teacher["frame_encoder"]
-            parts["image_teacher"] = frame.part("image_teacher")
-        return {self.export: parts.pop(self.export), **parts}
+            modules["image_teacher"] = self.teacher["frame_encoder"]
+        parts = {name: clip_part(module, name, self.view_specs[self.view]) for name, module in modules.items()}
+        parts["encoder"].manifest["branch"] = self.export
+        return parts
 
 
 def _float(z: Tensor) -> Tensor:

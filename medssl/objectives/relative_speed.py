@@ -30,7 +30,7 @@ from torch.nn import functional
 from medssl.errors import RequestError, near
 from medssl.layers.prototypes import EmbeddingQueue
 from medssl.layers.sinkhorn import gather_rows
-from medssl.objectives._clips import clip_spec, clips_of
+from medssl.objectives._clips import clip_part, clip_spec, clips_of
 from medssl.types import Part, StepContext, Views, ViewSpec
 
 TERMS = ("motion", "appearance")
@@ -236,7 +236,7 @@ class RelativeSpeed(nn.Module):
 
     def exported(self) -> dict[str, Part]:
         """The encoder; heads, slow copy and queue stay behind."""
-        return {"encoder": self.encoder.part("encoder")}
+        return {"encoder": clip_part(self.encoder, "encoder", self.view_specs[self.view])}
 
 
 def _check(given: Mapping[str, float], kept: Mapping[str, float], margin: float, temperature: float, momentum: float) -> None:

@@ -27,7 +27,7 @@ from medssl.layers.pos_embed import sincos_positions
 from medssl.layers.tokens import flatten_tokens, patchify, unpatchify, visible_indices
 from medssl.layers.transformer import MaskedDecoder
 from medssl.layers.tube_mask import tube_pattern
-from medssl.objectives._clips import Clips, clip_spec, clips_of
+from medssl.objectives._clips import Clips, clip_part, clip_spec, clips_of
 from medssl.seeding import counter_rng
 from medssl.types import Part, StepContext, Views, ViewSpec
 
@@ -193,7 +193,7 @@ class VideoMAE(nn.Module):
 
     def exported(self) -> dict[str, Part]:
         """The encoder alone."""
-        return {"encoder": self.encoder.part("encoder")}
+        return {"encoder": clip_part(self.encoder, "encoder", self.view_specs[self.view])}
 
 
 def _check(mask_ratio: float, masking: str, std_floor: float, smooth_target: float) -> None:

@@ -323,12 +323,14 @@ def test_collapse__stops_the_run() -> None:
 
 def test_exports__name_teacher_student_and_frames() -> None:
     parts = objective().exported()
-    assert list(parts) == ["video_teacher", "video_student", "image_teacher"]
+    assert list(parts) == ["encoder", "video_student", "image_teacher"]
+    assert parts["encoder"].manifest["branch"] == "video_teacher"
+    assert parts["encoder"].manifest["clip"] == {"frames": 6, "fps": None, "tubelet": 2}
     assert parts["image_teacher"].manifest["encoder"]["args"]["tubelet"] == 1
     assert parts["image_teacher"].manifest["encoder"]["args"]["image_size"] == [1, *SIZE[1:]]
-    assert list(objective(export="video_student").exported()) == ["video_student", "video_teacher", "image_teacher"]
-    assert list(objective(weights={"cluster": 1}).exported()) == ["video_student"]
-    assert list(objective(weights={"cluster": 1, "image": 1}).exported()) == ["video_student", "image_teacher"]
+    assert list(objective(export="video_student").exported()) == ["encoder", "video_teacher", "image_teacher"]
+    assert list(objective(weights={"cluster": 1}).exported()) == ["encoder"]
+    assert list(objective(weights={"cluster": 1, "image": 1}).exported()) == ["encoder", "image_teacher"]
 
 
 def bad(views: Views, text: str) -> None:
