@@ -59,10 +59,11 @@ class SourceSection(Node):
     )
     domain: ComponentField = Field(description="mri or ct")
     sampler: ComponentField = Field(
-        default_factory=lambda: Component(name="crops"), description="crops, or planes where views.kind is image or stack"
+        default_factory=lambda: Component(name="crops"),
+        description="crops; planes where views.kind is image or stack, clips where it is clip",
     )
     views: dict[str, Any] = Field(
-        description="kind (volume, image or stack) and arguments of the views: size, normalize, flip, ..."
+        description="kind (volume, image, stack or clip) and arguments of the views: size, normalize, flip, ..."
     )
     store: str | None = Field(None, description="Store folder; default ARCHIVE/store")
     weight: float = Field(1.0, gt=0, description="Relative frequency of steps that use this source")
@@ -80,7 +81,7 @@ class SourceSection(Node):
             return raw
         sampler = raw.get("sampler") or {}
         if isinstance(sampler, Mapping) and "name" not in sampler:
-            name = "crops" if raw["views"].get("kind", "volume") == "volume" else "planes"
+            name = {"volume": "crops", "clip": "clips"}.get(str(raw["views"].get("kind", "volume")), "planes")
             return {**raw, "sampler": {"name": name, **sampler}}
         return raw
 

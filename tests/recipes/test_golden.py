@@ -40,8 +40,9 @@ def play(path: Path, archive: Path, out: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("name", sorted(SMOKE))
-def test_twenty_steps__match_the_ledger(name: str, phantom_archive: Path, tmp_path: Path) -> None:
-    found = play(SMOKE[name], phantom_archive, tmp_path / "run")
+def test_twenty_steps__match_the_ledger(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    archive: Path = request.getfixturevalue("cine_archive" if name.endswith("ultrasound") else "phantom_archive")
+    found = play(SMOKE[name], archive, tmp_path / "run")
     ledger = json.loads(LEDGER.read_text()) if LEDGER.is_file() else {}
     if os.environ.get("MEDSSL_UPDATE_GOLDEN"):
         LEDGER.write_text(json.dumps({**ledger, name: found}, indent=1, sort_keys=True) + "\n")
