@@ -210,7 +210,7 @@ class Stack:
 
 @dataclass
 class ClipBatch:
-    """Clips of B items as a video encoder takes them: `encoder(batch.video, batch.valid, batch.sector)`.
+    """Clips of B items as a video encoder takes them: `encoder.forward_features(batch.video, valid=batch.pixels)`.
 
     Args:
         video: (B, C, T, H, W) float; outside the sector all pixels hold one constant.
@@ -238,6 +238,11 @@ class ClipBatch:
         parts = [views[name], *(views[f"{name}_{part}"] for part in ("valid", "sector", "time_s"))]
         video, valid, sector, time_s = (part.flatten(0, 1) if v is None else part[:, v] for part in parts)
         return cls(video.transpose(1, 2), valid, sector, time_s)
+
+    @property
+    def pixels(self) -> Tensor:
+        """(B, T, H, W) bool, True = inside the sector, of a frame that is not filled in."""
+        return self.valid[:, :, None, None] & self.sector
 
     def to(self, *args: Any, **kwargs: Any) -> ClipBatch:
         """Move the video as `Tensor.to` does, and the rest to the same device."""

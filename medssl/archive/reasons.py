@@ -103,6 +103,8 @@ FLAGS: dict[str, str] = {
     "frame_time_conflict": "sources of the frame time differ by more than a tenth",
     "frame_time_unknown": "a clip without any frame time",
     "colour_doppler": "colour Doppler was found in the tissue image",
+    "sector_unknown": "an ultrasound clip in which no sector was found: all of the picture is taken",
+    "prefix_only": "decoding broke off in the middle of a clip; the frames before it are used",
     "region_outside": "ultrasound regions reach beyond the image and were not used",
     "channels_assumed": "images of one file whose meaning it does not state were taken for channels",
     "multi_page": "a TIFF of several pages",

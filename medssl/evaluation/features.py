@@ -15,7 +15,7 @@ from medssl.errors import RequestError
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_probe
 from medssl.evaluation.scores import Task
-from medssl.types import ClipBatch, Stack
+from medssl.types import ClipBatch, EncoderOutput, Stack
 
 Batch = tuple[Tensor | Stack | ClipBatch, Sequence[Hashable]]
 CONTROLS = ("random_init", "raw_pixels", "intensity_statistics")
@@ -48,6 +48,13 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+def encode(encoder: nn.Module, images: Tensor | Stack | ClipBatch) -> EncoderOutput:
+    """Encode images, stacks or clips that are on the encoder's device; encoders of clips have `forward_features(video, valid=pixels)`."""
+    forward: Any = encoder.forward_features
+    output: EncoderOutput = forward(images.video, valid=images.pixels) if isinstance(images, ClipBatch) else forward(images)
+    return output
+
+
 def embed(encoder: nn.Module, batches: Iterable[Batch]) -> tuple[np.ndarray, list[Any]]:
     """Return the pooled features of images, in the order in which they come.
 
@@ -69,7 +76,7 @@ def embed(encoder: nn.Module, batches: Iterable[Batch]) -> tuple[np.ndarray, lis
         for images, batch_ids in batches:
             if len(images) != len(batch_ids):
                 raise RequestError(f"embed: {len(images)} images and {len(batch_ids)} ids in one batch; give one id per image")
-            output = encoder.forward_features(images.to(parameter.device, parameter.dtype))  # type: ignore[operator]
+            output = encode(encoder, images.to(parameter.device, parameter.dtype))
             parts.append(output.pooled.float().cpu().numpy())
             ids.extend(batch_ids)
     if not parts:
