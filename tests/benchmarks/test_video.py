@@ -1,0 +1,59 @@
+"""Benchmarks of the video objectives at toy size, and the token-alignment toy of card DISCOVR 10.2 with its acceptance values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cluster_distillation_toy, video_step
+from tests.benchmarks.test_benchmarks import by, play
+
+TOY = [
+    "--frames",
+    "4",
+    "--size",
+    "32",
+    "--hidden",
+    "32",
+    "--layers",
+    "2",
+    "--heads",
+    "2",
+    "--batch",
+    "2",
+    "--head-prototypes",
+    "16",
+]
+
+
+def test_video_step__lists_times_and_memory(tmp_path: Path) -> None:
+    content = play(video_step.main, [*TOY, "--visible", "2", "--threads", "1", "--device", "cpu"], tmp_path, repeats=1)
+    rows = by(content["rows"], "what")
+    assert set(rows) == {
+        "encoder step",
+        *(f"peak memory, {name}" for name in ("nothing trained", "video_mae", "cluster_distillation")),
+    }
+    assert rows["peak memory, video_mae"]["peak_gb"] > rows["peak memory, nothing trained"]["peak_gb"]
+
+
+@pytest.mark.slow
+def test_video_step__twice_the_visible_tokens_take_little_more_than_twice_as_long(tmp_path: Path) -> None:
+    sizes = ["--frames", "32", "--layers", "2", "--visible", "160", "--batch", "1", "--head-prototypes", "16", "--threads", "1"]
+    content = play(video_step.main, [*sizes, "--device", "cpu"], tmp_path, repeats=9)
+    (check,) = content["checks"]
+    assert check["target"] == "<= 2.2" and check["value"] <= 1.25 * 2.2
+
+
+def test_toy__runs(tmp_path: Path) -> None:
+    content = play(cluster_distillation_toy.main, ["--seeds", "0", "--steps", "1", "--held-out", "4"], tmp_path, repeats=1)
+    assert [row["tokens"] for row in content["rows"]] == ["untrained", "aligned", "released order"] and len(content["checks"]) == 2
+
+
+@pytest.mark.slow
+def test_toy__the_video_branch_learns_which_cluster_lies_where() -> None:
+    """One seed; 700 steps of 24 clips."""
+    found = cluster_distillation_toy.play(0)
+    assert found["masked"] - found["shuffled"] > cluster_distillation_toy.LIFT
+    assert found["visible"] > cluster_distillation_toy.VISIBLE
+    assert found["prototypes_used"] == 16
