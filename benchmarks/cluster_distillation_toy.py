@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from benchmarks.common import Check, Result, finish, parser
 from medssl.encoders.video_vit import VideoViT
-from medssl.layers.tokens import patchify, visible_indices
+from medssl.layers.tokens import patchify
 from medssl.objectives._clips import Clips
 from medssl.objectives.cluster_distillation import ClusterDistillation
 from medssl.seeding import counter_rng
@@ -92,16 +92,8 @@ def build(seed: int, legacy: bool) -> FrozenFeatures:
 @torch.no_grad()
 def agreement(objective: FrozenFeatures, held_out: np.ndarray, seed: int) -> dict[str, float]:
     """Return the shares of hidden and visible tokens that agree, hidden ones with another clip, and the prototypes that frames use."""
-    clips = objective.clips(clip_views(held_out, seed, 10**6))
-    masks = clips.hidden(objective.mask_ratio, 1)
-    keep = visible_indices(masks[:, 0])
-    tokens = objective.encoder.masked(clips.video, keep[:, None], clips.pixels)[1][:, 0]
-    assert objective.prototypes is not None
-    video, frame = (
-        objective.prototypes(functional.normalize(z.flatten(0, 1), dim=1)).argmax(dim=1).reshape(len(clips), -1)
-        for z in (objective.decoded(tokens, keep, None), objective.frame_features(clips))
-    )
-    hidden = masks[:, 0].flatten(1)
+    maps = objective.assignments(clip_views(held_out, seed, 10**6))
+    video, frame, hidden = maps["video"], maps["frame"], maps["mask"]
     same, other = video == frame, video == frame.roll(1, dims=0)
     return {
         "masked": float(same[hidden].float().mean()),

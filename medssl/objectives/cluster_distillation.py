@@ -490,6 +490,28 @@ class ClusterDistillation(nn.Module):
             **{name: value.float() for name, value in monitors.items()},
         }
 
+    @torch.no_grad()
+    def assignments(self, views: Views) -> dict[str, Tensor]:
+        """Return pictures for the report: which prototype is nearest, place by place, in both branches; needs the term `cluster`.
+
+        Returns:
+            `input` (M, C, T, H, W); `mask` (M, t, h, w) bool, True = hidden from the video branch; `video` and `frame` (M, t, h, w) int64,
+            numbers of prototypes, -1 where a token is not valid.
+        """
+        if self.prototypes is None:
+            raise RequestError("assignments need the term cluster; add it to the objective's weights")
+        clips = self.clips(views)
+        mask = clips.hidden(self.mask_ratio, 1)[:, 0]
+        keep = visible_indices(mask)
+        _, tokens = self.encoder.masked(clips.video, keep[:, None], clips.pixels)
+        found = {"video": self.decoded(tokens[:, 0], keep, clips.tokens), "frame": self.frame_features(clips)}
+        nearest = {
+            name: self.prototypes(functional.normalize(_float(z).flatten(0, 1), dim=1)).argmax(dim=1).reshape(clips.tokens.shape)
+            for name, z in found.items()
+        }
+        maps = {name: rows.masked_fill(~clips.tokens, -1).reshape(mask.shape) for name, rows in nearest.items()}
+        return {"input": clips.video, "mask": mask, **maps}
+
     def _note_health(self, parts: dict[str, Tensor]) -> None:
         """Keep what tells a collapse: smallest spread, smallest entropy of targets, and how many rows that was."""
         terms = list(self.heads)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cluster_distillation_toy, video_step
+from benchmarks import cluster_distillation_toy, relative_speed_toy, video_step
 from tests.benchmarks.test_benchmarks import by, play
 
 TOY = [
@@ -57,3 +57,15 @@ def test_toy__the_video_branch_learns_which_cluster_lies_where() -> None:
     assert found["masked"] - found["shuffled"] > cluster_distillation_toy.LIFT
     assert found["visible"] > cluster_distillation_toy.VISIBLE
     assert found["prototypes_used"] == 16
+
+
+def test_speed_toy__runs_and_still_rings_are_ties(tmp_path: Path) -> None:
+    content = play(relative_speed_toy.main, ["--seeds", "0", "--steps", "1", "--held-out", "6"], tmp_path, repeats=1)
+    assert len(content["checks"]) == 3 and 0 <= content["rows"][0]["beating"] <= 1
+
+
+@pytest.mark.slow
+def test_speed_toy__the_same_speed_ranks_higher() -> None:
+    found = relative_speed_toy.play(0)
+    low, high = relative_speed_toy.CHANCE
+    assert found["beating"] > relative_speed_toy.RANKED and found["still"] == 0.5 and low < found["shuffled"] < high

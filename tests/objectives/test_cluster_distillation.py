@@ -338,6 +338,23 @@ def bad(views: Views, text: str) -> None:
         objective()(views, StepContext())
 
 
+def test_assignments__are_maps_of_both_branches() -> None:
+    made, views = objective().eval(), clip_views(sector=True)
+    maps = made.assignments(views)
+    assert maps["input"].shape == (4, 1, *SIZE)
+    for name in ("video", "frame"):
+        assert maps[name].shape == maps["mask"].shape == (4, 3, 2, 3)
+        assert (maps[name][..., 0] == -1).all() and ((maps[name][..., 1:] >= 0) & (maps[name][..., 1:] < 3)).all()
+    clips, shown = made.clips(views), maps["mask"]
+    same = (maps["video"] == maps["frame"])[clips.on_grid]
+    with torch.no_grad():
+        parts = made(views, StepContext())
+    assert float(parts["cluster_agreement"]) == pytest.approx(float(same.float().mean()))
+    assert float(parts["cluster_agreement_hidden"]) == pytest.approx(float(same[shown[clips.on_grid]].float().mean()))
+    with pytest.raises(RequestError, match="assignments need the term cluster"):
+        objective(weights={"video": 1}).assignments(views)
+
+
 def test_bad_clips__are_named() -> None:
     one = clip_views()
     one.data["clip"] = one["clip"][:, :, :1]
