@@ -29,6 +29,6 @@ def test_two_processes__equal_one(tmp_path: Path) -> None:
     for name, expected in one.items():
         assert torch.equal(two[0][name], two[1][name]), name
         if expected.is_floating_point():
-            assert torch.allclose(two[0][name], expected, rtol=0, atol=2e-6), name
+            assert torch.allclose(two[0][name], expected, rtol=1e-5, atol=2e-6), name
         else:
             assert torch.equal(two[0][name], expected), name

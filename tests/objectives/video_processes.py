@@ -43,7 +43,7 @@ def play_one(name: str, steps: int = 3) -> dict[str, Any]:
     model: nn.Module = objective.train()
     if world_size() > 1:
         model = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
-    optimiser = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.05)
+    optimiser = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=1e-3)
     share = BATCH // world_size()
     losses, monitors = [], []
     for step in range(steps):
