@@ -33,9 +33,10 @@ VIDEO_RANGE = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).asty
 def read_video_file(path: Path, part: Mapping[str, Any] | None = None) -> RawPlanar:
     """Read a clip.
 
-    Frames come as grey where no frame has colour, else as RGB, and upright where the container says how to turn them. Where decoding breaks
-    off, or a frame is damaged, the frames before it are used, at least two, and `prefix_only` is flagged. Times are the container's time stamps where every frame has
-    one and they rise, else its average rate; where the two disagree by more than a tenth, `frame_time_conflict` is flagged.
+    Frames come as grey where no frame has colour, else as RGB, and upright where the container says how to turn them. Where
+    decoding breaks off, or a frame is damaged, the frames before it are used, at least two, and `prefix_only` is flagged. Times
+    are the container's time stamps where every frame has one and they rise, else its average rate; where the two disagree by
+    more than a tenth, `frame_time_conflict` is flagged.
 
     Args:
         path: The file.
