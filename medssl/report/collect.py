@@ -167,9 +167,8 @@ def _sort_in(path: Path, found: Leftovers, with_images: bool) -> None:
         arrays = _arrays(path, found)
         if arrays and _one_shape(arrays, ("image", "label", "prediction"), path, found):
             found.segmentations.append(_pictures(arrays, _result_beside(path, found), path))
-    elif with_images and path.name in ("clips.npz", "regression.npz"):
-        if arrays := _arrays(path, found):
-            _of_video(path, arrays, found)
+    elif with_images and path.name in ("clips.npz", "regression.npz") and (arrays := _arrays(path, found)):
+        _of_video(path, arrays, found)
 
 
 def _of_video(path: Path, arrays: dict[str, np.ndarray], found: Leftovers) -> None:

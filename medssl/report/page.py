@@ -607,11 +607,11 @@ def _segmentation(found: Leftovers, with_images: bool) -> str:
 
 def _clips(found: Leftovers) -> str:
     parts = []
-    for number, clip in enumerate(found.clips[:MAX_CASES], start=1):
+    for place, clip in enumerate(found.clips[:MAX_CASES], start=1):
         branches = ", ".join(clip.prototypes)
         of = f", and the prototypes that its tokens were assigned to ({text(branches)})" if branches else ""
         alt = f"Frames of a clip over time{of}"
-        parts.append(image(clip_figures.strip_png(clip), alt, caption=f"Clip {number}: frames over time{of}."))
+        parts.append(image(clip_figures.strip_png(clip), alt, caption=f"Clip {place}: frames over time{of}."))
     if parts:
         lead = "Black is outside the sector. Blue squares were hidden from the student, at all times alike. A prototype has one colour throughout."
         parts.insert(0, f"<p>{lead}</p>")

@@ -37,7 +37,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_planar_dicom(source / f"{name}.dcm", frames, modality="US", **ids, StudyInstanceUID=f"1.2.5.{number}", **tags)
     for number, n in ((5, 3), (6, 1)):
         write_video(source / f"v{n}.avi", np.repeat(us_loop(n, seed=number)[..., None], 3, axis=-1), codec="ffv1", pixels="yuv444p")
-    (root / "key").write_text("no patients\n")
+    (root / "key").write_text("the key of tests, no patients\n")
     (root / "key").chmod(0o600)
     index([source], root / "archive", modality="US", key_file=root / "key")
     return root / "archive"
