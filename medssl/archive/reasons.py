@@ -103,8 +103,6 @@ FLAGS: dict[str, str] = {
     "frame_time_conflict": "sources of the frame time differ by more than a tenth",
     "frame_time_unknown": "a clip without any frame time",
     "colour_doppler": "colour Doppler was found in the tissue image",
-    "sector_unknown": "an ultrasound clip in which no sector was found: all of the picture is taken",
-    "prefix_only": "decoding broke off in the middle of a clip; the frames before it are used",
     "region_outside": "ultrasound regions reach beyond the image and were not used",
     "channels_assumed": "images of one file whose meaning it does not state were taken for channels",
     "multi_page": "a TIFF of several pages",
@@ -132,6 +130,8 @@ FLAGS: dict[str, str] = {
     "blank": "nearly all pixels have one value, and the rest covers less than a thousandth of the picture",
     "saturated": "a tenth of the pixels or more lie at the highest value: the type's limit or a clipping value",
     "low_contrast": "the middle 98 % of the pixels span fewer than eight grey levels or 2 % of the range",
+    "sector_unknown": "an ultrasound clip in which no sector was found: all of the picture is taken",
+    "prefix_only": "decoding broke off in the middle of a clip; the frames before it are used",
 }
 """Quality flags."""
 

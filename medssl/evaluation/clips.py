@@ -26,6 +26,7 @@ from medssl.types import ClipBatch
 
 IGNORED = -1
 """Label of pixels that count for nothing: outside the sector, or of a frame without a label."""
+CERTAIN = 30.0
 
 
 @dataclass(frozen=True)
@@ -372,7 +373,7 @@ def fit_head(
         torch.manual_seed(derive_seed(seed, "frame_head"))
         head = FrameHead(tokens.shape[-1], classes, scale, settings.width)
     head.to(device).train()
-    loss_of = DiceCELoss(softmax=True, to_onehot_y=False, batch=True)
+    loss_of = DiceCELoss(include_background=False, softmax=True, batch=True)
     optimiser = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
     order = np.random.default_rng(derive_seed(seed, "frame_batches"))
@@ -381,11 +382,9 @@ def fit_head(
         chosen = torch.from_numpy(order.choice(n, min(settings.batch, n), replace=False))
         wanted = y[chosen].to(device)
         counts = (wanted != IGNORED)[:, None]
-        one_hot = F.one_hot(wanted.clamp_min(0), classes).movedim(-1, 1).float() * counts
-        # Pixels that do not count get certain, right scores: they add nothing to either term.
-        scores = torch.where(counts, head(x[chosen].to(device)), 30.0 * F.one_hot(wanted.clamp_min(0), classes).movedim(-1, 1))
-        whole = torch.where(counts, one_hot, F.one_hot(wanted.clamp_min(0), classes).movedim(-1, 1).float())
-        loss = loss_of(scores, whole)
+        truth = F.one_hot(wanted.clamp_min(0), classes).movedim(-1, 1).float()
+        # Pixels that do not count get certain scores for the background, which is right there: they add nothing.
+        loss = loss_of(torch.where(counts, head(x[chosen].to(device)), CERTAIN * truth), truth)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

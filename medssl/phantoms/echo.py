@@ -102,9 +102,8 @@ class EchoHeart:
         u = (np.arange(DISCS) + 0.5) / DISCS
         length = self.length_mm * (1 - self.shorten_length * contraction)
         shape = self.half_width_mm * np.sqrt(1 - (1 - u) ** 2)
-        across = sum(
-            shape * (1 - self.shorten_width * contraction * self.held_back(u, np.full(DISCS, side))) for side in (-1.0, 1.0)
-        )
+        walls = [self.held_back(u, np.full(DISCS, side)) for side in (-1.0, 1.0)]
+        across = shape * (2 - self.shorten_width * contraction * (walls[0] + walls[1]))
         return float((math.pi / 4 * across**2).mean() * length / 1000)
 
     @property
@@ -288,18 +287,21 @@ class _Pose:
         outside = reach + (outer_ed - outer) * np.exp(-np.clip(reach - outer, 0, None) / 15)
         in_wall = inner_ed + share * (outer_ed - inner_ed)
         reach_ed = np.where(reach < inner, reach * inner_ed / np.maximum(inner, 1e-6), np.where(reach < outer, in_wall, outside))
-        return zeta_ed[:, None] * self.along + (np.sign(found.v) * reach_ed)[:, None] * self.across
+        home: np.ndarray = zeta_ed[:, None] * self.along + (np.sign(found.v) * reach_ed)[:, None] * self.across
+        return home
 
     def right_ventricle(self, found: _Regions) -> np.ndarray:
         """Return the points in the right ventricle."""
         bulge = np.sqrt(np.clip(1 - ((found.zeta / self.length - 0.72) / 0.55) ** 2, 0, 1)) * self.heart.right_mm
         reach = -found.v - found.outer
-        return (found.zeta <= self.length) & (reach >= 0) & (reach < bulge * (1 - 0.25 * self.c))
+        inside: np.ndarray = (found.zeta <= self.length) & (reach >= 0) & (reach < bulge * (1 - 0.25 * self.c))
+        return inside
 
     def border(self, found: _Regions) -> np.ndarray:
         """Return the points on the outer border of the wall."""
-        on = np.abs(np.abs(found.v) - found.outer) < 1.2
-        return on & (found.zeta <= self.length) & (found.zeta > -self.heart.wall_mm)
+        near = np.abs(np.abs(found.v) - found.outer) < 1.2
+        on: np.ndarray = near & (found.zeta <= self.length) & (found.zeta > -self.heart.wall_mm)
+        return on
 
     def leaflets(self, found: _Regions) -> np.ndarray:
         """Return the points within a millimetre or so of the mitral leaflets: shut in systole, open when the heart fills."""
@@ -334,7 +336,8 @@ class _Regions:
     @property
     def labels(self) -> np.ndarray:
         """Places in `ECHO_LABELS`."""
-        return (self.cavity + 2 * self.wall + 3 * self.atrium).astype(np.uint8)
+        labels: np.ndarray = (self.cavity + 2 * self.wall + 3 * self.atrium).astype(np.uint8)
+        return labels
 
 
 @dataclass(frozen=True)
