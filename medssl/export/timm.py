@@ -54,13 +54,14 @@ def write(folder: Path, weights: Weights, asked: Adaptation) -> ExportReport:
         final, maps = network.forward_intermediates(theirs)
         pooled = network.forward_head(final, pre_logits=True)
         output = source.forward_features(mine)
+        pyramid = [level[:, :, 0] for level in output.pyramid] if clips else output.pyramid
     stock = network.state_dict()
     return ExportReport(
         files=(path, path.with_suffix(".json"), folder / "config.json"),
         matched=tuple(sorted(state)),
         missing=tuple(sorted(set(stock) - set(state))),
         unexpected=tuple(sorted(set(state) - set(stock))),
-        max_feature_difference=compare([(pooled, output.pooled), *zip(maps, output.pyramid, strict=True)], "timm"),
+        max_feature_difference=compare([(pooled, output.pooled), *zip(maps, pyramid, strict=True)], "timm"),
         notes=(f"load into {call}", *notes),
     )
 
