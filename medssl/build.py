@@ -59,12 +59,18 @@ def fit_faults(recipe: PretrainRecipe) -> list[str]:
         return [f'objective.encoder: no encoder named "{chosen}"{near(str(chosen), recipe.encoders)}']
     name = recipe.encoders[chosen].name
     needs = getattr(lookup("objective", recipe.objective.name), "needs", ())
-    encoder = lookup("encoder", name)
-    if all(getattr(encoder, need, False) for need in needs):
+
+    def fits(encoder: str) -> bool:
+        found = lookup("encoder", encoder)
+        if getattr(found, "takes_clips", False) and "takes_clips" not in needs:
+            return False  # other objectives bring no clips
+        return all(getattr(found, need, False) for need in needs)
+
+    if fits(name):
         return []
-    fitting = sorted(other for other in ENCODERS if all(getattr(lookup("encoder", other), need, False) for need in needs))
+    fitting = sorted(other for other in ENCODERS if fits(other))
     return [
-        f"objective.name: {recipe.objective.name} cannot work on encoder {name} (it needs {', '.join(needs)}); "
+        f"objective.name: {recipe.objective.name} cannot work on encoder {name} (it needs {', '.join(needs) or 'no clips'}); "
         f"encoders that fit: {', '.join(fitting)}"
     ]
 
