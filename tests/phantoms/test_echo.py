@@ -266,3 +266,35 @@ def test_cohort__goes_through_the_index(cohort: Path, tmp_path: Path) -> None:
 def test_arguments__are_checked(options: dict[str, object], match: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=match):
         make_echo_cohort(tmp_path / "c", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_fraction__is_in_the_outlines_and_not_in_the_pixels() -> None:
+    """Ridge across 60 patients: areas of the masks give the ejection fraction, small clips and intensity statistics do not."""
+    import torch
+
+    from medssl.evaluation.controls import intensity_statistics, small_images
+    from medssl.evaluation.linear_probe import linear_predict
+    from medssl.evaluation.scores import r2
+    from medssl.sampling.clips import pick_frames
+
+    rows: dict[str, list[np.ndarray]] = {"raw": [], "statistics": [], "areas": []}
+    fractions = []
+    for seed in range(60):
+        clip = draw_clip(draw_heart(seed), 1000 + seed, size=(64, 80), seconds=1.05)
+        chosen = pick_frames(clip.frame_times_ms, 16, 16).frames
+        top, bottom, left, right = clip.box
+        shown = torch.from_numpy((clip.frames * clip.sector)[chosen, top:bottom, left:right].astype(np.float32))[None, None]
+        inside = clip.frames[:, clip.sector]
+        shown = (shown - float(inside.mean())) / float(inside.std())
+        areas = (clip.labels == 1).sum(axis=(1, 2)) ** 1.5
+        rows["raw"].append(small_images(shown).numpy()[0])
+        rows["statistics"].append(intensity_statistics(shown).numpy()[0])
+        rows["areas"].append(np.array([areas.min() / areas.max()]))
+        fractions.append(clip.heart.ejection_fraction)
+    truth = np.array(fractions)
+    found = {
+        name: r2(np.stack([truth, linear_predict(np.array(features), truth, None, task="regression")], axis=1))
+        for name, features in rows.items()
+    }
+    assert found["areas"] > 0.9 and found["raw"] < 0.3 and found["statistics"] < 0.3, found
