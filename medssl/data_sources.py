@@ -250,7 +250,7 @@ def check_items(shelf: Shelf, section: SourceSection, encoders: Sequence[Any]) -
         RequestError: Channels do not fit, or a stack of frames whose times nobody knows.
     """
     records = [shelf.reader.record(row.series_id) for row in shelf.rows]
-    one = section.views.get("channels") == "mean"
+    one = section.views.get("channels", "mean" if view_kind(section.views).maker is ClipViews else "keep") == "mean"
     found = Counter(1 if one else record.channels for record in records)
     accepted = {encoder.in_channels for encoder in encoders if hasattr(encoder, "in_channels")}
     wrong = sorted(set(found) - accepted)

@@ -21,6 +21,7 @@ from medssl.evaluation.features import encode, evaluation_mode
 from medssl.evaluation.linear_probe import fit_linear
 from medssl.evaluation.metrics import dice
 from medssl.evaluation.scores import check_features, group_indices, patient_folds, roc_auc, score_row
+from medssl.layers.tokens import unflatten_tokens
 from medssl.seeding import derive_seed
 from medssl.types import ClipBatch
 
@@ -63,11 +64,12 @@ def embed_clips(
         RequestError: There is no clip.
     """
     parameter = next(encoder.parameters())
-    pooled, steps, kept, valid, ids = [], [], [], [], []
+    pooled, steps, kept, valid = [], [], [], []
+    ids: list[Any] = []
     with evaluation_mode(encoder), torch.autocast(parameter.device.type, enabled=False):
         for clips, batch_ids in batches:
             output = encode(encoder, clips.to(parameter.device, parameter.dtype))
-            found = output.tokens.float().unflatten(1, output.grid)
+            found = unflatten_tokens(output.tokens.float(), output.grid).movedim(1, -1)
             seen = (found != 0).any(dim=-1)
             pooled.append(output.pooled.float().cpu().numpy())
             steps.append(step_means(found, seen).cpu().numpy())

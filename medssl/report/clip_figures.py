@@ -92,13 +92,13 @@ def strip_rows(clip: ClipStrip, columns: int = COLUMNS) -> tuple[list[tuple[str,
     if clip.hidden is not None:
         cover = np.asarray(HIDDEN, np.float32)
         painted = np.where((_large(clip.hidden, size) & clip.sector)[None, :, :, None], cover, shown)
-        rows.append(("seen by the student", painted))
+        rows.append(("student sees", painted))
     order = _by_frequency(list(clip.prototypes.values()))
     for name, found in clip.prototypes.items():
         places = np.stack([_large(one, size) for one in found[chosen]])
         colours = prototype_colours(len(order))[np.searchsorted(order, np.clip(places, order[0] if len(order) else 0, None))]
         known = ((places != NONE) & clip.sector)[..., None]
-        rows.append((f"prototypes, {name} branch", np.where(known, 0.35 * shown + 0.65 * colours, 0.4 * shown).astype(np.float32)))
+        rows.append((f"{name} prototypes", np.where(known, 0.35 * shown + 0.65 * colours, 0.4 * shown).astype(np.float32)))
     return rows, clip.time_s[chosen]
 
 

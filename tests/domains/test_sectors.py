@@ -28,9 +28,9 @@ OUTLINES: dict[str, list[tuple[int, int]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "least"), list(zip(OUTLINES, (0.85, 0.6, 0.85))))
+@pytest.mark.parametrize(("name", "least"), list(zip(OUTLINES, (0.9, 0.85, 0.9))))
 def test_sector__agrees_with_an_outline_by_hand(shared_data: Path, name: str, least: float) -> None:
-    """The palette loop shows tissue in two thirds of its sector only; the rest is black throughout."""
+    """The corners of the palette loop's sector are black throughout, so that nothing can tell them from the screen."""
     from skimage.draw import polygon2mask
 
     pytest.importorskip("av")
@@ -39,4 +39,4 @@ def test_sector__agrees_with_an_outline_by_hand(shared_data: Path, name: str, le
     outline = polygon2mask(sample.valid.shape, np.array(OUTLINES[name], dtype=np.float64))
     both = (sample.valid & outline).sum()
     found = {"iou": both / (sample.valid | outline).sum(), "inside": both / sample.valid.sum()}
-    assert found["iou"] > least and found["inside"] > 0.93, found
+    assert found["iou"] > least and found["inside"] > 0.95, found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medssl.domains.ultrasound import Ultrasound
 from medssl.errors import RequestError
 from medssl.evaluation.clips import (
     IGNORED,
@@ -30,7 +32,8 @@ from medssl.evaluation.features import probe_table
 from medssl.evaluation.linear_probe import fit_linear, linear_predict
 from medssl.evaluation.scores import patient_folds
 from medssl.layers.tokens import flatten_tokens
-from medssl.types import ClipBatch, DrawKey, EncoderOutput
+from medssl.sampling.clips import pick_frames
+from medssl.types import ClipBatch, DrawKey, EncoderOutput, Views, ViewsMeta
 from medssl.views.clips import ClipFrames, ClipViews
 
 
@@ -255,6 +258,27 @@ def test_embed_clips__gives_what_the_encoder_gives() -> None:
     assert torch.equal(batch.pixels[3, 2], torch.zeros(16, 24, dtype=torch.bool))
     with pytest.raises(RequestError, match="no clips"):
         embed_clips(TinyVideo(), [])
+
+
+def test_real_echo_loop__is_read_masked_and_embedded(shared_data: Path) -> None:
+    """Ten frames, 76 ms apart, colour Doppler in the middle: its tokens are never computed, and four frames are filled in."""
+    path = shared_data / "dicom_multiframe" / "us_echo_10frames_palette_rle.dcm"
+    sample = Ultrasound().read([path], series_id="0" * 32)
+    assert sample.valid is not None and sample.meta.frame_times_ms is not None
+    picked = pick_frames(sample.meta.frame_times_ms, 1000 / 76, 14)
+    assert picked.valid.sum() == 10 and picked.frames.tolist() == [*range(10), 8, 7, 6, 5]
+    order = picked.frames[None]
+    item = ClipFrames(
+        sample.image, sample.valid, None, order, picked.valid[None], picked.time_s[None], order, np.ones(1), sample.meta.stats,
+        DrawKey(0, 0, 0), 0,
+    )  # fmt: skip
+    data, valid, spacing = ClipViews(size=64, frames=14, fps=1000 / 76).batch([item], "cpu")
+    views = Views(data, ViewsMeta("a", "ultrasound", torch.zeros(1), spacing, {}, valid, (item.key,)))
+    found = embed_clips(TinyVideo(), [(ClipBatch.of(views), ["echo"])], tokens=True)
+    assert found.token_valid[0, :5].any() and not found.token_valid[0, 5:].any()
+    assert 0.05 < found.token_valid[0, 0].mean() < 0.6 and np.isfinite(found.pooled).all()
+    inside = data["clip"][0, 0, :, 0][:, data["clip_sector"][0, 0, 0]]
+    assert abs(float(inside.mean())) < 0.5 and 0.5 < float(inside.std()) < 2
 
 
 def test_step_means__by_a_plain_loop() -> None:
