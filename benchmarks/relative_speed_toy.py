@@ -2,7 +2,7 @@
 
     python -m benchmarks.relative_speed_toy
 
-Rings that beat, every one with a period of its own, so that a speed alone says nothing; views of 8 frames at one or two times the speed,
+Rings that beat, every one with a period of its own, so that a speed alone says nothing; views of 16 frames at one or two times the speed,
 started anywhere. The motion term alone. Held out: rings, the same standing still (a tie is half), and with frames in any order.
 """
 
@@ -22,7 +22,7 @@ from medssl.training.ema import update_ema
 from medssl.training.schedules import warmup_cosine
 from medssl.types import DrawKey, StepContext, Views, ViewsMeta, ViewSpec
 
-SIZE = (8, 24, 24)
+SIZE = (16, 16, 16)
 SPECS = {"clip": ViewSpec("clip", SIZE, None, 3)}
 RANKED, CHANCE = 0.95, (0.4, 0.6)
 """Smallest accuracy on rings; where that of shuffled frames must lie."""
@@ -31,16 +31,16 @@ RANKED, CHANCE = 0.95, (0.4, 0.6)
 def triple(rng: np.random.Generator, motion: str) -> np.ndarray:
     """Return three views (3, T, H, W) of one ring: two of one speed, one of the other."""
     y, x = np.meshgrid(np.arange(SIZE[1]), np.arange(SIZE[2]), indexing="ij")
-    centre, radius = rng.uniform(9, 15, 2), rng.uniform(4.5, 7)
+    centre, radius = rng.uniform(6.5, 8.5, 2), rng.uniform(4, 5)
     away = np.hypot(y - centre[0], x - centre[1])
-    period, beat, phase = rng.uniform(7, 20), rng.uniform(0.2, 0.35), rng.uniform(0, 2 * np.pi)
+    period, beat = rng.uniform(9, 16), rng.uniform(0.25, 0.4)  # no clip shows less than a beat, none more than four
     speeds = (1, 1, 2) if rng.random() < 0.5 else (2, 2, 1)
     views = []
     for speed in speeds:
         times = rng.uniform(0, period) + speed * np.arange(SIZE[0])
         if motion == "shuffled":
             times = rng.permutation(times)
-        radii = radius * (1 + (0 if motion == "still" else beat) * np.sin(2 * np.pi * times / period + phase))
+        radii = radius * (1 + (0 if motion == "still" else beat) * np.sin(2 * np.pi * times / period))
         views.append(np.exp(-0.5 * ((away[None] - radii[:, None, None]) / 1.2) ** 2))
     return np.stack(views).astype(np.float32)
 
