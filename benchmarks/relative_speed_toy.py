@@ -53,7 +53,7 @@ def batch(rng: np.random.Generator, count: int, motion: str = "beating", step: i
     return Views({"clip": (x - 0.2) / 0.3}, ViewsMeta("toy", "ultrasound", torch.arange(count), {}, {}, valid, keys))
 
 
-def play(seed: int, *, steps: int = 600, size: int = 32, lr: float = 1e-3, held_out: int = 400) -> dict[str, float]:
+def play(seed: int, *, steps: int = 800, size: int = 32, lr: float = 1e-3, held_out: int = 400) -> dict[str, float]:
     """Train one seed and rank held-out rings."""
     torch.manual_seed(seed)
     encoder = VideoViT(image_size=SIZE, patch_size=8, hidden_size=64, num_layers=2, num_heads=4)
@@ -80,7 +80,7 @@ def play(seed: int, *, steps: int = 600, size: int = 32, lr: float = 1e-3, held_
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     options_parser = parser(__doc__)
     options_parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options_parser.add_argument("--steps", type=int, default=600)
+    options_parser.add_argument("--steps", type=int, default=800)
     options_parser.add_argument("--held-out", type=int, default=400)
     options_parser.add_argument("--threads", type=int, default=1)
     options = options_parser.parse_args(argv)
