@@ -54,9 +54,9 @@ def test_strip__paints_what_was_hidden_and_keeps_the_colour_of_a_prototype() -> 
     rows, times = strip_rows(one, columns=4)
     assert [heading for heading, _ in rows] == [
         "clip",
-        "seen by the student",
-        "prototypes, video branch",
-        "prototypes, frame branch",
+        "student sees",
+        "video prototypes",
+        "frame prototypes",
     ]
     np.testing.assert_allclose(times, [0, 0.18, 0.36, 0.54])
     shown, seen, video, frame = (pictures for _, pictures in rows)
