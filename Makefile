@@ -18,9 +18,11 @@ help:
 install: $(VENV)/.installed
 
 # torch and torchvision are named together with the constraints file: pip left alone with either picks gigabytes of CUDA packages
+# compiled on two cores after pip, which would take one, and without what nobody imports
 $(VENV)/.installed: setup.cfg pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints-cpu.txt torch torchvision -e ".[test,all]"
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints-cpu.txt torch torchvision -e ".[test,all]"
+	-$(BIN)/python -m compileall -qq -j 2 -x '/tests/|/torch/testing/|/pip/' $(VENV)/lib
 	touch $@
 
 demo: install

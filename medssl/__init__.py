@@ -12,18 +12,21 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from medssl.api import cache, evaluate, finetune, index, label_curve, pretrain
     from medssl.build import load_encoder
+    from medssl.correspondence import embed, match
     from medssl.export.write import export_weights
     from medssl.recipe import Recipe
 
 _HOME = {
     "Recipe": "medssl.recipe",
     "cache": "medssl.api",
+    "embed": "medssl.correspondence",
     "evaluate": "medssl.api",
     "export_weights": "medssl.export.write",
     "finetune": "medssl.api",
     "index": "medssl.api",
     "label_curve": "medssl.api",
     "load_encoder": "medssl.build",
+    "match": "medssl.correspondence",
     "pretrain": "medssl.api",
 }
 
@@ -31,12 +34,14 @@ __all__ = [
     "Recipe",
     "__version__",
     "cache",
+    "embed",
     "evaluate",
     "export_weights",
     "finetune",
     "index",
     "label_curve",
     "load_encoder",
+    "match",
     "pretrain",
 ]
 

@@ -188,7 +188,8 @@ def pretrain(
         recipe: YAML path, run folder, or loaded `PretrainRecipe`.
         overrides: `key=value` assignments.
         resume: Continue the run in `out` from its newest checkpoint; start it when there is none.
-        on_note: Called on rank 0, before anything is written, with each thing that the owner should know of the data cards.
+        on_note: Called on rank 0, before anything is written, with each thing that the owner should know of the data cards and of items
+            that the objective leaves out.
         on_cache: Called with (volumes done, volumes in all) while the store is filled.
         on_step: Called on rank 0 with (steps done, steps in all, metrics) at every logged step.
 
@@ -219,6 +220,9 @@ def pretrain(
     for shelf in shelves:
         data_sources.check_items(shelf, recipe.sources[shelf.name], encoders)
     _check_batch(objective, recipe, settings.micro_steps(world.size)[1])
+    left_out = _check_places(objective, recipe, shelves)
+    for note in left_out if world.is_main else []:
+        (on_note or _silent)(note)
     sources = {
         shelf.name: data_sources.training_source(shelf, recipe.sources[shelf.name], items, recipe.train.batch) for shelf in shelves
     }
@@ -227,7 +231,7 @@ def pretrain(
     monitor = build_monitor(recipe, shelves[0])
     if world.is_main and not run.exists():
         facts = _run_facts(recipe, items, shelves, failed, world.size)
-        run.create(Recipe.dump(recipe), {**facts, "data_cards": card_facts, "data_card_notes": notes})
+        run.create(Recipe.dump(recipe), {**facts, "data_cards": card_facts, "data_card_notes": notes, "notes": left_out})
         write_items(items, run.items)
     distributed.barrier(world)
     objective.to(world.device)
@@ -305,6 +309,15 @@ def _check_batch(objective: Any, recipe: PretrainRecipe, micro: int) -> None:
             f"objective {recipe.objective.name} compares the items of a forward pass with each other and needs {least} or more on each "
             f"process; here it gets {micro}: raise train.batch or train.micro_batch, or start fewer processes"
         )
+
+
+def _check_places(objective: Any, recipe: PretrainRecipe, shelves: Sequence[data_sources.Shelf]) -> list[str]:
+    """Ask an objective that goes by the place of slices in volumes what it makes of items that are single pictures."""
+    if not hasattr(objective, "check_places"):
+        return []
+    found = {shelf.name: data_sources.without_place(shelf, recipe.sources[shelf.name]) for shelf in shelves}
+    notes: list[str] = objective.check_places(found)
+    return notes
 
 
 def _check_specs(objective: Any, source: ImageLike) -> None:

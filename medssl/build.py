@@ -49,7 +49,19 @@ def pretrain_faults(recipe: PretrainRecipe) -> list[str]:
         faults += component_faults(f"encoders.{name}" if len(recipe.encoders) > 1 else "encoder", "encoder", encoder)
     arguments = {key: value for key, value in recipe.objective.args.items() if key != "encoder"}  # which encoder: by name
     faults += component_faults("objective", "objective", Component(name=recipe.objective.name, **arguments), _GIVEN)
-    return faults or fit_faults(recipe) or crop_faults(recipe) or specs_faults(recipe)
+    faults += rate_faults(recipe)
+    return faults or fit_faults(recipe) or crop_faults(recipe) + pair_faults(recipe) or specs_faults(recipe)
+
+
+def rate_faults(recipe: PretrainRecipe) -> list[str]:
+    """Check that no learning rate ends above its peak: the cosine would rise."""
+    sections = {"optim": recipe.optim} | {f"stages.{n}.optim": stage.optim for n, stage in enumerate(recipe.stages) if stage.optim}
+    return [
+        f"{path}.schedule.final_lr: {section.schedule.final_lr:g} is above {path}.lr {section.lr:g}, so the rate would rise to it; choose "
+        "final_lr below lr, for instance 1e-6"
+        for path, section in sections.items()
+        if section.schedule.final_lr > section.lr
+    ]
 
 
 def fit_faults(recipe: PretrainRecipe) -> list[str]:
@@ -92,9 +104,39 @@ def crop_faults(recipe: PretrainRecipe) -> list[str]:
                 faults.append(f"{place}: patch {patch} does not divide {path}.size {shown}; choose sizes that are multiples of it")
             if recipe.objective.name == "mae" and grid != tuple(n // p for n, p in zip(shown, patch)):
                 faults.append(f"{path}.mask.cell: objective mae drops tokens, so a mask cell must be one patch: cell={list(patch)}")
-        if recipe.objective.name.startswith("mae") and grid is None:
+        if recipe.objective.name.startswith(("mae", "alice")) and grid is None:
             faults.append(
                 f"{path}.mask: required by objective {recipe.objective.name}; for instance mask: {{ratio: 0.75, cell: 16}}"
+            )
+    return faults
+
+
+def pair_faults(recipe: PretrainRecipe) -> list[str]:
+    """Check that an objective that learns from pairs of crops gets those it names.
+
+    An objective says which pairs of a sampler it takes (`pairs`), whether two looks at one crop will do (`looks`), and whether it needs to
+    know where points lie (`points`).
+    """
+    target = lookup("objective", recipe.objective.name)
+    wanted: tuple[str, ...] = getattr(target, "pairs", ())
+    faults = []
+    for name, source in recipe.sources.items() if wanted else ():
+        path, kind, given = (
+            _source_path(recipe, name),
+            source.views.get("kind", "volume"),
+            source.sampler.args.get("pairs", "matched"),
+        )
+        looks = getattr(target, "looks", False)
+        if kind == "volume" and looks and source.views.get("count") == 2:
+            continue
+        if kind != "pair" or given not in wanted:
+            faults.append(
+                f"{path}.sampler.pairs: objective {recipe.objective.name} learns from pairs: {' or '.join(wanted)}; set views.kind: pair and "
+                f"sampler.pairs: {wanted[0]}{', or views.count: 2 for two looks at one crop' if looks else ''}"
+            )
+        elif getattr(target, "points", False) and source.views.get("points") is None:
+            faults.append(
+                f"{path}.views.points: required by objective {recipe.objective.name}; for instance points: {{seeds: 100, negatives: 1000}}"
             )
     return faults
 

@@ -1,11 +1,13 @@
 """From a recipe's sources to objects: what is selected, cached, drawn from, and shown to probes.
 
-Views come in four kinds (`views.kind` of a source): `volume` crops of volumes; `image` pictures, single slices and frames;
-`stack` slices of a volume or frames of a clip, in order; `clip` ultrasound cines sampled by time.
+Views come in five kinds (`views.kind` of a source): `volume` crops of volumes; `pair` two crops of volumes that belong together, under
+the key `volume` as well; `image` pictures, single slices and frames; `stack` slices of a volume or frames of a clip, in order; `clip`
+ultrasound cines sampled by time.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +21,12 @@ from torch import Tensor
 from medssl.archive.table import Archive, SeriesRow
 from medssl.cards.named import SourceCards
 from medssl.errors import ImageError, RequestError, header_words, near
-from medssl.recipe import SourceSection
+from medssl.recipe import Component, SourceSection
 from medssl.registry import argument_faults, component_faults, lookup
 from medssl.sampling.clips import ClipSampler, ClipSource, MiddleClips, check_clip
 from medssl.sampling.items import Item, freeze
-from medssl.sampling.planes import MiddlePlanes, PlaneSampler, PlaneSource
+from medssl.sampling.pairs import PairSampler, PairSource
+from medssl.sampling.planes import MiddlePlanes, PlaneSampler, PlaneSource, slice_axis
 from medssl.sampling.samplers import CentreSampler, CropSampler
 from medssl.sampling.source import ImageSource
 from medssl.store.manifest import store_key
@@ -36,7 +39,7 @@ from medssl.views.planes import Planes, PlaneViews
 
 Progress = Callable[[int, int], None]
 ViewMaker = VolumeViews | PlaneViews | ClipViews
-ImageLike = ImageSource | PlaneSource | ClipSource
+ImageLike = ImageSource | PlaneSource | ClipSource | PairSource
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class ViewKind:
 
     items: tuple[str, ...]
     maker: type[VolumeViews] | type[PlaneViews] | type[ClipViews]
-    sampler: tuple[str, type[CropSampler] | type[PlaneSampler] | type[ClipSampler]]
+    sampler: tuple[str, type[CropSampler] | type[PlaneSampler] | type[ClipSampler] | type[PairSampler]]
     given: tuple[str, ...]
     plain: tuple[str, ...]
 
@@ -65,6 +68,13 @@ VIEW_KINDS: dict[str, ViewKind] = {
         VolumeViews,
         ("crops", CropSampler),
         ("source", "ids", "record", "box_size_mm", "batch"),
+        ("size", "spacing_mm", "normalize"),
+    ),
+    "pair": ViewKind(
+        ("volume",),
+        VolumeViews,
+        ("pairs", PairSampler),
+        ("source", "ids", "record", "patients", "box_size_mm", "volumes", "regions", "batch"),
         ("size", "spacing_mm", "normalize"),
     ),
     "image": ViewKind(
@@ -93,9 +103,12 @@ def view_kind(views: Mapping[str, Any]) -> ViewKind:
 
 
 def make_views(views: Mapping[str, Any]) -> ViewMaker:
-    """Build the view maker of a `views` section; its key in a batch is the name of its kind."""
+    """Build the view maker of a `views` section; its key in a batch is the name of its kind, and `volume` for pairs."""
     kind = str(views.get("kind", "volume"))
-    return VIEW_KINDS[kind].maker(kind, **{key: value for key, value in views.items() if key != "kind"})
+    given = {key: value for key, value in views.items() if key != "kind"}
+    if kind == "pair":
+        return VolumeViews("volume", count=2, **given)
+    return VIEW_KINDS[kind].maker(kind, **given)
 
 
 def specs(maker: Any) -> dict[str, ViewSpec]:
@@ -105,7 +118,7 @@ def specs(maker: Any) -> dict[str, ViewSpec]:
 
 def plain_views(views: Mapping[str, Any]) -> ViewMaker:
     """Build the evaluation views of a `views` section: its size, spacing and normalisation, and nothing random."""
-    keep = ("kind", *view_kind(views).plain)
+    keep = view_kind(views).plain if views.get("kind") == "pair" else ("kind", *view_kind(views).plain)
     return make_views({key: value for key, value in views.items() if key in keep})
 
 
@@ -116,7 +129,9 @@ def view_faults(path: str, views: Mapping[str, Any]) -> list[str]:
     if kind not in VIEW_KINDS:
         return [f'{path}.kind: unknown kind "{kind}"{near(str(kind), VIEW_KINDS)}; accepted: {", ".join(VIEW_KINDS)}']
     given = {key: value for key, value in views.items() if key != "kind"}
-    faults = argument_faults(path, VIEW_KINDS[kind].maker, given, given=("name", "count") if kind == "volume" else ("name",))
+    faults = argument_faults(path, VIEW_KINDS[kind].maker, given, given=("name", "count") if kind == "pair" else ("name",))
+    if kind == "pair" and views.get("spacing_mm") is None:
+        faults.append(f"{path}.spacing_mm: required for kind: pair (both crops must cover the same millimetres)")
     if kind in ("image", "stack") and (kind == "stack") != (views.get("slices") is not None):
         wanted = "required for" if kind == "stack" else "only for"
         faults.append(f"{path}.slices: {wanted} kind: stack (planes per view)")
@@ -139,7 +154,20 @@ def source_faults(path: str, source: SourceSection) -> list[str]:
     name, sampler = kind.sampler
     if source.sampler.name != name:
         return [*faults, f'{path}.sampler.name: "{source.sampler.name}" does not go with these views; accepted: {name}']
-    return faults + argument_faults(f"{path}.sampler", sampler, source.sampler.args, kind.given)
+    faults += argument_faults(f"{path}.sampler", sampler, source.sampler.args, kind.given)
+    return faults + (matcher_faults(f"{path}.sampler.matcher", source.sampler.args) if sampler is PairSampler else [])
+
+
+def matcher_faults(path: str, args: Mapping[str, Any]) -> list[str]:
+    """Check the matcher of a sampler of pairs."""
+    matcher = args.get("matcher")
+    if args.get("pairs", "matched") != "matched":
+        return [] if matcher is None else [f"{path}: used only where sampler.pairs is matched; leave it out"]
+    if not isinstance(matcher, Mapping) or "name" not in matcher:
+        return [
+            f"{path}: required for pairs: matched; give {{name: embedding, weights: RUN}}, {{name: affine}} or {{name: body_axis}}"
+        ]
+    return component_faults(path, "matcher", Component(**matcher), ("store", "device"))
 
 
 @dataclass
@@ -268,6 +296,12 @@ def check_items(shelf: Shelf, section: SourceSection, encoders: Sequence[Any]) -
         )
 
 
+def without_place(shelf: Shelf, section: SourceSection) -> tuple[str, int, int]:
+    """Return the key of a source's views, how many of its items are single pictures, which lie at no place of a volume, and all items."""
+    pictures = sum(slice_axis(shelf.reader.record(row.series_id)) is None for row in shelf.rows)
+    return make_views(section.views).name, pictures, len(shelf.rows)
+
+
 def training_source(shelf: Shelf, section: SourceSection, items: Sequence[Item], batch: int) -> ImageLike:
     """Build the source that the loop draws from."""
     series = {item.id: item.series_id for item in items if item.source == shelf.name}
@@ -276,6 +310,10 @@ def training_source(shelf: Shelf, section: SourceSection, items: Sequence[Item],
     def record(item: int) -> Any:
         return shelf.reader.record(series[item])
 
+    if section.sampler.name == "pairs":
+        assert isinstance(views, VolumeViews)
+        pairs = pair_sampler(shelf, section, items, views, batch)
+        return PairSource(shelf.name, shelf.domain.name, shelf.reader, series, pairs, views, crop=Crop, weight=section.weight)
     if isinstance(views, VolumeViews):
         crops = CropSampler(shelf.name, sorted(series), record, views.box_size_mm, batch=batch, **section.sampler.args)
         return ImageSource(shelf.name, shelf.domain.name, shelf.reader, series, crops, views, crop=Crop, weight=section.weight)
@@ -287,6 +325,51 @@ def training_source(shelf: Shelf, section: SourceSection, items: Sequence[Item],
         )
     planes = PlaneSampler(shelf.name, sorted(series), record, views.slices, batch=batch, **section.sampler.args)
     return PlaneSource(shelf.name, shelf.domain.name, shelf.reader, series, planes, views, planes=Planes, weight=section.weight)
+
+
+def pair_sampler(shelf: Shelf, section: SourceSection, items: Sequence[Item], views: VolumeViews, batch: int) -> PairSampler:
+    """Build the sampler of pairs, and try some pairs before the run begins.
+
+    Raises:
+        RequestError: Embeddings are missing or stale, there is one patient only, or over half of the pairs tried were dropped.
+    """
+    from medssl.matching.base import MatchVolume
+
+    mine = {item.id: item for item in items if item.source == shelf.name}
+    known = {row.series_id: frozenset(row.body_region or ()) - {"unknown", "other"} for row in shelf.rows}
+    volumes = {number: MatchVolume.of_store(shelf.reader, item.series_id) for number, item in mine.items()}
+    args = dict(section.sampler.args)
+    component = args.pop("matcher", None)
+    sampler = PairSampler(
+        shelf.name,
+        sorted(mine),
+        lambda number: shelf.reader.record(mine[number].series_id),
+        {number: item.patient_id for number, item in mine.items()},
+        views.box_size_mm,
+        volumes.__getitem__,
+        batch=batch,
+        matcher=None if component is None else make_matcher(component, shelf.reader.store, volumes.values()),
+        regions={number: known.get(item.series_id, frozenset()) for number, item in mine.items()},
+        **args,
+    )
+    sampler.audit()
+    return sampler
+
+
+def make_matcher(component: Mapping[str, Any], store: Path, volumes: Iterable[Any]) -> Any:
+    """Build a matcher for the items of a store; one that reads embeddings must find them all.
+
+    Raises:
+        RequestError: Embeddings are missing or stale.
+    """
+    args = {key: value for key, value in component.items() if key != "name"}
+    target = lookup("matcher", str(component["name"]))
+    if "store" in inspect.signature(target).parameters:
+        args["store"] = store
+    matcher = target(**args)
+    if hasattr(matcher, "require"):
+        matcher.require({volume.name: volume.version for volume in volumes})
+    return matcher
 
 
 def evaluation_source(

@@ -1,4 +1,4 @@
-"""Name -> class tables. Adding an encoder, objective, domain or task network is one line here.
+"""Name -> class tables. Adding an encoder, objective, domain, task network or matcher is one line here.
 
 An entry is "module:Class", imported on first use so that `import medssl` stays cheap. A recipe may also name an outside class by an
 import path with a colon ("mypackage.encoders:MyEncoder"); `medssl.testing` checks such a plug-in in one line.
@@ -16,6 +16,7 @@ from medssl.errors import RegistryError, near
 ENCODERS: dict[str, str] = {
     "vit3d": "medssl.encoders.vit3d:ViT3D",
     "segresnet3d": "medssl.encoders.segresnet3d:SegResNet3D",
+    "swin3d": "medssl.encoders.swin3d:Swin3D",
     "image2d": "medssl.encoders.image2d:Image2D",
     "slice_volume": "medssl.encoders.slice_volume:SliceVolumeEncoder",
     "video_vit": "medssl.encoders.video_vit:VideoViT",
@@ -23,12 +24,19 @@ ENCODERS: dict[str, str] = {
 OBJECTIVES: dict[str, str] = {
     "mae": "medssl.objectives.mae:MAE",
     "mae_cnn": "medssl.objectives.mae_cnn:MAECNN",
+    "alice": "medssl.objectives.alice:Alice",
     "intra_inter_clustering": "medssl.objectives.intra_inter_clustering:IntraInterClustering",
     "graph_matching": "medssl.objectives.graph_matching:GraphMatching",
     "global_local_contrast": "medssl.objectives.global_local_contrast:GlobalLocalContrast",
+    "anatomical_embedding": "medssl.objectives.anatomical_embedding:AnatomicalEmbedding",
     "cluster_distillation": "medssl.objectives.cluster_distillation:ClusterDistillation",
     "video_mae": "medssl.objectives.video_mae:VideoMAE",
     "relative_speed": "medssl.objectives.relative_speed:RelativeSpeed",
+}
+MATCHERS: dict[str, str] = {
+    "embedding": "medssl.matching.embedding:EmbeddingMatcher",
+    "affine": "medssl.matching.affine:AffineMatcher",
+    "body_axis": "medssl.matching.body_axis:BodyAxisMatcher",
 }
 DOMAINS: dict[str, str] = {
     "mri": "medssl.domains.mri:MRI",
@@ -41,12 +49,14 @@ DOMAINS: dict[str, str] = {
 NETWORKS: dict[str, str] = {
     "unetr": "medssl.networks.segmentation:build_unetr",
     "segresnet": "medssl.networks.segmentation:build_segresnet",
+    "swin_unetr": "medssl.networks.segmentation:build_swin_unetr",
 }
 TABLES: dict[str, dict[str, str]] = {
     "encoder": ENCODERS,
     "objective": OBJECTIVES,
     "domain": DOMAINS,
     "network": NETWORKS,
+    "matcher": MATCHERS,
 }
 
 
@@ -54,7 +64,7 @@ def lookup(kind: str, name: str) -> Any:
     """Return the class or function registered for a name.
 
     Args:
-        kind: `encoder`, `objective`, `domain` or `network`.
+        kind: `encoder`, `objective`, `domain`, `network` or `matcher`.
         name: A registered name, or an import path "module:Class".
 
     Raises:

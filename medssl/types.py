@@ -345,7 +345,9 @@ class Objective(Protocol):
     """What the loop calls. An objective is a plain `nn.Module`; only `forward` and `view_specs` are required.
 
     Optional, looked up by name: `needs` (encoder attributes that must be true), `smallest_batch` (items of a forward pass),
-    `denominators(views) -> {name: scalar tensor}`,
+    `check_places({source: (view key, single pictures, items)}) -> sentences` (before the run is made; may refuse it), of objectives that
+    learn from pairs of crops `pairs` (what `sampler.pairs` may be), `looks` (two views of one crop will do) and `points` (they need
+    `views.points`), `denominators(views) -> {name: scalar tensor}`,
     `schedules(step, steps) -> {name: value}`, `after_step(ctx)`, `on_epoch(ctx, embed)`, `reconstruct(views) -> pictures`,
     `ema_pairs() -> [(student, teacher, schedule name)]`, `exported() -> {part: Part}`.
     """

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "objectives": {"layers"},
     "training": set(),
     "evaluation": {"layers", "encoders", "networks", "domains", "store", "views"},
+    "matching": {"layers", "encoders", "store", "views"},
     "export": {"layers", "encoders", "networks", "evaluation"},
     "report": set(),
     "phantoms": set(),
@@ -33,7 +34,7 @@ ARCHIVE_MAY_IMPORT = {
     "pixels": {"scanning"},
     "operations": {"headers", "pixels"},
 }
-TOP = {"recipe", "build", "data_sources", "api", "cli", "demo", "doctor", "testing", "__main__"}
+TOP = {"recipe", "build", "data_sources", "correspondence", "api", "cli", "demo", "doctor", "testing", "__main__"}
 
 
 def package_of(module: str) -> str:

@@ -147,3 +147,33 @@ def test_every_shipped_recipe__is_valid_and_says_what_it_is() -> None:
 def test_schema__names_every_section() -> None:
     schema = KINDS["pretrain"].model_json_schema()
     assert {"sources", "encoders", "objective", "optim", "train", "stages", "probes", "export"} <= set(schema["properties"])
+
+
+def test_rate_that_ends_above_its_peak__is_a_fault() -> None:
+    found = faults(["optim.lr=1.25e-5", "optim.schedule.final_lr=1e-4"])
+    assert "optim.schedule.final_lr: 0.0001 is above optim.lr 1.25e-05, so the rate would rise to it" in found
+    stages = "stages=[{steps: 2}, {steps: 2, optim: {lr: 1e-5, schedule: {final_lr: 1e-4}}}]"
+    assert "stages.1.optim.schedule.final_lr: 0.0001 is above stages.1.optim.lr" in faults([stages])
+    build.check(Recipe.parse(apply_overrides(GOOD, ["optim.lr=1e-4", "optim.schedule.final_lr=1e-4"])))
+
+
+def test_alice__needs_a_mask_and_an_encoder_that_takes_marks() -> None:
+    objective = "objective={name: alice, prototypes: 16}"
+    build.check(Recipe.parse(apply_overrides(GOOD, [objective, "views.count=2"])))
+    assert "views.mask: required by objective alice" in faults([objective, "views.count=2", "views.mask=null"])
+    found = faults([objective, "encoder={name: image2d, model: resnet18}", "views.size=32"])
+    assert "alice cannot work on encoder image2d (it needs marks_hidden); encoders that fit: segresnet3d, swin3d, vit3d" in found
+    assert "encoder: patch (32, 32, 32) does not divide views.size" in faults([objective, "encoder={name: swin3d}"])
+
+
+def test_alice__needs_pairs_of_crops() -> None:
+    objective = "objective={name: alice, prototypes: 16}"
+    wanted = (
+        "sampler.pairs: objective alice learns from pairs: matched or same_volume or random; set views.kind: pair and sampler.pairs: "
+        "matched, or views.count: 2 for two looks at one crop"
+    )
+    assert wanted in faults([objective]) and wanted in faults([objective, "views.count=3"])
+    matched = "data.sampler={pairs: matched, matcher: {name: embedding, weights: runs/matcher, step_mm: 8}}"
+    pair = [objective, "views.kind=pair", "views.spacing_mm=1.5"]
+    build.check(Recipe.parse(apply_overrides(GOOD, [*pair, matched])))  # no views.points
+    build.check(Recipe.parse(apply_overrides(GOOD, [*pair, "data.sampler={pairs: same_volume}"])))

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from medssl._compat.quiet import silence_libraries
-from medssl.cli import archive, card, data, demo, info, labels, results, training
+from medssl.cli import archive, card, data, demo, info, labels, matching, results, training
 from medssl.errors import MedsslError
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ app.add_typer(card.card_app, name="card")
 app.command("pretrain")(training.pretrain)
 app.command("finetune")(training.finetune)
 app.command("label-curve")(training.label_curve)
+app.command("embed")(matching.embed)
+app.command("match")(matching.match)
 app.command("evaluate")(results.evaluate)
 app.command("export")(results.export)
 app.command("report")(results.report)

@@ -13,7 +13,18 @@ import typer
 from medssl.cli import show
 
 FORMS = (  # medssl.export.write.EXPORTS, which would import torch for --help
-    *("safetensors", "unetr", "segresnet", "monai-bundle", "timm", "torchvision", "resnet", "flexible-unet", "retinanet"),
+    *(
+        "safetensors",
+        "unetr",
+        "segresnet",
+        "swin-unetr",
+        "monai-bundle",
+        "timm",
+        "torchvision",
+        "resnet",
+        "flexible-unet",
+        "retinanet",
+    ),
     *("joint", "aggregator"),
 )
 NO_CARD = "no data card; name one in the recipe (data.card), and the weights carry it"

@@ -26,7 +26,11 @@ class Encoder(nn.Module):
         patch_size: Voxels per token and axis.
         embed_dim: E, the width of `tokens` and `pooled`.
         drops_tokens: `forward_features` takes `keep`.
-        has_decoder: `forward_features` takes `stem_extra`, and there is `forward_decoder(pyramid)`.
+        marks_hidden: `forward_features` takes `stem_extra`, which the module that `mask_stem()` returns makes of a mask.
+        has_decoder: `marks_hidden`, and there are `decode(pyramid, image)`, which yields the decoder's maps from coarse to fine,
+            `forward_decoder(pyramid, image)`, the last of them with `init_filters` channels, and `context_dim`, the channels of the first.
+        pyramid_centres: Where a cell of the pyramid is centred in the voxels it stands for: on the `first` one along each axis
+            (strided convolutions of odd size) or in the `middle` (patches); empty where there is no pyramid of several scales.
         takes_images: `forward_features` takes flat images (B, C, H, W), and its tokens are the cells of a feature map.
         takes_clips: Images are clips (B, C, T, H, W), with `valid`; it has `masked(x, keep, valid)` and `frame_branch()`.
         takes_stacks: It has `embed_slices(stacks, valid)`, `aggregator(tokens, valid, z_mm)` and `parts()`.
@@ -35,7 +39,9 @@ class Encoder(nn.Module):
     name: str = ""
     library: str = ""
     drops_tokens: bool = False
+    marks_hidden: bool = False
     has_decoder: bool = False
+    pyramid_centres: str = ""
     takes_images: bool = False
     takes_clips: bool = False
     takes_stacks: bool = False
@@ -72,6 +78,10 @@ class Encoder(nn.Module):
         }
         return Part(module=self, manifest=manifest, keys=tuple(self.key_groups[group]))
 
+    def mask_stem(self) -> nn.Module:
+        """Return a new module that makes `stem_extra` of a mask (B, 1, *size); it belongs to the objective."""
+        raise NotImplementedError
+
     @property
     def blocks(self) -> list[nn.Module]:
         """Units to shard, compile and checkpoint, in order."""
@@ -90,11 +100,11 @@ class Encoder(nn.Module):
         """Encode whole images."""
         return self.forward_features(x)
 
-    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """Run one block, recomputing it in the backward pass when activation checkpointing is on."""
         if self.checkpoint_blocks and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x)  # type: ignore[no-any-return]
+            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(*inputs)  # type: ignore[no-any-return]
 
     def check_size(self, size: Iterable[int]) -> None:
         """Raise unless every size is a positive multiple of the patch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class SegResNet3D(Encoder):
     name = "segresnet3d"
     library = "monai.SegResNet"
     has_decoder = True
+    marks_hidden = True
+    pyramid_centres = "first"
     key_groups = {"encoder": ["convInit.", "down_layers."], "decoder": ["up_samples.", "up_layers."]}  # noqa: RUF012
 
     def __init__(
@@ -58,6 +60,7 @@ class SegResNet3D(Encoder):
         freeze(self.net.conv_final)  # MONAI builds it even when it is not used
         self.in_channels = in_channels
         self.init_filters = init_filters
+        self.context_dim = init_filters * 2 ** max(len(blocks_down) - 2, 0)
         self.patch_size = (2 ** (len(blocks_down) - 1),) * 3
         self.embed_dim = init_filters * 2 ** (len(blocks_down) - 1)
 
@@ -70,6 +73,10 @@ class SegResNet3D(Encoder):
     def blocks(self) -> list[nn.Module]:
         """The scales of the encoder, then those of the decoder."""
         return [*self.net.down_layers, *self.net.up_layers]
+
+    def mask_stem(self) -> nn.Module:
+        """The share of an extra input channel, the mask, in the first convolution."""
+        return nn.Conv3d(1, self.init_filters, 3, padding=1, bias=False)
 
     def forward_features(self, x: Tensor, keep: Tensor | None = None, stem_extra: Tensor | None = None) -> EncoderOutput:
         """Encode volumes.
@@ -96,16 +103,21 @@ class SegResNet3D(Encoder):
         tokens = flatten_tokens(x)
         return EncoderOutput(tokens=tokens, grid=tuple(x.shape[2:]), pooled=tokens.mean(dim=1), pyramid=tuple(pyramid))
 
-    def forward_decoder(self, pyramid: Sequence[Tensor]) -> Tensor:
-        """Walk the decoder.
+    def decode(self, pyramid: Sequence[Tensor], image: Tensor | None = None) -> Iterator[Tensor]:
+        """Walk the decoder and yield its maps from coarse to fine; what is not asked for is not computed.
 
         Args:
             pyramid: Maps fine to coarse, as `forward_features` returns them.
-
-        Returns:
-            (B, init_filters, X, Y, Z), before MONAI's last norm, activation and 1x1 convolution.
+            image: Not used: this decoder has no skip connection from the image.
         """
         x = pyramid[-1]
         for up_sample, up_layer, skip in zip(self.net.up_samples, self.net.up_layers, reversed(pyramid[:-1])):
             x = self.run(up_layer, up_sample(x) + skip)
+            yield x
+
+    def forward_decoder(self, pyramid: Sequence[Tensor], image: Tensor | None = None) -> Tensor:
+        """Return the decoder's finest map (B, init_filters, X, Y, Z), before MONAI's last norm, activation and 1x1 convolution."""
+        x = pyramid[-1]
+        for x in self.decode(pyramid, image):  # noqa: B007
+            pass
         return x

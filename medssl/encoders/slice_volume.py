@@ -1,7 +1,8 @@
 """A 2D encoder on every slice, attention over the slices, one embedding of the volume; an image is a volume of one slice.
 
-Volumes (B, C, X, Y, Z), clips (B, T, C, H, W) and images (B, C, H, W) all become stacks (B, N, C, H, W). For a volume the image of a
-slice has the two other axes in their order: an axial slice (slice_axis 2) is (C, X, Y). A clip is a stack in time.
+Volumes (B, C, X, Y, Z), clips (B, T, C, H, W) and images (B, C, H, W) all become stacks (B, N, C, H, W). Slices of a volume are turned
+as in pretraining, the way a radiologist looks at them: rows of an axial slice (slice_axis 2) run from anterior to posterior, columns from
+the patient's right to left. A clip is a stack in time.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from medssl.encoders.base import Encoder
 from medssl.encoders.image2d import TOKEN_ORDER_2D, Image2D, recomputed, running_statistics_kept
 from medssl.errors import RequestError, near
 from medssl.layers.deformable import SliceAggregator
+from medssl.layers.planes import slices_of
 from medssl.types import EncoderOutput, Kind, Part, Stack
 
 
 def as_stacks(x: Tensor, kind: Kind = "volume", slice_axis: int | None = 2) -> Tensor:
-    """View volumes, clips or images as stacks of images; nothing is copied.
+    """View volumes, clips or images as stacks of images; only volumes are copied, since their slices are turned.
 
     Args:
         x: Volumes (B, C, X, Y, Z), clips (B, T, C, H, W) or images (B, C, H, W).
@@ -44,7 +46,7 @@ def as_stacks(x: Tensor, kind: Kind = "volume", slice_axis: int | None = 2) -> T
     axis = 2 if slice_axis is None else slice_axis
     if axis not in (0, 1, 2):
         raise ValueError(f"slice_axis is {slice_axis}; accepted: 0, 1, 2 (X, Y, Z) or None")
-    return x.movedim(2 + axis, 1)
+    return slices_of(x, axis)
 
 
 def pad_stacks(stacks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

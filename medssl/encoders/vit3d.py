@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medssl.encoders.base import Encoder, freeze
+from medssl.layers.mask_stem import MaskToken
 from medssl.layers.pos_embed import resize_positions
 from medssl.layers.tokens import flatten_tokens, gather_tokens, unflatten_tokens
 from medssl.types import EncoderOutput
@@ -32,6 +33,7 @@ class ViT3D(Encoder):
     name = "vit3d"
     library = "monai.ViT"
     drops_tokens = True
+    marks_hidden = True
     key_groups = {"encoder": ["patch_embedding.", "blocks.", "norm."]}  # noqa: RUF012
 
     def __init__(
@@ -91,12 +93,17 @@ class ViT3D(Encoder):
         """The transformer blocks."""
         return list(self.net.blocks)
 
-    def forward_features(self, x: Tensor, keep: Tensor | None = None) -> EncoderOutput:
+    def mask_stem(self) -> nn.Module:
+        """A mask token at hidden patches."""
+        return MaskToken(self.embed_dim, self.patch_size)
+
+    def forward_features(self, x: Tensor, keep: Tensor | None = None, stem_extra: Tensor | None = None) -> EncoderOutput:
         """Encode volumes; with `keep`, only those tokens enter the blocks (He et al. 2022, section 3).
 
         Args:
             x: (B, C, X, Y, Z).
             keep: (B, K) int64 token indices in the order of `flatten_tokens`.
+            stem_extra: (B, E, *grid) added to the patch embedding, for instance a mask token.
 
         Returns:
             Tokens (B, N or K, E) after the final norm; `pyramid` holds the hidden state after every block as (B, E, *grid)
@@ -105,6 +112,8 @@ class ViT3D(Encoder):
         self.check_size(x.shape[2:])
         embedding = self.net.patch_embedding
         maps = embedding.patch_embeddings(x)  # (B, E, *grid)
+        if stem_extra is not None:
+            maps = maps + stem_extra
         grid = tuple(maps.shape[2:])
         tokens = flatten_tokens(maps) + resize_positions(embedding.position_embeddings, self.table_grid, grid)
         tokens = embedding.dropout(tokens)

@@ -47,7 +47,7 @@ class FinetuneSettings:
     """Everything that a fine-tuning run depends on besides cohort, number of labels, seed and weights.
 
     Args:
-        network: Registered network, `segresnet` or `unetr`.
+        network: Registered network: `segresnet`, `unetr` or `swin_unetr`.
         network_args: Further arguments of its builder.
         encoder: `{"name": ..., "args": {...}}`. Weights, where given, decide the arguments; a scratch run alone has no
             other source.
@@ -61,7 +61,7 @@ class FinetuneSettings:
         encoder_lr_scale: Factor on the learning rate of a pretrained encoder; the scratch twin always has 1.
         freeze_steps: First steps in which a pretrained encoder has learning rate 0, its gradients still flowing, so
             that decoder and head settle first; then everything warms up again ("sawtooth"). 0 for the scratch twin.
-        transfer: `encoder`, or `encoder_decoder` for a SegResNet pretrained with its decoder.
+        transfer: `encoder`, or `encoder_decoder` for a SegResNet or SwinUNETR pretrained with its decoder.
         weight_decay: Decoupled weight decay, not applied to norms and biases.
         clip: Largest gradient norm.
         warmup_steps: Steps of linear warm-up; cosine decay to 0 follows.
@@ -262,7 +262,7 @@ def open_weights(path: Path | str, *, transfer: str = "encoder") -> Pretrained:
         except WeightsError as err:
             raise WeightsError(
                 f"transfer encoder_decoder: {err}; exports hold the encoder alone: "
-                "give the run folder of a segresnet3d, or set transfer: encoder"
+                "give the run folder of a segresnet3d or swin3d, or set transfer: encoder"
             ) from err
     return Pretrained(state, manifest, decoder)
 

@@ -58,7 +58,7 @@ python -m monai.bundle run --config_file configs/inference.json --bundle_root . 
 Its mean over the grid is the image's feature vector.
 
 The tensors in `models/model.pt` have the names of the stock network: `monai.networks.nets.{library.split(".")[-1]}` takes them
-too (`load_state_dict`; a SegResNet keeps its own decoder, so `strict=False` there).
+too (`load_state_dict`; SegResNet and SwinUNETR keep their own decoder, so `strict=False` there).
 
 ## Preprocessing
 

@@ -42,6 +42,7 @@ KEPT = (
     "versions",
 )
 AXIS_ORDER = "XYZ-RAS"  # what MONAI delivers too, so no kernel is permuted on the way
+INFLATED_ORDER = "XYZ-PLS"  # of a slice encoder with a third axis: rows and columns of an axial slice, as pretraining shows it
 IMAGE_ORDERS = (
     "HW",
     "THW",
@@ -95,7 +96,7 @@ def read_weights(path: Path, *, decoder: bool = False, tag: str = "last") -> Wei
         file = find_part(path, "decoder", tag)
         if not file.is_file():
             raise WeightsError(
-                f"{path} has no decoder; only networks that pretrain one (segresnet3d) write it; export without the decoder"
+                f"{path} has no decoder; only networks that pretrain one (segresnet3d, swin3d) write it; export without the decoder"
             )
         weights.decoder, weights.decoder_manifest = load_part(file)
     return weights
@@ -149,6 +150,7 @@ FITTING = {
     "monai.ViT": ("safetensors", "unetr", "monai-bundle"),
     "monai.SegResNet": ("safetensors", "segresnet", "monai-bundle"),
     "medssl.VideoTransformer": ("safetensors", "timm"),
+    "monai.SwinUNETR": ("safetensors", "swin-unetr", "monai-bundle"),
     "timm": ("safetensors", "timm", "torchvision", "resnet", "flexible-unet", "retinanet"),
     "medssl.SliceVolumeEncoder": (
         "joint",

@@ -1,7 +1,7 @@
 """A MONAI bundle of the encoder that runs where MONAI is installed and medssl is not.
 
 The network of the bundle is the stock MONAI module cut to its encoder, as an expression over stock parts, so that
-`models/model.pt` keeps the stock keys: it loads into `monai.networks.nets.ViT` or `SegResNet` as well. Loading and normalisation
+`models/model.pt` keeps the stock keys: it loads into `monai.networks.nets.ViT`, `SegResNet` or `SwinUNETR` as well. Loading and normalisation
 are written as MONAI transforms and NumPy expressions that repeat `medssl.domains.statistics` and `medssl.views.intensity`
 (a test holds the two together).
 """
@@ -28,7 +28,7 @@ DEFAULT_WINDOW = (96, 96, 96)  # of the sliding window, for encoders that take a
 BODY_HU = -500.0  # medssl.domains.ct
 IGNITE = "0.5.1"  # where none is installed: the oldest that MONAI 1.5 and later accept
 AIR_SHARE = 0.25  # medssl.domains.statistics
-LIBRARIES = ("monai.ViT", "monai.SegResNet")
+LIBRARIES = ("monai.ViT", "monai.SegResNet", "monai.SwinUNETR")
 
 FOREGROUND = {
     # voxels of a strided grid of at most two million, as medssl.domains.statistics.sample
@@ -60,7 +60,7 @@ def write(folder: Path, weights: Weights, *, name: str) -> ExportReport:
 
     Args:
         folder: Existing, empty.
-        weights: Of encoder `vit3d` or `segresnet3d`; a decoder is never part of a bundle.
+        weights: Of encoder `vit3d`, `segresnet3d` or `swin3d`; a decoder is never part of a bundle.
         name: Name of the bundle.
 
     Raises:
@@ -68,7 +68,7 @@ def write(folder: Path, weights: Weights, *, name: str) -> ExportReport:
     """
     if weights.manifest["library"] not in LIBRARIES:
         raise WeightsError(
-            f"export to monai-bundle: the weights are of {weights.manifest['library']}; it takes {' and '.join(LIBRARIES)}; "
+            f"export to monai-bundle: the weights are of {weights.manifest['library']}; it takes {', '.join(LIBRARIES)}; "
             "export to safetensors instead"
         )
     source = source_encoder(weights)
@@ -139,6 +139,24 @@ def network_config(weights: Weights) -> dict[str, Any]:
             "blocks_up": list(args["blocks_up"]),
         }
         parts = "convInit=@encoder.convInit, down_layers=torch.nn.Sequential(*@encoder.down_layers)"
+    elif weights.manifest["library"] == "monai.SwinUNETR":
+        encoder = {
+            "_target_": "monai.networks.nets.SwinUNETR",
+            "in_channels": args["in_channels"],
+            "out_channels": 1,
+            "feature_size": args["feature_size"],
+            "depths": list(args["depths"]),
+            "num_heads": list(args["num_heads"]),
+            "window_size": list(args["window_size"]),
+            "spatial_dims": 3,
+        }
+        stages = ", ".join(f"layers{n}=torch.nn.Sequential(*@encoder.swinViT.layers{n})" for n in range(1, 5))
+        width = 16 * args["feature_size"]
+        parts = (
+            f"swinViT=torch.nn.Sequential(collections.OrderedDict(patch_embed=@encoder.swinViT.patch_embed, {stages})), "
+            "channels_last=Rearrange('b c x y z -> b x y z c'), "
+            f"norm=torch.nn.LayerNorm({width}, elementwise_affine=False), features=Rearrange('b x y z c -> b c x y z')"
+        )
     else:
         encoder = {
             "_target_": "monai.networks.nets.ViT",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl.errors import RequestError, WeightsError
-from medssl.export.manifest import AXIS_ORDER, Weights, exported_manifest
+from medssl.export.manifest import INFLATED_ORDER, Weights, exported_manifest
 from medssl.export.slices import Adaptation, adapt_stem, grey_or_random, inflate, slice_encoder_of
 from medssl.export.verify import ExportReport, compare, load_stock, source_encoder
 from medssl.weights import load_part, save_part
@@ -98,7 +98,11 @@ def write(folder: Path, weights: Weights, target: Target, asked: Adaptation) -> 
         notes += more
     network, expression = target.build(model, channels, dims)
     facts = {"load_into": expression, "adaptations": notes, "dims": dims}
-    manifest = {**weights.manifest, "channels": channels, "axis_order": AXIS_ORDER if dims == 3 else weights.manifest["axis_order"]}
+    manifest = {
+        **weights.manifest,
+        "channels": channels,
+        "axis_order": INFLATED_ORDER if dims == 3 else weights.manifest["axis_order"],
+    }
     named = {target.prefix + key: value for key, value in state.items()}
     path = save_part(folder, target.name, named, exported_manifest(manifest, to=target.to, **facts))
     reloaded, _ = load_part(path)

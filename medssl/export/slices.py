@@ -143,7 +143,11 @@ def inflate(state: Mapping[str, Tensor], inflation: Inflation) -> tuple[dict[str
         else "placed in the middle of their depth, zero elsewhere"
     )
     note = f"{len(kernels)} kernels inflated along Z, {how}; all else copied; not in the paper, a start for training only"
-    return result, [note]
+    turn = (
+        "rows and columns stay those of an axial slice as pretraining shows it, from anterior to posterior and from the patient's right to "
+        'left: give volumes with axes to P, L and S (MONAI Orientationd(axcodes="PLS"))'
+    )
+    return result, [note, turn]
 
 
 def grey_or_random(found: int, channels: int, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -9,15 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 
 from medssl.errors import RequestError, near
-from medssl.export import flexible_unet, joint, monai_bundle, resnet, resnet_trunk, retinanet, segresnet, timm, torchvision, unetr
+from medssl.export import (
+    flexible_unet,
+    joint,
+    monai_bundle,
+    resnet,
+    resnet_trunk,
+    retinanet,
+    segresnet,
+    swin_unetr,
+    timm,
+    torchvision,
+    unetr,
+)
 from medssl.export.manifest import Weights, exported_manifest, read_weights, require_whole
 from medssl.export.slices import Adaptation, Inflation
 from medssl.export.verify import ExportReport, compare, features, require_equal, source_encoder
 from medssl.weights import disk_error, load_part, save_part
 
 TRUNKS = {module.TARGET.to: module.TARGET for module in (torchvision, resnet, flexible_unet, retinanet)}
-EXPORTS = ("safetensors", "unetr", "segresnet", "monai-bundle", "timm", *TRUNKS, "joint", "aggregator")
-WITH_DECODER = ("safetensors", "segresnet")
+EXPORTS = ("safetensors", "unetr", "segresnet", "swin-unetr", "monai-bundle", "timm", *TRUNKS, "joint", "aggregator")
+WITH_DECODER = ("safetensors", "segresnet", "swin-unetr")
 
 
 def export_weights(
@@ -39,7 +51,7 @@ def export_weights(
         weights_path: Run folder, its `weights` folder, or the encoder's safetensors file.
         to: One of `EXPORTS`.
         out: Folder to create; it must not exist, or be empty.
-        decoder: Whether to add a pretrained decoder (`safetensors` and `segresnet` only). The default leaves it out.
+        decoder: Whether to add a pretrained decoder (`safetensors`, `segresnet` and `swin-unetr` only). The default leaves it out.
         tag: `last` or `best`.
         channels: Input channels of the export, for slice encoders; None keeps them (torchvision: 3).
         dims: 2 or 3 spatial axes, for slice encoders to MONAI's ResNet, FlexibleUNet and RetinaNet; 3 inflates the kernels.
@@ -87,6 +99,7 @@ def _writer(to: str, name: str, asked: Adaptation) -> Callable[[Path, Weights], 
         "safetensors": write_safetensors,
         "unetr": unetr.write,
         "segresnet": segresnet.write,
+        "swin-unetr": swin_unetr.write,
         "monai-bundle": lambda folder, weights: monai_bundle.write(folder, weights, name=name),
         "timm": lambda folder, weights: timm.write(folder, weights, asked),
         "joint": joint.write_joint,

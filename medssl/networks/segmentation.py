@@ -20,6 +20,8 @@ from medssl.layers.pos_embed import resize_positions
 
 UNETR_PATCH = 16  # both are fixed inside MONAI's UNETR
 UNETR_LAYERS = 12
+SWIN_STRIDE = 32
+SWIN_DECODER = ("encoder1.", "encoder2.", "encoder3.", "encoder4.", "encoder10.", *(f"decoder{n}." for n in range(1, 6)))
 POSITIONS = "patch_embedding.position_embeddings"
 UNUSED = "norm_cross_attn"  # in every MONAI ViT block since 1.4, on no path without cross attention; older files lack it
 
@@ -146,11 +148,61 @@ def build_segresnet(
     return network
 
 
+def build_swin_unetr(
+    *,
+    encoder: Mapping[str, Any],
+    out_channels: int,
+    image_size: Sequence[int] | None = None,
+    norm_name: str = "instance",
+    drop_rate: float = 0.0,
+    drop_path: float = 0.0,
+) -> Network:
+    """Build MONAI's SwinUNETR with the encoder that a manifest describes.
+
+    Args:
+        encoder: `{"name": "swin3d", "args": {...}}`.
+        out_channels: Classes including background.
+        image_size: Crop (X, Y, Z) in voxels, multiples of 32 and not 32 on every axis; None skips the check.
+        norm_name: Normalisation of the decoder.
+        drop_rate: Dropout of the encoder, between 0 and 1.
+        drop_path: Largest rate of stochastic depth while fine-tuning; that of the pretraining is not taken over.
+
+    Raises:
+        RequestError: The encoder is another one, or the crop does not divide.
+
+    Reference:
+        Hatamizadeh et al. 2022, "Swin UNETR: Swin Transformers for Semantic Segmentation of Brain Tumors in MRI Images"; MONAI 1.6
+        `networks/nets/swin_unetr.py`.
+    """
+    from monai.networks.nets import SwinUNETR
+
+    args = encoder_args(encoder, "swin3d", "swin_unetr")
+    if image_size is not None and check_crop("swin_unetr", image_size, SWIN_STRIDE) == (SWIN_STRIDE,) * 3:
+        raise RequestError(
+            f"network swin_unetr: crop 32x32x32 voxels leaves one cell at stride {SWIN_STRIDE}, over which the decoder's instance norm is "
+            "undefined; use 64 voxels or more along an axis"
+        )
+    window = args.get("window_size", 7)
+    network: Network = SwinUNETR(
+        in_channels=int(args.get("in_channels", 1)),
+        out_channels=out_channels,
+        feature_size=int(args.get("feature_size", 48)),
+        depths=tuple(args.get("depths", (2, 2, 2, 2))),
+        num_heads=tuple(args.get("num_heads", (3, 6, 12, 24))),
+        window_size=(window,) * 3 if isinstance(window, int) else tuple(window),
+        norm_name=norm_name,
+        drop_rate=drop_rate,
+        dropout_path_rate=drop_path,
+        spatial_dims=3,
+    )
+    return network
+
+
 def encoder_args(encoder: Mapping[str, Any], wanted: str, network: str) -> dict[str, Any]:
     """Return the encoder's arguments after checking that it is the one this network is built around."""
     name = encoder.get("name")
     if name != wanted:
-        fits = {"vit3d": "unetr", "segresnet3d": "segresnet"}.get(str(name))
+        fits = {"vit3d": "unetr", "segresnet3d": "segresnet", "swin3d": "swin_unetr"}.get(str(name))
         advice = f'choose network "{fits}"' if fits else f"choose an encoder {wanted}"
         raise RequestError(f'network {network}: the encoder is "{name}"; it is built around {wanted}; {advice}')
     return dict(encoder.get("args", {}))
@@ -174,15 +226,16 @@ def load_pretrained(
     *,
     decoder_state: Mapping[str, Tensor] | None = None,
 ) -> LoadReport:
-    """Fill the encoder of a network, and optionally the decoder of a SegResNet, with pretrained tensors.
+    """Fill the encoder of a network, and optionally the decoder of a SegResNet or SwinUNETR, with pretrained tensors.
 
     Nothing of the network is changed unless everything fits.
 
     Args:
-        network: Result of `build_unetr` or `build_segresnet`.
+        network: Result of one of the builders here.
         state: Encoder tensors under the stock network's own keys. Keys of the manifest's other key groups are ignored.
         manifest: Manifest of the weights: `library`, `key_groups`, `image_size` and `patch_size` for position tables.
-        decoder_state: Tensors `up_samples.*` and `up_layers.*` of a SegResNet; None leaves the decoder as it is.
+        decoder_state: Decoder tensors of a SegResNet (`up_samples.*`, `up_layers.*`) or SwinUNETR (`encoder1.*` to `decoder5.*`); None
+            leaves the decoder as it is.
 
     Raises:
         WeightsError: Another kind of network, other input channels, or any name or shape that does not match.
@@ -191,7 +244,8 @@ def load_pretrained(
     found = manifest.get("library", library)
     if found != library:
         name = dict(manifest.get("encoder", {})).get("name", found)
-        fits = {"monai.ViT": "unetr", "monai.SegResNet": "segresnet"}.get(str(found), "the one they were made for")
+        networks = {"monai.ViT": "unetr", "monai.SegResNet": "segresnet", "monai.SwinUNETR": "swin_unetr"}
+        fits = networks.get(str(found), "the one they were made for")
         raise WeightsError(f"the weights are of {found} (encoder {name}); this network needs {library}; choose network {fits}")
     own = network.state_dict()
     wanted = {key.removeprefix(prefix): key for key in own if key.startswith(encoder_keys)}
@@ -203,7 +257,7 @@ def load_pretrained(
     if decoder_state is not None:
         if not decoder_keys:
             raise WeightsError(
-                "decoder weights were given, but only a SegResNet takes a pretrained decoder, this is a "
+                "decoder weights were given, but only a SegResNet or SwinUNETR takes a pretrained decoder, this is a "
                 f"{type(network).__name__}; transfer the encoder alone"
             )
         part, _ = _match("decoder", decoder_state, own, {key: key for key in own if key.startswith(decoder_keys)})
@@ -228,7 +282,7 @@ def set_head_prior(network: Network, frequencies: Sequence[float]) -> None:
     both structures.
 
     Args:
-        network: Result of `build_unetr` or `build_segresnet`.
+        network: Result of one of the builders here.
         frequencies: One share of voxels per class, background first; shares under 1e-4 count as 1e-4.
 
     Reference:
@@ -259,11 +313,13 @@ def _plan(network: Network) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]
         return "monai.ViT", "vit.", ("vit.",), ()
     if kind == "SegResNet":
         return "monai.SegResNet", "", ("convInit.", "down_layers."), ("up_samples.", "up_layers.")
-    raise WeightsError(f"pretrained weights for a {kind}: only UNETR and SegResNet are known; build one of these")
+    if kind == "SwinUNETR":
+        return "monai.SwinUNETR", "", ("swinViT.",), SWIN_DECODER
+    raise WeightsError(f"pretrained weights for a {kind}: only UNETR, SegResNet and SwinUNETR are known; build one of these")
 
 
 def _check_channels(given: Mapping[str, Tensor], own: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
-    for key in ("patch_embedding.patch_embeddings.weight", "convInit.conv.weight"):
+    for key in ("patch_embedding.patch_embeddings.weight", "convInit.conv.weight", "swinViT.patch_embed.proj.weight"):
         if key in wanted and key in given and given[key].ndim == own[wanted[key]].ndim:
             have, need = given[key].shape[1], own[wanted[key]].shape[1]
             if have != need:

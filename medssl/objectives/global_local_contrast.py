@@ -46,20 +46,26 @@ def partition_of(share: Tensor, partitions: int) -> Tensor:
     return torch.where(share.isnan(), -1, part)
 
 
-def contrast_pairs(slices: Tensor, volumes: Tensor, parts: Tensor, views: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+def contrast_pairs(
+    slices: Tensor, volumes: Tensor, parts: Tensor, views: Tensor, variant: str, within: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Return which rows are positives and negatives of which.
 
     Args:
         slices: (M,) which slice a row is a view of.
         volumes: (M,) which volume it comes from.
-        parts: (M,) which partition it lies in.
+        parts: (M,) which partition it lies in; with `within`, its place.
         views: (M,) which view it is.
         variant: `random`: views of one slice against everything else (SimCLR, the paper's G^R). `part_negatives`: the same positives,
             negatives from other partitions only (G^D-). `part`: also the same view of slices of other volumes in the same partition
             (G^D).
+        within: Take places that are nearer to each other than this for one partition.
 
     Returns:
         positives and negatives, (M, M) bool; row a lists the positives and negatives of anchor a.
+
+    Reference:
+        Zeng et al. 2021, "Positional contrastive learning for volumetric medical image segmentation", for `within`.
     """
 
     def same(x: Tensor) -> Tensor:
@@ -68,9 +74,10 @@ def contrast_pairs(slices: Tensor, volumes: Tensor, parts: Tensor, views: Tensor
     positives = same(slices) & ~torch.eye(len(slices), dtype=torch.bool, device=slices.device)
     if variant == "random":
         return positives, ~same(slices)
+    together = same(parts) if within is None else (parts[:, None] - parts[None, :]).abs() < within
     if variant == "part":
-        positives = positives & ~same(views) | same(parts) & ~same(volumes) & same(views)
-    return positives, ~same(parts)
+        positives = positives & ~same(views) | together & ~same(volumes) & same(views)
+    return positives, ~together
 
 
 def pair_loss(similarity: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
@@ -173,7 +180,7 @@ class _UpBlock(nn.Module):
 class GlobalLocalContrast(nn.Module):
     """Contrast of slices by their partition, and of regions within decoder maps.
 
-    The usual schedule is two stages: `loss_weights: {local: 0}`, then `{global: 0}` with `train: ["decoder.*", "regions.*"]`. An encoder
+    The usual schedule is two stages: `loss_weights: {local: 0}`, then `{global: 0}` with `train: ["decoder.*", "region*"]`. An encoder
     without a trained parameter runs in evaluation mode, so that its batch norms stay as they are.
 
     Args:
@@ -183,6 +190,9 @@ class GlobalLocalContrast(nn.Module):
         local_view: Key of the views for the local term, which differ in intensities alone; None takes those of the global term.
         variant: See `contrast_pairs`.
         partitions: S.
+        within: Instead of partitions, slices nearer to each other than this are alike and all others differ; 0.1 to 0.35 of a volume.
+        position: What `within` is in: `fraction` of the volume, or `mm` from its first slice (`<key>_depth`; clips: ms), where volumes
+            begin at one place of the body but do not reach equally far. Partitions are fractions.
         temperature: Of the cosines.
         dim: Width of both embeddings.
         hidden: Hidden width of the global head.
@@ -202,6 +212,8 @@ class GlobalLocalContrast(nn.Module):
         local_view: str | None = None,
         variant: Literal["random", "part_negatives", "part"] = "part",
         partitions: int = 4,
+        within: float | None = None,
+        position: Literal["fraction", "mm"] = "fraction",
         temperature: float = 0.1,
         dim: int = 128,
         hidden: int = 1024,
@@ -213,8 +225,10 @@ class GlobalLocalContrast(nn.Module):
         self.weights = {term: float(weight) for term, weight in (weights or dict.fromkeys(TERMS, 1.0)).items() if weight}
         self.local_view = local_view
         _check(self.view_specs, self.weights, local_view, variant, partitions)
+        _check_places(within, position, variant)
         self.encoder = encoder
         self.variant, self.partitions, self.temperature = variant, partitions, temperature
+        self.within, self.position = within, position
         if "global" in self.weights:
             cells, _ = self._look(next(key for key in self.view_specs if key != local_view))
             self.head = nn.Sequential(
@@ -224,6 +238,39 @@ class GlobalLocalContrast(nn.Module):
             _, maps = self._look(local_view or next(iter(self.view_specs)))
             self._build_decoder(maps, decoder_blocks, decoder_width, dim)
         freeze_unused(encoder, next(iter(self.view_specs.values())).size, self._used)
+
+    def check_places(self, sources: Mapping[str, tuple[str, int, int]]) -> list[str]:
+        """Look at what belongs to no volume and so has no place in one: the global term leaves it out, but for `variant: random`.
+
+        Args:
+            sources: Name -> key of its views, items that are single pictures, items in all.
+
+        Returns:
+            A sentence for each source that holds such pictures.
+
+        Raises:
+            RequestError: A source would train nothing, or no source trains the global term.
+        """
+        if "global" not in self.weights or self.variant == "random":
+            return []
+        seen = {name: counts for name, (key, *counts) in sources.items() if key != self.local_view}
+        instead = "take variant: random, which needs no place"
+        alone = [name for name, (pictures, items) in seen.items() if pictures == items]
+        if alone and ("local" not in self.weights or self.local_view is not None):
+            raise RequestError(
+                f"source {alone[0]}: its items are all pictures that belong to no volume or clip; variant {self.variant} compares slices by "
+                f"their place in one, so this source would train nothing; leave the source out, or {instead}"
+            )
+        if alone and len(alone) == len(seen):
+            raise RequestError(
+                f"all items of {', '.join(alone)} are pictures that belong to no volume or clip; variant {self.variant} compares slices by "
+                f"their place in one, so the global term would train nothing; set weights: {{local: 1}}, or {instead}"
+            )
+        return [
+            f"source {name}: {pictures} of {items} items are pictures that belong to no volume or clip; the global term leaves them out"
+            for name, (pictures, items) in seen.items()
+            if pictures
+        ]
 
     def _look(self, key: str) -> tuple[int, list[tuple[int, int, int]]]:
         """Return the number of token channels in all, and (channels, height, width) of the maps at different strides."""
@@ -278,9 +325,11 @@ class GlobalLocalContrast(nn.Module):
 
     def embed_regions(self, maps: Tensor) -> Tensor:
         """Return the embeddings of the 13 regions (B, 13, dim) of decoder maps (B, width, H, W)."""
-        rows = functional.unfold(self.regions(maps), 3, padding=1)  # (B, 9 width, H W)
-        place = self.centres[:, 0] * maps.shape[3] + self.centres[:, 1]
-        return self.region_head(rows[:, :, place].transpose(1, 2))  # type: ignore[no-any-return]
+        around = torch.arange(-1, 2, device=maps.device)
+        rows = (self.centres[:, 0, None] + around)[:, :, None]  # (13, 3, 1)
+        columns = (self.centres[:, 1, None] + around)[:, None, :]
+        cells = self.regions(maps)[:, :, rows, columns]  # (B, width, 13, 3, 3)
+        return self.region_head(cells.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _key(self, views: Views) -> str:
         found = [key for key in self.view_specs if key in views]
@@ -327,6 +376,8 @@ class GlobalLocalContrast(nn.Module):
         parts = torch.zeros_like(kept, dtype=torch.int64) if share is None else partition_of(share, self.partitions)
         if self.variant != "random":
             kept = kept & (parts >= 0)  # a picture that belongs to no volume has no partition
+        if self.within is not None and share is not None:
+            parts = share if self.position == "fraction" else views[f"{key}_depth"][:, 0]
         x = views[key][kept]
         count, number = x.shape[1], len(x)
         # rows: slice by slice, view by view
@@ -338,7 +389,9 @@ class GlobalLocalContrast(nn.Module):
         slices = torch.arange(number, device=x.device).repeat_interleave(count)
         volumes = views.meta.ids.to(x.device)[kept].repeat_interleave(count)
         view = torch.arange(count, device=x.device).repeat(number)
-        positives, negatives = contrast_pairs(slices, volumes, parts[kept].repeat_interleave(count), view, self.variant)
+        positives, negatives = contrast_pairs(
+            slices, volumes, parts[kept].repeat_interleave(count), view, self.variant, self.within
+        )
         with torch.autocast(x.device.type, enabled=False):
             loss = pair_loss(cosines(z, z) / self.temperature, positives, negatives)
         return {"loss_global": loss, "negatives": negatives.sum(dim=1).float().sum() / max(len(z), 1)}
@@ -391,3 +444,14 @@ def _check(
         )
     if partitions < 2:
         raise RequestError(f"partitions is {partitions}; accepted: 2 or more")
+
+
+def _check_places(within: float | None, position: str, variant: str) -> None:
+    if position not in ("fraction", "mm"):
+        raise RequestError(f'position is "{position}"{near(position, ("fraction", "mm"))}; accepted: fraction, mm')
+    if within is None and position == "mm":
+        raise RequestError("position mm has no partitions; say in within how many mm apart slices still count as alike")
+    if within is not None and (within <= 0 or variant == "random"):
+        raise RequestError(
+            f"within is {within} with variant {variant}; accepted: above 0, with part or part_negatives; random compares no places"
+        )

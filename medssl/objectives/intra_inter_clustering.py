@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError, TrainingStopped, near
+from medssl.layers.planes import slices_of
 from medssl.layers.prototypes import (
     UNLABELLED,
     EmbeddingQueue,
@@ -381,8 +382,8 @@ class IntraInterClustering(nn.Module):
         x, valid, spec = views[key], views.meta.valid[key], self.view_specs[key]
         z_mm = share = None
         if spec.kind == "volume":
-            x = x.movedim(3 + self.slice_axis, 2)  # (B, V, N, C, ., .)
-            valid = valid.movedim(2 + self.slice_axis, 2)
+            x = slices_of(x, self.slice_axis)  # (B, V, N, C, H, W)
+            valid = slices_of(valid, self.slice_axis, channels=False)
             if key in views.meta.spacing_mm:
                 step = views.meta.spacing_mm[key][..., self.slice_axis].to(x.device)
                 z_mm = (step[..., None] * torch.arange(x.shape[2], device=x.device)).float()

@@ -1,13 +1,15 @@
-"""Masked autoencoder for a convolutional encoder: hidden blocks are zeroed, the network's own decoder paints them.
+"""Masked autoencoder for an encoder with a decoder of its own: hidden blocks are zeroed, that decoder paints them.
 
 Reference:
     Wald et al. 2025, "Revisiting MAE pre-training for 3D medical image segmentation" (CVPR 2025), plain-MAE row of the ablation; Wald et
     al. 2025, OpenMind benchmark (ICCV 2025), loss over masked voxels, target not normalised per patch.
-    Zero after z-score is the mean tissue, which a network cannot tell from a mask: the optional mask channel says so.
+    Zero after z-score is the mean tissue, which a network cannot tell from a mask: the optional mask channel says so. Over a Swin it is
+    a mask token, and this is SimMIM (Xie et al. 2022) with the network's own decoder in place of a linear one.
 """
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any, Literal
 
 import torch
@@ -34,15 +36,15 @@ def repeat_mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 class MAECNN(nn.Module):
-    """MAE over an encoder with a decoder of its own (`segresnet3d`).
+    """MAE over an encoder with a decoder of its own (`segresnet3d`, `swin3d`).
 
     Args:
-        encoder: Has `forward_features(x, stem_extra=...)` and `forward_decoder(pyramid)`.
+        encoder: Has `forward_features(x, stem_extra=...)`, `mask_stem()` and `forward_decoder(pyramid, image)`.
         image_size: Size (X, Y, Z) of the view in voxels.
         spacing_mm: Spacing of the view; None keeps the item's own.
         view: Key of the view; its mask is `<view>_mask`.
-        mask_channel: Tell the stem which voxels are hidden. The share of that channel in the first convolution is a module of this
-            objective and stays out of the export.
+        mask_channel: Tell the stem which voxels are hidden: an extra channel of the first convolution, or a mask token (`swin3d`). It is a
+            module of this objective and stays out of the export.
         recon_region: `masked` scores hidden voxels only, `all` scores every valid voxel.
     """
 
@@ -67,8 +69,8 @@ class MAECNN(nn.Module):
         self.view_specs = {view: ViewSpec("volume", tuple(image_size), spacing_mm)}
         self.recon_region = recon_region
         filters = encoder.init_filters
-        self.mask_stem = nn.Conv3d(1, filters, 3, padding=1, bias=False) if mask_channel else None
-        self.head = nn.Sequential(nn.GroupNorm(8, filters), nn.ReLU(), nn.Conv3d(filters, encoder.in_channels, 1))
+        self.mask_stem = encoder.mask_stem() if mask_channel else None
+        self.head = nn.Sequential(nn.GroupNorm(gcd(8, filters), filters), nn.ReLU(), nn.Conv3d(filters, encoder.in_channels, 1))
 
     def predict(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Reconstruct a volume.
@@ -81,8 +83,9 @@ class MAECNN(nn.Module):
             (B, C, X, Y, Z).
         """
         extra = self.mask_stem(hidden.to(x.dtype)) if self.mask_stem is not None else None
-        pyramid = self.encoder.forward_features(x.masked_fill(hidden, 0.0), stem_extra=extra).pyramid
-        return self.head(self.encoder.forward_decoder(pyramid))  # type: ignore[no-any-return]
+        shown = x.masked_fill(hidden, 0.0)
+        pyramid = self.encoder.forward_features(shown, stem_extra=extra).pyramid
+        return self.head(self.encoder.forward_decoder(pyramid, shown))  # type: ignore[no-any-return]
 
     def _inputs(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
         """Return image (B*V, C, X, Y, Z), hidden and valid (B*V, 1, X, Y, Z)."""

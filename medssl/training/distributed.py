@@ -71,6 +71,17 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def drops_at_random(model: nn.Module) -> bool:
+    """Tell whether a model has dropout or drop path: noise drawn per process, so that another number of processes draws another."""
+    for module in model.modules():
+        shares = [getattr(module, name, 0.0) for name in ("drop_prob", "dropout", "drop_rate")]
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            shares.append(module.p)
+        if any(isinstance(share, float) and share > 0 for share in shares):
+            return True
+    return False
+
+
 def sum_over_ranks(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
     """Add up named scalars over all processes, in float64; every rank must give the same names in the same order."""
     if not values:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import signal
 import time
@@ -40,6 +41,7 @@ from medssl.training.schedules import schedule_value
 from medssl.types import DrawKey, Part, ProbeCallback, Source, StepContext, Views
 from medssl.weights import save_part, write_atomic
 
+logger = logging.getLogger(__name__)
 StepCallback = Callable[[int, int, Mapping[str, float]], None]
 Embedder = Callable[[Mapping[str, nn.Module], str], tuple[Tensor, Tensor]]
 
@@ -378,6 +380,8 @@ def train(
     """
     total = sum(stage.steps for stage in stages)
     start, newest = _resume_point(run, settings, items_hash, world) if resume else (0, None)
+    if newest is not None and world.is_main:
+        _note_processes(run, objective, start, checkpoint.read_meta(newest)["world_size"], world.size)
     keeper = PartKeeper(objective)
     frozen = frozen_names(objective)
     prefetcher = Prefetcher(sources, settings, world, total)
@@ -449,6 +453,18 @@ def _resume_point(run: RunFolder, settings: LoopSettings, items_hash: str, world
     if world.is_main:
         run.truncate_metrics(meta["step"])
     return int(meta["step"]), folders[-1]
+
+
+def _note_processes(run: RunFolder, objective: nn.Module, step: int, before: int, now: int) -> None:
+    """Say, in the log and in run.json, when a resumed run with dropout goes on with another number of processes."""
+    if before == now or not distributed.drops_at_random(objective):
+        return
+    note = (
+        f"step {step}: resumed on {now} process(es) after {before}; dropout and drop path draw per process, so from here on the numbers are "
+        f"not those of a run on {before}; the order of the data is the same"
+    )
+    logger.warning(note)
+    run.update(notes=[*run.read().get("notes", []), note])
 
 
 @dataclass(frozen=True)

@@ -140,3 +140,20 @@ def mask_options(value: Any, size: tuple[int, int, int]) -> tuple[float, tuple[i
         )
     x, y, z = (n // int(c) for n, c in zip(size, cell))
     return ratio, (x, y, z)
+
+
+def point_options(value: Any, *, warped: bool) -> dict[str, int] | None:
+    """Return how many seed points and random negatives are drawn, None for none."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise RequestError(
+            f"points: found {value!r}; accepted is {{seeds: 100, negatives: 1000}}, or null; change points of the view"
+        )
+    known_keys("points", value, ("seeds", "negatives"))
+    if warped:
+        raise RequestError("points: a warped view has no linear map to millimetres; accepted are views without warp; remove warp")
+    return {
+        "seeds": int(number("points.seeds", value.get("seeds", 100), whole=True, low=1)),
+        "negatives": int(number("points.negatives", value.get("negatives", 1000), whole=True, low=0)),
+    }

@@ -81,6 +81,9 @@ class VolumeViews:
         bias_field: Multiplicative field exp(amplitude * phi) on raw intensities: {"amplitude": 0.3, "exponent": 6,
             "probability": 1}. For MR; Hounsfield units do not scale.
         mask: {"ratio": hidden share, "cell": cell edge in voxels, one number or three}; adds `<name>_mask`.
+        points: {"seeds": 100, "negatives": 1000}, what a dense matcher learns from: adds `<name>_map` (B, V, 3, 4) float64, voxel index
+            to mm in the item's axes, `<name>_body` (B, V, *size) bool, and uniform numbers in [0, 1) that choose seed points and random
+            negatives, `<name>_seeds` (B, V, seeds) and `<name>_negatives` (B, V, negatives). Needs views without warp.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class VolumeViews:
         contrast: Sequence[float] = (1, 1),
         bias_field: Mapping[str, float] | None = None,
         mask: Mapping[str, Any] | None = None,
+        points: Mapping[str, int] | None = None,
     ) -> None:
         self.name = name
         self.size = cast(tuple[int, int, int], tuple(int(n) for n in arguments.triple("size", size, whole=True, low=1)))
@@ -117,6 +121,7 @@ class VolumeViews:
         self.contrast = arguments.positive_range("contrast", contrast)
         self.bias_field = arguments.field_options("bias_field", bias_field, _BIAS)
         self.mask_ratio, self.mask_grid = arguments.mask_options(mask, self.size)
+        self.points = arguments.point_options(points, warped=self.warp is not None)
 
     @property
     def spec(self) -> ViewSpec:
@@ -168,7 +173,7 @@ class VolumeViews:
         Returns:
             `flip` (3 bools), `rotate_deg` (3), `scale`, `warp` and `bias_field` ({amplitude, exponent, seed} or
             None), `contrast`, `brightness`, `gamma` (or None), `noise` ({std, seed} or None), `mask` ({ratio, grid,
-            seed} or None).
+            seed} or None); with points on, `points` ({seeds, negatives, seed}).
         """
 
         def parts(operation: str) -> tuple[int | str, ...]:
@@ -194,7 +199,9 @@ class VolumeViews:
         flips = counter_rng(*parts("flip")).random(3) if any(self.flip) else np.ones(3)
         angles = counter_rng(*parts("rotate_deg")).uniform(-1, 1, 3) if any(self.rotate_deg) else np.zeros(3)
         shift = float(counter_rng(*parts("brightness")).uniform(-1, 1)) if self.brightness else 0.0
+        points = {} if self.points is None else {"points": {**self.points, "seed": derive_seed(*parts("points"))}}
         return {
+            **points,
             "flip": [bool(u < p) for u, p in zip(flips, self.flip)],
             "rotate_deg": [float(u * r) for u, r in zip(angles, self.rotate_deg)],
             "scale": factor("scale", self.scale),
@@ -243,6 +250,13 @@ class VolumeViews:
         if self.mask_grid is not None:
             hidden = [[_mask_array(view) for view in row] for row in params]
             out[f"{self.name}_mask"] = torch.from_numpy(np.array(hidden)).to(device)
+        if self.points is not None:
+            out[f"{self.name}_body"] = out.pop("body")
+            maps = [[self.map_mm(crop.box, crop.spacing_mm, view) for view in row] for crop, row in zip(crops, params)]
+            out[f"{self.name}_map"] = torch.from_numpy(np.array(maps)).to(device)
+            for which in ("seeds", "negatives"):
+                drawn = [[_point_numbers(view, which) for view in row] for row in params]
+                out[f"{self.name}_{which}"] = torch.from_numpy(np.array(drawn, dtype=np.float32)).to(device)
         spacing = torch.tensor([self.view_spacing_mm(crop.spacing_mm) for crop in crops], dtype=torch.float64)
         centre = torch.from_numpy(np.stack([_centre_mm(crop.box) for crop in crops]))
         out["spacing_mm"] = spacing[:, None].repeat(1, len(params[0]), 1)
@@ -253,15 +267,34 @@ class VolumeViews:
         """Draw and apply `count` views of each crop.
 
         Returns:
-            data: `<name>` (B, V, C, *size) float32 and, when a mask is on, `<name>_mask` (B, V, *grid) bool.
+            data: `<name>` (B, V, C, *size) float32 and, when a mask is on, `<name>_mask` (B, V, *grid) bool; what `points` adds.
             valid: (B, V, *size) bool.
             spacing_mm: (B, V, 3) float64, on the CPU.
             positions_mm: (B, V, 3) float64, on the CPU.
         """
         params = [[self.draw(crop.key, v) for v in range(self.count)] for crop in crops]
         out = self.apply(crops, params, device)
-        data = {key: out[key] for key in (self.name, f"{self.name}_mask") if key in out}
-        return data, out["valid"], out["spacing_mm"], out["positions_mm"]
+        return self.keyed(out), out["valid"], out["spacing_mm"], out["positions_mm"]
+
+    def keyed(self, out: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what of the result of `apply` goes into a batch under the name of these views."""
+        return {key: value for key, value in out.items() if key == self.name or key.startswith(f"{self.name}_")}
+
+    def map_mm(self, box: Box, spacing_mm: Sequence[float], view: Mapping[str, Any]) -> np.ndarray:
+        """Return the map of a view without warp: voxel index (i, j, k) to mm in the item's axes (see `Box`).
+
+        Args:
+            box: The drawn box.
+            spacing_mm: Voxel size of the item.
+            view: Parameters, as `draw` returns them.
+
+        Returns:
+            (3, 4) float64.
+        """
+        spacing = np.asarray(self.view_spacing_mm(spacing_mm), dtype=np.float64)
+        linear = _matrix(view) * spacing
+        first = _centre_mm(box) + linear @ (0.5 - np.asarray(self.size) / 2)
+        return np.concatenate([linear, first[:, None]], axis=1)
 
     def _normalization(self, crop: Crop) -> intensity.Normalization:
         return intensity.normalization(self.normalize, self.window, crop.stats, crop.id)
@@ -288,6 +321,8 @@ class VolumeViews:
             if points:
                 out["points_mm"] = geometry.grid_to_mm(grid, piece.image.shape[1:], source.crop.spacing_mm, piece.origin_mm)
         x = out[self.name]
+        if self.points is not None:  # the foreground of a domain is what lies at or above its own minimum
+            out["body"] = (x[0] >= source.crop.stats.get("min", -math.inf)) & out["valid"]
         self._intensities_(x, source, view)
         if not whole:
             x.masked_fill_(~out["valid"], source.how.padding)
@@ -518,6 +553,12 @@ def _amplitude(field: Mapping[str, Any] | None) -> float:
 def _mask_array(view: Mapping[str, Any]) -> np.ndarray:
     mask = view["mask"]
     return block_mask(mask["grid"], mask["ratio"], counter_rng(mask["seed"], "cells"))
+
+
+def _point_numbers(view: Mapping[str, Any], which: str) -> np.ndarray:
+    points = view["points"]
+    drawn: np.ndarray = counter_rng(points["seed"], which).random(points[which], dtype=np.float32)
+    return drawn
 
 
 def _same_spacing(a: Sequence[float], b: Sequence[float]) -> bool:

@@ -207,7 +207,13 @@ def test_index_scale__counts_what_it_indexed(tmp_path: Path, monkeypatch: pytest
         """Start a process of its own once only: each takes a second."""
         if function == "scan_rate" and args[1] == 5:
             return fresh(function, *args)
-        return {"seconds": 1.0, "peak_mb": 1.0, "worker_mb": 1.0, **getattr(index_scale, function)(*map(str, args))}
+        return {
+            "seconds": 1.0,
+            "processor_s": 1.0,
+            "peak_mb": 1.0,
+            "worker_mb": 1.0,
+            **getattr(index_scale, function)(*map(str, args)),
+        }
 
     for name in ("scan_batch", "PROCESSES_ABOVE"):  # `scan_rate` replaces them
         monkeypatch.setattr(sweep, name, getattr(sweep, name))

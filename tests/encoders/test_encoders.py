@@ -7,15 +7,17 @@ import torch
 
 from medssl.encoders.loading import load_into
 from medssl.encoders.segresnet3d import SegResNet3D
+from medssl.encoders.swin3d import Swin3D
 from medssl.encoders.vit3d import ViT3D
-from medssl.errors import WeightsError
-from medssl.registry import ENCODERS
+from medssl.errors import RequestError, WeightsError
+from medssl.registry import ENCODERS, lookup
 from medssl.testing import check_encoder
 
 TINY = {
     "video_vit": {"image_size": (4, 16, 24), "patch_size": 8, "hidden_size": 24, "num_layers": 2, "num_heads": 2},
     "vit3d": {"image_size": (16, 24, 8), "patch_size": 8, "hidden_size": 24, "num_layers": 2, "num_heads": 2},
     "segresnet3d": {"init_filters": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)},
+    "swin3d": {"feature_size": 12, "depths": (2, 1, 1, 1), "num_heads": (2, 2, 2, 2), "window_size": 4},
     "image2d": {"model": "resnet18", "in_channels": 2},
     "slice_volume": {
         "slice_encoder": {"model": "resnet18"},
@@ -25,7 +27,7 @@ TINY = {
         "chunk": 4,
     },
 }
-SIZES = {"image2d": (64, 96), "slice_volume": (32, 64, 6), "video_vit": (4, 16, 24)}
+SIZES = {"swin3d": (64, 96, 32), "image2d": (64, 96), "slice_volume": (32, 64, 6), "video_vit": (4, 16, 24)}
 
 
 @pytest.mark.parametrize("name", sorted(ENCODERS))
@@ -117,3 +119,92 @@ def test_checkpoint_blocks__leaves_gradients_equal() -> None:
         encoder(x).tokens.square().sum().backward()
         grads.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_swin3d__states_and_decoder_are_those_of_monais_swin_unetr() -> None:
+    from monai.networks.nets import SwinUNETR
+
+    encoder = Swin3D(**TINY["swin3d"]).eval()  # type: ignore[arg-type]
+    args = encoder.config()["args"]
+    stock = SwinUNETR(
+        1, 1, feature_size=12, depths=args["depths"], num_heads=args["num_heads"], window_size=args["window_size"]
+    ).eval()
+    stock.load_state_dict(encoder.net.state_dict(), strict=True)
+    x = torch.randn(1, 1, 64, 32, 32)
+    with torch.no_grad():
+        output = encoder(x)
+        assert all(torch.equal(a, b) for a, b in zip(output.pyramid, stock.swinViT(x, stock.normalize), strict=True))
+        assert torch.equal(stock.out(encoder.forward_decoder(output.pyramid, x)), stock(x))
+    assert [tuple(level.shape[1:]) for level in encoder.decode(output.pyramid, x)] == [
+        (encoder.context_dim, 4, 2, 2), (48, 8, 4, 4), (24, 16, 8, 8), (12, 32, 16, 16), (12, 64, 32, 32),
+    ]  # fmt: skip
+    assert not any(p.requires_grad for p in encoder.net.out.parameters())
+
+
+@pytest.mark.parametrize(("name", "channels"), [("segresnet3d", 8), ("swin3d", 12), ("vit3d", 24)])
+def test_stem_extra__of_zeros_changes_nothing(name: str, channels: int) -> None:
+    encoder = lookup("encoder", name)(**TINY[name]).eval()
+    size = SIZES.get(name, (16, 24, 8))
+    extra = encoder.mask_stem()(torch.zeros(1, 1, *size))
+    x = torch.randn(1, 1, *size)
+    with torch.no_grad():
+        assert extra.shape[1] == channels and not extra.any()
+        assert torch.equal(encoder.forward_features(x, stem_extra=extra).tokens, encoder(x).tokens)
+        changed = encoder.forward_features(x, stem_extra=encoder.mask_stem()(torch.ones(1, 1, *size))).tokens
+    assert not torch.allclose(changed, encoder(x).tokens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"feature_size": 16}, "swin3d.feature_size is 16; accepted: multiples of 12"),
+        ({"depths": (2, 2)}, r"four stages; found depths \[2, 2\]"),
+        ({"num_heads": (5, 2, 2, 2)}, "5 heads do not divide the width 12 of stage 1"),
+    ],
+)
+def test_swin3d__refuses_what_cannot_be_built(changes: dict[str, object], match: str) -> None:
+    with pytest.raises(RequestError, match=match):
+        Swin3D(**{**TINY["swin3d"], **changes})  # type: ignore[arg-type]
+
+
+def test_swin3d__says_what_its_decoder_needs() -> None:
+    encoder = Swin3D(**TINY["swin3d"])  # type: ignore[arg-type]
+    x = torch.randn(1, 1, 32, 32, 32)
+    pyramid = encoder(x).pyramid
+    with pytest.raises(ValueError, match="skip connection from the image"):
+        encoder.forward_decoder(pyramid)
+    with pytest.raises(ValueError, match=r"one cell at stride 32.*use 64 voxels"):
+        encoder.forward_decoder(pyramid, x)
+    with pytest.raises(ValueError, match="cannot drop tokens"):
+        encoder.forward_features(x, keep=torch.zeros(1, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(ENCODERS) if lookup("encoder", name).pyramid_centres])
+def test_pyramid_centres__are_where_cells_look(name: str) -> None:
+    """With its residual branches at zero a cell sees its own voxels only; ramps in mm along the axes say where their middle lies."""
+    from medssl.objectives.anatomical_embedding import lattice, pyramid_shape
+
+    size = {"swin3d": (64, 32, 32)}.get(name, (24, 32, 16))
+    spacing = torch.tensor([1.5, 0.75, 3.0], dtype=torch.float64)
+    encoder = lookup("encoder", name)(**TINY[name]).eval()
+    _, strides = pyramid_shape(encoder, size)
+    with torch.no_grad():
+        for key, parameter in encoder.net.named_parameters():
+            if any(part in key for part in ("conv2.", "attn.proj.", "linear2.")):
+                parameter.zero_()
+    indices = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in size), indexing="ij"))
+    ramps = indices * spacing[:, None, None, None] + 10.0
+    view = torch.cat([torch.diag(spacing), torch.full((3, 1), 10.0, dtype=torch.float64)], dim=1)
+    for level, stride in enumerate(strides):
+        image = torch.randn(1, 1, *size, requires_grad=True)
+        found = encoder.forward_features(image).pyramid[level]
+        cells = lattice(size, stride, encoder.pyramid_centres)
+        assert tuple(found.shape[2:]) == cells.grid == tuple(n // stride for n in size)
+        cell = tuple(n // 2 for n in cells.grid)
+        (gradient,) = torch.autograd.grad(found[(0, slice(None), *cell)].square().sum(), image)
+        seen = gradient[0, 0] != 0
+        middle = torch.stack([(ramp[seen].min() + ramp[seen].max()) / 2 for ramp in ramps])
+        number = (cell[0] * cells.grid[1] + cell[1]) * cells.grid[2] + cell[2]
+        assert torch.allclose(middle, cells.places(view)[number]), (level, stride)
+        edges = torch.stack([(ramp[seen].max() - ramp[seen].min()) for ramp in ramps]) / spacing
+        assert name != "swin3d" or edges.tolist() == [stride - 1] * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from medssl.encoders.image2d import Image2D, running_statistics_kept
 from medssl.encoders.slice_volume import SliceVolumeEncoder, as_stacks, pad_stacks
 from medssl.errors import RequestError
 from medssl.layers.deformable import SliceAggregator
+from medssl.layers.planes import slices_of
 from medssl.weights import load_part, save_part
 from tests.encoders.families import FAMILIES
 
@@ -63,10 +65,32 @@ def test_axes__volume_clip_and_image_are_stacks() -> None:
     for axis, length in enumerate((4, 5, 6)):
         stacks = as_stacks(volume, "volume", axis)
         assert stacks.shape[:3] == (2, length, 3)
-        assert torch.equal(stacks[1, 2, 0], volume[1, 0].select(axis, 2))
+        assert torch.equal(stacks[1, 2, 0], volume[1, 0].select(axis, 2).T.flip(0, 1))
     assert torch.equal(as_stacks(volume, "volume", None), as_stacks(volume, "volume", 2))
     assert as_stacks(volume, "clip") is volume
     assert as_stacks(volume[:, :, 0]).shape == (2, 1, 3, 5, 6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_volume__is_cut_into_the_slices_of_pretraining(axis: int) -> None:
+    """Sources turn slices as a radiologist looks at them; an encoder that cuts a volume otherwise sees other images than it was trained on."""
+    from medssl.sampling.planes import display
+
+    volume = torch.randn(1, 2, 4, 5, 6)
+    planes = display(np.moveaxis(volume[0].numpy(), 1 + axis, 0), axis)  # as `read_planes`: (N, C, A, B), turned
+    assert np.array_equal(as_stacks(volume, "volume", axis)[0].numpy(), planes)
+    valid = volume[:, 0] > 0
+    assert torch.equal(slices_of(valid, axis, channels=False), as_stacks(volume, "volume", axis)[:, :, 0] > 0)
+
+
+def test_inflated_kernels__want_what_nibabel_calls_pls() -> None:
+    """The axes that an inflated export asks for are rows, columns and order of the slices as they are shown."""
+    from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
+
+    volume = np.random.default_rng(0).normal(size=(4, 5, 6))
+    turned = apply_orientation(volume, ornt_transform(axcodes2ornt("RAS"), axcodes2ornt("PLS")))  # type: ignore[no-untyped-call]
+    stack = as_stacks(torch.from_numpy(volume)[None, None])[0, :, 0].numpy()
+    assert np.array_equal(np.moveaxis(turned, 2, 0), stack)
 
 
 def test_image__is_a_volume_of_one_slice() -> None:
@@ -74,7 +98,8 @@ def test_image__is_a_volume_of_one_slice() -> None:
     image = torch.randn(2, 2, 32, 64)
     with torch.no_grad():
         single = encoder(image)
-        volume = encoder.forward_features(image[..., None], z_mm=torch.tensor([[-310.0], [12.0]]))
+        turned = image.flip(-2, -1).transpose(-1, -2)[..., None]  # (B, C, X, Y, 1)
+        volume = encoder.forward_features(turned, z_mm=torch.tensor([[-310.0], [12.0]]))
     assert torch.equal(single.pooled, volume.pooled) and single.grid == (1,)
 
 

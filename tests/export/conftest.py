@@ -10,6 +10,7 @@ import torch
 
 from medssl.encoders.segresnet3d import SegResNet3D
 from medssl.encoders.slice_volume import SliceVolumeEncoder
+from medssl.encoders.swin3d import Swin3D
 from medssl.encoders.vit3d import ViT3D
 from medssl.weights import save_part
 
@@ -44,6 +45,12 @@ def make_segresnet(**args: Any) -> SegResNet3D:
     return SegResNet3D(**{"init_filters": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1), **args})
 
 
+def make_swin(**args: Any) -> Swin3D:
+    torch.manual_seed(3)
+    small = {"feature_size": 12, "depths": (2, 1, 1, 1), "num_heads": (3, 2, 2, 2), "window_size": (4, 3, 2)}
+    return Swin3D(**{**small, **args})
+
+
 @pytest.fixture(name="vit_run")
 def _vit_run(tmp_path: Path) -> Path:
     return save_run(make_vit(), tmp_path / "vit_run")
@@ -52,6 +59,11 @@ def _vit_run(tmp_path: Path) -> Path:
 @pytest.fixture(name="segresnet_run")
 def _segresnet_run(tmp_path: Path) -> Path:
     return save_run(make_segresnet(), tmp_path / "segresnet_run", image_size=[16, 24, 8])
+
+
+@pytest.fixture(name="swin_run")
+def _swin_run(tmp_path: Path) -> Path:
+    return save_run(make_swin(), tmp_path / "swin_run", image_size=[64, 96, 32])
 
 
 @pytest.fixture(name="entries")

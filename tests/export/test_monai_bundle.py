@@ -20,7 +20,7 @@ from medssl.export import monai_bundle
 from medssl.export.write import export_weights
 from medssl.types import Box, DrawKey
 from medssl.views.pipeline import Crop, VolumeViews
-from tests.export.conftest import make_segresnet, make_vit, save_run
+from tests.export.conftest import make_segresnet, make_swin, make_vit, save_run
 
 # MONAI 1.6 tries a GPU codec when it builds its default readers, and says on stderr and by a warning that there is none
 pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader")
@@ -138,25 +138,26 @@ def test_preprocessing__pads_small_images_to_one_window_with_the_darkest_value(t
 
 
 @pytest.mark.filterwarnings("ignore:parsing config_file")  # MONAI 1.6 reminds of every bundle that it runs expressions
-@pytest.mark.parametrize("make", [make_vit, make_segresnet])
+@pytest.mark.parametrize("make", [make_vit, make_segresnet, make_swin])
 def test_bundle__network_has_stock_keys_and_the_encoders_features(make, tmp_path):
     from monai.bundle import load
 
     encoder = make().eval()
-    run = save_run(encoder, tmp_path / "run", image_size=[32, 48, 16])
+    size = (64, 96, 32) if make is make_swin else (32, 48, 16)
+    run = save_run(encoder, tmp_path / "run", image_size=list(size))
     report = export_weights(run, "monai-bundle", tmp_path / "bundle")
     assert report.max_feature_difference <= 1e-12 and report.missing == ()
     state = torch.load(tmp_path / "bundle" / "models" / "model.pt", weights_only=True)
     assert tuple(sorted(state)) == report.matched
     result = type(encoder.net)(**stock_arguments(encoder)).load_state_dict(state, strict=False)
     assert result.unexpected_keys == []
-    assert all(key.startswith(("up_", "conv_final")) for key in result.missing_keys)
+    assert all(key.startswith(("up_", "conv_final", "encoder", "decoder", "out.")) for key in result.missing_keys)
 
     network = load("bundle", bundle_dir=tmp_path, source="github", workflow_type="inference", device="cpu").eval()
-    x = torch.randn(2, 1, 32, 48, 16, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(2, 1, *size, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         output = encoder.forward_features(x)
-        expected = output.pyramid[-1] if make is make_segresnet else output.tokens.transpose(1, 2).reshape(2, 48, 2, 3, 1)
+        expected = output.tokens.transpose(1, 2).reshape(2, 48, 2, 3, 1) if make is make_vit else output.pyramid[-1]
         torch.testing.assert_close(network(x), expected, atol=1e-5, rtol=0)
 
 
@@ -165,6 +166,8 @@ def stock_arguments(encoder) -> dict:
     if encoder.name == "vit3d":
         names = {"image_size": "img_size"}
         return {names.get(key, key): value for key, value in args.items()}
+    if encoder.name == "swin3d":
+        return {"out_channels": 1, **{key: value for key, value in args.items() if key != "drop_path"}}
     return {"spatial_dims": 3, **args}
 
 

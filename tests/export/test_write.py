@@ -3,17 +3,22 @@ from __future__ import annotations
 import errno
 import json
 import pickletools
+import re
+import shlex
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from medssl.cli import main as cli
+from medssl.encoders.swin3d import Swin3D
 from medssl.errors import RequestError, StoreError, WeightsError
 from medssl.export import segresnet, verify
 from medssl.export.write import EXPORTS, export_weights
 from medssl.weights import load_part, save_part
-from tests.export.conftest import make_segresnet, make_vit, save_run
+from tests.export.conftest import make_segresnet, make_swin, make_vit, save_run
 
 
 def image(channels: int = 1, size: tuple[int, ...] = (32, 48, 16)) -> torch.Tensor:
@@ -77,6 +82,65 @@ def test_segresnet__takes_the_decoder_when_asked(segresnet_run, tmp_path):
         assert torch.equal(stock.eval()(x), expected)
 
 
+def stock_swin(**args):
+    from monai.networks.nets import SwinUNETR
+
+    torch.manual_seed(11)
+    return SwinUNETR(1, 4, feature_size=12, depths=(2, 1, 1, 1), num_heads=(3, 2, 2, 2), window_size=(4, 3, 2), **args).eval()
+
+
+def test_swin_unetr__both_layouts_load_bit_equal(swin_run, tmp_path):
+    report = export_weights(swin_run, "swin-unetr", tmp_path / "out")
+    source = make_swin().eval()
+    expected = {key: value for key, value in source.net.state_dict().items() if key.startswith("swinViT.")}
+    old = torch.load(tmp_path / "out" / "swin_unetr_load_from.pt", weights_only=True)
+    by_load_from, plain, pickled = stock_swin(), stock_swin(), stock_swin()
+    assert not torch.equal(plain.state_dict()["swinViT.patch_embed.proj.weight"], expected["swinViT.patch_embed.proj.weight"])
+    by_load_from.load_from(old)
+    for network, file in ((plain, load_file(tmp_path / "out" / "swin_unetr.safetensors")),
+                          (pickled, torch.load(tmp_path / "out" / "swin_unetr.pt", weights_only=True))):  # fmt: skip
+        result = network.load_state_dict(file, strict=False)
+        assert result.unexpected_keys == [] and not any(key.startswith("swinViT.") for key in result.missing_keys)
+    x = image(size=(64, 96, 32))
+    with torch.no_grad():
+        states = source.forward_features(x).pyramid
+    for network in (by_load_from, plain, pickled):
+        found = network.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(network.swinViT(x, network.normalize), states, strict=True))
+    assert len(expected) == len(old["state_dict"]) == len(report.matched) == 84
+    assert {key.split(".")[0] for key in report.missing} == {
+        *(f"encoder{n}" for n in (1, 2, 3, 4, 10)), *(f"decoder{n}" for n in range(1, 6)), "out",
+    }  # fmt: skip
+    assert report.max_feature_difference == 0
+    assert sorted(path.name for path in report.files) == [
+        "swin_unetr.json", "swin_unetr.pt", "swin_unetr.safetensors", "swin_unetr_load_from.pt",
+    ]  # fmt: skip
+
+
+def test_swin_unetr__load_from_refuses_the_models_own_names(swin_run, tmp_path):
+    """The trap of MONAI: a dump of swinViT with the prefix put before it does not load."""
+    export_weights(swin_run, "swin-unetr", tmp_path / "out")
+    plain = load_file(tmp_path / "out" / "swin_unetr.safetensors")
+    dumped = {"module." + key.removeprefix("swinViT."): value for key, value in plain.items()}
+    with pytest.raises(KeyError, match=r"module.layers1.0.blocks.0.mlp.fc1.weight"):
+        stock_swin().load_from({"state_dict": dumped})
+    with pytest.raises(KeyError, match=r"module.patch_embed.proj.weight"):
+        stock_swin().load_from({"state_dict": plain})
+
+
+def test_swin_unetr__takes_the_decoder_when_asked(swin_run, tmp_path):
+    report = export_weights(swin_run, "swin-unetr", tmp_path / "out", decoder=True)
+    assert {key.split(".")[0] for key in report.missing} == {"out"} and report.max_feature_difference <= 1e-12
+    stock, source = stock_swin(), make_swin().eval()
+    stock.load_state_dict(load_file(tmp_path / "out" / "swin_unetr.safetensors"), strict=False)
+    stock.out = torch.nn.Identity()
+    x = image(size=(64, 32, 32))
+    with torch.no_grad():
+        assert torch.equal(stock(x), source.forward_decoder(source.forward_features(x).pyramid, x))
+
+
 def test_safetensors__holds_the_encoder_and_nothing_of_the_run(segresnet_run, tmp_path):
     report = export_weights(segresnet_run, "safetensors", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["encoder.json", "encoder.safetensors"]
@@ -108,6 +172,8 @@ def test_pt__is_tensors_only(vit_run, tmp_path):
 
 @pytest.mark.parametrize(("run", "to", "match"), [
     ("segresnet_run", "unetr", r"segresnet3d \(monai.SegResNet\); unetr takes monai.ViT; export to safetensors, segresnet"),
+    ("swin_run", "unetr", r"swin3d \(monai.SwinUNETR\); unetr takes monai.ViT; export to safetensors, swin-unetr"),
+    ("segresnet_run", "swin-unetr", r"segresnet3d \(monai.SegResNet\); swin-unetr takes monai.SwinUNETR"),
     ("vit_run", "segresnet", r"vit3d \(monai.ViT\); segresnet takes monai.SegResNet; export to safetensors, unetr"),
 ])  # fmt: skip
 def test_export__refuses_another_encoder(run, to, match, request, tmp_path, entries):
@@ -214,3 +280,20 @@ def test_compare__nan_does_not_pass():
         verify.compare([(torch.tensor([float("nan")]), torch.zeros(1))], "unetr")
     with pytest.raises(WeightsError, match=r"returns features \(2,\), the encoder \(1,\)"):
         verify.compare([(torch.zeros(2), torch.zeros(1))], "unetr")
+
+
+def test_swin_unetr__code_of_the_docs_runs(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text().split("## MONAI SwinUNETR")[1].split("\n## ")[0]
+    (command,) = re.findall(r"```sh\nmedssl (.*?)```", text, flags=re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    run = save_run(Swin3D(feature_size=12), tmp_path / "runs" / "swin")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        cli.main(shlex.split(command))
+    assert not left.value.code, capsys.readouterr().err
+    names = {}
+    exec(compile(code, "docs/export.md", "exec"), names)
+    expected, _ = load_part(run)
+    for network in (names["network"], names["again"]):
+        found = network.state_dict()
+        assert len(expected) == 126 and all(torch.equal(found[key], value) for key, value in expected.items())

@@ -212,6 +212,25 @@ def test_aggregator__takes_any_number_of_slices(flavour: str, slices: int) -> No
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
+def test_aggregator__very_different_lengths_in_one_batch_equal_each_alone(flavour: str) -> None:
+    """Card 9.7: 1 to 200 slices side by side, and a stack of nothing."""
+    torch.manual_seed(0)
+    model: Any = SliceAggregator(16, depth=2, heads=2, dim_head=8, attention=flavour).double().eval()  # type: ignore[arg-type]
+    lengths = [1, 3, 17, 64, 200, 0]
+    tokens, z_mm = stacks(len(lengths), 200, dim=16)
+    valid = torch.arange(200) < torch.tensor(lengths)[:, None]
+    tokens[~valid] = float("nan")
+    output = model(tokens.requires_grad_(), valid, z_mm)
+    for b, length in enumerate(lengths[:-1]):
+        alone = model(tokens[b : b + 1, :length].detach(), None, z_mm[b : b + 1, :length])
+        assert torch.allclose(output.tokens[b, :length], alone.tokens[0], atol=1e-9)
+        assert torch.allclose(output.pooled[b], alone.pooled[0], atol=1e-9)
+    assert (output.pooled[-1] == 0).all()
+    output.pooled.square().sum().backward()
+    assert tokens.grad is not None and tokens.grad.isfinite().all() and (tokens.grad[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_aggregator__padding_changes_nothing_and_gets_no_gradient(flavour: str, norm: str) -> None:
     torch.manual_seed(0)

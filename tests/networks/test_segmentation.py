@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from medssl.encoders.segresnet3d import SegResNet3D
+from medssl.encoders.swin3d import Swin3D
 from medssl.encoders.vit3d import ViT3D
 from medssl.errors import RequestError, WeightsError
 from medssl.networks.segmentation import (
     POSITIONS,
     build_segresnet,
+    build_swin_unetr,
     build_unetr,
     encoder_parameters,
     load_pretrained,
@@ -19,6 +21,7 @@ from medssl.networks.segmentation import (
 )
 
 SEG = {"in_channels": 1, "init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
+SWIN = {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 2, 2], "window_size": [4, 3, 2]}
 VIT = {"in_channels": 1, "image_size": [48, 32, 16], "patch_size": [16, 16, 16], "hidden_size": 24, "num_heads": 2}
 
 
@@ -152,7 +155,7 @@ def test_weights_of_another_network__say_which_network_fits() -> None:
     with pytest.raises(WeightsError, match=r"of monai.ViT .*choose network unetr"):
         load_pretrained(network, state, manifest)
     unetr = build_unetr(encoder={"name": "vit3d", "args": VIT}, out_channels=2, image_size=(16, 16, 16), feature_size=4)
-    with pytest.raises(WeightsError, match="only a SegResNet takes a pretrained decoder"):
+    with pytest.raises(WeightsError, match="only a SegResNet or SwinUNETR takes a pretrained decoder"):
         load_pretrained(unetr, state, manifest, decoder_state={"up_layers.x": torch.zeros(1)})
 
 
@@ -188,3 +191,52 @@ def test_encoder_parameters__are_exactly_the_pretrained_ones() -> None:
     _, state, _ = segresnet_part()
     network = build_segresnet(encoder={"name": "segresnet3d", "args": SEG}, out_channels=2)
     assert encoder_parameters(network) == set(state)
+
+
+def swin_part(seed: int = 1) -> tuple[Swin3D, dict[str, Tensor], dict[str, Any]]:
+    encoder = seeded(Swin3D, seed, **SWIN)
+    state = {k: v for k, v in encoder.net.state_dict().items() if k.startswith("swinViT.")}
+    manifest = {"library": encoder.library, "key_groups": encoder.key_groups, "encoder": encoder.config()}
+    return encoder, state, manifest
+
+
+def test_swin_encoder__gives_equal_states_and_the_decoder_goes_along_when_given() -> None:
+    encoder, state, manifest = swin_part()
+    decoder = {k: v for k, v in encoder.net.state_dict().items() if k.startswith(tuple(encoder.key_groups["decoder"]))}
+    arguments = {"encoder": encoder.config(), "out_channels": 3, "image_size": (64, 32, 32)}
+    alone, both = (seeded(build_swin_unetr, 2, **arguments).eval() for _ in range(2))
+    report = load_pretrained(alone, state, manifest)
+    assert (report.matched, report.missing, report.unexpected, report.resized) == (len(state), 0, 0, 0)
+    assert report.fresh == len(alone.state_dict()) - len(state)
+    assert load_pretrained(both, state, manifest, decoder_state=decoder).matched == len(state) + len(decoder)
+    x = torch.randn(1, 1, 64, 32, 32)
+    with torch.no_grad():
+        output = encoder.eval()(x)
+        for network in (alone, both):
+            assert all(torch.equal(a, b) for a, b in zip(network.swinViT(x, True), output.pyramid, strict=True))
+        both.out = torch.nn.Identity()
+        assert torch.equal(both(x), encoder.forward_decoder(output.pyramid, x))
+    assert encoder_parameters(alone) == {k for k, _ in encoder.net.named_parameters() if k.startswith("swinViT.")}
+
+
+def test_swin_unetr__learns_all_of_its_parameters_and_takes_a_head_prior() -> None:
+    network = seeded(build_swin_unetr, 2, encoder={"name": "swin3d", "args": SWIN}, out_channels=3)
+    set_head_prior(network, [0.9, 0.09, 0.01])
+    torch.testing.assert_close(network.out.conv.conv.bias.detach(), torch.tensor([0.9, 0.09, 0.01]).log())
+    network(torch.randn(1, 1, 64, 32, 32)).square().sum().backward()
+    assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
+
+
+def test_swin_unetr__refuses_other_crops_encoders_and_channels() -> None:
+    with pytest.raises(RequestError, match=r"every axis must be a multiple of 32; use 64x64x32"):
+        build_swin_unetr(encoder={"name": "swin3d", "args": SWIN}, out_channels=2, image_size=(48, 64, 32))
+    with pytest.raises(RequestError, match="crop 32x32x32 voxels leaves one cell"):
+        build_swin_unetr(encoder={"name": "swin3d", "args": SWIN}, out_channels=2, image_size=(32, 32, 32))
+    with pytest.raises(RequestError, match='the encoder is "segresnet3d"; it is built around swin3d; choose network "segresnet"'):
+        build_swin_unetr(encoder={"name": "segresnet3d", "args": SEG}, out_channels=2)
+    _, state, manifest = swin_part()
+    wide = build_swin_unetr(encoder={"name": "swin3d", "args": {**SWIN, "in_channels": 2}}, out_channels=2)
+    with pytest.raises(WeightsError, match=r"the weights take 1 input channel\(s\), the network has 2"):
+        load_pretrained(wide, state, manifest)
+    with pytest.raises(WeightsError, match="choose network swin_unetr"):
+        load_pretrained(build_segresnet(encoder={"name": "segresnet3d", "args": SEG}, out_channels=2), state, manifest)

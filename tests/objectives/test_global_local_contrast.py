@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from medssl.objectives.global_local_contrast import (
     region_centres,
 )
 from medssl.testing import check_objective
+from medssl.training.loop import frozen_names, set_trainable
 from medssl.types import EncoderOutput, Part, StepContext, Views, ViewsMeta, ViewSpec
 
 SPECS = {"image": ViewSpec("image", (32, 32), None, 2)}
@@ -174,6 +177,34 @@ def test_positives__of_part_are_those_of_the_paper() -> None:
     assert pairs == {(a, b) for a, b in within | across} | {(b, a) for a, b in within | across}
 
 
+def test_within__takes_near_places_for_one_partition() -> None:
+    """Card 9: a soft threshold instead of partitions, for volumes that partitions do not suit."""
+    place = torch.tensor([0.0, 0.1, 0.3, 0.95])
+    made = rows(4, 2, torch.tensor([0, 1, 2, 1]), place)
+    positives, negatives = contrast_pairs(*made, "part", 0.25)
+    slices, volumes, places, views = (x.tolist() for x in made)
+    for a in range(8):
+        for b in range(8):
+            near = abs(places[a] - places[b]) < 0.25
+            pair = (slices[a] == slices[b] and views[a] != views[b]) or (near and volumes[a] != volumes[b] and views[a] == views[b])
+            assert bool(positives[a, b]) == pair and bool(negatives[a, b]) == (not near)
+    assert positives.sum() == 8 + 2 * 2 * 2  # views of each slice; slices 0-1 and 1-2 in both views, both orders
+    together, apart = (
+        build(weights={"global": 1.0}, within=w).eval()(make_slices(8), StepContext())["negatives"] for w in (2.0, 0.01)
+    )
+    assert float(together) == 0 and float(apart) == 14
+
+
+def test_within__in_mm_goes_by_depth_and_leaves_pictures_out() -> None:
+    objective = build(weights={"global": 1.0}, within=20.0, position="mm").eval()
+    views = make_slices(8)
+    views.data["image_depth"] = (torch.arange(8.0)[:, None] * 15).expand(8, 2).clone()
+    parts = objective(views, StepContext())
+    assert float(parts["negatives"]) == pytest.approx(2 * sum(sum(abs(a - b) * 15 >= 20 for b in range(8)) for a in range(8)) / 8)
+    views.data["image_share"][:4] = float("nan")
+    assert float(objective(views, StepContext())["negatives"]) == pytest.approx(2 * (2 + 1 + 1 + 2) / 4)
+
+
 def test_partition__is_a_function_of_the_place_alone() -> None:
     """Card 8.6: slices may change places within a partition, a reversed volume is another one."""
     share = torch.linspace(0, 1, 16)
@@ -218,6 +249,14 @@ def test_embed_regions__looks_at_three_by_three_cells() -> None:
         changed[:, :, row + offset, column] += 1
         moved = (objective.embed_regions(changed).detach() - before).abs().sum(dim=-1)[0] > 1e-6
         assert bool(moved[10]) == felt
+
+
+def test_embed_regions__equals_unfolding_the_whole_map() -> None:
+    objective = build(weights={"local": 1.0}).eval()
+    maps = torch.randn(2, 16, 16, 16)
+    rows = functional.unfold(objective.regions(maps), 3, padding=1)
+    place = objective.centres[:, 0] * 16 + objective.centres[:, 1]
+    assert torch.equal(objective.embed_regions(maps), objective.region_head(rows[:, :, place].transpose(1, 2)))
 
 
 def test_local__learns_places_and_a_probe_finds_them() -> None:
@@ -297,6 +336,29 @@ def test_pictures_without_a_place__stay_out() -> None:
     assert float(build(weights={"global": 1.0}, variant="random")(views, StepContext())["loss"].detach()) > 0
 
 
+def test_sources_of_pictures__are_refused_where_they_would_train_nothing() -> None:
+    both, one, two = (
+        build(),
+        build(weights={"global": 1.0}),
+        {"image": SPECS["image"], "plain": ViewSpec("image", (32, 32), None, 2)},
+    )
+    flat, mixed, slices = ("image", 6, 6), ("image", 2, 6), ("image", 0, 6)
+    with pytest.raises(RequestError, match=r"source x: its items are all pictures .* would train nothing; .* variant: random"):
+        one.check_places({"ct": slices, "x": flat})
+    with pytest.raises(RequestError, match="source x: its items are all pictures"):  # views for the local term have another key
+        build(view_specs=two, local_view="plain").check_places({"ct": slices, "x": flat})
+    with pytest.raises(RequestError, match=r"all items of x, y are pictures .* set weights: \{local: 1\}"):
+        both.check_places({"x": flat, "y": flat})
+    assert both.check_places({"ct": slices, "x": flat}) == [
+        "source x: 6 of 6 items are pictures that belong to no volume or clip; the global term leaves them out"
+    ]
+    assert one.check_places({"ct": slices, "m": mixed}) == [
+        "source m: 2 of 6 items are pictures that belong to no volume or clip; the global term leaves them out"
+    ]
+    assert build(view_specs=two, local_view="plain").check_places({"ct": slices, "x": ("plain", 6, 6)}) == []
+    assert build(variant="random").check_places({"x": flat}) == build(weights={"local": 1.0}).check_places({"x": flat}) == []
+
+
 def test_frozen_encoder__keeps_its_batch_norms() -> None:
     objective = build()
     objective.encoder.requires_grad_(False)
@@ -307,6 +369,18 @@ def test_frozen_encoder__keeps_its_batch_norms() -> None:
     assert objective.decoder.training
     objective.encoder.requires_grad_(True)
     assert objective.train().encoder.training
+
+
+def test_second_stage__of_the_docstring_trains_all_of_the_local_term_and_nothing_else() -> None:
+    """The linear map of the 3 x 3 regions is part of the local head (card 3, g2): left out of the patterns it would stay random."""
+    named = re.search(r"train: (\[.*?\])", str(GlobalLocalContrast.__doc__))
+    assert named is not None
+    objective = build()
+    set_trainable(objective, json.loads(named.group(1)), frozen_names(objective))
+    trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    local = {name for name, _ in build(weights={"local": 1.0}).named_parameters() if not name.startswith("encoder.")}
+    assert trained == local and "region_head.weight" in local
+    assert not objective.train().encoder.training
 
 
 def test_two_views__one_per_term() -> None:
@@ -329,6 +403,10 @@ def test_two_views__one_per_term() -> None:
         ({"weights": {"globl": 1.0}}, r'weights names globl \(did you mean "global"\?\)'),
         ({"variant": "parts"}, "accepted: random, part_negatives, part"),
         ({"partitions": 1}, "2 or more"),
+        ({"position": "cm", "within": 1.0}, "accepted: fraction, mm"),
+        ({"position": "mm"}, "how many mm apart"),
+        ({"within": 0.0}, "above 0"),
+        ({"within": 0.2, "variant": "random"}, "random compares no places"),
         ({"decoder_blocks": 3}, "1 to 2 blocks fit"),
         ({"decoder_blocks": 1}, "too small for 13 regions"),
         ({"local_view": "plain"}, "name one of them"),

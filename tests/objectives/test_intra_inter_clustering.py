@@ -132,7 +132,8 @@ def test_volume_layout__is_the_stack_of_its_slices() -> None:
     hidden[:, :, 1] = True
     volume.data["volume_mask"] = hidden
     stack = make_views("stack", 3, dtype=torch.float64)
-    stack.data = {"stack": volume["volume"].movedim(-1, 2), "stack_mask": hidden}
+    turned = volume["volume"].movedim(-1, 2).transpose(-1, -2).flip(-2, -1)  # slices as they are shown
+    stack.data = {"stack": turned, "stack_mask": hidden}
     stack.data["stack_depth"] = (2.5 * torch.arange(5.0)).expand(3, 2, 5)
     stack.meta.valid["stack"] = volume.meta.valid["volume"].movedim(-1, 2)
     one, other = objective(volume, StepContext()), objective(stack, StepContext())

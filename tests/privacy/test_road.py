@@ -1,8 +1,8 @@
 """DESIGN section 3, Privacy: the 18 kinds of identifiers go in at one end of the whole road, and nothing comes out at the other.
 
-Files full of identifiers (`planted`) are indexed, listed, cached, trained on, evaluated, exported and reported by processes of their
-own (`child`) that cannot reach the network (`guard/sitecustomize.py`), with errors of every sort provoked on the way. Then all they
-printed and left behind is searched.
+Files full of identifiers (`planted`) are indexed, listed, cached, trained on, matched, evaluated, exported and reported by processes of
+their own (`child`) that cannot reach the network (`guard/sitecustomize.py`), with errors of every sort provoked on the way. Then all
+they printed and left behind is searched.
 """
 
 from __future__ import annotations
@@ -305,16 +305,51 @@ def training_road(house: House) -> list[Step]:
         step("runs", "ls", house.out),
         step("runs", "ls", house.out, "--json"),
         step("export", run, "--to", "safetensors", "--out", house.out / "export"),
-        step("archive", "withdraw", house.out / "archive", house.data / "request.csv", "--runs", house.out, "--json"),
     ]
+
+
+def matching_road(house: House) -> list[Step]:
+    """Return what is done with a matcher: trained, embeddings written, points matched between files, and alice on matched pairs."""
+    archive, matcher, recipe = house.out / "archive", house.out / "matcher", SMOKE / "anatomical_embedding_segresnet3d_mri.yaml"
+    short = [f"data.index={archive}", "views.size=[16, 16, 8]", "train.steps=2", "train.monitor_items=0"]
+    person = house.sources / "MRN83641957" / "1957-03-12"
+    files = ["match", person / "Quillfeather_Zebediah_0.nii.gz", person / "Quillfeather_Zebediah_1.nii.gz", "--domain", "mri"]
+    broken = next((person / "Zebediah_odd" / "rle_19570312").iterdir())
+    fails = {"medssl.matching.network:MatcherNetwork.embed": {"raise": TERRIBLE}}
+    matched = f"{{pairs: matched, min_score: 0, matcher: {{name: embedding, weights: {matcher}}}}}"
+    pairs = ["views={kind: pair, size: [16, 16, 8], spacing_mm: 4.0, mask: {ratio: 0.5, cell: 8}}", f"data.sampler={matched}"]
+    short_alice = [word for word in short if not word.startswith("views")]
+    return [
+        step("pretrain", recipe, *short, f"out={matcher}"),
+        step("pretrain", SMOKE / "alice_segresnet3d_mri.yaml", *short_alice, *pairs, f"out={house.out / 'none'}", status=2),
+        step("embed", recipe, "--weights", matcher, *short, "--json"),
+        step("embed", recipe, "--weights", matcher, *short),
+        step("embed", recipe, "--weights", matcher, *short, "--step", "5", status=2),
+        step("embed", recipe, "--weights", matcher, *short, f"data.store={house.out / 'failing'}", status=1, set=fails),
+        step(*files, "--weights", matcher, "--grid", "12", "--out", house.out / "overlay.png"),
+        step(*files, "--matcher", "body_axis", "--grid", "12", "--json"),
+        step(*files, "--weights", matcher, "--grid", "12", status=1, set=fails),
+        step(*files, "--point", "900,0,0", status=2),
+        step("match", broken, files[2], "--domain", "mri", "--grid", "12", status=1),
+        step("pretrain", SMOKE / "alice_segresnet3d_mri.yaml", *short_alice, *pairs, f"out={house.out / 'alice'}"),
+        wrong("embed", recipe, "--weights", house.data / "Quillfeather_nowhere", *short),
+        wrong("match", house.data / "Quillfeather_nowhere", files[2], "--domain", "mri", "--grid", "12"),
+        wrong(*files, "--point", SECRET),
+    ]
+
+
+def withdrawal(house: House) -> Step:
+    """Return what comes last: what was unpacked to be read goes with it, and the embeddings of the withdrawn."""
+    return step("archive", "withdraw", house.out / "archive", house.data / "request.csv", "--runs", house.out, "--json")
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> House:
-    """The road travelled once, in one process."""
+    """The road travelled once, in two processes."""
     house = House(tmp_path_factory.mktemp("house"))
     sources(house)
     house.run([*index_road(house), *wrong_words(house), *training_road(house)])
+    house.run([*matching_road(house), withdrawal(house)])
     return house
 
 
@@ -334,7 +369,8 @@ def test_road__was_travelled_and_met_trouble(house: House) -> None:
     assert b"data:image/png" in found["pictures.html"].read_bytes() and b"data:image/png" not in found["archive.html"].read_bytes()
     assert len(found["labels.csv"].read_text().splitlines()) > 1
     names = {path.name for path in house.out.rglob("*")}
-    assert {"encoder.safetensors", "metrics.jsonl", "items.parquet"} <= names
+    assert {"encoder.safetensors", "metrics.jsonl", "items.parquet", "embedding.safetensors", "overlay.png"} <= names
+    assert any(path.suffix == ".b2nd" for path in house.out.glob("archive/store/*/embeddings/*/*"))
     assert any(name.startswith("events.out.tfevents") for name in names) and any(name.endswith(".b2nd") for name in names)
 
 

@@ -153,3 +153,31 @@ def test_other_objectives__take_odd_volumes(name: str, odd: Path, tmp_path: Path
     done = api.pretrain(recipe, [f"out={tmp_path / 'run'}", "train.steps=4", "data.sampler={partitions: 2}"])
     assert done.status == "finished"
     assert all(np.isfinite(line["loss"]) for line in losses(tmp_path / "run") if "loss" in line)
+
+
+def test_contrast_by_place__of_pictures_is_refused_before_anything_is_written(odd: Path, pictures: Path, tmp_path: Path) -> None:
+    """Colour pictures belong to no volume: the global term has no partition for them, and trained nothing without a word."""
+    recipe = tmp_path / "recipe.yaml"
+    objective = "objective: {name: global_local_contrast, dim: 8, hidden: 16, weights: {global: 1}}\n"
+    flat = FLAT.replace("INDEX", str(pictures)).replace("domain: mri", "domain: microscopy").replace("batch: 1", "batch: 4")
+    recipe.write_text(flat.replace("count: 2", "count: 2, channels: mean") + objective)
+    with pytest.raises(RequestError, match=r"source main: its items are all pictures .* would train nothing"):
+        api.pretrain(recipe, [f"out={tmp_path / 'run'}"])
+    with pytest.raises(RequestError, match=r"all items of main are pictures .* the global term would train nothing"):
+        api.pretrain(recipe, [f"out={tmp_path / 'run'}", "objective.weights={global: 1, local: 1}", "objective.decoder_width=8"])
+    assert not (tmp_path / "run").exists()
+    notes: list[str] = []
+    run = ["objective.variant=random", f"out={tmp_path / 'run'}"]
+    assert api.pretrain(recipe, run, on_note=notes.append).status == "finished"
+    assert not any("pictures" in note for note in notes)
+    assert losses(tmp_path / "run")[-1]["loss_global"] > 0
+    two = FLAT[FLAT.index("encoder") :].replace("batch: 1", "batch: 4") + objective.replace("{global: 1}", "{global: 1, local: 1}")
+    views = "views: {kind: image, size: 64, count: 2, channels: mean}"
+    recipe.write_text(
+        f"sources:\n  a: {{index: {odd}, domain: mri, {views}}}\n  b: {{index: {pictures}, domain: microscopy, {views}}}\n{two}"
+    )
+    api.pretrain(recipe, [f"out={tmp_path / 'two'}"], on_note=notes.append)
+    said = ["source b: 6 of 6 items are pictures that belong to no volume or clip; the global term leaves them out"]
+    assert (
+        [note for note in notes if "pictures" in note] == json.loads((tmp_path / "two" / "run.json").read_text())["notes"] == said
+    )

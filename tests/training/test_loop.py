@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medssl.encoders.image2d import Image2D
+from medssl.encoders.slice_volume import SliceVolumeEncoder
 from medssl.errors import CheckpointError, RequestError, StoreError, TrainingStopped
 from medssl.training import checkpoint
+from medssl.training.distributed import drops_at_random
 from medssl.training.loop import Callback, LoopSettings, Stage, pick_source
 from medssl.training.optim import OptimSettings
 from medssl.weights import load_part
@@ -92,6 +96,52 @@ def test_resume__in_the_second_stage_gives_the_same_bits(tmp_path: Path) -> None
         run(tmp_path / "b", 8, stages=stages, checkpoint_every=1, sources={"toy": Stops()})
     run(tmp_path / "b", 8, stages=stages, checkpoint_every=1, resume=True)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(("dropout", "before"), [(0.1, 1), (0.1, 2), (0.0, 2)])
+def test_resume_on_other_processes__is_said_where_there_is_dropout(
+    dropout: float, before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tests.training import toy
+
+    original = toy.make_objective
+
+    def dropping(kind: str = "vit", seed: int = 0) -> Any:
+        objective, encoder = original(kind, seed)
+        for module in objective.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        return objective, encoder
+
+    monkeypatch.setattr(toy, "make_objective", dropping)
+    run(tmp_path / "a", 4)
+    (meta,) = (tmp_path / "a" / "checkpoints").glob("step_*/meta.json")
+    facts = json.loads(meta.read_text())
+    assert facts["world_size"] == 1
+    meta.write_text(json.dumps({**facts, "world_size": before}))
+    with caplog.at_level(logging.WARNING):
+        assert run(tmp_path / "a", 6, resume=True) == "finished"
+    said = json.loads((tmp_path / "a" / "run.json").read_text()).get("notes", [])
+    assert [record.message for record in caplog.records if record.name == "medssl.training.loop"] == said
+    assert len(said) == (dropout > 0 and before == 2)
+    assert all(note.startswith("step 4: resumed on 1 process(es) after 2; dropout and drop path") for note in said)
+
+
+@pytest.mark.parametrize(
+    ("module", "drops"),
+    [
+        (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout2d(0.1)), True),
+        (torch.nn.Dropout(0.0), False),
+        (torch.nn.MultiheadAttention(4, 2, dropout=0.1), True),
+        (torch.nn.TransformerEncoderLayer(4, 2, dropout=0.0), False),
+        (Image2D(model="test_resnet", model_args={"drop_path_rate": 0.1}), True),
+        (Image2D(model="test_resnet"), False),
+        (SliceVolumeEncoder(slice_encoder={"model": "test_resnet"}, dim=16), True),
+        (SliceVolumeEncoder(slice_encoder={"model": "test_resnet"}, dim=16, aggregator={"dropout": 0.0}), False),
+    ],
+)
+def test_drops_at_random__finds_dropout_and_drop_path(module: torch.nn.Module, drops: bool) -> None:
+    assert drops_at_random(module) == drops
 
 
 def test_lr_scale_zero__freezes_while_gradients_flow(tmp_path: Path) -> None:
