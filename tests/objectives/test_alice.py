@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from medssl.errors import RequestError, TrainingStopped
-from medssl.objectives.alice import Alice, cross_entropy
+from medssl.layers.distillation import cross_entropy
+from medssl.objectives.alice import Alice
 from medssl.testing import check_objective
 from medssl.training.ema import update_ema
 from medssl.types import StepContext, Views
