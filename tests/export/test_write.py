@@ -130,6 +130,7 @@ def test_swin_unetr__load_from_refuses_the_models_own_names(swin_run, tmp_path):
         stock_swin().load_from({"state_dict": plain})
 
 
+@pytest.mark.slow
 def test_swin_unetr__takes_the_decoder_when_asked(swin_run, tmp_path):
     report = export_weights(swin_run, "swin-unetr", tmp_path / "out", decoder=True)
     assert {key.split(".")[0] for key in report.missing} == {"out"} and report.max_feature_difference <= 1e-12
@@ -282,6 +283,7 @@ def test_compare__nan_does_not_pass():
         verify.compare([(torch.zeros(2), torch.zeros(1))], "unetr")
 
 
+@pytest.mark.slow
 def test_swin_unetr__code_of_the_docs_runs(tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parents[2] / "docs" / "export.md").read_text().split("## MONAI SwinUNETR")[1].split("\n## ")[0]
     (command,) = re.findall(r"```sh\nmedssl (.*?)```", text, flags=re.DOTALL)

@@ -21,6 +21,7 @@ from medssl.yaml_models import read_mapping
 
 LEDGER = Path(__file__).with_name("golden.json")
 SMOKE = {name: path for name, path in shipped().items() if name.startswith("smoke/")}
+LONG = {"smoke/mae_cnn_swin3d_mri"}
 
 
 def play(path: Path, archive: Path, out: Path) -> dict[str, list[float]]:
@@ -39,7 +40,7 @@ def play(path: Path, archive: Path, out: Path) -> dict[str, list[float]]:
     return {"losses": losses, "features": features.tolist()}
 
 
-@pytest.mark.parametrize("name", sorted(SMOKE))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in sorted(SMOKE)])
 def test_twenty_steps__match_the_ledger(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     archive: Path = request.getfixturevalue("cine_archive" if name.endswith("ultrasound") else "phantom_archive")
     found = play(SMOKE[name], archive, tmp_path / "run")

@@ -97,7 +97,7 @@ def test_one_item__trains(mode: str, tmp_path: Path) -> None:
     assert all(np.isfinite(line["loss"]) for line in losses(tmp_path / "run"))
 
 
-@pytest.mark.parametrize(("mode", "stop"), [("swav", 5), ("deepcluster", 5)])
+@pytest.mark.parametrize(("mode", "stop"), [("swav", 5), pytest.param("deepcluster", 5, marks=pytest.mark.slow)])
 def test_killed_within_an_epoch__resumes_to_the_same_bits(mode: str, stop: int, odd: Path, tmp_path: Path) -> None:
     """Eight items and batches of 4: epochs begin at even steps; the checkpoint that is resumed is that of step 3."""
     changes = [*sources(odd), *QUIET, *(DEEP if mode == "deepcluster" else []), "train.steps=8", "train.checkpoint_every=3"]
