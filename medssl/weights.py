@@ -85,6 +85,17 @@ def private_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
+def process_lives(pid: int) -> bool:
+    """Tell whether a process of this machine still runs: the one that a temporary file or a lock names."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def disk_error(err: OSError, path: Path) -> StoreError:
     """Turn an OSError met while writing `path` into a sentence that says what to do."""
     if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

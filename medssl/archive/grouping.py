@@ -168,12 +168,17 @@ def _mark(connection: Any) -> None:
         HAVING count(DISTINCT CASE WHEN sex IN ('M', 'F') THEN sex END) > 1 OR count(DISTINCT birth_date) > 1"""
     )
     connection.execute(
-        """CREATE TABLE marks AS
-        SELECT 'duplicate ' || hash(path) AS mark, group_key FROM live WHERE reason = 'duplicate'
+        f"""CREATE TABLE marks AS
+        SELECT 'duplicate ' || {_short("path")} AS mark, group_key FROM live WHERE reason = 'duplicate'
         UNION SELECT 'conflict ' || sop_id, group_key FROM live WHERE sop_id IN (SELECT sop_id FROM conflict)
-        UNION SELECT 'shared ' || hash(p.issuer || ' ' || p.patient_id), l.group_key
+        UNION SELECT 'shared ' || {_short("p.issuer || ' ' || p.patient_id")}, l.group_key
         FROM live l JOIN persons p USING (header_id) JOIN shared s ON p.issuer = s.issuer AND p.patient_id = s.patient_id"""
     )
+
+
+def _short(text: str) -> str:
+    """Return SQL for 64 bits that stand for a text. DuckDB's own `hash` is equal for many paths that differ in a few digits only."""
+    return f"hash(md5({text}))"
 
 
 def _find_changed(connection: Any, private: Path, first_new_part: int) -> None:
@@ -183,8 +188,8 @@ def _find_changed(connection: Any, private: Path, first_new_part: int) -> None:
     connection.execute(
         f"""CREATE TABLE changed AS SELECT DISTINCT group_key FROM (
         SELECT unnest([before.group_key, now.group_key]) AS group_key
-        FROM (SELECT hash(path) AS path, group_key, hash(digest) AS digest FROM read_parquet({old})) before
-        FULL JOIN (SELECT hash(path) AS path, group_key, hash(digest) AS digest, part FROM live) now USING (path)
+        FROM (SELECT {_short("path")} AS path, group_key, hash(digest) AS digest FROM read_parquet({old})) before
+        FULL JOIN (SELECT {_short("path")} AS path, group_key, hash(digest) AS digest, part FROM live) now USING (path)
         WHERE now.part >= {first_new_part} OR now.part IS NULL
         OR (before.group_key, before.digest) IS DISTINCT FROM (now.group_key, now.digest)
         UNION ALL SELECT group_key FROM (FROM marks EXCEPT FROM read_parquet({marks}))

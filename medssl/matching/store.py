@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import numpy as np
 
 from medssl.errors import RequestError, StoreError
 from medssl.matching.cells import CellMap, VolumeEmbedding
-from medssl.weights import write_private
+from medssl.weights import process_lives, write_private
 
 FORMAT = 1
 FOLDER = "embeddings"
@@ -112,19 +111,9 @@ def open_folder(root: Path, wanted: EmbeddingManifest) -> Path:
         raise RequestError(f"{folder} holds embeddings with {_difference(found, wanted)}; delete the folder and {AGAIN}")
     for stray in folder.glob(".*.tmp"):
         owner = stray.name.split(".")[-2]
-        if not (owner.isdigit() and _alive(int(owner))):
+        if not (owner.isdigit() and process_lives(int(owner))):
             stray.unlink(missing_ok=True)
     return folder
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _difference(found: EmbeddingManifest, wanted: EmbeddingManifest) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from medssl.errors import RequestError, TrainingStopped, near
 from medssl.sampling.samplers import item_at
-from medssl.sampling.source import Sampler, voxel_box
+from medssl.sampling.source import Sampler, read_crop
 from medssl.seeding import counter_rng
 from medssl.store.reader import StoreReader
 from medssl.types import Box, Draw, DrawKey, Views, ViewsMeta
@@ -314,22 +314,7 @@ class PairSource:
         return pairs
 
     def _crop(self, item: int, box: Box, key: DrawKey) -> Any:
-        series_id = self.series[item]
-        record = self.reader.record(series_id)
-        spacing = record.voxel_mm
-        start, size = voxel_box(box, self.view_maker.margin_mm(spacing, key), spacing)
-        image, valid = self.reader.read_box(series_id, start, size)
-        origin = tuple(float(s * d) for s, d in zip(start, spacing))
-        return self.crop(
-            image=image,
-            valid=valid,
-            spacing_mm=tuple(spacing),
-            origin_mm=origin,
-            box=box,
-            stats=record.stats,
-            key=key,
-            id=item,
-        )
+        return read_crop(self.reader, self.series[item], self.view_maker.margin_mm, box, crop=self.crop, key=key, id=item)
 
     def views(self, fetched: list[tuple[Any, Any, float]], device: torch.device) -> Views:
         """Make views on the device."""

@@ -48,6 +48,37 @@ def voxel_box(box: Box, margin_mm: Sequence[float], spacing_mm: Sequence[float])
     return tuple(int(v) for v in start), tuple(int(v) for v in stop - start)
 
 
+def read_crop(
+    reader: StoreReader,
+    series_id: str,
+    margin_mm: Callable[[Sequence[float], DrawKey], Sequence[float]],
+    box: Box,
+    *,
+    crop: Callable[..., Any],
+    key: DrawKey,
+    id: int,
+) -> Any:
+    """Read the voxels that a box and the margin of its views cover.
+
+    Args:
+        reader: The store.
+        series_id: Series.
+        margin_mm: (spacing in mm, key) -> extra mm on each side.
+        box: What was drawn, mm from the first voxel's outer corner.
+        crop: The dataclass of a fetched crop, `views.pipeline.Crop`.
+        key: The draw's key.
+        id: Item.
+    """
+    record = reader.record(series_id)
+    spacing = record.voxel_mm
+    start, size = voxel_box(box, margin_mm(spacing, key), spacing)
+    image, valid = reader.read_box(series_id, start, size)
+    origin = tuple(float(s * d) for s, d in zip(start, spacing))
+    return crop(
+        image=image, valid=valid, spacing_mm=tuple(spacing), origin_mm=origin, box=box, stats=record.stats, key=key, id=id
+    )  # fmt: skip
+
+
 class ImageSource:
     """Items of one domain in one store.
 
@@ -91,25 +122,10 @@ class ImageSource:
         crops = []
         for key in keys:
             draw = self.sampler.draw(key)
-            for item, box in zip(draw.ids, draw.boxes):
-                series_id = self.series[item]
-                record = self.reader.record(series_id)
-                spacing = record.voxel_mm
-                start, size = voxel_box(box, self.view_maker.margin_mm(spacing, key), spacing)
-                image, valid = self.reader.read_box(series_id, start, size)
-                origin = tuple(float(s * d) for s, d in zip(start, spacing))
-                crops.append(
-                    self.crop(
-                        image=image,
-                        valid=valid,
-                        spacing_mm=tuple(spacing),
-                        origin_mm=origin,
-                        box=box,
-                        stats=record.stats,
-                        key=key,
-                        id=item,
-                    )
-                )
+            crops += [
+                read_crop(self.reader, self.series[item], self.view_maker.margin_mm, box, crop=self.crop, key=key, id=item)
+                for item, box in zip(draw.ids, draw.boxes)
+            ]
         return crops
 
     def views(self, fetched: list[Any], device: torch.device) -> Views:

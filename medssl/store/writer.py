@@ -36,6 +36,7 @@ from medssl.store.manifest import (
     store_key,
 )
 from medssl.types import Kind, Sample
+from medssl.weights import process_lives
 
 logger = logging.getLogger(__name__)
 
@@ -400,17 +401,7 @@ def _temporary(path: Path) -> Path:
 def _alive(stray: Path) -> bool:
     """Return whether the process that writes a temporary file still runs (on this machine)."""
     pid = stray.name[len(TEMPORARY) :].split("-", 1)[0]
-    if not pid.isdigit():
-        return False
-    if int(pid) == os.getpid():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return pid.isdigit() and process_lives(int(pid))
 
 
 def _replace_together(files: Sequence[tuple[Path, bytes]], store: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.errors import ImageError, MedsslError
-from medssl.weights import private_folder, write_atomic
+from medssl.weights import private_folder, process_lives, write_atomic
 
 STATUSES = ("not_started", "running", "completed", "skipped", "error")
 LOCK_HOURS = 24.0
@@ -167,7 +167,7 @@ class SlideJob:
             return True
         if outputs and all(_size(self.folder / name) is not None for name in outputs):
             return True
-        return host == _host() and pid > 0 and not _alive(pid)
+        return host == _host() and pid > 0 and not process_lives(pid)
 
 
 def _take(path: Path) -> bool:
@@ -207,16 +207,6 @@ def _host() -> str:
     except OSError:
         return secrets.token_hex(8)
     return hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _changed(path: Path) -> float:
