@@ -124,7 +124,8 @@ def plain_views(views: Mapping[str, Any]) -> ViewMaker:
 
 def view_faults(path: str, views: Mapping[str, Any]) -> list[str]:
     """Check the arguments of the views, their values included."""
-    views = {"size": 16, **views} if path == "source.views" else views  # evaluation takes the size from the weights
+    if path == "source.views":  # evaluation takes the rest from the weights
+        views = {"size": 16, **(with_timing(views, 16, 16.0) if views.get("kind") == "clip" else views)}
     kind = views.get("kind", "volume")
     if kind not in VIEW_KINDS:
         return [f'{path}.kind: unknown kind "{kind}"{near(str(kind), VIEW_KINDS)}; accepted: {", ".join(VIEW_KINDS)}']
@@ -142,6 +143,13 @@ def view_faults(path: str, views: Mapping[str, Any]) -> list[str]:
     except (RequestError, TypeError, ValueError) as err:
         return [f"{path}.{err}"]
     return []
+
+
+def with_timing(views: Mapping[str, Any], frames: int, fps: float) -> dict[str, Any]:
+    """Return the views of clips with the rate, then the number of frames given here, until two of `frames`, `fps`, `clip_seconds` are given."""
+    given = [key for key in ("frames", "fps", "clip_seconds") if views.get(key) is not None]
+    lacking = [pair for pair in (("fps", fps), ("frames", frames)) if pair[0] not in given]
+    return {**views, **dict(lacking[: max(0, 2 - len(given))])}
 
 
 def source_faults(path: str, source: SourceSection) -> list[str]:

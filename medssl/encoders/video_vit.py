@@ -158,6 +158,8 @@ class VideoViT(Encoder):
         self.embed_dim = hidden_size
         self.patch_size = (tubelet, patch_size, patch_size)
         self.pool, self.time_positions, self.valid_share = pool, time_positions, valid_share
+        self.single_frames = tubelet == 1 and image_size[0] == 1
+        """Whether this is an encoder of single frames: it has no positions in time."""
         self.check_size(image_size)
         self.table_grid = tuple(n // p for n, p in zip(image_size, self.patch_size))
         self.net = VideoTransformer(in_channels, hidden_size, self.patch_size, num_layers, num_heads, mlp_dim or 4 * hidden_size)

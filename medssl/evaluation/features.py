@@ -49,10 +49,30 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 def encode(encoder: nn.Module, images: Tensor | Stack | ClipBatch) -> EncoderOutput:
-    """Encode images, stacks or clips that are on the encoder's device; encoders of clips have `forward_features(video, valid=pixels)`."""
+    """Encode images, stacks or clips that are on the encoder's device; encoders of clips have `forward_features(video, valid=pixels)`.
+
+    An encoder of single frames (`single_frames`) sees each frame of a clip by itself; a clip's vector is the mean over its frames.
+    """
     forward: Any = encoder.forward_features
-    output: EncoderOutput = forward(images.video, valid=images.pixels) if isinstance(images, ClipBatch) else forward(images)
+    if not isinstance(images, ClipBatch):
+        output: EncoderOutput = forward(images)
+    elif getattr(encoder, "single_frames", False):
+        output = _encode_frames(forward, images)
+    else:
+        output = forward(images.video, valid=images.pixels)
     return output
+
+
+def _encode_frames(forward: Any, clips: ClipBatch) -> EncoderOutput:
+    """Encode the frames of clips that are not filled in one by one; tokens of the others are zero."""
+    pictures = clips.video.movedim(2, 1)[clips.valid][:, :, None]  # (M, C, 1, H, W)
+    found: EncoderOutput = forward(pictures, valid=clips.pixels[clips.valid][:, None])
+    count = clips.valid.sum(dim=1, keepdim=True)
+    batch, frames = clips.valid.shape
+    tokens = found.tokens.new_zeros(batch, frames, *found.tokens.shape[1:])
+    pooled = found.pooled.new_zeros(batch, frames, found.pooled.shape[1])
+    tokens[clips.valid], pooled[clips.valid] = found.tokens, found.pooled
+    return EncoderOutput(tokens=tokens.flatten(1, 2), grid=(frames, *found.grid[1:]), pooled=pooled.sum(dim=1) / count)
 
 
 def embed(encoder: nn.Module, batches: Iterable[Batch]) -> tuple[np.ndarray, list[Any]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl.domains.ultrasound import Ultrasound
+from medssl.encoders.video_vit import VideoViT
 from medssl.errors import RequestError
 from medssl.evaluation.clips import (
     IGNORED,
@@ -28,7 +29,7 @@ from medssl.evaluation.clips import (
     segmentation_probe,
     step_means,
 )
-from medssl.evaluation.features import probe_table
+from medssl.evaluation.features import embed, probe_table
 from medssl.evaluation.linear_probe import fit_linear, linear_predict
 from medssl.evaluation.scores import patient_folds
 from medssl.layers.tokens import flatten_tokens
@@ -258,6 +259,28 @@ def test_embed_clips__gives_what_the_encoder_gives() -> None:
     assert torch.equal(batch.pixels[3, 2], torch.zeros(16, 24, dtype=torch.bool))
     with pytest.raises(RequestError, match="no clips"):
         embed_clips(TinyVideo(), [])
+
+
+def test_embed__frames_one_by_one_for_an_encoder_of_single_frames() -> None:
+    """Against a loop; frames that are filled in count for nothing."""
+    torch.manual_seed(0)
+    encoder = VideoViT(image_size=(1, 16, 24), tubelet=1, patch_size=8, hidden_size=24, num_layers=1, num_heads=2)
+    sector = torch.ones(2, 1, 16, 24, dtype=torch.bool)
+    sector[:, :, :, :8] = False
+    valid = torch.ones(2, 4, dtype=torch.bool)
+    valid[1, 3:] = False
+    clips = ClipBatch(torch.randn(2, 1, 4, 16, 24), valid, sector, torch.zeros(2, 4))
+    found = embed_clips(encoder, [(clips, ["a", "b"])], tokens=True)
+    pooled, _ = embed(encoder, [(clips, ["a", "b"])])
+    assert found.tokens is not None and found.tokens.shape == (2, 4, 2, 3, 24)
+    for b, frames in ((0, 4), (1, 3)):
+        alone = [encoder.forward_features(clips.video[b : b + 1, :, t : t + 1], valid=sector[b : b + 1]) for t in range(frames)]
+        mean = torch.stack([one.pooled[0] for one in alone]).mean(dim=0).detach()
+        np.testing.assert_allclose(pooled[b], mean, atol=1e-5)
+        np.testing.assert_allclose(found.pooled[b], mean, atol=1e-5)
+        for t, one in enumerate(alone):
+            np.testing.assert_allclose(found.tokens[b, t].reshape(6, 24), one.tokens[0].detach(), atol=1e-5)
+    assert not found.tokens[1, 3].any() and not found.token_valid[1, 3].any() and not found.token_valid[:, :, :, 0].any()
 
 
 def test_real_echo_loop__is_read_masked_and_embedded(shared_data: Path) -> None:
