@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,14 +28,33 @@ TOY = [
 ]
 
 
-def test_video_step__lists_times_and_memory(tmp_path: Path) -> None:
+def test_video_step__lists_times_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[dict[str, Any]] = []
+
+    def peak(job: dict[str, Any]) -> dict[str, float]:
+        jobs.append(job)
+        return {"peak_gb": float(len(jobs)), "seconds": 0.0}
+
+    monkeypatch.setattr(video_step, "peak", peak)  # three processes of their own; see below
     content = play(video_step.main, [*TOY, "--visible", "2", "--threads", "1", "--device", "cpu"], tmp_path, repeats=1)
     rows = by(content["rows"], "what")
     assert set(rows) == {
         "encoder step",
         *(f"peak memory, {name}" for name in ("nothing trained", "video_mae", "cluster_distillation")),
     }
-    assert rows["peak memory, video_mae"]["peak_gb"] > rows["peak memory, nothing trained"]["peak_gb"]
+    assert [job["objective"] for job in jobs] == ["", "video_mae", "cluster_distillation"]
+    assert rows["peak memory, cluster_distillation"]["peak_gb"] == 3
+    assert all(job["size"] == (4, 32, 32) and job["encoder"]["hidden_size"] == 32 for job in jobs)
+
+
+@pytest.mark.slow
+def test_peak__of_training_is_above_that_of_importing() -> None:
+    network = {"hidden_size": 32, "num_layers": 2, "num_heads": 4}
+    job = {"size": (4, 32, 32), "encoder": network, "batch": 2, "threads": 1, "device": "cpu", "precision": "fp32"}
+    nothing = video_step.peak({**job, "objective": "", "args": {}})
+    for name, args in (("video_mae", {}), ("cluster_distillation", {"head_prototypes": 16})):
+        found = video_step.peak({**job, "objective": name, "args": args})
+        assert found["peak_gb"] > nothing["peak_gb"] and found["seconds"] > 0
 
 
 @pytest.mark.slow

@@ -40,7 +40,10 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(4):
         sample, _ = toy.phantom(seed, spacing=4.0)
         nib.save(nib.Nifti1Image(sample.image[0], sample.affine), root / "images" / f"p{seed}.nii.gz")  # type: ignore[attr-defined, no-untyped-call]
-    index([root / "images"], root / "index", modality="MR")
+    key = root / "id.key"  # ids, and with them what three steps of training see, depend on the key
+    key.write_text("the key of four phantoms, no patients\n")
+    key.chmod(0o600)
+    index([root / "images"], root / "index", modality="MR", key_file=key)
     return root / "index"
 
 

@@ -207,7 +207,7 @@ def test_avi__equals_pyav_and_our_domain(tmp_path: Path, clips: list[EchoClip]) 
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("av")
     out = tmp_path_factory.mktemp("echo") / "cohort"
-    return make_echo_cohort(out, patients=6, clips=2, seed=3, size=(64, 80), seconds=0.5)
+    return make_echo_cohort(out, patients=4, clips=2, seed=3, size=(64, 80), seconds=0.3)
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -216,26 +216,26 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 def test_cohort__same_seed_same_bytes(cohort: Path, tmp_path: Path) -> None:
-    again = make_echo_cohort(tmp_path / "c", patients=6, clips=2, seed=3, size=(64, 80), seconds=0.5)
+    again = make_echo_cohort(tmp_path / "c", patients=4, clips=2, seed=3, size=(64, 80), seconds=0.3)
 
     def digests(folder: Path) -> dict[str, str]:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-    assert digests(again) == digests(cohort) and len(digests(again)) == 2 + 2 * 12
-    assert make_echo_cohort(cohort, patients=6, clips=2, seed=3, size=(64, 80), seconds=0.5) == cohort
+    assert digests(again) == digests(cohort) and len(digests(again)) == 2 + 2 * 8
+    assert make_echo_cohort(cohort, patients=4, clips=2, seed=3, size=(64, 80), seconds=0.3) == cohort
     with pytest.raises(RequestError, match="holds something else"):
         make_echo_cohort(cohort, patients=7, size=(64, 80))
 
 
 def test_cohort__one_heart_per_patient_and_splits_by_patient(cohort: Path) -> None:
     rows = rows_of(cohort)
-    assert len(rows) == 12
+    assert len(rows) == 8
     for patient in {row["patient"] for row in rows}:
         own = [row for row in rows if row["patient"] == patient]
         assert len({(row["ef"], row["split"], row["wall_motion"]) for row in own}) == 1 and len(own) == 2
     assert {row["split"] for row in rows} == {"train", "val", "test"}
-    assert sum(row["file"].endswith(".dcm") for row in rows) == 6
+    assert sum(row["file"].endswith(".dcm") for row in rows) == 4
     for row in rows:
         with np.load(cohort / "labels" / row["label"]) as found:
             assert found["labels"].shape[1:] == (64, 80) == found["sector"].shape
@@ -247,9 +247,9 @@ def test_cohort__goes_through_the_index(cohort: Path, tmp_path: Path) -> None:
     (tmp_path / "key").chmod(0o600)
     done = index([cohort / "images"], tmp_path / "a", modality="US", key_file=tmp_path / "key")
     rows = Archive.open(tmp_path / "a").select(None)
-    assert done.n_files_used == 12 and {row.kind for row in rows} == {"cine"} and {row.domain for row in rows} == {"ultrasound"}
+    assert done.n_files_used == 8 and {row.kind for row in rows} == {"cine"} and {row.domain for row in rows} == {"ultrasound"}
     assert all(row.frame_time_ms is not None and row.status != "rejected" for row in rows)
-    assert sum(row.spacing_mm is not None for row in rows) == 6
+    assert sum(row.spacing_mm is not None for row in rows) == 4
     dicom = [row for row in rows if row.spacing_mm is not None]
     assert {row.fps_source for row in dicom} <= {"frame_time", "vector"} and all(row.heart_rate for row in dicom)
 
