@@ -4,8 +4,8 @@
     python -m benchmarks.index_scale grouper   # header rows only, no files: 2 and 20 million
 
 Each index runs in a fresh process that reports the high-water mark of its memory and of its largest worker's (Linux only). `files` also
-names 1 % of the series or files as changed (`--list`), and sleeps 5 ms at each opening of a file. `grouper` writes scan parts as a scan leaves
-them, 100 slices a series.
+names 1 % of the series or files as changed (`--list`), in their pixels or in their headers, and sleeps 5 ms at each opening of a file.
+`grouper` writes scan parts as a scan leaves them, 100 slices a series.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ PER_SERIES = 100
 SCANNED = 20_000
 WHOLE = "1 % of the series changed, --list"
 SPREAD = "1 % of the files changed, spread over the series, --list"
+HEADERS = "1 % of the files with another header, spread over the series, --list"
 RUN = """
 import json, sys, time
 import benchmarks.index_scale as module
@@ -128,7 +129,7 @@ def group(out: str) -> dict[str, Any]:
     from medssl.archive.rows.base import Choice
 
     nothing = Choice()
-    regroup(Path(out), IdKey(b"k" * 32), lambda path: nothing, first_new_part=None)
+    regroup(Path(out), IdKey(b"k" * 32), lambda path: nothing, anew=True)
     connection = connect()
     count = connection.execute(f"SELECT count(*) FROM read_parquet({quote(Path(out) / 'series.parquet')})").fetchone()[0]
     return {"series": count}
@@ -189,11 +190,12 @@ def fresh(function: str, *args: object) -> dict[str, Any]:
     return found
 
 
-def change(paths: list[Path], listed: Path) -> None:
-    """Change the last byte of some files and write the list that names them."""
+def change(paths: list[Path], listed: Path, at: int = -1) -> None:
+    """Change one byte of some files, the last one or a digit of the header, and write the list that names them."""
     for path in paths:
-        data = path.read_bytes()
-        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(bytes(data))
     listed.write_text("\n".join(map(str, paths)))
 
 
@@ -220,14 +222,16 @@ def measure_files(sizes: list[int], folder: Path, turns: int) -> tuple[list[dict
     together = {"what": WHOLE, **fresh("index_files", tree, out, listed)}
     change(random.Random(1).sample(files, n), listed)
     spread = {"what": SPREAD, **fresh("index_files", tree, out, listed)}
+    change(random.Random(2).sample(files, n), listed, template()[1]["number"] + 6)
+    headers = {"what": HEADERS, **fresh("index_files", tree, out, listed)}
     scans = [(fresh("scan_rate", tree, 0, SCANNED), fresh("scan_rate", tree, 5, SCANNED)) for _ in range(turns)]
-    rows += [together, spread]
+    rows += [together, spread, headers]
     rows += [{"what": f"scan, {ms} ms a file", **turn[k]} for turn in scans for k, ms in enumerate((0, 5))]
     checks = [
         Check("peak memory of all processes, largest against smallest", _memory(full) / _memory(small), 1.2, at_least=False),
         *(
             Check(f"{row['what']}: share of the full index's time", row["seconds"] / full["seconds"], 0.05, at_least=False)
-            for row in (together, spread)
+            for row in (together, spread, headers)
         ),
         Check("rate with 5 ms a file against none", statistics.median(a["seconds"] / b["seconds"] for a, b in scans), 0.8),
     ]

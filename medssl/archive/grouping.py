@@ -1,7 +1,7 @@
 """From scan parts to the tables of the index, in memory that does not grow with the archive.
 
-DuckDB sorts the scan rows by group (spilling to `private/spill`), Python builds one group after the other, and only groups that a new
-scan has touched are built again: the rows of all others are copied from the tables that are there.
+DuckDB sorts the scan rows by group (spilling to `private/spill`), Python builds one group after the other, and only groups that have
+changed are built again (`archive.changed`): the rows of all others are copied from the tables that are there.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from medssl.archive._parquet import ROW_GROUP, TableWriter, connect, files_of, quote, stream, write_json, write_query, write_table
-from medssl.archive.ids import IdKey
-from medssl.archive.known import open_known, parts_of, scan_parts, scanned, wide
+from medssl.archive.changed import find_changed, name_anew, short
+from medssl.archive.ids import IdKey, file_id
+from medssl.archive.known import TOLD, open_known, parts_of, scan_parts, scanned, wide
 from medssl.archive.operations.decisions import apply_splits, apply_withdrawals
 from medssl.archive.paths import to_path
 from medssl.archive.pixels.found import apply_pixels
@@ -35,6 +36,8 @@ BUCKET_ROWS, MAX_BUCKETS = 20_000, 96
 MARK_COLUMNS = {"mark": "VARCHAR", "group_key": "VARCHAR"}
 CONFIRMED_COLUMNS = {"path": "VARCHAR", "mtime_ns": "BIGINT", "whole": "VARCHAR"}
 OUTPUTS = ("private/files.parquet", "private/series.parquet", "private/rows.parquet", "private/marks.parquet", "series.parquet")
+OLD = {"files": "files.parquet", "private": "series.parquet", "series": "rows.parquet"}
+"""What is built anew -> the table in `private/` that it joins."""
 UNFINISHED = "unfinished"
 """Lies in `private/` while tables are being replaced: after a kill they are all built again."""
 
@@ -44,7 +47,7 @@ def regroup(
     key: IdKey,
     choose: Callable[[str], Choice],
     *,
-    first_new_part: int | None,
+    anew: bool,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write `series.parquet`, `files.parquet/` and their private halves.
@@ -53,7 +56,7 @@ def regroup(
         out: Folder of the index.
         key: The owner's key.
         choose: What the user said about a path (as text).
-        first_new_part: Scan parts from this number on are new since the tables were written; None builds everything again.
+        anew: Build everything again, not only what has changed.
         on_progress: Called with (files placed, files to place).
 
     Raises:
@@ -66,12 +69,10 @@ def regroup(
         _open(connection, private)
         _find_duplicates(connection, private)
         _mark(connection)
-        previous = (
-            first_new_part is not None and not (private / UNFINISHED).exists() and all((out / name).exists() for name in OUTPUTS)
-        )
+        previous = not anew and not (private / UNFINISHED).exists() and all((out / name).exists() for name in OUTPUTS)
         if previous:
-            assert first_new_part is not None
-            _find_changed(connection, private, first_new_part)
+            find_changed(connection, private)
+            name_anew(connection, private, key)
         written = _build(connection, out, key, choose, only_changed=previous, on_progress=on_progress)
         (private / UNFINISHED).touch(mode=0o600)
         _merge(connection, out, written, keep=previous)
@@ -169,31 +170,10 @@ def _mark(connection: Any) -> None:
     )
     connection.execute(
         f"""CREATE TABLE marks AS
-        SELECT 'duplicate ' || {_short("path")} AS mark, group_key FROM live WHERE reason = 'duplicate'
+        SELECT 'duplicate ' || {short("path")} AS mark, group_key FROM live WHERE reason = 'duplicate'
         UNION SELECT 'conflict ' || sop_id, group_key FROM live WHERE sop_id IN (SELECT sop_id FROM conflict)
-        UNION SELECT 'shared ' || {_short("p.issuer || ' ' || p.patient_id")}, l.group_key
+        UNION SELECT 'shared ' || {short("p.issuer || ' ' || p.patient_id")}, l.group_key
         FROM live l JOIN persons p USING (header_id) JOIN shared s ON p.issuer = s.issuer AND p.patient_id = s.patient_id"""
-    )
-
-
-def _short(text: str) -> str:
-    """Return SQL for 64 bits that stand for a text. DuckDB's own `hash` is equal for many paths that differ in a few digits only."""
-    return f"hash(md5({text}))"
-
-
-def _find_changed(connection: Any, private: Path, first_new_part: int) -> None:
-    """Make `changed`: groups that the tables on disk do not describe any more."""
-    old, marks = quote(private / "files.parquet"), quote(private / "marks.parquet")
-    # Hashes for paths and digests, so that few bytes a file are held; a collision builds a group too many.
-    connection.execute(
-        f"""CREATE TABLE changed AS SELECT DISTINCT group_key FROM (
-        SELECT unnest([before.group_key, now.group_key]) AS group_key
-        FROM (SELECT {_short("path")} AS path, group_key, hash(digest) AS digest FROM read_parquet({old})) before
-        FULL JOIN (SELECT {_short("path")} AS path, group_key, hash(digest) AS digest, part FROM live) now USING (path)
-        WHERE now.part >= {first_new_part} OR now.part IS NULL
-        OR (before.group_key, before.digest) IS DISTINCT FROM (now.group_key, now.digest)
-        UNION ALL SELECT group_key FROM (FROM marks EXCEPT FROM read_parquet({marks}))
-        UNION ALL SELECT group_key FROM (FROM read_parquet({marks}) EXCEPT FROM marks)) WHERE group_key IS NOT NULL"""
     )
 
 
@@ -220,10 +200,11 @@ def _build(
     done = 0
     try:
         for name, files in _groups(connection, choose, private / "spill" / "groups"):
-            group = build_group(files, key, shared)
+            group, known = build_group(files, key, shared), {file.path: file.known for file in files}
             for placed in group.files:
-                file_id = key.make("file", "", f"{placed.digest} {placed.path}")
-                tables["files"].append({**vars(placed), "file_id": file_id, "group_key": name})
+                own = {"file_id": file_id(key, placed.path, placed.digest), "group_key": name}
+                source_id, told = known[placed.path]
+                tables["files"].append({**vars(placed), **own, "source_id": source_id, "told": told})
             for row, private_row in zip(group.series, group.private):
                 tables["series"].append({**as_record(row), "group_key": name})
                 tables["private"].append({**private_row, "group_key": name})
@@ -265,9 +246,9 @@ def _fill_buckets(connection: Any, private: Path, folder: Path, *, only_changed:
     if n_chosen < n_parts:  # no join where every row is the newest of its file: it would hold a row of every file
         connection.execute(f"CREATE TABLE chosen AS SELECT DISTINCT * FROM ({chosen})")
         scan, parts = wide(connection, private, "SELECT * FROM chosen"), parts_of(connection, private, "SELECT part FROM chosen")
-    newest = f"SELECT * FROM ({scan}) UNION ALL BY NAME SELECT *, '{{}}' AS slice FROM unopened"
+    newest = f"SELECT *, {TOLD} AS told FROM ({scan}) UNION ALL BY NAME SELECT *, '{{}}' AS slice FROM unopened"
     rows = f"""SELECT group_key, path, size, kind, reason, digest, header_id, slice,
-        sop_id IS NOT NULL AND sop_id IN (SELECT sop_id FROM conflict) AS conflict FROM ({_corrected(f"({newest})")})"""
+        sop_id IS NOT NULL AND sop_id IN (SELECT sop_id FROM conflict) AS conflict, source_id, told FROM ({_corrected(f"({newest})")})"""
     headers = f"""SELECT g.group_key, g.header_id, h.header
         FROM (SELECT DISTINCT group_key, header_id FROM live WHERE kind <> 'other') g
         JOIN (SELECT header_id, any_value(header) AS header FROM {parts}
@@ -295,7 +276,7 @@ def _groups(connection: Any, choose: Callable[[str], Choice], folder: Path) -> I
         rows = connection.cursor().execute(f"SELECT * FROM {_read(bucket)} ORDER BY group_key, path")
         while chunk := rows.fetchmany(CHUNK):
             slices = json.loads(f"[{','.join(row[7] for row in chunk)}]")  # in one call: half the time of one call each
-            for (group, path, size, kind, reason, digest, header_id, _, conflict), piece in zip(chunk, slices):
+            for (group, path, size, kind, reason, digest, header_id, _, conflict, *known), piece in zip(chunk, slices):
                 if group != current:
                     if members:
                         yield current, members
@@ -303,7 +284,7 @@ def _groups(connection: Any, choose: Callable[[str], Choice], folder: Path) -> I
                     while name < group:
                         name, own = next(headers, (group, {}))
                 header = {**own[header_id], **piece} if kind != "other" else {}
-                members.append(Scanned(path, size, kind, reason, digest, header, conflict, choose(path)))
+                members.append(Scanned(path, size, kind, reason, digest, header, conflict, choose(path), (known[0], known[1])))
         yield current, members
 
 
@@ -323,16 +304,25 @@ def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> N
     """Join new rows with those of untouched groups, choose within study and patient, and put the tables in place."""
     private = out / "private"
 
-    def joined(old: Path, fresh: Path, group: str = "group_key") -> str:
-        rows = f"SELECT * FROM read_parquet({quote(fresh)})"
+    def joined(name: str, kept: str = "SELECT * FROM {old}") -> str:
+        rows = f"SELECT * FROM read_parquet({quote(new[name])})"
         if not keep:
             return rows
-        return f"{rows} UNION ALL SELECT * FROM read_parquet({quote(old)}) WHERE {group} NOT IN (SELECT group_key FROM changed)"
+        old = f"(FROM read_parquet({quote(private / OLD[name])}) WHERE group_key NOT IN (SELECT group_key FROM changed)) o"
+        return f"{rows} UNION ALL {kept.format(old=old)}"
 
-    files = joined(private / "files.parquet", new["files"])
+    files = joined(
+        "files",
+        """SELECT o.* REPLACE (coalesce(n.digest, o.digest) AS digest, coalesce(n.file_id, o.file_id) AS file_id)
+        FROM {old} LEFT JOIN new_files n USING (source_id)""",
+    )
+    owner = joined(
+        "private",
+        "SELECT o.* REPLACE (coalesce(n.source_tag, o.source_tag) AS source_tag) FROM {old} LEFT JOIN new_tags n USING (series_id)",
+    )
     try:
-        connection.execute(f"CREATE TABLE s AS {joined(private / 'rows.parquet', new['series'])}")
-        connection.execute(f"CREATE TABLE p AS {joined(private / 'series.parquet', new['private'])}")
+        connection.execute(f"CREATE TABLE s AS {joined('series')}")
+        connection.execute(f"CREATE TABLE p AS {owner}")
         write_query(private / "rows.parquet", "SELECT * FROM s", connection)
         join_twins(connection)
         apply_splits(connection, private)

@@ -7,6 +7,7 @@ import hmac
 import os
 import secrets
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from medssl.errors import RequestError
@@ -51,6 +52,16 @@ class IdKey:
 def normalise(value: str) -> str:
     """Return the text without padding (spaces, nulls) and with runs of white space reduced to one space."""
     return " ".join(value.replace("\0", " ").split())
+
+
+def file_id(key: IdKey, path: str, digest: str) -> str:
+    """Return the id of a file with this content at this place."""
+    return key.make("file", "", f"{digest} {path}")
+
+
+def source_tag(key: IdKey, digests: Iterable[str]) -> str:
+    """Return what stands for the content of files in this order: another value means that they have changed."""
+    return key.make("source", "", " ".join(digests))
 
 
 def is_placeholder(patient_id: str) -> bool:

@@ -37,7 +37,7 @@ from medssl.archive.pixels.found import pixel_counts
 from medssl.archive.rows.base import DOMAINS, Choice
 from medssl.archive.scanning.listing import LISTING_COLUMNS, Entry, look, read_list, settled, walk
 from medssl.archive.scanning.scan import RETRIED, data_unchanged
-from medssl.archive.scanning.sweep import LIMIT_S, next_part, sweep
+from medssl.archive.scanning.sweep import LIMIT_S, sweep
 from medssl.archive.table import FORMAT
 from medssl.errors import RequestError, header_words
 
@@ -212,7 +212,6 @@ def _run(
 ) -> IndexSummary:
     private = out / "private"
     state = _remember(private, key, roots, site, modality, table)
-    first_new = next_part(private)
     connection = connect(private / "spill", threads=1)
     try:
         _write_listing(connection, private, listing, roots, keep_others=options.only is not None)
@@ -240,15 +239,13 @@ def _run(
         out,
         key,
         lambda path: _choose(path, state["sources"]),
-        first_new_part=int(last["next_part"]) if unchanged_choices else None,
+        anew=not unchanged_choices,
     )
     summary = _summarise(out, total)
     pixels = pixel_counts(out)
     facts = {"format": FORMAT, "key": key.fingerprint, **asdict(summary), **({} if pixels is None else {"pixels": pixels})}
     write_json(out / "summary.json", facts)
-    write_json(
-        private / "grouped.json", {"format": FORMAT, "choices": choices, "next_part": next_part(private), "first": first_new}
-    )
+    write_json(private / "grouped.json", {"format": FORMAT, "choices": choices})
     return summary
 
 

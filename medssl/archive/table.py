@@ -14,8 +14,8 @@ from medssl.archive.headers.containers import SEPARATOR, unpack
 from medssl.archive.paths import to_path
 from medssl.errors import ImageError, RequestError, StoreError
 
-FORMAT = 2
-"""2: the whole column set."""
+FORMAT = 3
+"""3: private files say what they were built from (`told`); an index of another form is built again from its scan."""
 FILE_COLUMNS: dict[str, str] = {"file_id": "VARCHAR", "series_id": "VARCHAR", "reason": "VARCHAR"}
 PRIVATE_FILE_COLUMNS: dict[str, str] = {
     "file_id": "VARCHAR",
@@ -26,7 +26,10 @@ PRIVATE_FILE_COLUMNS: dict[str, str] = {
     "digest": "VARCHAR",
     "sop_uid": "VARCHAR",
     "group_key": "VARCHAR",
+    "source_id": "BIGINT",
+    "told": "UBIGINT",
 }
+"""`source_id`, `told`: as in `known.KNOWN_COLUMNS`, of what the rows were built from."""
 PRIVATE_SERIES_COLUMNS: dict[str, str] = {
     "series_id": "VARCHAR",
     "source_tag": "VARCHAR",
@@ -418,7 +421,7 @@ class Archive:
     def _entries(self, series_id: str) -> list[tuple[Path, str]]:
         if self._files is None:
             table: dict[str, list[tuple[int, Path, str]]] = defaultdict(list)
-            for row in read_table([self.path / "private" / "files.parquet"], PRIVATE_FILE_COLUMNS):
+            for row in read_table([self.path / "private" / "files.parquet"], ("series_id", "place", "path", "digest")):
                 if row["series_id"] is not None and row["place"] is not None:
                     table[row["series_id"]].append((row["place"], Path(to_path(row["path"])), row["digest"]))
             self._files = {key: [(path, digest) for _, path, digest in sorted(rows)] for key, rows in table.items()}

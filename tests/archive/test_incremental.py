@@ -16,13 +16,14 @@ import duckdb
 import numpy as np
 import pytest
 
-from medssl.archive import grouping, known
+from medssl.archive import changed, grouping, known
 from medssl.archive.index import ScanOptions, index
 from medssl.archive.operations.split import split_archive
 from medssl.archive.operations.withdraw import withdraw
 from medssl.archive.table import Archive
 from tests.archive.test_columns import twins
-from tests.synthetic import write_itk, write_nifti
+from tests.synthetic import plain_affine, write_itk, write_nifti
+from tests.synthetic_multiframe import write_enhanced
 from tests.synthetic_tree import template, write_tree
 
 DECISIONS = ("id.key", "splits.parquet", "withdrawn.parquet")
@@ -280,9 +281,102 @@ def test_files_that_come_back__unchanged_need_no_scan(tmp_path: Path) -> None:
     assert tables(tmp_path / "out") == before
 
 
+def count_built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets the path of the first file of every group that is built from now on."""
+    built: list[str] = []
+    real = grouping.build_group
+
+    def build(files: Any, *rest: Any) -> Any:
+        built.append(files[0].path)
+        return real(files, *rest)
+
+    monkeypatch.setattr(grouping, "build_group", build)
+    return built
+
+
+def rewritten(path: Path, at: int, value: bytes) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:at] + value + data[at:][len(value) :])
+
+
+def test_files_with_other_pixels__leave_rows_and_get_new_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "src", tmp_path / "out"
+    write_tree(source, 6, 4)
+    files = sorted(path for path in source.rglob("0_*") if path.is_file())
+    index([source], out)
+    before, archive = tables(out), Archive.open(out)
+    tags = {row.series_id: archive.source_tag(row.series_id) for row in archive.select()}
+    built = count_built(monkeypatch)
+    os.utime(files[0], ns=(1, 1))
+    index([source], out)
+    assert built == [] and {**tables(out), "listing": []} == {**before, "listing": []}
+    for k, path in enumerate(files[:5]):
+        rewritten(path, path.stat().st_size - 1, bytes([200 + k]))
+    index([source], out)
+    assert built == []
+    found = tables(out)
+    assert found["series.parquet"] == before["series.parquet"]
+    assert len(set(found["files"]) - set(before["files"])) == 5
+    archive = Archive.open(out)
+    touched = {name for name, tag in tags.items() if archive.source_tag(name) != tag}
+    names = {str(path) for path in files[:5]}
+    assert touched == {name for name in tags if names & {str(path) for path in archive.files(name)}}
+    monkeypatch.undo()
+    assert found == from_nothing(source, out, tmp_path / "whole")
+
+
+def test_a_file_with_another_header__builds_its_group_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "src", tmp_path / "out"
+    write_tree(source, 6, 4)
+    path = min(path for path in source.rglob("0_*") if path.is_file())
+    index([source], out)
+    built = count_built(monkeypatch)
+    rewritten(path, template()[1]["z"], b"0000099")
+    index([source], out)
+    assert len(built) == 1
+    monkeypatch.undo()
+    assert tables(out) == from_nothing(source, out, tmp_path / "whole")
+
+
+def test_files_of_one_number__keep_their_order_when_pixels_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "src", tmp_path / "out"
+    write_tree(source, 1, 6)
+    files = sorted(path for path in source.rglob("0_*") if path.is_file())
+    for path in files:
+        rewritten(path, template()[1]["number"], b"0000001")
+    index([source], out)
+    built = count_built(monkeypatch)
+    for k, path in enumerate(files):
+        rewritten(path, path.stat().st_size - 1, bytes([200 + k]))
+    index([source], out)
+    assert built == []
+    monkeypatch.undo()
+    assert tables(out) == from_nothing(source, out, tmp_path / "whole")
+
+
+def test_a_file_of_several_series__is_built_again_when_its_pixels_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pydicom
+
+    source, out = tmp_path / "src", tmp_path / "out"
+    write_tree(source, 1, 3)
+    path = write_enhanced(source / "many.dcm", np.zeros((8, 5, 6), np.uint16), plain_affine(), [0, 1, 2, 3] * 2)
+    values = pydicom.dcmread(path)
+    values.SOPInstanceUID, values.SeriesInstanceUID = "1.2.3.4", "1.2.3.5"
+    values.save_as(path)
+    index([source], out)
+    before = {row.series_id: Archive.open(out).source_tag(row.series_id) for row in Archive.open(out).select("kind = 'volume'")}
+    built = count_built(monkeypatch)
+    rewritten(path, path.stat().st_size - 1, b"\x07")
+    index([source], out)
+    after = {name: Archive.open(out).source_tag(name) for name in before}
+    assert built == [str(path)] and sum(after[name] != tag for name, tag in before.items()) == 2
+    monkeypatch.undo()
+    assert tables(out) == from_nothing(source, out, tmp_path / "whole")
+
+
 @pytest.mark.parametrize("prefix", ["/a", "/pacs/one/t/200000", "/pacs/one/t/2000000"])
 def test_short__tells_paths_apart_that_differ_in_digits(prefix: str) -> None:
     """DuckDB's own hash takes some of such paths for others; most series of a tree were built again for nothing."""
     paths = f"SELECT printf('{prefix}/%03d/%02d/0_%07d', i // 1000, (i // 100) % 10, i) AS path FROM range(200000) t(i)"
-    (counts,) = duckdb.sql(f"SELECT count(DISTINCT path), count(DISTINCT {grouping._short('path')}) FROM ({paths})").fetchall()
+    (counts,) = duckdb.sql(f"SELECT count(DISTINCT path), count(DISTINCT {changed.short('path')}) FROM ({paths})").fetchall()
     assert counts == (200_000, 200_000)

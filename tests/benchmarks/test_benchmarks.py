@@ -224,6 +224,7 @@ def test_index_scale__counts_what_it_indexed(tmp_path: Path, monkeypatch: pytest
         (300, 300),
         (300, 100),
         (300, 3),
+        (300, 3),
         (300, 300),
         (300, 300),
     ]

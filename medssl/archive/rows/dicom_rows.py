@@ -74,7 +74,10 @@ def add_dicom(
         shared: (issuer, PatientID) of people who differ.
         taken: Series ids given so far.
     """
-    files = sorted(files, key=lambda file: (file.header.get("instance_number") or 0, file.digest))
+    # By what headers say as far as that goes: the order must not change when pixels do.
+    files = sorted(
+        files, key=lambda file: (file.header.get("instance_number") or 0, file.header.get("sop_instance_uid") or "", file.digest)
+    )
     head, folder = files[0].header, str(PurePath(files[0].path).parent)
     series = head.get("series_uid") or folder
     study = head.get("study_uid") or series
