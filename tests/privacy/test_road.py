@@ -377,7 +377,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
     planted.write_cines(house.cines)
     for path in (house.cines / house.sources.name).iterdir():
         os.utime(path, (MODIFIED, MODIFIED))
-    house.run([*matching_road(house), *clip_road(house), withdrawal(house)])
+    house.run([*matching_road(house), *clip_road(house), withdrawal(house)], timeout=200)
     return house
 
 
