@@ -200,11 +200,11 @@ def _build(
     done = 0
     try:
         for name, files in _groups(connection, choose, private / "spill" / "groups"):
-            group, known = build_group(files, key, shared), {file.path: file.known for file in files}
+            group, known = build_group(files, key, shared), {file.path: (file.mtime_ns, *file.known) for file in files}
             for placed in group.files:
                 own = {"file_id": file_id(key, placed.path, placed.digest), "group_key": name}
-                source_id, told = known[placed.path]
-                tables["files"].append({**vars(placed), **own, "source_id": source_id, "told": told})
+                mtime_ns, source_id, told = known[placed.path]
+                tables["files"].append({**vars(placed), **own, "mtime_ns": mtime_ns, "source_id": source_id, "told": told})
             for row, private_row in zip(group.series, group.private):
                 tables["series"].append({**as_record(row), "group_key": name})
                 tables["private"].append({**private_row, "group_key": name})
@@ -248,7 +248,7 @@ def _fill_buckets(connection: Any, private: Path, folder: Path, *, only_changed:
         scan, parts = wide(connection, private, "SELECT * FROM chosen"), parts_of(connection, private, "SELECT part FROM chosen")
     newest = f"SELECT *, {TOLD} AS told FROM ({scan}) UNION ALL BY NAME SELECT *, '{{}}' AS slice FROM unopened"
     rows = f"""SELECT group_key, path, size, kind, reason, digest, header_id, slice,
-        sop_id IS NOT NULL AND sop_id IN (SELECT sop_id FROM conflict) AS conflict, source_id, told FROM ({_corrected(f"({newest})")})"""
+        sop_id IS NOT NULL AND sop_id IN (SELECT sop_id FROM conflict) AS conflict, mtime_ns, source_id, told FROM ({_corrected(f"({newest})")})"""
     headers = f"""SELECT g.group_key, g.header_id, h.header
         FROM (SELECT DISTINCT group_key, header_id FROM live WHERE kind <> 'other') g
         JOIN (SELECT header_id, any_value(header) AS header FROM {parts}
@@ -276,7 +276,7 @@ def _groups(connection: Any, choose: Callable[[str], Choice], folder: Path) -> I
         rows = connection.cursor().execute(f"SELECT * FROM {_read(bucket)} ORDER BY group_key, path")
         while chunk := rows.fetchmany(CHUNK):
             slices = json.loads(f"[{','.join(row[7] for row in chunk)}]")  # in one call: half the time of one call each
-            for (group, path, size, kind, reason, digest, header_id, _, conflict, *known), piece in zip(chunk, slices):
+            for (group, path, size, kind, reason, digest, header_id, _, conflict, mtime_ns, *known), piece in zip(chunk, slices):
                 if group != current:
                     if members:
                         yield current, members
@@ -284,7 +284,9 @@ def _groups(connection: Any, choose: Callable[[str], Choice], folder: Path) -> I
                     while name < group:
                         name, own = next(headers, (group, {}))
                 header = {**own[header_id], **piece} if kind != "other" else {}
-                members.append(Scanned(path, size, kind, reason, digest, header, conflict, choose(path), (known[0], known[1])))
+                members.append(
+                    Scanned(path, size, kind, reason, digest, header, conflict, choose(path), mtime_ns, (known[0], known[1]))
+                )
         yield current, members
 
 
@@ -313,7 +315,8 @@ def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> N
 
     files = joined(
         "files",
-        """SELECT o.* REPLACE (coalesce(n.digest, o.digest) AS digest, coalesce(n.file_id, o.file_id) AS file_id)
+        """SELECT o.* REPLACE (coalesce(n.digest, o.digest) AS digest, coalesce(n.mtime_ns, o.mtime_ns) AS mtime_ns,
+            coalesce(n.file_id, o.file_id) AS file_id)
         FROM {old} LEFT JOIN new_files n USING (source_id)""",
     )
     owner = joined(

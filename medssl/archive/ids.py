@@ -59,9 +59,14 @@ def file_id(key: IdKey, path: str, digest: str) -> str:
     return key.make("file", "", f"{digest} {path}")
 
 
-def source_tag(key: IdKey, digests: Iterable[str]) -> str:
-    """Return what stands for the content of files in this order: another value means that they have changed."""
-    return key.make("source", "", " ".join(digests))
+def source_tag(key: IdKey, files: Iterable[tuple[str, int]]) -> str:
+    """Return what stands for the content of files in this order: another value means that they may have changed.
+
+    Args:
+        key: The owner's key.
+        files: Digest and time of change of each. Digests of large files do not cover all of them.
+    """
+    return key.make("source", "", " ".join(f"{digest} {mtime_ns}" for digest, mtime_ns in files))
 
 
 def is_placeholder(patient_id: str) -> bool:

@@ -307,9 +307,14 @@ def test_files_with_other_pixels__leave_rows_and_get_new_ids(tmp_path: Path, mon
     before, archive = tables(out), Archive.open(out)
     tags = {row.series_id: archive.source_tag(row.series_id) for row in archive.select()}
     built = count_built(monkeypatch)
-    os.utime(files[0], ns=(1, 1))
+    os.utime(files[5], ns=(1, 1))  # the digest of a large file does not cover all of it: the tag follows the time too
     index([source], out)
-    assert built == [] and {**tables(out), "listing": []} == {**before, "listing": []}
+    assert built == [] and tables(out)["series.parquet"] == before["series.parquet"] and tables(out)["files"] == before["files"]
+    archive = Archive.open(out)
+    assert {name for name, tag in tags.items() if archive.source_tag(name) != tag} == {
+        name for name in tags if files[5] in archive.files(name)
+    }
+    tags = {name: archive.source_tag(name) for name in tags}
     for k, path in enumerate(files[:5]):
         rewritten(path, path.stat().st_size - 1, bytes([200 + k]))
     index([source], out)

@@ -97,6 +97,7 @@ class Scanned:
         header: Header values.
         conflict: Another file with other content has the same instance UID.
         choice: What the user said about it.
+        mtime_ns: When it was changed.
         known: `source_id` and `told` of `table.PRIVATE_FILE_COLUMNS`.
     """
 
@@ -108,6 +109,7 @@ class Scanned:
     header: Mapping[str, Any]
     conflict: bool = False
     choice: Choice = field(default_factory=Choice)
+    mtime_ns: int = 0
     known: tuple[int, int | None] = (0, None)
 
 
@@ -177,7 +179,7 @@ def place(
     A file that holds several series belongs to the first of them; the others name that one (`files_of`).
     """
     out.series.append(row)
-    tag = source_tag(key, (member.digest for member in members))
+    tag = source_tag(key, ((member.digest, member.mtime_ns) for member in members))
     owner = placed[members[0].path].series_id
     text = None if part is None else json.dumps(part)
     out.private.append({"series_id": row.series_id, "source_tag": tag, "part": text, "files_of": owner, **(private or {})})
