@@ -8,8 +8,7 @@ follow from digest and time are made again, which takes no header.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,9 @@ from medssl.archive.ids import IdKey, file_id, source_tag
 
 BATCH = 20_000
 """Rows taken from and given to DuckDB at a time."""
+
+SOURCE_FOLD = "bit_xor(('0x' || md5(concat_ws(' ', place, digest, mtime_ns))[:16])::UBIGINT)"
+"""`ids.source_fold` of the files of a series, as an SQL aggregate."""
 
 
 def short(text: str) -> str:
@@ -79,12 +81,11 @@ def name_anew(connection: Any, private: Path, key: IdKey) -> None:
     files = _rows(connection, "SELECT source_id, path, digest, mtime_ns FROM reworded")
     ids = ((source_id, digest, mtime_ns, file_id(key, path, digest)) for source_id, path, digest, mtime_ns in files)
     _insert(connection, "new_files", ids)
-    query = f"""SELECT f.series_id, coalesce(r.digest, f.digest), coalesce(r.mtime_ns, f.mtime_ns)
+    current = f"""SELECT f.series_id, f.place, coalesce(r.digest, f.digest) AS digest, coalesce(r.mtime_ns, f.mtime_ns) AS mtime_ns
         FROM read_parquet({quote(private / "files.parquet")}) f LEFT JOIN reworded r USING (source_id)
-        WHERE f.series_id IS NOT NULL AND f.place IS NOT NULL
-        AND f.group_key IN (SELECT group_key FROM reworded) ORDER BY f.series_id, f.place"""
-    series = groupby(_rows(connection, query), key=itemgetter(0))
-    _insert(connection, "new_tags", ((name, source_tag(key, [row[1:] for row in rows])) for name, rows in series))
+        WHERE f.series_id IS NOT NULL AND f.place IS NOT NULL AND f.group_key IN (SELECT group_key FROM reworded)"""
+    series = _rows(connection, f"SELECT series_id, {SOURCE_FOLD} FROM ({current}) GROUP BY series_id")
+    _insert(connection, "new_tags", ((name, source_tag(key, fold)) for name, fold in series))
 
 
 def _rows(connection: Any, query: str) -> Iterator[tuple[Any, ...]]:

@@ -189,14 +189,14 @@ def _build(
     """Build groups one after the other into tables beside the final ones."""
     private = out / "private"
     shared = {(row[0], row[1]) for row in connection.execute("SELECT issuer, patient_id FROM shared").fetchall()}
-    # A full build sorts much before: what the connection still holds of that, and what writing takes, would add up.
-    writing = connection if only_changed else None
+    total = _fill_buckets(connection, private, private / "spill" / "groups", only_changed=only_changed)
+    # A large full build sorts much before: what the connection still holds of that, and what writing takes, would add up.
+    writing = connection if only_changed or total <= BUCKET_ROWS else None
     tables = {
         "files": TableWriter(private / "new-files.parquet", PRIVATE_FILE_COLUMNS, writing),
         "private": TableWriter(private / "new-private.parquet", PRIVATE_SERIES_COLUMNS, writing),
         "series": TableWriter(private / "new-series.parquet", {**SERIES_COLUMNS, "group_key": "VARCHAR"}, writing),
     }
-    total = _fill_buckets(connection, private, private / "spill" / "groups", only_changed=only_changed)
     done = 0
     try:
         for name, files in _groups(connection, choose, private / "spill" / "groups"):
