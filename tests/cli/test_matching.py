@@ -138,6 +138,7 @@ def source_of(recipe: PretrainRecipe, **changes: Any) -> Any:
     return data_sources.training_source(shelf, recipe.sources["main"], items, recipe.train.batch)
 
 
+@pytest.mark.slow
 def test_alice_road__matcher_embed_and_pairs_of_two_patients(archive: Path, run: Path, tmp_path: Path) -> None:
     changes = [f"data.index={archive}", f"out={tmp_path / 'alice'}", "train.steps=3", "train.monitor_items=0", matched(run)]
     embed(ALICE, run, changes)  # the recipe that needs the embeddings names the volumes

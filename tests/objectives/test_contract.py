@@ -127,7 +127,10 @@ def test_cases__cover_the_registry() -> None:
     assert all("check_objective(" in text for text in texts)
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+LONG = {"intra_inter_clustering deepcluster"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in sorted(CASES)])
 def test_objective__keeps_the_contract(name: str) -> None:
     make, views, how = CASES[name]
     torch.manual_seed(0)
