@@ -68,6 +68,11 @@ def quote(path: Path) -> str:
     return "'" + str(path).replace("'", "''") + "'"
 
 
+def short(text: str) -> str:
+    """Return SQL for 64 bits that stand for a text. DuckDB's own `hash` is equal for many paths that differ in a few digits only."""
+    return f"hash(md5({text}))"
+
+
 def files_of(paths: Sequence[Path]) -> str:
     """Return a list of paths as an SQL list literal."""
     return "[" + ", ".join(quote(path) for path in paths) + "]"

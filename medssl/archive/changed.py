@@ -22,15 +22,10 @@ SOURCE_FOLD = "bit_xor(('0x' || md5(concat_ws(' ', place, digest, mtime_ns))[:16
 """`ids.source_fold` of the files of a series, as an SQL aggregate."""
 
 
-def short(text: str) -> str:
-    """Return SQL for 64 bits that stand for a text. DuckDB's own `hash` is equal for many paths that differ in a few digits only."""
-    return f"hash(md5({text}))"
-
-
 def find_changed(connection: Any, private: Path) -> None:
     """Find what the tables on disk do not describe any more.
 
-    Makes `changed` (`group_key`), the groups to build again, and `reworded` (`group_key`, `source_id`, `path`, `digest`, `mtime_ns`), files
+    Makes `changed` (`group_key`), the groups to build again, and `reworded` (`group_key`, `path_id`, `path`, `digest`, `mtime_ns`), files
     of other groups that have a new digest or time and are else what they were.
 
     Args:
@@ -39,14 +34,14 @@ def find_changed(connection: Any, private: Path) -> None:
     """
     files, series, marks = (quote(private / f"{name}.parquet") for name in ("files", "series", "marks"))
     # A hash of the digest, so that few bytes a file are held; a collision builds a group too many.
-    facts = "source_id, group_key, hash(digest) AS digest, mtime_ns, told"
+    facts = "path_id, group_key, hash(digest) AS digest, mtime_ns, told"
     connection.execute(
-        f"""CREATE TABLE altered AS SELECT source_id, before.group_key AS was, now.group_key AS is_now,
+        f"""CREATE TABLE altered AS SELECT path_id, before.group_key AS was, now.group_key AS is_now,
             coalesce(now.alone AND before.group_key = now.group_key AND before.told = now.told AND NOT before.withdrawn, false) AS content_alone
         FROM (SELECT {facts}, reason IS NOT DISTINCT FROM 'withdrawn' AS withdrawn FROM read_parquet({files})) before
         FULL JOIN (SELECT {facts}, part IS NULL AS unopened,
             kind = 'dicom' AND reason IS NULL AND sop_id IS NOT NULL AND sop_id NOT IN (SELECT sop_id FROM conflict) AS alone FROM live) now
-        USING (source_id) WHERE now.unopened
+        USING (path_id) WHERE now.unopened
             OR (before.group_key, before.digest, before.mtime_ns, before.told)
             IS DISTINCT FROM (now.group_key, now.digest, now.mtime_ns, now.told)"""
     )
@@ -60,8 +55,8 @@ def find_changed(connection: Any, private: Path) -> None:
         UNION ALL SELECT group_key FROM (FROM read_parquet({marks}) EXCEPT FROM marks)) WHERE group_key IS NOT NULL"""
     )
     connection.execute(
-        """CREATE TABLE reworded AS SELECT group_key, source_id, path, digest, mtime_ns FROM live
-        WHERE source_id IN (SELECT source_id FROM altered WHERE content_alone) AND group_key NOT IN (SELECT group_key FROM changed)"""
+        """CREATE TABLE reworded AS SELECT group_key, path_id, path, digest, mtime_ns FROM live
+        WHERE path_id IN (SELECT path_id FROM altered WHERE content_alone) AND group_key NOT IN (SELECT group_key FROM changed)"""
     )
     connection.execute("DROP TABLE altered")
 
@@ -69,20 +64,20 @@ def find_changed(connection: Any, private: Path) -> None:
 def name_anew(connection: Any, private: Path, key: IdKey) -> None:
     """Make the ids that follow from the digests and times of `reworded`.
 
-    The connection gets tables `new_files` (`source_id`, `digest`, `mtime_ns`, `file_id`) and `new_tags` (`series_id`, `source_tag`).
+    The connection gets tables `new_files` (`path_id`, `digest`, `mtime_ns`, `file_id`) and `new_tags` (`series_id`, `source_tag`).
 
     Args:
         connection: With `reworded`.
         private: Folder `private` of the index.
         key: The owner's key.
     """
-    connection.execute("CREATE TABLE new_files (source_id BIGINT, digest VARCHAR, mtime_ns BIGINT, file_id VARCHAR)")
+    connection.execute("CREATE TABLE new_files (path_id UBIGINT, digest VARCHAR, mtime_ns BIGINT, file_id VARCHAR)")
     connection.execute("CREATE TABLE new_tags (series_id VARCHAR, source_tag VARCHAR)")
-    files = _rows(connection, "SELECT source_id, path, digest, mtime_ns FROM reworded")
-    ids = ((source_id, digest, mtime_ns, file_id(key, path, digest)) for source_id, path, digest, mtime_ns in files)
+    files = _rows(connection, "SELECT path_id, path, digest, mtime_ns FROM reworded")
+    ids = ((path_id, digest, mtime_ns, file_id(key, path, digest)) for path_id, path, digest, mtime_ns in files)
     _insert(connection, "new_files", ids)
     current = f"""SELECT f.series_id, f.place, coalesce(r.digest, f.digest) AS digest, coalesce(r.mtime_ns, f.mtime_ns) AS mtime_ns
-        FROM read_parquet({quote(private / "files.parquet")}) f LEFT JOIN reworded r USING (source_id)
+        FROM read_parquet({quote(private / "files.parquet")}) f LEFT JOIN reworded r USING (path_id)
         WHERE f.series_id IS NOT NULL AND f.place IS NOT NULL AND f.group_key IN (SELECT group_key FROM reworded)"""
     series = _rows(connection, f"SELECT series_id, {SOURCE_FOLD} FROM ({current}) GROUP BY series_id")
     _insert(connection, "new_tags", ((name, source_tag(key, fold)) for name, fold in series))

@@ -27,10 +27,10 @@ PRIVATE_FILE_COLUMNS: dict[str, str] = {
     "mtime_ns": "BIGINT",
     "sop_uid": "VARCHAR",
     "group_key": "VARCHAR",
-    "source_id": "BIGINT",
+    "path_id": "UBIGINT",
     "told": "UBIGINT",
 }
-"""`source_id`, `told`: as in `known.KNOWN_COLUMNS`, of what the rows were built from."""
+"""`path_id`, `told`: as in `known.KNOWN_COLUMNS`, of what the rows were built from."""
 PRIVATE_SERIES_COLUMNS: dict[str, str] = {
     "series_id": "VARCHAR",
     "source_tag": "VARCHAR",

@@ -98,7 +98,7 @@ class Scanned:
         conflict: Another file with other content has the same instance UID.
         choice: What the user said about it.
         mtime_ns: When it was changed.
-        known: `source_id` and `told` of `table.PRIVATE_FILE_COLUMNS`.
+        known: `path_id` and `told` of `table.PRIVATE_FILE_COLUMNS`.
     """
 
     path: str
