@@ -25,9 +25,10 @@ from medssl.errors import RequestError
 from medssl.evaluation.controls import control_features
 from medssl.evaluation.features import embed, probe_table
 from medssl.evaluation.knn import knn_probe
-from medssl.evaluation.linear_probe import linear_probe
+from medssl.evaluation.linear_probe import linear_predict, linear_probe
 from medssl.evaluation.scores import METRICS
 from medssl.recipe import EvaluateRecipe, PretrainRecipe, ProbeSection, Recipe, SourceSection
+from medssl.registry import lookup
 from medssl.sampling.items import Item, items_hash
 from medssl.sampling.items import write as write_items
 from medssl.training import distributed
@@ -35,6 +36,7 @@ from medssl.training.event_file import EventFile
 from medssl.training.loop import Callback, train
 from medssl.training.monitors import CollapseMonitor, feature_monitors
 from medssl.training.run_folder import RunFolder, facts_of_machine, now
+from medssl.types import DrawKey, Views
 from medssl.weights import find_part, load_part, private_folder, write_atomic
 
 Progress = Callable[[int, int], None]
@@ -257,6 +259,7 @@ def pretrain(
             distributed.choose_strategy(recipe.train.strategy, world) != "fsdp"
         ):  # a sharded objective has no whole forward on one rank
             write_reconstructions(objective, next(iter(sources.values())), run, world.device)
+            write_clips(objective, next(iter(sources.values())), run, world.device)
     return RunResult(run.path, status, len(items), failed)
 
 
@@ -506,16 +509,40 @@ def write_reconstructions(objective: Any, source: ImageLike, run: RunFolder, dev
     """Leave a few reconstructions in figures/reconstruction.npz for the report, when the objective can make them."""
     if not hasattr(objective, "reconstruct"):
         return
-    from medssl.types import DrawKey
 
-    keys = [DrawKey(source_seed(run), 10**9, place) for place in range(count)]  # a step that no run reaches
-    views = source.views(source.fetch(keys), device)
+    views = views_of_no_step(source, run, device, count)
     objective.eval()
     pictures = {name: value.float().cpu().numpy() for name, value in objective.reconstruct(views).items()}
     arrays = {name: pictures[name][:, 0].astype(np.float32) for name in ("input", "masked", "output")}
     arrays["mask"] = pictures["mask"] > 0
     arrays["spacing_mm"] = views.meta.spacing_mm[source.view_maker.name][:, 0].numpy()
     save_npz(run.figures / "reconstruction.npz", arrays)
+
+
+def write_clips(objective: Any, source: ImageLike, run: RunFolder, device: torch.device, count: int = 3) -> None:
+    """Leave a few clips with their prototypes in figures/clips.npz for the report, when the objective assigns any."""
+    if not hasattr(objective, "assignments") or objective.prototypes is None:
+        return
+    views = views_of_no_step(source, run, device, count)
+    objective.eval()
+    found = {name: value.cpu().numpy() for name, value in objective.assignments(views).items()}
+    name = source.view_maker.name
+    frames = found["input"].astype(np.float32).mean(axis=1)
+    tubelet = frames.shape[1] // found["mask"].shape[1]
+    arrays = {
+        "frames": frames,
+        "sector": views[f"{name}_sector"][:, :, 0].flatten(0, 1).cpu().numpy(),
+        "time_s": views[f"{name}_time_s"].flatten(0, 1).cpu().numpy(),
+        "hidden": found["mask"][:, 0],  # tubes: alike at all times
+        **{f"{branch}_prototypes": found[branch].repeat(tubelet, axis=1) for branch in ("video", "frame")},
+    }
+    save_npz(run.figures / "clips.npz", arrays)
+
+
+def views_of_no_step(source: ImageLike, run: RunFolder, device: torch.device, count: int) -> Views:
+    """Return training views of a step that no run reaches, for pictures."""
+    keys = [DrawKey(source_seed(run), 10**9, place) for place in range(count)]
+    return source.views(source.fetch(keys), device)
 
 
 def source_seed(run: RunFolder) -> int:
@@ -578,6 +605,10 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
     }
     private_folder(Path(recipe.out))
     write_atomic(Path(recipe.out) / "evaluate.json", json.dumps(result, indent=1).encode())
+    if recipe.task == "regression":
+        predicted = linear_predict(features, targets, groups, task="regression", seed=recipe.seed)
+        private_folder(Path(recipe.out) / "figures")
+        save_npz(Path(recipe.out) / "figures" / "regression.npz", {"target": targets, "predicted": predicted})
     return result
 
 
@@ -589,9 +620,27 @@ def evaluation_cards(recipe: EvaluateRecipe, shelf: data_sources.Shelf) -> list[
 
 
 def evaluation_section(recipe: EvaluateRecipe, manifest: Mapping[str, Any]) -> SourceSection:
-    """Return the recipe's source with the views of the weights (size, spacing, normalisation) where the recipe names none."""
-    views = {"size": manifest["image_size"], "normalize": manifest["intensity"]["normalize"], **recipe.source.views}
-    if manifest.get("spacing_source") == "views":
+    """Return the recipe's source with the views of the weights where the recipe names none.
+
+    These are size, spacing and normalisation; for an encoder of clips also the kind, the frames and their rate.
+
+    Raises:
+        RequestError: Clips are asked for, and the encoder takes none.
+    """
+    given = recipe.source.views
+    encoder = manifest["encoder"]
+    clips = getattr(lookup("encoder", encoder["name"]), "takes_clips", False)
+    if given.get("kind") == "clip" and not clips:
+        raise RequestError(
+            f"source.views.kind: clip, and the weights are of encoder {encoder['name']}, which takes no clips; choose kind: image or stack "
+            "where it takes those, or weights of video_vit"
+        )
+    views = {"size": manifest["image_size"], "normalize": manifest["intensity"]["normalize"], **given}
+    if clips and given.get("kind", "clip") == "clip":
+        views = {"kind": "clip", "channels": "mean" if encoder["args"]["in_channels"] == 1 else "keep", **views}
+        if shown := manifest.get("clip"):
+            views = data_sources.with_timing(views, shown["frames"], shown["fps"])
+    elif manifest.get("spacing_source") == "views":
         views.setdefault("spacing_mm", manifest["spacing_mm"])
     return recipe.source.model_copy(update={"views": views})
 

@@ -71,12 +71,18 @@ def fit_faults(recipe: PretrainRecipe) -> list[str]:
         return [f'objective.encoder: no encoder named "{chosen}"{near(str(chosen), recipe.encoders)}']
     name = recipe.encoders[chosen].name
     needs = getattr(lookup("objective", recipe.objective.name), "needs", ())
-    encoder = lookup("encoder", name)
-    if all(getattr(encoder, need, False) for need in needs):
+
+    def fits(encoder: str) -> bool:
+        found = lookup("encoder", encoder)
+        if getattr(found, "takes_clips", False) and "takes_clips" not in needs:
+            return False  # other objectives bring no clips
+        return all(getattr(found, need, False) for need in needs)
+
+    if fits(name):
         return []
-    fitting = sorted(other for other in ENCODERS if all(getattr(lookup("encoder", other), need, False) for need in needs))
+    fitting = sorted(other for other in ENCODERS if fits(other))
     return [
-        f"objective.name: {recipe.objective.name} cannot work on encoder {name} (it needs {', '.join(needs)}); "
+        f"objective.name: {recipe.objective.name} cannot work on encoder {name} (it needs {', '.join(needs) or 'no clips'}); "
         f"encoders that fit: {', '.join(fitting)}"
     ]
 
@@ -89,11 +95,14 @@ def crop_faults(recipe: PretrainRecipe) -> list[str]:
         size, grid = (views.size, views.mask_grid) if isinstance(views, VolumeViews) else (views.size, None)
         path = "views" if len(recipe.sources) == 1 else f"sources.{source_name}.views"
         for name, encoder in recipe.encoders.items():
-            patch = lookup("encoder", encoder.name).divisor(encoder.args)
+            target = lookup("encoder", encoder.name)
+            patch = target.divisor(encoder.args)
+            clips = getattr(target, "takes_clips", False) and views.spec.kind == "clip"
+            shown: tuple[int, ...] = views.spec.size if clips else size  # frames of a clip come first
             place = "encoder" if len(recipe.encoders) == 1 else f"encoders.{name}"
-            if any(n % p for n, p in zip(size, patch)):
-                faults.append(f"{place}: patch {patch} does not divide {path}.size {size}; choose sizes that are multiples of it")
-            if recipe.objective.name == "mae" and grid != tuple(n // p for n, p in zip(size, patch)):
+            if any(n % p for n, p in zip(shown, patch)):
+                faults.append(f"{place}: patch {patch} does not divide {path}.size {shown}; choose sizes that are multiples of it")
+            if recipe.objective.name == "mae" and grid != tuple(n // p for n, p in zip(shown, patch)):
                 faults.append(f"{path}.mask.cell: objective mae drops tokens, so a mask cell must be one patch: cell={list(patch)}")
         if recipe.objective.name.startswith(("mae", "alice")) and grid is None:
             faults.append(

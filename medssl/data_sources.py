@@ -1,7 +1,8 @@
 """From a recipe's sources to objects: what is selected, cached, drawn from, and shown to probes.
 
-Views come in four kinds (`views.kind` of a source): `volume` crops of volumes; `pair` two crops of volumes that belong together, under
-the key `volume` as well; `image` pictures, single slices and frames; `stack` slices of a volume or frames of a clip, in order.
+Views come in five kinds (`views.kind` of a source): `volume` crops of volumes; `pair` two crops of volumes that belong together, under
+the key `volume` as well; `image` pictures, single slices and frames; `stack` slices of a volume or frames of a clip, in order; `clip`
+ultrasound cines sampled by time.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from medssl.archive.table import Archive, SeriesRow
 from medssl.cards.named import SourceCards
-from medssl.errors import RequestError, header_words, near
+from medssl.errors import ImageError, RequestError, header_words, near
 from medssl.recipe import Component, SourceSection
 from medssl.registry import argument_faults, component_faults, lookup
+from medssl.sampling.clips import ClipSampler, ClipSource, MiddleClips, check_clip
 from medssl.sampling.items import Item, freeze
 from medssl.sampling.pairs import PairSampler, PairSource
 from medssl.sampling.planes import MiddlePlanes, PlaneSampler, PlaneSource, slice_axis
@@ -30,13 +32,14 @@ from medssl.sampling.source import ImageSource
 from medssl.store.manifest import store_key
 from medssl.store.reader import StoreReader
 from medssl.store.writer import CacheSummary, cache_items
-from medssl.types import Box, DrawKey, Stack, Views, ViewsMeta, ViewSpec
+from medssl.types import Box, ClipBatch, DrawKey, Stack, Views, ViewsMeta, ViewSpec
+from medssl.views.clips import ClipFrames, ClipViews
 from medssl.views.pipeline import Crop, VolumeViews
 from medssl.views.planes import Planes, PlaneViews
 
 Progress = Callable[[int, int], None]
-ViewMaker = VolumeViews | PlaneViews
-ImageLike = ImageSource | PlaneSource | PairSource
+ViewMaker = VolumeViews | PlaneViews | ClipViews
+ImageLike = ImageSource | PlaneSource | ClipSource | PairSource
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class ViewKind:
     """
 
     items: tuple[str, ...]
-    maker: type[VolumeViews] | type[PlaneViews]
-    sampler: tuple[str, type[CropSampler] | type[PlaneSampler] | type[PairSampler]]
+    maker: type[VolumeViews] | type[PlaneViews] | type[ClipViews]
+    sampler: tuple[str, type[CropSampler] | type[PlaneSampler] | type[ClipSampler] | type[PairSampler]]
     given: tuple[str, ...]
     plain: tuple[str, ...]
 
@@ -83,6 +86,13 @@ VIEW_KINDS: dict[str, ViewKind] = {
     ),
     "stack": ViewKind(
         ("volume", "cine"), PlaneViews, ("planes", PlaneSampler), ("source", "ids", "record", "slices", "batch"), _PLAIN_PLANES
+    ),
+    "clip": ViewKind(
+        ("cine",),
+        ClipViews,
+        ("clips", ClipSampler),
+        ("source", "ids", "record", "frames", "fps", "count", "fill", "batch"),
+        ("size", "frames", "fps", "clip_seconds", "fill", "normalize", "channels"),
     ),
 }
 
@@ -114,7 +124,8 @@ def plain_views(views: Mapping[str, Any]) -> ViewMaker:
 
 def view_faults(path: str, views: Mapping[str, Any]) -> list[str]:
     """Check the arguments of the views, their values included."""
-    views = {"size": 16, **views} if path == "source.views" else views  # evaluation takes the size from the weights
+    if path == "source.views":  # evaluation takes the rest from the weights
+        views = {"size": 16, **(with_timing(views, 16, 16.0) if views.get("kind") == "clip" else views)}
     kind = views.get("kind", "volume")
     if kind not in VIEW_KINDS:
         return [f'{path}.kind: unknown kind "{kind}"{near(str(kind), VIEW_KINDS)}; accepted: {", ".join(VIEW_KINDS)}']
@@ -132,6 +143,13 @@ def view_faults(path: str, views: Mapping[str, Any]) -> list[str]:
     except (RequestError, TypeError, ValueError) as err:
         return [f"{path}.{err}"]
     return []
+
+
+def with_timing(views: Mapping[str, Any], frames: int, fps: float) -> dict[str, Any]:
+    """Return the views of clips with the rate, then the number of frames given here, until two of `frames`, `fps`, `clip_seconds` are given."""
+    given = [key for key in ("frames", "fps", "clip_seconds") if views.get(key) is not None]
+    lacking = [pair for pair in (("fps", fps), ("frames", frames)) if pair[0] not in given]
+    return {**views, **dict(lacking[: max(0, 2 - len(given))])}
 
 
 def source_faults(path: str, source: SourceSection) -> list[str]:
@@ -218,11 +236,25 @@ def fill_shelf(name: str, source: SourceSection, where: str | None = None, on_pr
     rows = select_rows(source, domain.name, archive, where)
     folder = store_folder(source, domain)
     summary = cache_items(archive, rows, domain, folder, on_progress=on_progress)
+    reader = StoreReader(folder)
+    if view_kind(source.views).maker is ClipViews:
+        summary.failed.update(unusable_clips(reader, [row for row in rows if row.series_id not in summary.failed]))
     kept = [row for row in rows if row.series_id not in summary.failed]
     if not kept:
         reasons = sorted({reason for reason, _ in summary.failed.values()})
         raise RequestError(f"source {name}: none of {len(rows)} series could be cached ({', '.join(reasons)}); nothing to train on")
-    return Shelf(name, archive, kept, domain, StoreReader(folder), summary)
+    return Shelf(name, archive, kept, domain, reader, summary)
+
+
+def unusable_clips(reader: StoreReader, rows: Sequence[SeriesRow]) -> dict[str, tuple[str, str]]:
+    """Return the cines that cannot be sampled by time, or hold no motion: series_id -> reason and message."""
+    found = {}
+    for row in rows:
+        try:
+            check_clip(reader.record(row.series_id))
+        except ImageError as err:
+            found[row.series_id] = (err.reason, str(err))
+    return found
 
 
 def freeze_items(shelves: Sequence[Shelf], sources: Mapping[str, SourceSection], cards: Mapping[str, SourceCards]) -> list[Item]:
@@ -254,7 +286,7 @@ def check_items(shelf: Shelf, section: SourceSection, encoders: Sequence[Any]) -
         RequestError: Channels do not fit, or a stack of frames whose times nobody knows.
     """
     records = [shelf.reader.record(row.series_id) for row in shelf.rows]
-    one = section.views.get("channels") == "mean"
+    one = section.views.get("channels", "mean" if view_kind(section.views).maker is ClipViews else "keep") == "mean"
     found = Counter(1 if one else record.channels for record in records)
     accepted = {encoder.in_channels for encoder in encoders if hasattr(encoder, "in_channels")}
     wrong = sorted(set(found) - accepted)
@@ -293,6 +325,12 @@ def training_source(shelf: Shelf, section: SourceSection, items: Sequence[Item],
     if isinstance(views, VolumeViews):
         crops = CropSampler(shelf.name, sorted(series), record, views.box_size_mm, batch=batch, **section.sampler.args)
         return ImageSource(shelf.name, shelf.domain.name, shelf.reader, series, crops, views, crop=Crop, weight=section.weight)
+    if isinstance(views, ClipViews):
+        timing = (views.frames, views.fps, views.count, views.fill)
+        clips = ClipSampler(shelf.name, sorted(series), record, *timing, batch=batch, **section.sampler.args)
+        return ClipSource(
+            shelf.name, shelf.domain.name, shelf.reader, series, clips, views, frames=ClipFrames, weight=section.weight
+        )
     planes = PlaneSampler(shelf.name, sorted(series), record, views.slices, batch=batch, **section.sampler.args)
     return PlaneSource(shelf.name, shelf.domain.name, shelf.reader, series, planes, views, planes=Planes, weight=section.weight)
 
@@ -355,6 +393,9 @@ def evaluation_source(
     if isinstance(views, VolumeViews):
         centre = CentreSampler(name, sorted(numbered), record, views.box_size_mm)
         return ImageSource(name, shelf.domain.name, shelf.reader, numbered, centre, views, crop=Crop)
+    if isinstance(views, ClipViews):
+        clips = MiddleClips(name, sorted(numbered), record, views.frames, views.fps, views.count, views.fill)
+        return ClipSource(name, shelf.domain.name, shelf.reader, numbered, clips, views, frames=ClipFrames)
     middle = MiddlePlanes(name, sorted(numbered), record, views.slices, section.sampler.args.get("axis", "auto"))
     return PlaneSource(name, shelf.domain.name, shelf.reader, numbered, middle, views, planes=Planes)
 
@@ -366,14 +407,18 @@ def evaluation_batches(source: ImageLike, device: torch.device, batch: int = 4, 
         yield source.views(source.fetch(keys), device)
 
 
-def images_and_ids(source: ImageLike, device: torch.device, batch: int = 4) -> Iterable[tuple[Tensor | Stack, list[int]]]:
-    """Yield (B, C, *size) images, or stacks, and ids, as `evaluation.features.embed` takes them."""
+def images_and_ids(
+    source: ImageLike, device: torch.device, batch: int = 4
+) -> Iterable[tuple[Tensor | Stack | ClipBatch, list[int]]]:
+    """Yield (B, C, *size) images, stacks or clips, and ids, as `evaluation.features.embed` takes them."""
     for views in evaluation_batches(source, device, batch):
         yield first_view(views, source.view_maker.name), views.meta.ids.tolist()
 
 
-def first_view(views: Views, name: str) -> Tensor | Stack:
+def first_view(views: Views, name: str) -> Tensor | Stack | ClipBatch:
     """Return the first view of each item: what an encoder takes."""
+    if f"{name}_sector" in views:
+        return ClipBatch.of(views, name)
     if f"{name}_depth" not in views or views[name].dim() != 6:
         return views[name][:, 0]
     valid = views.meta.valid[name][:, 0].flatten(2).any(dim=2)
@@ -403,6 +448,19 @@ def random_views(maker: ViewMaker, batch: int, channels: int, device: torch.devi
         ]
         data, seen, _, _ = maker.batch(crops, device)
         valid = {maker.name: seen}
+    elif isinstance(maker, ClipViews):
+        shape = (maker.frames, channels, *maker.size)
+        order = np.broadcast_to(np.arange(maker.frames), (maker.count, maker.frames))
+        shown = np.ones(order.shape, bool)
+        speed = np.ones(maker.count)
+        sector = np.ones(maker.size, bool)
+        times = order / maker.fps
+        stats["max"] = 1.0
+        clips = [
+            ClipFrames(rng.random(shape, np.float32), sector, None, order, shown, times, order, speed, stats, key, n)
+            for n, key in enumerate(keys)
+        ]
+        data, valid, _ = maker.batch(clips, device)
     else:
         n = maker.slices or 1
         shape = (n, channels, *maker.size)

@@ -60,10 +60,10 @@ class SourceSection(Node):
     domain: ComponentField = Field(description="mri or ct")
     sampler: ComponentField = Field(
         default_factory=lambda: Component(name="crops"),
-        description="crops; pairs where views.kind is pair, planes where it is image or stack",
+        description="crops; pairs where views.kind is pair, planes where it is image or stack, clips where it is clip",
     )
     views: dict[str, Any] = Field(
-        description="kind (volume, pair, image or stack) and arguments of the views: size, normalize, flip, ..."
+        description="kind (volume, pair, image, stack or clip) and arguments of the views: size, normalize, flip, ..."
     )
     store: str | None = Field(None, description="Store folder; default ARCHIVE/store")
     weight: float = Field(1.0, gt=0, description="Relative frequency of steps that use this source")
@@ -81,7 +81,7 @@ class SourceSection(Node):
             return raw
         sampler = raw.get("sampler") or {}
         if isinstance(sampler, Mapping) and "name" not in sampler:
-            name = {"volume": "crops", "pair": "pairs"}.get(str(raw["views"].get("kind", "volume")), "planes")
+            name = {"volume": "crops", "pair": "pairs", "clip": "clips"}.get(str(raw["views"].get("kind", "volume")), "planes")
             return {**raw, "sampler": {"name": name, **sampler}}
         return raw
 

@@ -19,6 +19,7 @@ ENCODERS: dict[str, str] = {
     "swin3d": "medssl.encoders.swin3d:Swin3D",
     "image2d": "medssl.encoders.image2d:Image2D",
     "slice_volume": "medssl.encoders.slice_volume:SliceVolumeEncoder",
+    "video_vit": "medssl.encoders.video_vit:VideoViT",
 }
 OBJECTIVES: dict[str, str] = {
     "mae": "medssl.objectives.mae:MAE",
@@ -28,6 +29,9 @@ OBJECTIVES: dict[str, str] = {
     "graph_matching": "medssl.objectives.graph_matching:GraphMatching",
     "global_local_contrast": "medssl.objectives.global_local_contrast:GlobalLocalContrast",
     "anatomical_embedding": "medssl.objectives.anatomical_embedding:AnatomicalEmbedding",
+    "cluster_distillation": "medssl.objectives.cluster_distillation:ClusterDistillation",
+    "video_mae": "medssl.objectives.video_mae:VideoMAE",
+    "relative_speed": "medssl.objectives.relative_speed:RelativeSpeed",
 }
 MATCHERS: dict[str, str] = {
     "embedding": "medssl.matching.embedding:EmbeddingMatcher",

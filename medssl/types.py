@@ -128,12 +128,14 @@ class ViewSpec:
         size: Spatial size in voxels, (X, Y, Z) for a volume.
         spacing_mm: Voxel size along each axis in mm; None keeps the item's own spacing.
         count: Views per item (V).
+        fps: Frames per second of a clip that is sampled by time; None for anything else.
     """
 
     kind: Kind
     size: tuple[int, ...]
     spacing_mm: tuple[float, ...] | None = None
     count: int = 1
+    fps: float | None = None
 
 
 @dataclass
@@ -204,6 +206,52 @@ class Stack:
 
     def __len__(self) -> int:
         return len(self.planes)
+
+
+@dataclass
+class ClipBatch:
+    """Clips of B items as a video encoder takes them: `encoder.forward_features(batch.video, valid=batch.pixels)`.
+
+    Args:
+        video: (B, C, T, H, W) float; outside the sector all pixels hold one constant.
+        valid: (B, T) bool, True = a frame of the file that is shown for the first time; False = filled in from other frames, because
+            the file ended. The true frames come first.
+        sector: (B, 1, H, W) bool, True = inside the sector, the same for all frames.
+        frame_time_s: (B, T) float32 seconds since the first frame shown, rising, also over frames that were filled in.
+    """
+
+    video: Tensor
+    valid: Tensor
+    sector: Tensor
+    frame_time_s: Tensor
+
+    @classmethod
+    def of(cls, views: Views, name: str = "clip", v: int | None = 0) -> ClipBatch:
+        """Take clips out of a batch of views.
+
+        Args:
+            views: Views of the kind `clip`: `<name>` (B, V, T, C, H, W), `<name>_valid` (B, V, T), `<name>_sector` (B, V, 1, H, W),
+                `<name>_time_s` (B, V, T).
+            name: Key of the views.
+            v: Which view of each item; None takes all as one batch of B * V, items in front.
+        """
+        parts = [views[name], *(views[f"{name}_{part}"] for part in ("valid", "sector", "time_s"))]
+        video, valid, sector, time_s = (part.flatten(0, 1) if v is None else part[:, v] for part in parts)
+        return cls(video.transpose(1, 2), valid, sector, time_s)
+
+    @property
+    def pixels(self) -> Tensor:
+        """(B, T, H, W) bool, True = inside the sector, of a frame that is not filled in."""
+        return self.valid[:, :, None, None] & self.sector
+
+    def to(self, *args: Any, **kwargs: Any) -> ClipBatch:
+        """Move the video as `Tensor.to` does, and the rest to the same device."""
+        video = self.video.to(*args, **kwargs)
+        rest = (part.to(video.device) for part in (self.valid, self.sector, self.frame_time_s))
+        return ClipBatch(video, *rest)
+
+    def __len__(self) -> int:
+        return len(self.video)
 
 
 @dataclass

@@ -144,6 +144,13 @@ def test_every_shipped_recipe__is_valid_and_says_what_it_is() -> None:
         assert recipe.kind in KINDS
 
 
+@pytest.mark.parametrize("name", sorted(name for name, path in shipped().items() if read_yaml(path)["kind"] == "pretrain"))
+def test_every_shipped_pretraining__builds_its_objective(name: str) -> None:
+    recipe = Recipe.parse(with_placeholders(read_yaml(shipped()[name])))
+    objective, _ = build.build_objective(recipe, items=1000)
+    assert any(parameter.requires_grad for parameter in objective.parameters())
+
+
 def test_schema__names_every_section() -> None:
     schema = KINDS["pretrain"].model_json_schema()
     assert {"sources", "encoders", "objective", "optim", "train", "stages", "probes", "export"} <= set(schema["properties"])

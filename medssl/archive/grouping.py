@@ -16,10 +16,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from medssl.archive._parquet import ROW_GROUP, TableWriter, connect, files_of, quote, stream, write_json, write_query, write_table
-from medssl.archive.changed import find_changed, name_anew, short
+from medssl.archive._parquet import (
+    ROW_GROUP,
+    TableWriter,
+    connect,
+    files_of,
+    quote,
+    short,
+    stream,
+    write_json,
+    write_query,
+    write_table,
+)
+from medssl.archive.changed import find_changed, name_anew
 from medssl.archive.ids import IdKey, file_id
-from medssl.archive.known import TOLD, open_known, parts_of, scan_parts, scanned, wide
+from medssl.archive.known import PATH_ID, TOLD, open_known, parts_of, scan_parts, scanned, wide
 from medssl.archive.operations.decisions import apply_splits, apply_withdrawals
 from medssl.archive.paths import to_path
 from medssl.archive.pixels.found import apply_pixels
@@ -92,7 +103,7 @@ def _open(connection: Any, private: Path) -> None:
         ANTI JOIN (SELECT source_id FROM {listing} WHERE reason IS NULL) USING (source_id)"""
     )
     connection.execute(
-        f"""CREATE VIEW unopened AS SELECT path, source_id, size, mtime_ns, 'other' AS kind, reason, '' AS digest,
+        f"""CREATE VIEW unopened AS SELECT path, {PATH_ID} AS path_id, source_id, size, mtime_ns, 'other' AS kind, reason, '' AS digest,
         printf('f%016x', source_id) AS group_key FROM {listing} WHERE reason IS NOT NULL AND reason <> 'folder'"""
     )
     connection.execute(
@@ -189,22 +200,22 @@ def _build(
     """Build groups one after the other into tables beside the final ones."""
     private = out / "private"
     shared = {(row[0], row[1]) for row in connection.execute("SELECT issuer, patient_id FROM shared").fetchall()}
-    # A full build sorts much before: what the connection still holds of that, and what writing takes, would add up.
-    writing = connection if only_changed else None
+    total = _fill_buckets(connection, private, private / "spill" / "groups", only_changed=only_changed)
+    # A large full build sorts much before: what the connection still holds of that, and what writing takes, would add up.
+    writing = connection if only_changed or total <= BUCKET_ROWS else None
     tables = {
         "files": TableWriter(private / "new-files.parquet", PRIVATE_FILE_COLUMNS, writing),
         "private": TableWriter(private / "new-private.parquet", PRIVATE_SERIES_COLUMNS, writing),
         "series": TableWriter(private / "new-series.parquet", {**SERIES_COLUMNS, "group_key": "VARCHAR"}, writing),
     }
-    total = _fill_buckets(connection, private, private / "spill" / "groups", only_changed=only_changed)
     done = 0
     try:
         for name, files in _groups(connection, choose, private / "spill" / "groups"):
-            group, known = build_group(files, key, shared), {file.path: file.known for file in files}
+            group, known = build_group(files, key, shared), {file.path: (file.mtime_ns, *file.known) for file in files}
             for placed in group.files:
                 own = {"file_id": file_id(key, placed.path, placed.digest), "group_key": name}
-                source_id, told = known[placed.path]
-                tables["files"].append({**vars(placed), **own, "source_id": source_id, "told": told})
+                mtime_ns, path_id, told = known[placed.path]
+                tables["files"].append({**vars(placed), **own, "mtime_ns": mtime_ns, "path_id": path_id, "told": told})
             for row, private_row in zip(group.series, group.private):
                 tables["series"].append({**as_record(row), "group_key": name})
                 tables["private"].append({**private_row, "group_key": name})
@@ -246,9 +257,11 @@ def _fill_buckets(connection: Any, private: Path, folder: Path, *, only_changed:
     if n_chosen < n_parts:  # no join where every row is the newest of its file: it would hold a row of every file
         connection.execute(f"CREATE TABLE chosen AS SELECT DISTINCT * FROM ({chosen})")
         scan, parts = wide(connection, private, "SELECT * FROM chosen"), parts_of(connection, private, "SELECT part FROM chosen")
-    newest = f"SELECT *, {TOLD} AS told FROM ({scan}) UNION ALL BY NAME SELECT *, '{{}}' AS slice FROM unopened"
+    newest = (
+        f"SELECT *, {PATH_ID} AS path_id, {TOLD} AS told FROM ({scan}) UNION ALL BY NAME SELECT *, '{{}}' AS slice FROM unopened"
+    )
     rows = f"""SELECT group_key, path, size, kind, reason, digest, header_id, slice,
-        sop_id IS NOT NULL AND sop_id IN (SELECT sop_id FROM conflict) AS conflict, source_id, told FROM ({_corrected(f"({newest})")})"""
+        sop_id IS NOT NULL AND sop_id IN (SELECT sop_id FROM conflict) AS conflict, mtime_ns, path_id, told FROM ({_corrected(f"({newest})")})"""
     headers = f"""SELECT g.group_key, g.header_id, h.header
         FROM (SELECT DISTINCT group_key, header_id FROM live WHERE kind <> 'other') g
         JOIN (SELECT header_id, any_value(header) AS header FROM {parts}
@@ -276,7 +289,7 @@ def _groups(connection: Any, choose: Callable[[str], Choice], folder: Path) -> I
         rows = connection.cursor().execute(f"SELECT * FROM {_read(bucket)} ORDER BY group_key, path")
         while chunk := rows.fetchmany(CHUNK):
             slices = json.loads(f"[{','.join(row[7] for row in chunk)}]")  # in one call: half the time of one call each
-            for (group, path, size, kind, reason, digest, header_id, _, conflict, *known), piece in zip(chunk, slices):
+            for (group, path, size, kind, reason, digest, header_id, _, conflict, mtime_ns, *known), piece in zip(chunk, slices):
                 if group != current:
                     if members:
                         yield current, members
@@ -284,7 +297,9 @@ def _groups(connection: Any, choose: Callable[[str], Choice], folder: Path) -> I
                     while name < group:
                         name, own = next(headers, (group, {}))
                 header = {**own[header_id], **piece} if kind != "other" else {}
-                members.append(Scanned(path, size, kind, reason, digest, header, conflict, choose(path), (known[0], known[1])))
+                members.append(
+                    Scanned(path, size, kind, reason, digest, header, conflict, choose(path), mtime_ns, (known[0], known[1]))
+                )
         yield current, members
 
 
@@ -313,8 +328,9 @@ def _merge(connection: Any, out: Path, new: dict[str, Path], *, keep: bool) -> N
 
     files = joined(
         "files",
-        """SELECT o.* REPLACE (coalesce(n.digest, o.digest) AS digest, coalesce(n.file_id, o.file_id) AS file_id)
-        FROM {old} LEFT JOIN new_files n USING (source_id)""",
+        """SELECT o.* REPLACE (coalesce(n.digest, o.digest) AS digest, coalesce(n.mtime_ns, o.mtime_ns) AS mtime_ns,
+            coalesce(n.file_id, o.file_id) AS file_id)
+        FROM {old} LEFT JOIN new_files n USING (path_id)""",
     )
     owner = joined(
         "private",

@@ -59,9 +59,24 @@ def file_id(key: IdKey, path: str, digest: str) -> str:
     return key.make("file", "", f"{digest} {path}")
 
 
-def source_tag(key: IdKey, digests: Iterable[str]) -> str:
-    """Return what stands for the content of files in this order: another value means that they have changed."""
-    return key.make("source", "", " ".join(digests))
+def source_tag(key: IdKey, fold: int) -> str:
+    """Return what stands for the content of files in their order, from `source_fold`: another value means that they may have changed."""
+    return key.make("source", "", f"{fold:016x}")
+
+
+def source_fold(files: Iterable[tuple[str, int]]) -> int:
+    """Return 64 bits of files in order: the exclusive or of hashes of place, digest and time of change (`changed.SOURCE_FOLD` in SQL).
+
+    The time counts because digests of large files do not cover all of them.
+
+    Args:
+        files: Digest and time of change in nanoseconds of each.
+    """
+    fold = 0
+    for place, (digest, mtime_ns) in enumerate(files):
+        text = f"{place} {digest} {mtime_ns}".encode()
+        fold ^= int(hashlib.md5(text, usedforsecurity=False).hexdigest()[:16], 16)
+    return fold
 
 
 def is_placeholder(patient_id: str) -> bool:

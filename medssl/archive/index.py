@@ -28,7 +28,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from medssl.archive._parquet import TEMPORARY, TableWriter, connect, quote, stream, write_json, write_query
+from medssl.archive._parquet import TEMPORARY, TableWriter, connect, quote, shared, stream, write_json, write_query
 from medssl.archive.grouping import regroup, source_state
 from medssl.archive.ids import IdKey, load_key, make_key
 from medssl.archive.known import open_known, wide
@@ -170,19 +170,15 @@ def _folders(listing: Path) -> dict[str, tuple[int, list[Entry]]]:
     if not listing.exists():
         return {}
     folders: dict[str, tuple[int, list[Entry]]] = {}
-    connection = connect()
-    try:
-        for row in stream(connection, f"SELECT * FROM read_parquet({quote(listing)}) ORDER BY path"):
-            path, parent = to_path(row["path"]), to_path(row["folder"])
-            if row["reason"] == "folder":
-                folders.setdefault(path, (0, []))
-                folders[path] = (row["mtime_ns"], folders[path][1])
-            if row["reason"] not in RETRIED:
-                folders.setdefault(parent, (0, []))[1].append(Entry(path, row["size"], row["mtime_ns"], row["reason"]))
-            else:
-                folders[parent] = (-1, [])  # something here has to be looked at again
-    finally:
-        connection.close()
+    for row in stream(shared(), f"SELECT * FROM read_parquet({quote(listing)}) ORDER BY path"):
+        path, parent = to_path(row["path"]), to_path(row["folder"])
+        if row["reason"] == "folder":
+            folders.setdefault(path, (0, []))
+            folders[path] = (row["mtime_ns"], folders[path][1])
+        if row["reason"] not in RETRIED:
+            folders.setdefault(parent, (0, []))[1].append(Entry(path, row["size"], row["mtime_ns"], row["reason"]))
+        else:
+            folders[parent] = (-1, [])  # something here has to be looked at again
     return folders
 
 
@@ -223,6 +219,7 @@ def _run(
             (to_path(row["path"]) for row in stream(connection, f"SELECT path FROM read_parquet({quote(fresh)})")),
             total,
             private,
+            connection.cursor(),
             workers=options.workers,
             executor=options.executor,
             limit_s=options.limit_s,
@@ -456,32 +453,29 @@ def _choose(path: str, sources: dict[str, Any]) -> Choice:
 
 def _summarise(out: Path, scanned: int) -> IndexSummary:
     series, files = quote(out / "series.parquet"), quote(out / "private" / "files.parquet")
-    connection = connect()
-    try:
+    cursor = shared()
 
-        def counts(what: str, source: str, where: str) -> dict[str, int]:
-            rows = connection.execute(f"SELECT {what}, count(*) FROM read_parquet({source}) WHERE {where} GROUP BY 1 ORDER BY 1")
-            return {str(name): int(n) for name, n in rows.fetchall()}
+    def counts(what: str, source: str, where: str) -> dict[str, int]:
+        rows = cursor.execute(f"SELECT {what}, count(*) FROM read_parquet({source}) WHERE {where} GROUP BY 1 ORDER BY 1")
+        return {str(name): int(n) for name, n in rows.fetchall()}
 
-        # The table's own patients were checked when it was read; tags may put one patient in two splits.
-        split = f"""SELECT count(*) FROM (SELECT patient_id FROM read_parquet({series}) WHERE split <> 'unknown'
-        GROUP BY patient_id HAVING count(DISTINCT split) > 1)"""
-        if n := connection.execute(split).fetchone()[0]:
-            logger.warning("%d patients are in more than one split; correct the splits table", n)
-        usable = "status <> 'rejected'"
-        reasons = counts("reason", files, "reason IS NOT NULL")
-        used = counts("reason", files, "reason IS NULL").get("None", 0)
-        total = sum(counts("status", series, "true").values())
-        domains = counts("domain", series, usable)
-        return IndexSummary(
-            n_files_seen=used + sum(reasons.values()),
-            n_files_used=used,
-            n_files_scanned=scanned,
-            n_series=total,
-            n_series_usable=sum(domains.values()),
-            reasons=reasons,
-            domains=domains,
-            splits=counts("split", series, usable),
-        )
-    finally:
-        connection.close()
+    # The table's own patients were checked when it was read; tags may put one patient in two splits.
+    split = f"""SELECT count(*) FROM (SELECT patient_id FROM read_parquet({series}) WHERE split <> 'unknown'
+    GROUP BY patient_id HAVING count(DISTINCT split) > 1)"""
+    if n := cursor.execute(split).fetchone()[0]:
+        logger.warning("%d patients are in more than one split; correct the splits table", n)
+    usable = "status <> 'rejected'"
+    reasons = counts("reason", files, "reason IS NOT NULL")
+    used = counts("reason", files, "reason IS NULL").get("None", 0)
+    total = sum(counts("status", series, "true").values())
+    domains = counts("domain", series, usable)
+    return IndexSummary(
+        n_files_seen=used + sum(reasons.values()),
+        n_files_used=used,
+        n_files_scanned=scanned,
+        n_series=total,
+        n_series_usable=sum(domains.values()),
+        reasons=reasons,
+        domains=domains,
+        splits=counts("split", series, usable),
+    )

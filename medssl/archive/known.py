@@ -12,17 +12,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from medssl.archive._parquet import files_of, quote, write_query
+from medssl.archive._parquet import files_of, quote, short, write_query
 from medssl.archive.scanning.scan import SCAN_COLUMNS
 
 KNOWN_COLUMNS: dict[str, str] = {
     **{name: kind for name, kind in SCAN_COLUMNS.items() if name not in ("header", "slice")},
     "detached": "BOOLEAN",
+    "path_id": "UBIGINT",
     "told": "UBIGINT",
 }
-"""`detached`: the header names data files. `told`: hash of all that a scan says of a file but its digest, time and group."""
+"""`detached`: the header names data files. `path_id`: hash of the path; members of a container share `source_id` and not this. `told`: hash
+of all that a scan says of a file but its digest, time and group."""
 _FACTS = ", ".join(f"coalesce({name}::VARCHAR, '')" for name in ("size", "kind", "reason", "sop_id", "header_id", "slice"))
-TOLD = f"hash(md5(concat_ws(' ', {_FACTS})))"
+TOLD = short(f"concat_ws(' ', {_FACTS})")
+PATH_ID = short("path")
 
 RECENT_SHARE = 0.05
 """Rows newer than the tables, as a share of theirs, up to which the tables are not written again."""
@@ -60,7 +63,8 @@ def open_known(connection: Any, private: Path) -> tuple[str, str]:
         header ->> 'sex' AS sex, header ->> 'birth_date' AS birth_date
         FROM (SELECT header_id, any_value(header) AS header FROM {later} GROUP BY header_id) WHERE header LIKE '%"patient_id"%'"""
     newest = f"""SELECT {", ".join(name for name in KNOWN_COLUMNS if name in SCAN_COLUMNS)},
-        kind IN ('volume', 'image') AND header LIKE '%"data_stats"%' AS detached, {TOLD} AS told
+        kind IN ('volume', 'image') AND header LIKE '%"data_stats"%' AS detached,
+        {PATH_ID} AS path_id, {TOLD} AS told
         FROM {later} JOIN (SELECT source_id, max(part) AS part FROM {later} GROUP BY source_id) USING (source_id, part)"""
     if covered:
         n_later, n_known = (connection.execute(f"SELECT count(*) FROM {rows}").fetchone()[0] for rows in (later, known))

@@ -52,6 +52,8 @@ SERIES_REASONS: dict[str, str] = {
     "too_large": "a slide too large to be read whole; it is read in tiles",
     "empty_tissue": "a slide on which no tissue was found",
     "no_tissue": "ultrasound without a two-dimensional tissue image",
+    "no_frame_time": "a cine without any frame time, where clips are sampled by time",
+    "too_short": "a cine of fewer frames than a clip needs to show motion",
 }
 """Reasons of series, and so of all their files."""
 
@@ -128,6 +130,8 @@ FLAGS: dict[str, str] = {
     "blank": "nearly all pixels have one value, and the rest covers less than a thousandth of the picture",
     "saturated": "a tenth of the pixels or more lie at the highest value: the type's limit or a clipping value",
     "low_contrast": "the middle 98 % of the pixels span fewer than eight grey levels or 2 % of the range",
+    "sector_unknown": "an ultrasound clip in which no sector was found: all of the picture is taken",
+    "prefix_only": "decoding broke off in the middle of a clip; the frames before it are used",
 }
 """Quality flags."""
 

@@ -24,12 +24,13 @@ PRIVATE_FILE_COLUMNS: dict[str, str] = {
     "place": "INTEGER",
     "path": "VARCHAR",
     "digest": "VARCHAR",
+    "mtime_ns": "BIGINT",
     "sop_uid": "VARCHAR",
     "group_key": "VARCHAR",
-    "source_id": "BIGINT",
+    "path_id": "UBIGINT",
     "told": "UBIGINT",
 }
-"""`source_id`, `told`: as in `known.KNOWN_COLUMNS`, of what the rows were built from."""
+"""`path_id`, `told`: as in `known.KNOWN_COLUMNS`, of what the rows were built from."""
 PRIVATE_SERIES_COLUMNS: dict[str, str] = {
     "series_id": "VARCHAR",
     "source_tag": "VARCHAR",
@@ -402,7 +403,7 @@ class Archive:
         return [digest for _, digest in self._entries(series_id)]
 
     def source_tag(self, series_id: str) -> str:
-        """Return a keyed hash over the digests of a series: another value means that its files have changed."""
+        """Return a keyed hash over digests and times of the files of a series: another value means that they may have changed."""
         if self._tags is None:
             rows = read_table([self.path / "private" / "series.parquet"], ("series_id", "source_tag", "part", "files_of"))
             self._owners = {row["series_id"]: row["files_of"] for row in rows if row["files_of"]}

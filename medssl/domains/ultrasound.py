@@ -25,6 +25,15 @@ from medssl.types import Sample
 MODALITIES = ("US", "IVUS")
 STILL = 1.5
 """Standard deviation over time, in 8-bit grey levels, up to which a pixel counts as standing still: compression alone makes 1."""
+FAINT = 0.3
+"""The same, up to which a pixel beside moving tissue stands still: shadows in a sector flicker that little, screens do not."""
+FAINT_SHARE = 0.6
+"""Share of the picture beyond the moving tissue that may flicker so; where more does, it is the noise of a recorder."""
+CODEC_BLOCK = 8
+PART = 0.02
+"""Share of the largest moving part that another one must have to be tissue beyond a shadow."""
+PART_WIDTH = 4
+"""A part so many times as wide as high is a strip, as an ECG is."""
 MOTION_FRAMES = 64
 """Frames, spread over the clip, that are enough to see what moves."""
 JOIN = 40
@@ -48,7 +57,7 @@ class Ultrasound:
     """
 
     name = "ultrasound"
-    version = 1
+    version = 2
     kinds = ("image", "clip")
 
     def __init__(self, sector: bool = True, doppler: str = "drop") -> None:
@@ -166,6 +175,8 @@ def _finish(raw: RawPlanar, regions: list[Region], *, sector: bool, keep_colour:
     coloured = coloured_pixels(frames, box) if frames.shape[1] == 3 and not equal_channels(frames) else None
     grey = luma(frames) if frames.shape[1] == 3 else frames
     mask, raw.facts["sector_source"] = sector_mask(grey[:, 0], box) if sector else (box, "none")
+    if sector and mask is None and raw.kind == "clip":
+        raw.flag("sector_unknown")
     inside = np.ones(frames.shape[-2:], dtype=bool) if mask is None else mask
     doppler = None
     if coloured is not None:
@@ -206,10 +217,11 @@ def region_mask(regions: Sequence[Region], shape: tuple[int, ...]) -> np.ndarray
 def sector_mask(frames: np.ndarray, box: np.ndarray | None = None) -> tuple[np.ndarray | None, str]:
     """Return the sector of a clip: the part of the picture that moves.
 
-    Banners, rulers and logos stand still. Inside the region box where there is one, what moves is joined over small gaps, the
-    largest connected component is taken, its holes are filled, and its convex hull is the sector; a moving ECG strip is a
-    component of its own. A still, or a clip in which nothing moves, has the region box alone: brightness cannot tell a
-    shadowed part of the sector from the screen around it.
+    Banners, rulers and logos stand still. Inside the region box where there is one, what moves is joined over small gaps; the
+    largest connected component is tissue, and so are other solid ones beside or above it (the near field beyond a shadow or an
+    effusion), but not a strip or what lies below, as a moving ECG does. Shadows that flicker faintly and touch it belong to it. The
+    convex hull of all that is the sector. A still, or a clip in which nothing moves, has the region box alone: brightness cannot
+    tell a shadowed part of the sector from the screen around it.
 
     Reference: DISCOVR card, section 2.
 
@@ -227,20 +239,49 @@ def sector_mask(frames: np.ndarray, box: np.ndarray | None = None) -> tuple[np.n
     if len(frames) < 2:
         return fallback
     scale = 1.0 if frames.dtype == np.uint8 else max(1.0, float(frames.max())) / 255
-    moving = _deviation(frames[:: max(1, len(frames) // MOTION_FRAMES)]) > STILL * scale
+    shown = frames[:: max(1, len(frames) // MOTION_FRAMES)]
+    # What is black more often than not is no tissue: compression rings around the sector, most of it cut off at black.
+    lit = np.count_nonzero(shown > shown.min(), axis=0) * 2 >= len(shown)
+    deviation = _deviation(shown) / scale
+    deviation[~lit] /= 2
     if box is not None:
-        moving &= box
+        deviation[~box] = 0
     # Opening takes off characters, thin graphics and noise; closing joins tissue on both sides of a dark chamber.
-    moving = ndimage.binary_opening(moving, np.ones((3, 3), dtype=bool))
+    moving, flickering = (
+        ndimage.binary_opening(found, np.ones((3, 3), dtype=bool)) for found in (deviation > STILL, (deviation > FAINT) & lit)
+    )
     reach = max(1, min(moving.shape) // JOIN)
     joined = ndimage.binary_closing(np.pad(moving, reach), iterations=reach)[reach:-reach, reach:-reach]
-    labels, n = ndimage.label(joined)
-    if n == 0:
+    tissue, other = _moving_parts(joined)
+    if not tissue.any():
         return fallback
-    largest = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    hull: np.ndarray = convex_hull_image(ndimage.binary_fill_holes(largest))
+    hull: np.ndarray = convex_hull_image(tissue)
+    beyond = ~hull if box is None else box & ~hull
+    if beyond.any() and flickering[beyond].mean() <= FAINT_SHARE:
+        # Compression makes what is near a moving trace flicker too.
+        apart = ndimage.binary_dilation(other, iterations=CODEC_BLOCK) if other.any() else other
+        hull = convex_hull_image(ndimage.binary_propagation(tissue, mask=tissue | (flickering & ~apart)))
     hull = hull if box is None else hull & box
     return (hull, "motion") if hull.mean() >= MIN_TISSUE else fallback
+
+
+def _moving_parts(joined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the largest connected part with the solid ones beside or above it (see `sector_mask`), and the other parts."""
+    from scipy import ndimage
+
+    labels, n = ndimage.label(joined)
+    if n == 0:
+        return joined, joined
+    sizes = np.bincount(labels.ravel())[1:]
+    places = ndimage.find_objects(labels)
+    largest = int(np.argmax(sizes))
+    kept = labels == 1 + largest
+    bottom = places[largest][0].stop
+    for number, (size, (rows, columns)) in enumerate(zip(sizes, places)):
+        high, wide = rows.stop - rows.start, columns.stop - columns.start
+        if size >= PART * sizes[largest] and wide < PART_WIDTH * high and 2 * size > high * wide and rows.stop <= bottom:
+            kept |= labels == 1 + number
+    return kept, joined & ~kept
 
 
 def _deviation(frames: np.ndarray) -> np.ndarray:

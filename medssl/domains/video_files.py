@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ CHROMA_NOISE = 24
 Measured on the lung clips of `shared/data`: at most 9 in tinted ones, at most 1 in the others.
 """
 CONFLICT = 0.10
+LEAST = 2
+"""Frames that a damaged clip must have before the damage."""
+MISSING = 0.05
+"""Share of the frames a container counts that may be missing; counts are off by one or two where they are estimates."""
 PLANAR_YUV = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 FULL_RANGE = 2
 """AVCOL_RANGE_JPEG of FFmpeg."""
@@ -28,8 +33,10 @@ VIDEO_RANGE = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).asty
 def read_video_file(path: Path, part: Mapping[str, Any] | None = None) -> RawPlanar:
     """Read a clip.
 
-    Frames come as grey where no frame has colour, else as RGB. Times are the container's time stamps where every frame has
-    one and they rise, else its average rate; where the two disagree by more than a tenth, `frame_time_conflict` is flagged.
+    Frames come as grey where no frame has colour, else as RGB, and upright where the container says how to turn them. Where
+    decoding breaks off, or a frame is damaged, the frames before it are used, at least two, and `prefix_only` is flagged. Times
+    are the container's time stamps where every frame has one and they rise, else its average rate; where the two disagree by
+    more than a tenth, `frame_time_conflict` is flagged.
 
     Args:
         path: The file.
@@ -46,9 +53,9 @@ def read_video_file(path: Path, part: Mapping[str, Any] | None = None) -> RawPla
     except ImportError as err:
         raise ImageError("no_decoder", 'video files need PyAV; install the extra with `pip install "medssl[video]"`') from err
     try:
-        frames, times, rate = _decode(av, path, "gray")
+        frames, times, rate, whole = _decode(av, path, "gray")
         if frames is None:
-            frames, times, rate = _decode(av, path, "rgb24")
+            frames, times, rate, whole = _decode(av, path, "rgb24")
     except ImageError:
         raise
     except OSError as err:
@@ -63,6 +70,8 @@ def read_video_file(path: Path, part: Mapping[str, Any] | None = None) -> RawPla
     raw = RawPlanar(frames[:, None] if frames.ndim == 3 else frames.transpose(0, 3, 1, 2), kind="clip")
     _set_times(raw, times, rate, indices)
     raw.flag("lossy")
+    if not whole:
+        raw.flag("prefix_only")
     return raw
 
 
@@ -70,9 +79,13 @@ def _fault(err: Exception) -> ImageError:
     return ImageError("unreadable", f"a video could not be decoded ({type(err).__name__}); copy it again from its source")
 
 
-def _decode(av: Any, path: Path, pixels: str) -> tuple[np.ndarray | None, list[float | None], float | None]:
-    """Decode all frames, (T, H, W) or (T, H, W, 3); None when grey was asked for and a frame has colour."""
+def _decode(av: Any, path: Path, pixels: str) -> tuple[np.ndarray | None, list[float | None], float | None, bool]:
+    """Decode all frames, (T, H, W) or (T, H, W, 3), their times, the rate, and whether nothing is missing.
+
+    Frames are None when grey was asked for and a frame has colour.
+    """
     times: list[float | None] = []
+    whole, turns = True, 0
     with av.open(str(path), mode="r") as container:
         if not container.streams.video:
             raise ImageError("not_image", "a media file without video; leave it out")
@@ -85,9 +98,13 @@ def _decode(av: Any, path: Path, pixels: str) -> tuple[np.ndarray | None, list[f
         capacity = stream.frames if 0 < stream.frames < 1 << 20 else 64
         check_size(height, width, capacity * math.prod(shape))
         frames = np.empty((capacity, *shape), dtype=np.uint8)
-        for frame in container.decode(stream):
+        for frame in _undamaged(av, container.decode(stream)):
+            if frame is None:
+                whole = False
+                break
             if pixels == "gray" and _has_colour(frame):
-                return None, [], None
+                return None, [], None, True
+            turns = round(int(frame.rotation) / 90)
             image = _grey(frame) if pixels == "gray" else frame.to_ndarray(format=pixels)
             if image.shape != shape:
                 raise ImageError("geometry", "the frames of a video differ in size; one size is needed; split it")
@@ -96,7 +113,30 @@ def _decode(av: Any, path: Path, pixels: str) -> tuple[np.ndarray | None, list[f
                 frames = np.concatenate([frames, np.empty_like(frames)])
             frames[len(times)] = image
             times.append(None if frame.pts is None or frame.time is None else float(frame.time) * 1000)
-    return frames[: len(times)], times, rate
+        whole = whole and len(times) >= (1 - MISSING) * stream.frames
+    frames = frames[: len(times)]
+    return np.rot90(frames, turns, axes=(1, 2)) if turns % 4 else frames, times, rate, whole
+
+
+def _undamaged(av: Any, decoded: Iterator[Any]) -> Iterator[Any]:
+    """Yield frames, and None in the place of the first one that is damaged or cannot be decoded.
+
+    A fault before the second frame is raised: one frame is no clip.
+    """
+    for count in itertools.count():
+        try:
+            frame = next(decoded, None)
+        except av.error.FFmpegError:
+            if count < LEAST:
+                raise
+            yield None
+            return
+        if frame is None:
+            return
+        if frame.is_corrupt and count >= LEAST:
+            yield None
+            return
+        yield frame
 
 
 def _has_colour(frame: Any) -> bool:

@@ -32,6 +32,7 @@ class Encoder(nn.Module):
         pyramid_centres: Where a cell of the pyramid is centred in the voxels it stands for: on the `first` one along each axis
             (strided convolutions of odd size) or in the `middle` (patches); empty where there is no pyramid of several scales.
         takes_images: `forward_features` takes flat images (B, C, H, W), and its tokens are the cells of a feature map.
+        takes_clips: Images are clips (B, C, T, H, W), with `valid`; it has `masked(x, keep, valid)` and `frame_branch()`.
         takes_stacks: It has `embed_slices(stacks, valid)`, `aggregator(tokens, valid, z_mm)` and `parts()`.
     """
 
@@ -42,6 +43,7 @@ class Encoder(nn.Module):
     has_decoder: bool = False
     pyramid_centres: str = ""
     takes_images: bool = False
+    takes_clips: bool = False
     takes_stacks: bool = False
     key_groups: dict[str, list[str]] = {}  # noqa: RUF012 (overridden as a constant)
     net: nn.Module

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from medssl.errors import RequestError
 from medssl.evaluation.features import Batch, embed
 from medssl.seeding import derive_seed
-from medssl.types import Stack
+from medssl.types import ClipBatch, Stack
 
 PERCENTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
@@ -26,6 +26,13 @@ def random_init(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # constructors of torch and MONAI modules draw from the global generator only
         torch.manual_seed(derive_seed(seed, "random_init"))
         return build()
+
+
+def as_images(shown: Tensor | Stack | ClipBatch) -> Tensor:
+    """Return images as they are, planes of a stack as a volume (B, C, N, H, W), and frames of a clip as (B, C, T, H, W)."""
+    if isinstance(shown, Stack):
+        return shown.planes.transpose(1, 2)
+    return shown.video if isinstance(shown, ClipBatch) else shown
 
 
 def small_images(images: Tensor, size: int = 8) -> Tensor:
@@ -84,7 +91,7 @@ def control_features(
     untrained, _ = embed(random_init(build, seed).to(device), batches())
     pixels, statistics = [], []
     for shown, _ in batches():
-        images = shown.planes.transpose(1, 2) if isinstance(shown, Stack) else shown  # (B, C, N, H, W): planes as a volume
+        images = as_images(shown)
         pixels.append(small_images(images, size).cpu().numpy())
         statistics.append(intensity_statistics(images).cpu().numpy())
     return {

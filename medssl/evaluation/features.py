@@ -15,9 +15,9 @@ from medssl.errors import RequestError
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_probe
 from medssl.evaluation.scores import Task
-from medssl.types import Stack
+from medssl.types import ClipBatch, EncoderOutput, Stack
 
-Batch = tuple[Tensor | Stack, Sequence[Hashable]]
+Batch = tuple[Tensor | Stack | ClipBatch, Sequence[Hashable]]
 CONTROLS = ("random_init", "raw_pixels", "intensity_statistics")
 
 
@@ -48,12 +48,39 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+def encode(encoder: nn.Module, images: Tensor | Stack | ClipBatch) -> EncoderOutput:
+    """Encode images, stacks or clips that are on the encoder's device; encoders of clips have `forward_features(video, valid=pixels)`.
+
+    An encoder of single frames (`single_frames`) sees each frame of a clip by itself; a clip's vector is the mean over its frames.
+    """
+    forward: Any = encoder.forward_features
+    if not isinstance(images, ClipBatch):
+        output: EncoderOutput = forward(images)
+    elif getattr(encoder, "single_frames", False):
+        output = _encode_frames(forward, images)
+    else:
+        output = forward(images.video, valid=images.pixels)
+    return output
+
+
+def _encode_frames(forward: Any, clips: ClipBatch) -> EncoderOutput:
+    """Encode the frames of clips that are not filled in one by one; tokens of the others are zero."""
+    pictures = clips.video.movedim(2, 1)[clips.valid][:, :, None]  # (M, C, 1, H, W)
+    found: EncoderOutput = forward(pictures, valid=clips.pixels[clips.valid][:, None])
+    count = clips.valid.sum(dim=1, keepdim=True)
+    batch, frames = clips.valid.shape
+    tokens = found.tokens.new_zeros(batch, frames, *found.tokens.shape[1:])
+    pooled = found.pooled.new_zeros(batch, frames, found.pooled.shape[1])
+    tokens[clips.valid], pooled[clips.valid] = found.tokens, found.pooled
+    return EncoderOutput(tokens=tokens.flatten(1, 2), grid=(frames, *found.grid[1:]), pooled=pooled.sum(dim=1) / count)
+
+
 def embed(encoder: nn.Module, batches: Iterable[Batch]) -> tuple[np.ndarray, list[Any]]:
     """Return the pooled features of images, in the order in which they come.
 
     Args:
         encoder: Has `forward_features(x) -> EncoderOutput`; its state is the same afterwards (`evaluation_mode`).
-        batches: Pairs of images (B, C, *size) or stacks, normalised as in pretraining, and their B ids. Moved to the encoder's
+        batches: Pairs of images (B, C, *size), stacks or clips, normalised as in pretraining, and their B ids. Moved to the encoder's
             device and dtype.
 
     Returns:
@@ -69,7 +96,7 @@ def embed(encoder: nn.Module, batches: Iterable[Batch]) -> tuple[np.ndarray, lis
         for images, batch_ids in batches:
             if len(images) != len(batch_ids):
                 raise RequestError(f"embed: {len(images)} images and {len(batch_ids)} ids in one batch; give one id per image")
-            output = encoder.forward_features(images.to(parameter.device, parameter.dtype))  # type: ignore[operator]
+            output = encode(encoder, images.to(parameter.device, parameter.dtype))
             parts.append(output.pooled.float().cpu().numpy())
             ids.extend(batch_ids)
     if not parts:

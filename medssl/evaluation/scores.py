@@ -100,23 +100,36 @@ def score_rows(
         are None where no interval can be given.
     """
     rows = np.stack([np.asarray(targets, dtype=np.float64), np.asarray(predictions, dtype=np.float64)], axis=1)
-    table = []
-    for metric, statistic in METRICS[task].items():
-        value, low, high = bootstrap_interval(rows, groups, draws=draws, seed=seed, statistic=statistic)
-        table.append(
-            {
-                "name": name,
-                "probe": probe,
-                "metric": metric,
-                "value": _finite(value),
-                "low": _finite(low),
-                "high": _finite(high),
-                "n_images": len(rows),
-                "n_patients": None if groups is None else len(set(groups)),
-                "by": "by image" if groups is None else "by patient",
-            }
-        )
-    return table
+    return [
+        score_row(name, probe, metric, rows, groups, statistic=statistic, draws=draws, seed=seed)
+        for metric, statistic in METRICS[task].items()
+    ]
+
+
+def score_row(
+    name: str,
+    probe: str,
+    metric: str,
+    values: np.ndarray,
+    groups: Sequence[str] | None,
+    *,
+    statistic: Statistic = np.mean,
+    draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return one row of a table of scores (see `score_rows`) for any statistic of values (N,), or of rows (N, K)."""
+    value, low, high = bootstrap_interval(values, groups, draws=draws, seed=seed, statistic=statistic)
+    return {
+        "name": name,
+        "probe": probe,
+        "metric": metric,
+        "value": _finite(value),
+        "low": _finite(low),
+        "high": _finite(high),
+        "n_images": len(values),
+        "n_patients": None if groups is None else len(set(groups)),
+        "by": "by image" if groups is None else "by patient",
+    }
 
 
 def encode_classes(targets: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, list[Any]]:

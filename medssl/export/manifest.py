@@ -29,6 +29,7 @@ KEPT = (
     "channels",
     "patch_size",
     "image_size",
+    "clip",
     "licence",
     "authors",
     "copyright",
@@ -42,7 +43,11 @@ KEPT = (
 )
 AXIS_ORDER = "XYZ-RAS"  # what MONAI delivers too, so no kernel is permuted on the way
 INFLATED_ORDER = "XYZ-PLS"  # of a slice encoder with a third axis: rows and columns of an axial slice, as pretraining shows it
-IMAGE_ORDERS = ("HW", "slices of XYZ-RAS")  # of image encoders, and of those that look at volumes slice by slice
+IMAGE_ORDERS = (
+    "HW",
+    "THW",
+    "slices of XYZ-RAS",
+)  # of encoders of images, of clips, and of those that look at volumes slice by slice
 
 
 @dataclass
@@ -144,6 +149,7 @@ def require_whole(manifest: Mapping[str, Any], to: str) -> None:
 FITTING = {
     "monai.ViT": ("safetensors", "unetr", "monai-bundle"),
     "monai.SegResNet": ("safetensors", "segresnet", "monai-bundle"),
+    "medssl.VideoTransformer": ("safetensors", "timm"),
     "monai.SwinUNETR": ("safetensors", "swin-unetr", "monai-bundle"),
     "timm": ("safetensors", "timm", "torchvision", "resnet", "flexible-unet", "retinanet"),
     "medssl.SliceVolumeEncoder": (

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from medssl.export import video
 from medssl.export.manifest import Weights, exported_manifest
 from medssl.export.slices import Adaptation, adapt_stem, grey_or_random, slice_encoder_of
 from medssl.export.verify import ExportReport, compare, source_encoder
@@ -21,7 +22,7 @@ def write(folder: Path, weights: Weights, asked: Adaptation) -> ExportReport:
 
     Args:
         folder: Existing, empty.
-        weights: With any timm network as (slice) encoder.
+        weights: With any timm network as (slice) encoder, or a video ViT, of which single frames are exported.
         asked: Channels, for networks with one stem.
 
     Raises:
@@ -32,13 +33,15 @@ def write(folder: Path, weights: Weights, asked: Adaptation) -> ExportReport:
     torchvision_ops.ensure()
     import timm
 
-    weights = slice_encoder_of(weights, "timm")
+    clips = weights.manifest["library"] == video.LIBRARY
+    weights = weights if clips else slice_encoder_of(weights, "timm")
     source = source_encoder(weights)
     channels = asked.channels or source.in_channels
-    state, notes = weights.state, list[str]()
+    state, notes = video.frame_state(source) if clips else (weights.state, list[str]())
     if channels != source.in_channels:
-        state, notes = adapt_stem(state, stem_of(source.net), channels)
-    config = config_of(source, channels)
+        state, more = adapt_stem(state, video.STEM if clips else stem_of(source.net), channels)
+        notes = [*notes, *more]
+    config = video.frame_config(source, channels) if clips else config_of(source, channels)
     call = f'timm.create_model("{config["architecture"]}", num_classes=0, **{config["model_args"]})'
     manifest = exported_manifest({**weights.manifest, "channels": channels}, to="timm", load_into=call, adaptations=notes)
     path = save_part(folder, NAME, state, manifest)
@@ -51,13 +54,14 @@ def write(folder: Path, weights: Weights, asked: Adaptation) -> ExportReport:
         final, maps = network.forward_intermediates(theirs)
         pooled = network.forward_head(final, pre_logits=True)
         output = source.forward_features(mine)
+        pyramid = [level[:, :, 0] for level in output.pyramid] if clips else output.pyramid
     stock = network.state_dict()
     return ExportReport(
         files=(path, path.with_suffix(".json"), folder / "config.json"),
         matched=tuple(sorted(state)),
         missing=tuple(sorted(set(stock) - set(state))),
         unexpected=tuple(sorted(set(state) - set(stock))),
-        max_feature_difference=compare([(pooled, output.pooled), *zip(maps, output.pyramid, strict=True)], "timm"),
+        max_feature_difference=compare([(pooled, output.pooled), *zip(maps, pyramid, strict=True)], "timm"),
         notes=(f"load into {call}", *notes),
     )
 

@@ -25,17 +25,44 @@ def sincos_positions(grid: Sequence[int], dim: int) -> Tensor:
     Reference:
         Vaswani et al. 2017, section 3.5, one axis; He et al. 2022 (MAE), 2D; here for D axes.
     """
+    return sincos_at([torch.arange(length, dtype=torch.float64) for length in grid], dim)
+
+
+def sincos_at(places: Sequence[Tensor], dim: int) -> Tensor:
+    """Fixed sine-cosine positions of cells at any places along each axis, between whole numbers too; see `sincos_positions`.
+
+    Args:
+        places: For each axis, the place of every cell on it, (length,) float64.
+        dim: Channels E.
+
+    Returns:
+        (1, N, E) float32 in the order of `flatten_tokens`.
+    """
+    grid = [len(place) for place in places]
     per_axis = dim // (2 * len(grid))
     frequency = 10000.0 ** (-torch.arange(per_axis, dtype=torch.float64) / max(per_axis, 1))
     maps = []
-    for axis, length in enumerate(grid):
-        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency  # (length, per_axis)
+    for axis, (length, place) in enumerate(zip(grid, places)):
+        angle = place[:, None] * frequency  # (length, per_axis)
         wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # (length, 2 * per_axis)
         shape = [1] * len(grid)
         shape[axis] = length
         maps.append(wave.T.reshape(2 * per_axis, *shape).expand(2 * per_axis, *grid))
     table = torch.cat([*maps, torch.zeros(dim - 2 * per_axis * len(grid), *grid, dtype=torch.float64)])
     return flatten_tokens(table[None]).float()
+
+
+def resized_places(length: int, table: int) -> Tensor:
+    """Return where the cells of an axis lie on an axis of another number of cells, both spanning the same, cell centres aligned.
+
+    Args:
+        length: Cells wanted.
+        table: Cells of the axis that positions were learned on.
+
+    Returns:
+        (length,) float64: (i + 0.5) * table / length - 0.5; whole numbers where both are equal.
+    """
+    return (torch.arange(length, dtype=torch.float64) + 0.5) * table / length - 0.5
 
 
 def resize_positions(table: Tensor, old_grid: Sequence[int], new_grid: Sequence[int]) -> Tensor:

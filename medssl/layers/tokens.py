@@ -119,3 +119,19 @@ def scatter_tokens(tokens: Tensor, index: Tensor, fill: Tensor) -> Tensor:
         (B, N, E).
     """
     return fill.scatter(1, index[..., None].expand(-1, -1, tokens.shape[2]), tokens)
+
+
+def valid_tokens(valid: Tensor, patch: Sequence[int], share: float = 0.25) -> Tensor:
+    """Return which tokens of clips show enough that is real.
+
+    Args:
+        valid: (B, T, H, W) bool pixels: inside the sector, of a frame that is there.
+        patch: (frames, rows, columns) of a token.
+        share: A token is valid when at least this share of its pixels is, in each of its frames: a tubelet that is half padding would
+            show a change that never was.
+
+    Returns:
+        (B, N) bool.
+    """
+    rows = patchify(valid[:, None], patch)
+    return (rows.reshape(*rows.shape[:2], patch[0], -1).float().mean(dim=3) >= share).all(dim=2)

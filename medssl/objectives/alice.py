@@ -25,10 +25,11 @@ Reference:
     (ICCV, arXiv 2302.05615). We differ where the published settings cannot work: masks are three-dimensional and per crop, hidden voxels
     are marked by a mask token or channel and alone are scored, teacher temperatures are 0.04 to 0.07, every sample of a batch has its own
     partner, CASA is in the checkpoints. The teacher has a CASA of its own, averaged like the rest, and asks with its own tokens: one module
-    for both, asked by the student twice, makes targets that follow the student at once, which are one-hot after thirty steps. The teacher's head is built as the student's (the public code shares one last layer between cls
-    and patches in the teacher only, which no average of two can be). CASA's last norm starts with gain 1 / sqrt(K), so that its logits
-    start with length 1 as those of the head do; at gain 1 the teacher's targets are one-hot from the first step. What enters the heads is
-    standardised over the micro-batch. The decay of weights does not rise during the run.
+    for both, asked by the student twice, makes targets that follow the student at once and are one-hot after some thirty steps. The
+    teacher's head is built as the student's (the public code shares one last layer between cls and patches in the teacher only, which no
+    average of two can be). CASA's last norm starts with gain 1 / sqrt(K), so that its logits start with length 1 as those of the head do;
+    at gain 1 the teacher's targets are one-hot from the first step. What enters the heads is standardised over the micro-batch. The decay
+    of weights does not rise during the run.
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError, TrainingStopped, near
+from medssl.layers.distillation import Centre, UnitLinear, cross_entropy, entropy_share, information, unit_spread
 from medssl.layers.pos_embed import sincos_positions
 from medssl.layers.prototypes import StuckAlarm
 from medssl.layers.sinkhorn import sum_ranks
+from medssl.layers.standardise import standardised
 from medssl.layers.tokens import flatten_tokens, unpatchify
 from medssl.objectives._unused import freeze_unused
 from medssl.objectives.mae_cnn import repeat_mask
@@ -54,87 +57,15 @@ from medssl.types import EncoderOutput, Part, StepContext, Views, ViewSpec
 TERMS = ("cls", "patch", "rec")
 SPREAD = 0.3
 """Std of unit-length features over a batch, in units of 1 / sqrt(E), below which they are alike. Convolutions start below it."""
-UNIFORM = 0.99
-"""Entropy of targets as a share of ln K above which they teach nothing."""
+INFORMATION = 0.01
+"""What targets tell the rows of a batch apart by, as a share of ln K, below which they teach nothing."""
 ALARM_ROWS = 8
 """Fewer features than this say nothing about a spread."""
-
-
-def cross_entropy(
-    teacher: Tensor, centre: Tensor, teacher_temperature: float, student: Tensor, student_temperature: float
-) -> Tensor:
-    """Return H(softmax((teacher - centre) / T_t), softmax(student / T_s)), in float32 or better.
-
-    Args:
-        teacher: (..., K) logits; no gradient reaches them.
-        centre: (K,).
-        teacher_temperature: T_t.
-        student: (..., K) logits.
-        student_temperature: T_s.
-
-    Returns:
-        (...).
-    """
-    with torch.autocast(student.device.type, enabled=False):
-        kind = torch.promote_types(student.dtype, torch.float32)
-        target = ((teacher.detach().to(kind) - centre.to(kind)) / teacher_temperature).softmax(dim=-1)
-        return -(target * (student.to(kind) / student_temperature).log_softmax(dim=-1)).sum(dim=-1)
-
-
-def entropy_share(logits: Tensor) -> Tensor:
-    """Return the entropy of softmax(logits) as a share of ln K, mean over rows: 1 is uniform, 0 one-hot."""
-    logs = logits.float().log_softmax(dim=-1)
-    return -(logs.exp() * logs).sum(dim=-1).mean() / math.log(logits.shape[-1])
 
 
 def _in_pairs(x: Tensor) -> Tensor:
     """View rows (2 B, ...) as (B, 2, ...)."""
     return x.reshape(-1, 2, *x.shape[1:])
-
-
-def standardised(x: Tensor, weight: Tensor) -> Tensor:
-    """Give every channel mean 0 and variance 1 over the rows of a micro-batch; fewer than three rows stay as they are.
-
-    Features of a fresh network have most of their length in common. Of what is left after centring, a teacher can only say that all
-    prototypes are alike; and a student that cannot yet tell its crops apart loses least when it makes them quite alike. Running statistics
-    do not stop it, because what features have in common moves by more than their spread at every step. Standardised over the batch itself
-    they cannot all be alike.
-
-    Args:
-        x: (..., E) features.
-        weight: (...) what each row counts; rows of weight 0 are as if they were not there.
-
-    Returns:
-        (..., E).
-    """
-    kind = torch.promote_types(x.dtype, torch.float32)
-    rows, share = x.to(kind), weight.to(kind)[..., None]
-    over = tuple(range(x.ndim - 1))
-    total = share.sum().clamp_min(1e-12)
-    mean = (rows * share).sum(dim=over) / total
-    variance = ((rows - mean).square() * share).sum(dim=over) / total
-    unit = (rows - mean) * (variance + 1e-5 * variance.mean().detach() + 1e-12).rsqrt()
-    return torch.where((weight > 0).sum() < 3, rows, unit)
-
-
-class UnitLinear(nn.Module):
-    """A linear layer without bias whose rows have length 1 (weight norm with gain 1), in float32 or better.
-
-    Args:
-        dim: Inputs.
-        count: Outputs K.
-    """
-
-    def __init__(self, dim: int, count: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(functional.normalize(torch.randn(count, dim), dim=1))
-
-    def forward(self, z: Tensor, *, frozen: bool = False) -> Tensor:
-        """Return the logits (..., K) of (..., dim); `frozen` gives the weights a gradient of zero, not none."""
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.to(torch.promote_types(z.dtype, torch.float32))
-            weight = self.weight.detach() + 0.0 * self.weight if frozen else self.weight
-            return z @ functional.normalize(weight.to(z.dtype), dim=1).T
 
 
 class DistillationHead(nn.Module):
@@ -328,7 +259,7 @@ class Alice(nn.Module):
         self.student_temperature = student_temperature
         self.teacher_temperature = (float(teacher_temperature[0]), float(teacher_temperature[1]))
         self.temperature_warmup = temperature_warmup
-        self.teacher_momentum, self.centre_momentum = teacher_momentum, centre_momentum
+        self.teacher_momentum = teacher_momentum
         self.frozen_epochs, self.recon_region, self.export = frozen_epochs, recon_region, export
         self.patch = tuple(encoder.patch_size)
         self.grid = tuple(n // p for n, p in zip(image_size, self.patch))
@@ -355,11 +286,9 @@ class Alice(nn.Module):
             freeze_unused(encoder, image_size, lambda output: self._reached(output, image_size))
         self.teacher = nn.ModuleDict({name: copy.deepcopy(module) for name, module in self._averaged().items()})
         self.teacher.requires_grad_(False)
-        for term in self.head.last:
-            self.register_buffer(f"centre_{term}", torch.zeros(prototypes))
+        self.centres = nn.ModuleDict({term: Centre(prototypes, centre_momentum) for term in self.head.last})
         self.standardise = standardise
         self.alarm = StuckAlarm(**{"share": 0.5, **(alarm or {})})  # type: ignore[arg-type]
-        self._pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._health: list[Tensor] = []
         self._step = -1
 
@@ -474,8 +403,9 @@ class Alice(nn.Module):
         """Return `loss`, the weighted sum of the terms, the terms `loss_*`, and monitors.
 
         `cls_spread` is the std over the batch of pooled features of length 1, times sqrt(E): 1 when they point everywhere, 0 when they are
-        alike. `<term>_centre_entropy` and `<term>_teacher_entropy` are shares of ln K: the first nears 0 when one prototype takes
-        everything, the second nears 1 when targets are uniform. A run that stays below a spread of 0.3 with uniform targets is stopped.
+        alike. `<term>_centre_entropy`, `<term>_teacher_entropy` and `<term>_information` are shares of ln K: the first nears 0 when one
+        prototype takes everything, the second nears 1 when targets are uniform and 0 when they are one-hot, the third nears 0 when targets
+        say the same of every crop or patch. A run that stays below a spread of 0.3 with targets that say the same is stopped.
         """
         unknown = [name for name in ctx.loss_weights if name not in self.weights]
         if unknown:
@@ -486,7 +416,9 @@ class Alice(nn.Module):
         x, hidden, valid, weight = self.inputs(views)
         temperature = ctx.schedules.get("teacher_temperature", self.teacher_temperature[0])
         if self._step != ctx.step:
-            self._pending, self._health, self._step = {}, [], ctx.step
+            self._health, self._step = [], ctx.step
+            for centre in self.centres.values():
+                centre.reset()  # type: ignore[operator]
         output, context, painted = self.encode(x.flatten(0, 1), hidden.flatten(0, 1), paint="rec" in self.weights)
         with torch.no_grad():
             target, target_context, _ = self.encode(x.flatten(0, 1), None, paint=False)
@@ -501,10 +433,10 @@ class Alice(nn.Module):
             kind = torch.promote_types(x.dtype, torch.float32)
             error = (_in_pairs(painted).to(kind) - x.to(kind)).square().mean(dim=2, keepdim=True)  # over channels
             parts["loss_rec"] = ctx.mean((error * scored).sum(), "voxels", scored.sum())
-        parts["cls_spread"], rows = self._spread(output.pooled, weight)
+        parts["cls_spread"], rows = unit_spread(output.pooled, weight.repeat_interleave(2))
         if self.training:
-            targets = [value for name, value in parts.items() if name.endswith("_teacher_entropy")]
-            self._health.append(torch.stack([parts["cls_spread"], torch.stack(targets).min(), rows.float()]))
+            told = [value for name, value in parts.items() if name.endswith("_information")]
+            self._health.append(torch.stack([parts["cls_spread"], torch.stack(told).max(), rows]))
         total = torch.stack([ctx.loss_weights.get(term, w) * parts[f"loss_{term}"] for term, w in self.weights.items()]).sum()
         return {"loss": total, **parts}
 
@@ -519,11 +451,9 @@ class Alice(nn.Module):
         with torch.no_grad():
             teacher = self.teacher["head"](self._standard(target.pooled, both), "cls")
         student, teacher = _in_pairs(student), _in_pairs(teacher)  # (B, 2, K)
-        centre = self.get_buffer("centre_cls")
-        crossed = cross_entropy(teacher.flip(1), centre, temperature, student, self.student_temperature).mean(dim=1)
-        self._remember("cls", teacher, weight[:, None].expand(-1, 2))
+        crossed = self._compare("cls", teacher.flip(1), student, temperature).mean(dim=1)
         loss = ctx.mean((crossed * weight).sum(), "pairs", weight.sum())
-        return {"loss_cls": loss, **self._entropies("cls", teacher, temperature)}
+        return {"loss_cls": loss, **self._monitors("cls", teacher, weight[:, None].expand(-1, 2), temperature)}
 
     def _patch(
         self,
@@ -552,36 +482,27 @@ class Alice(nn.Module):
                 seen = self._standard(target_context, rows)
                 teacher = self.teacher["casa"](teacher, self.teacher["head"](seen, "patch", context=True))
         teacher, student = _in_pairs(teacher), _in_pairs(student)
-        losses = cross_entropy(teacher, self.get_buffer("centre_patch"), temperature, student, self.student_temperature)
+        losses = self._compare("patch", teacher, student, temperature)
         crops = (losses * real).sum(dim=2) / real.sum(dim=2).clamp_min(1)  # (B, 2)
-        self._remember("patch", teacher, weight[:, None, None] * real)
         loss = ctx.mean((crops.mean(dim=1) * weight).sum(), "pairs", weight.sum())
-        return {"loss_patch": loss, **self._entropies("patch", teacher, temperature)}
+        return {"loss_patch": loss, **self._monitors("patch", teacher, weight[:, None, None] * real, temperature)}
+
+    def _compare(self, term: str, teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+        centre: Any = self.centres[term]
+        return cross_entropy(teacher, centre.value, temperature, student, self.student_temperature)
 
     @torch.no_grad()
-    def _entropies(self, term: str, teacher: Tensor, temperature: float) -> dict[str, Tensor]:
-        centre = self.get_buffer(f"centre_{term}").to(teacher.dtype)
-        return {
-            f"{term}_centre_entropy": entropy_share(centre / temperature),
-            f"{term}_teacher_entropy": entropy_share((teacher - centre) / temperature),
-        }
-
-    @torch.no_grad()
-    def _spread(self, pooled: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the std of unit-length features over the batch of all processes, times sqrt(E), and how many features that were."""
-        rows = functional.normalize(pooled.detach().double(), dim=1)
-        kept = (weight > 0).double().repeat_interleave(2)[:, None]
-        sums = sum_ranks(torch.cat([(rows * kept).sum(dim=0), (rows.square() * kept).sum(dim=0), kept.sum()[None]]))
-        mean, square = (sums[:-1] / sums[-1].clamp_min(1)).chunk(2)
-        spread = (square - mean.square()).clamp_min(0).sqrt().mean() * math.sqrt(rows.shape[1])
-        return spread.float(), sums[-1]
-
-    @torch.no_grad()
-    def _remember(self, term: str, logits: Tensor, weight: Tensor) -> None:
-        """Keep the weighted sum of the teacher's logits of this micro-batch for the centre."""
+    def _monitors(self, term: str, teacher: Tensor, weight: Tensor, temperature: float) -> dict[str, Tensor]:
+        """Note the teacher's logits (..., K) for the centre, by weight (...); return what their targets look like."""
+        centre: Any = self.centres[term]
         if self.training:
-            total = (logits.double() * weight[..., None]).flatten(0, -2).sum(dim=0)
-            self._pending.setdefault(f"centre_{term}", []).append((total, weight.double().sum()))
+            centre.note(teacher.flatten(0, -2), weight.flatten())
+        shifted = (teacher - centre.value.to(teacher.dtype)) / temperature
+        return {
+            f"{term}_centre_entropy": entropy_share(centre.value / temperature),
+            f"{term}_teacher_entropy": entropy_share(shifted),
+            f"{term}_information": information(shifted, weight),
+        }
 
     @torch.no_grad()
     def after_step(self, ctx: StepContext) -> None:
@@ -590,26 +511,21 @@ class Alice(nn.Module):
         Raises:
             TrainingStopped: The features of a batch have been alike for too long.
         """
-        pending, health = self._pending, self._health
-        self._pending, self._health = {}, []
-        for name, seen in pending.items():
-            sums = torch.stack([total for total, _ in seen]).sum(dim=0)
-            packed = sum_ranks(torch.cat([sums, torch.stack([count for _, count in seen]).sum()[None]]))
-            kept = self.get_buffer(name)
-            found = packed[:-1] / packed[-1].clamp_min(1e-12)
-            kept.copy_(torch.where(packed[-1] > 0, torch.lerp(found.to(kept.dtype), kept, self.centre_momentum), kept))
+        for centre in self.centres.values():
+            centre.update()  # type: ignore[operator]
+        health, self._health = self._health, []
         if not health:
             return
-        spread, entropy, rows = (sum_ranks(torch.stack(health).mean(dim=0)) / ctx.world_size).tolist()
+        spread, told, rows = (sum_ranks(torch.stack(health).mean(dim=0)) / ctx.world_size).tolist()
         if rows < ALARM_ROWS:
             return
-        alike = float(spread < SPREAD and entropy > UNIFORM)
+        alike = float(spread < SPREAD and told < INFORMATION)
         if self.alarm.update(alike, 1.0, ctx.step, ctx.epoch):
             raise TrainingStopped(
                 f"step {ctx.step}: the pooled features of a batch are alike (spread {spread:.2g} of 1 / sqrt(E), limit {SPREAD}) and the "
-                f"teacher's targets uniform, for more than {self.alarm.epochs} epochs: they have collapsed. The last checkpoint is safe. Try "
-                "a lower optim.lr, more warm-up, a larger batch, a stage of reconstruction alone (loss_weights: {cls: 0, patch: 0}) first, or "
-                "a lower weight of cls and patch"
+                f"teacher's targets say the same of all, for more than {self.alarm.epochs} epochs: they have collapsed. The last checkpoint "
+                "is safe. Try a lower optim.lr, more warm-up, a larger batch, a stage of reconstruction alone (loss_weights: {cls: 0, patch: "
+                "0}) first, or a lower weight of cls and patch"
             )
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from medssl.errors import RequestError
+from medssl.report.clip_figures import ClipStrip, read_clips, read_regression
 from medssl.report.figures import Cut, busiest_slices, cut_volume, structure_weight
 
 Json = dict[str, Any]
@@ -70,6 +71,8 @@ class Leftovers:
         caches: Cache summaries (`written` and `failed`).
         reconstructions: Arrays of `figures/reconstruction.npz`.
         segmentations: Pictures of `figures/segmentation.npz`, one entry per arm and file.
+        clips: Clips of `figures/clips.npz`.
+        regressions: Targets and predictions of `figures/regression.npz`, each under the name of its folder.
         faults: What was there and could not be read, one sentence each.
         notes: Choices made while reading, one sentence each.
     """
@@ -86,6 +89,8 @@ class Leftovers:
     caches: list[Json] = field(default_factory=list)
     reconstructions: list[dict[str, np.ndarray]] = field(default_factory=list)
     segmentations: list[Segmentation] = field(default_factory=list)
+    clips: list[ClipStrip] = field(default_factory=list)
+    regressions: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -162,6 +167,21 @@ def _sort_in(path: Path, found: Leftovers, with_images: bool) -> None:
         arrays = _arrays(path, found)
         if arrays and _one_shape(arrays, ("image", "label", "prediction"), path, found):
             found.segmentations.append(_pictures(arrays, _result_beside(path, found), path))
+    elif with_images and path.name in ("clips.npz", "regression.npz") and (arrays := _arrays(path, found)):
+        _of_video(path, arrays, found)
+
+
+def _of_video(path: Path, arrays: dict[str, np.ndarray], found: Leftovers) -> None:
+    """Put what a video run left where it belongs; note a fault when it is not what it should be."""
+    clips = read_clips(arrays) if path.name == "clips.npz" else None
+    pairs = read_regression(arrays) if path.name == "regression.npz" else None
+    for wrong in (clips, pairs):
+        if isinstance(wrong, str):
+            found.faults.append(f"{_shown(path, found)}: {wrong}; left out.")
+    if isinstance(clips, list):
+        found.clips += clips
+    if isinstance(pairs, tuple):
+        found.regressions.append((path.parent.parent.name, *pairs))
 
 
 def _shown(path: Path, found: Leftovers) -> str:

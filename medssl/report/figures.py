@@ -263,7 +263,7 @@ def _panels(
     for k, name in enumerate(legend):
         style = {"color": COLOURS[k % len(COLOURS)], "size": 9, "ha": "center", "va": "center"}
         figure.text((k + 0.5) / len(legend), 0.14 / height, f"\N{BLACK SQUARE} {_plain(name)}", **style)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _outline(axes: Any, labels: np.ndarray, count: int) -> None:
@@ -306,7 +306,7 @@ def charts_png(charts: Sequence[Chart], theme: Theme, *, columns: int = 3, panel
         x, y = (k % columns) * panel[0] + left, (rows - 1 - k // columns) * panel[1] + bottom
         box = (x / width, y / height, (panel[0] - left - right) / width, (panel[1] - top - bottom) / height)
         _draw_chart(figure.add_axes(box), chart, theme)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _draw_chart(axes: Any, chart: Chart, theme: Theme) -> None:
@@ -368,7 +368,8 @@ def _plain(text: str) -> str:
     return str(text).replace("$", r"\$").replace("_", " ").strip()
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """Return a figure as PNG bytes that depend on what is drawn alone."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None}, facecolor=figure.get_facecolor())
     return buffer.getvalue()

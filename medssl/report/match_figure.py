@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from medssl.report.figures import COLOURS, DPI, PLANES, _orientation, _png, grey, upright, window_of
+from medssl.report.figures import COLOURS, DPI, PLANES, _orientation, grey, to_png, upright, window_of
 
 MOST = 24
 """Points drawn; more cannot be told apart."""
@@ -80,7 +80,7 @@ def matches_png(
                     0.02, 0.98, plane, ha="left", va="top", color="#e8e8e8", size=6, transform=axes.transAxes, path_effects=_edge()
                 )
             top -= heights[plane] + GAP
-    return _png(figure)
+    return to_png(figure)
 
 
 def _beside(place: float, plane: float, spacing: float) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from medssl.errors import RequestError
-from medssl.report import figures
+from medssl.report import clip_figures, figures
 from medssl.report.collect import Json, Leftovers, Segmentation, collect, number, spacing_of
 from medssl.report.headline import (
     Comparison,
@@ -127,6 +127,7 @@ def render(found: Leftovers, *, with_images: bool) -> str:
         Section("curves", "Loss and monitors", _curves(found)),
         Section("reconstructions", "Reconstructions", _reconstructions(found, with_images)),
         Section("segmentation", "Segmentation", _segmentation(found, with_images)),
+        *([Section("clips", "Clips", _clips(found))] if found.clips or found.regressions else []),
         Section("probes", "Probes and controls", _probes(found)),
         Section("data", "Data", _data(found)),
         Section("caveats", "Before you use this", _caveats(found, lines, with_images)),
@@ -602,6 +603,23 @@ def _segmentation(found: Leftovers, with_images: bool) -> str:
     of = f"Fine-tuned with {labels} labelled cases, seed {seed}. " if labels else ""
     lead = f"{of}The first test cases in the order of the cohort, not chosen by their result."
     return f"<p>{lead}</p>" + "".join(parts)
+
+
+def _clips(found: Leftovers) -> str:
+    parts = []
+    for place, clip in enumerate(found.clips[:MAX_CASES], start=1):
+        branches = ", ".join(clip.prototypes)
+        of = f", and the prototypes that its tokens were assigned to ({text(branches)})" if branches else ""
+        alt = f"Frames of a clip over time{of}"
+        parts.append(image(clip_figures.strip_png(clip), alt, caption=f"Clip {place}: frames over time{of}."))
+    if parts:
+        lead = "Black is outside the sector. Blue squares were hidden from the student, at all times alike. A prototype has one colour throughout."
+        parts.insert(0, f"<p>{lead}</p>")
+    for name, target, predicted in found.regressions[:MAX_CASES]:
+        light, dark = (clip_figures.scatter_png(target, predicted, theme) for theme in (figures.LIGHT, figures.DARK))
+        caption = f"{text(name)}: predictions on patients of other folds. Dotted: always saying the mean."
+        parts.append(image(light, "Predicted over measured values", dark=dark, caption=caption))
+    return "".join(parts)
 
 
 def _one_group(found: Sequence[Segmentation]) -> list[Segmentation]:

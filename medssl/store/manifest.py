@@ -82,7 +82,7 @@ class ItemRecord:
         domain: Domain name.
         modality: DICOM modality of those that the domain takes, or `unknown`.
         units: `HU` or `arbitrary`.
-        source: Keyed hash of the source files' digests: another value means that the files have changed.
+        source: Keyed hash of the source files' digests and times: another value means that the files may have changed.
         kind: `volume`, `image` or `clip`.
         frame_times_ms: See `types.ImageMeta`.
         channel_names: Likewise, its `channels`.

@@ -68,7 +68,7 @@ class Files(Protocol):
         ...
 
     def source_tag(self, series_id: str) -> str:
-        """Return a keyed hash of the files' digests."""
+        """Return a keyed hash of the files' digests and times of change."""
         ...
 
     def part(self, series_id: str) -> dict[str, Any] | None:

@@ -210,8 +210,8 @@ class PlaneViews:
         rows: dict[str, list[Tensor]] = {}
         for item, views in zip(items, params):
             how = intensity.normalization(self.normalize, self.window, item.stats, item.id)
-            image = _to_device(item.image, device)
-            valid = None if item.valid.all() else _to_device(item.valid, device)
+            image = to_device(item.image, device)
+            valid = None if item.valid.all() else to_device(item.valid, device)
             for view in views:
                 for key, value in self._view(item, image, valid, how, view).items():
                     rows.setdefault(key, []).append(value)
@@ -320,7 +320,7 @@ def resize(image: Tensor, valid: Tensor | None, matrix: np.ndarray, size: tuple[
 
     Args:
         image: (N, C, H, W).
-        valid: (N, H, W) bool, or None when all is valid.
+        valid: (N, H, W) bool, (1, H, W) for all planes, or None when all is valid.
         matrix: (2, 3): (row, column) in pixels, from the outer corner, of a point (x, y, 1) of the view with -1 <= x, y <= 1.
         size: (h, w) of the view.
         padding: Value outside the picture and where it is not valid.
@@ -359,7 +359,12 @@ def resize(image: Tensor, valid: Tensor | None, matrix: np.ndarray, size: tuple[
     out = F.grid_sample(part, grid, mode="bilinear", padding_mode="border", align_corners=False)
     real = seen.to(part.device).expand(len(part), -1, -1)
     if inside is not None:
-        kept = F.grid_sample(inside[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)[:, 0] > 0.5
+        kept = (
+            F.grid_sample(inside[:, None].float(), grid[: len(inside)], mode="nearest", padding_mode="border", align_corners=False)[
+                :, 0
+            ]
+            > 0.5
+        )
         real = real & kept
     return out, real.contiguous()
 
@@ -397,7 +402,8 @@ def _blur_options(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {"sigma": sigma, "probability": probability} if probability > 0 else None
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Move an array to a device, as torch knows it: contiguous, writable, in native byte order, uint16 as int32."""
     if not array.flags.c_contiguous or not array.flags.writeable or not array.dtype.isnative:
         array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
     if array.dtype == np.uint16:  # few torch operations know it

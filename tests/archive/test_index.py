@@ -376,7 +376,9 @@ def run_python(code: str, *args: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("at", ["scan-00000002", "series", "summary"])
+@pytest.mark.parametrize(
+    "at", ["scan-00000002", pytest.param("series", marks=pytest.mark.slow), pytest.param("summary", marks=pytest.mark.slow)]
+)
 def test_kill__loses_at_most_the_batch_and_the_next_run_completes(tmp_path: Path, at: str) -> None:
     source = write_cohort(tmp_path / "src", 9)
     code = """

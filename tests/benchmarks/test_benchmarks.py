@@ -222,6 +222,7 @@ def test_index_scale__counts_what_it_indexed(tmp_path: Path, monkeypatch: pytest
     assert [(row["files"], row["scanned"]) for row in rows] == [
         (100, 100),
         (300, 300),
+        (300, 300),
         (300, 100),
         (300, 3),
         (300, 3),

@@ -139,6 +139,7 @@ def test_weights_for_another_encoder__exit_2(archive: Path, tmp_path: Path, caps
     assert "no weights at" in err
 
 
+@pytest.mark.slow
 def test_no_write_permission__exits_without_traces(archive: Path, open_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import shutil
     import subprocess

@@ -40,7 +40,10 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(4):
         sample, _ = toy.phantom(seed, spacing=4.0)
         nib.save(nib.Nifti1Image(sample.image[0], sample.affine), root / "images" / f"p{seed}.nii.gz")  # type: ignore[attr-defined, no-untyped-call]
-    index([root / "images"], root / "index", modality="MR")
+    key = root / "id.key"  # ids, and with them what three steps of training see, depend on the key
+    key.write_text("the key of four phantoms, no patients\n")
+    key.chmod(0o600)
+    index([root / "images"], root / "index", modality="MR", key_file=key)
     return root / "index"
 
 
@@ -135,6 +138,7 @@ def source_of(recipe: PretrainRecipe, **changes: Any) -> Any:
     return data_sources.training_source(shelf, recipe.sources["main"], items, recipe.train.batch)
 
 
+@pytest.mark.slow
 def test_alice_road__matcher_embed_and_pairs_of_two_patients(archive: Path, run: Path, tmp_path: Path) -> None:
     changes = [f"data.index={archive}", f"out={tmp_path / 'alice'}", "train.steps=3", "train.monitor_items=0", matched(run)]
     embed(ALICE, run, changes)  # the recipe that needs the embeddings names the volumes

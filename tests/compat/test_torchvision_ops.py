@@ -33,6 +33,7 @@ def test_nms__equals_brute_force() -> None:
         assert nms(boxes, scores, 0.4).tolist() == brute_force(boxes, scores, 0.4)
 
 
+@pytest.mark.slow
 def test_ensure__lets_timm_import() -> None:
     code = "from medssl._compat.torchvision_ops import ensure; print(ensure()); import torchvision, timm; print(timm.__version__)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)

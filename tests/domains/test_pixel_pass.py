@@ -223,6 +223,7 @@ def test_failures__are_tried_again_where_that_may_help(tmp_path: Path, monkeypat
         look_at_pixels(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_stuck_series__is_left_behind_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volumes(tmp_path / "src", 3)
     index([tmp_path / "src"], tmp_path / "out")
@@ -266,6 +267,7 @@ def keeping(job: pixel_pass.Job) -> dict[str, Any]:
     return pixel_pass.look(job)
 
 
+@pytest.mark.slow
 def test_withdraw__takes_the_hashes_along(tmp_path: Path) -> None:
     volumes(tmp_path / "src", 3)
     look(tmp_path / "src", tmp_path / "out")
@@ -277,6 +279,7 @@ def test_withdraw__takes_the_hashes_along(tmp_path: Path) -> None:
     assert hashes(tmp_path / "out")[gone] == (None, None) and all(hashes(tmp_path / "out")[name][0] for name in kept)
 
 
+@pytest.mark.slow
 def test_version__another_one_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volumes(tmp_path / "src", 1)
     look(tmp_path / "src", tmp_path / "out")

@@ -301,6 +301,63 @@ def test_video__damaged_or_without_the_extra(
         read(path)
 
 
+@pytest.mark.parametrize(("codec", "suffix"), [("mpeg4", "avi"), ("mpeg4", "mp4"), ("ffv1", "avi")])
+def test_video__corrupt_middle_keeps_the_prefix_and_says_so(tmp_path: Path, codec: str, suffix: str) -> None:
+    av = pytest.importorskip("av")
+    frames = np.repeat(us_loop(40)[..., None], 3, axis=-1)
+    path = write_video(tmp_path / f"c.{suffix}", frames, codec=codec)
+    with av.open(str(path)) as container:
+        good = np.stack([frame.to_ndarray(format="gray") for frame in container.decode(video=0)])
+    whole = read(path, sector=False)
+    assert len(whole.image) == len(good) and "prefix_only" not in whole.meta.flags
+    content = bytearray(path.read_bytes())
+    place = len(content) // 2
+    content[place : place + 2000] = np.random.default_rng(0).bytes(2000)
+    path.write_bytes(content)
+    sample = read(path, sector=False)
+    assert "prefix_only" in sample.meta.flags and 10 < len(sample.image) < 25
+    np.testing.assert_array_equal(sample.image[:, 0], good[: len(sample.image)])
+    assert sample.meta.frame_times_ms == (whole.meta.frame_times_ms or ())[: len(sample.image)]
+
+
+def test_video__turned_by_its_container_is_read_upright(tmp_path: Path) -> None:
+    """A phone held sideways writes a matrix (ISO 14496-12, `tkhd`) instead of turning pixels: a quarter turn clockwise here."""
+    pytest.importorskip("av")
+    path = write_video(tmp_path / "r.mp4", np.repeat(us_loop(4)[..., None], 3, axis=-1))
+    lying = read(path, sector=False)
+    content = bytearray(path.read_bytes())
+    identity, quarter = ((1, 0, 0, 0, 1, 0), (0, 1, 0, -1, 0, 0))
+    words = [b"".join((value << 16).to_bytes(4, "big", signed=True) for value in matrix) for matrix in (identity, quarter)]
+    place = content.index(words[0], content.index(b"tkhd"))
+    content[place : place + 24] = words[1]
+    path.write_bytes(content)
+    np.testing.assert_array_equal(read(path, sector=False).image, np.rot90(lying.image, -1, axes=(2, 3)))
+
+
+def test_sector__not_found_takes_all_and_says_so(tmp_path: Path) -> None:
+    still = np.repeat(us_loop(1), 6, axis=0)
+    sample = read(loop(tmp_path, still, FrameTime=40))
+    assert sample.valid is None and "sector_unknown" in sample.meta.flags and sample.meta.facts["sector_source"] == "none"
+    boxed = read(loop(tmp_path, still, FrameTime=40, SequenceOfUltrasoundRegions=[us_region((10, 100, 20, 140))]))
+    assert boxed.valid is not None and "sector_unknown" not in boxed.meta.flags
+
+
+def test_sector__near_field_beyond_a_shadow_and_faint_flicker_belong_to_it(tmp_path: Path) -> None:
+    """A fan whose middle is black, whose right part barely flickers, above a moving ECG strip."""
+    frames, sector = us_loop(16).astype(int), fan()
+    rng = np.random.default_rng(3)
+    frames[:, 34:70] = np.where(sector[34:70], 0, frames[:, 34:70])
+    faint = sector & (np.mgrid[:120, :160][1] > 95)
+    frames[:, faint] = 4 + (rng.random((16, int(faint.sum()))) < 0.4)
+    frames[:, 108:118, 4:60] = 0
+    for t in range(16):
+        frames[t, 108 + (np.arange(4, 60) * 3 + 5 * t) % 10, np.arange(4, 60)] = 220
+    sample = read(loop(tmp_path, frames.astype(np.uint8), FrameTime=40))
+    assert sample.valid is not None
+    overlap = (sample.valid & sector).sum() / (sample.valid | sector).sum()
+    assert overlap > 0.93 and not sample.valid[106:].any()
+
+
 def test_gif__moving_is_a_clip_and_still_an_image(tmp_path: Path) -> None:
     frames = us_loop(5)
     clip = read(write_gif(tmp_path / "m.gif", frames, [40, 40, 100, 40, 40]), sector=False)

@@ -150,6 +150,7 @@ print(state["status"], len(state["attempts"]), flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_mid_slide__no_partial_file_and_the_next_run_is_equal(pyramid: Path, tiles: Tiles, tmp_path: Path) -> None:
     """Card, experiment 5."""

@@ -14,6 +14,7 @@ from medssl.registry import ENCODERS, lookup
 from medssl.testing import check_encoder
 
 TINY = {
+    "video_vit": {"image_size": (4, 16, 24), "patch_size": 8, "hidden_size": 24, "num_layers": 2, "num_heads": 2},
     "vit3d": {"image_size": (16, 24, 8), "patch_size": 8, "hidden_size": 24, "num_layers": 2, "num_heads": 2},
     "segresnet3d": {"init_filters": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)},
     "swin3d": {"feature_size": 12, "depths": (2, 1, 1, 1), "num_heads": (2, 2, 2, 2), "window_size": 4},
@@ -26,7 +27,7 @@ TINY = {
         "chunk": 4,
     },
 }
-SIZES = {"swin3d": (64, 96, 32), "image2d": (64, 96), "slice_volume": (32, 64, 6)}
+SIZES = {"swin3d": (64, 96, 32), "image2d": (64, 96), "slice_volume": (32, 64, 6), "video_vit": (4, 16, 24)}
 
 
 @pytest.mark.parametrize("name", sorted(ENCODERS))

@@ -114,6 +114,7 @@ def test_norm_frozen__training_equals_evaluation_and_moves_no_statistics() -> No
     assert encoder.net.bn1.weight.grad is not None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, while it traces
 def test_checkpoint_blocks__recomputes_compiled_blocks() -> None:
     torch.manual_seed(0)

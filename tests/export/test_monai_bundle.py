@@ -295,6 +295,7 @@ def check_features(encoder, file: Path, bundle: Path, out: Path, spacing: tuple[
     )
 
 
+@pytest.mark.slow
 def test_bundle__verifies_and_runs_where_medssl_is_not(tmp_path):
     encoder = make_vit(image_size=(32, 32, 16), num_layers=2)
     run = save_run(encoder, tmp_path / "run")

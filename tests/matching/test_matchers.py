@@ -79,7 +79,14 @@ def stored_otherwise(sample: Sample, path: Path, order: tuple[int, int, int], fl
     return path
 
 
-@pytest.mark.parametrize(("order", "flips"), [((0, 1, 2), (0, 1)), ((2, 0, 1), ()), ((1, 2, 0), (0, 2))])
+@pytest.mark.parametrize(
+    ("order", "flips"),
+    [
+        pytest.param((0, 1, 2), (0, 1), marks=pytest.mark.slow),
+        pytest.param((2, 0, 1), (), marks=pytest.mark.slow),
+        ((1, 2, 0), (0, 2)),
+    ],
+)
 def test_frame__permuted_and_flipped_storage_does_not_move_a_match(
     untrained: Path, tmp_path: Path, order: tuple[int, int, int], flips: tuple[int, ...]
 ) -> None:

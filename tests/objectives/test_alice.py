@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from medssl.errors import RequestError, TrainingStopped
-from medssl.objectives.alice import Alice, cross_entropy, standardised
+from medssl.layers.distillation import cross_entropy
+from medssl.layers.standardise import standardised
+from medssl.objectives.alice import Alice
 from medssl.testing import check_objective
 from medssl.training.ema import update_ema
 from medssl.types import StepContext, Views
 from tests.objectives.pairs import SIZES, make_alice, make_encoder, make_pairs, take, to_double
 
 ENCODERS = ("segresnet3d", "vit3d", "swin3d")
+PAINT = {"cls": 1, "patch": 1, "rec": 100}
 
 
 def settle(objective: Alice, scale: float = 1.0) -> Alice:
@@ -28,7 +31,7 @@ def settle(objective: Alice, scale: float = 1.0) -> Alice:
         for parameter in objective.teacher.parameters():
             parameter.add_(0.1 * scale * torch.randn_like(parameter) * parameter.abs().mean())
         for name, buffer in objective.named_buffers():
-            if name.startswith("centre_"):
+            if name.startswith("centres."):
                 buffer.copy_(0.05 * scale * torch.randn_like(buffer))
     return objective
 
@@ -103,7 +106,7 @@ def loops(objective: Alice, views: Views, t_t: float) -> dict[str, float]:
     batch = len(x)
     t_s = objective.student_temperature
     head, other_head = arrays(objective.head), arrays(objective.teacher["head"])
-    c_cls, c_patch = (objective.get_buffer(f"centre_{term}").numpy() for term in ("cls", "patch"))
+    c_cls, c_patch = (objective.get_buffer(f"centres.{term}.value").numpy() for term in ("cls", "patch"))
     patch = objective.patch
     with torch.no_grad():
         student = [[objective.encode(x[i, v : v + 1], hidden[i, v : v + 1], paint=True) for v in (0, 1)] for i in range(batch)]
@@ -171,9 +174,16 @@ def test_losses__recon_region_all_scores_every_valid_voxel() -> None:
 
 @pytest.mark.parametrize("name", ["segresnet3d", "vit3d", pytest.param("swin3d", marks=pytest.mark.slow)])
 def test_alice__keeps_the_contract(name: str) -> None:
-    """Swin has few steps here: the reconstruction weighs most, because the teacher's targets move and need not be met any better yet."""
-    steps, lr, changes = (4, 1e-3, {"weights": {"cls": 1, "patch": 1, "rec": 100}}) if name == "swin3d" else (10, 3e-3, {})
-    check_objective(make_alice(name, **changes), make_pairs(name, weights=[1.0, 0.5]), steps=steps, lr=lr)
+    """In few steps the reconstruction must weigh most: as the centres move away from 0, targets say more, and what is harder costs more."""
+    steps, lr = (4, 1e-3) if name == "swin3d" else (10, 3e-3)
+    objective, views = make_alice(name, weights=PAINT), make_pairs(name, weights=[1.0, 0.5])
+    check_objective(objective, views, steps=steps, lr=lr, separable=False)
+
+
+def test_published_form__averages_over_micro_steps() -> None:
+    """Without statistics of a micro-batch, a batch may be cut in any way."""
+    objective, views = make_alice("vit3d", standardise=False, weights=PAINT), make_pairs("vit3d", weights=[1.0, 0.5])
+    check_objective(objective, views, steps=10, lr=3e-3)
 
 
 @pytest.mark.parametrize(
@@ -254,9 +264,9 @@ def test_pair_weight_0__removes_a_pair_exactly() -> None:
         results.append((numbers(parts), model))
     (with_it, one), (without, two) = results
     assert {key: v for key, v in with_it.items() if "teacher_entropy" not in key} == pytest.approx(
-        {key: v for key, v in without.items() if "teacher_entropy" not in key}, rel=1e-5
+        {key: v for key, v in without.items() if "teacher_entropy" not in key}, rel=1e-5, abs=1e-6
     )
-    assert torch.allclose(one.get_buffer("centre_patch"), two.get_buffer("centre_patch"), atol=1e-7)
+    assert torch.allclose(one.get_buffer("centres.patch.value"), two.get_buffer("centres.patch.value"), atol=1e-7)
     for (key, a), b in zip(one.named_parameters(), two.parameters()):
         assert a.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6), key
 
@@ -279,7 +289,7 @@ def test_all_pairs_of_weight_0__give_zero_gradients_and_leave_the_centre() -> No
     objective.after_step(StepContext())
     assert float(parts["loss"].detach()) == 0.0 and all(math.isfinite(value) for value in numbers(parts).values())
     assert all(float(p.grad.abs().max()) == 0.0 for p in objective.parameters() if p.grad is not None)
-    assert float(objective.get_buffer("centre_cls").abs().max()) == 0.0
+    assert float(objective.get_buffer("centres.cls.value").abs().max()) == 0.0
 
 
 def test_views_that_are_no_pairs__are_refused() -> None:
@@ -358,7 +368,8 @@ def test_casa__starts_with_targets_that_are_not_one_hot() -> None:
     parts = numbers(make_alice(prototypes=512, bottleneck=256, casa_heads=8)(make_pairs(), StepContext()))
     assert 0.5 < parts["patch_teacher_entropy"] < 1.0
     objective = make_alice(prototypes=512, bottleneck=256, casa_heads=8)
-    torch.nn.init.ones_(objective.casa.norm.weight)  # type: ignore[union-attr]
+    for casa in (objective.casa, objective.teacher["casa"]):
+        torch.nn.init.ones_(casa.norm.weight)  # type: ignore[union-attr]
     assert numbers(objective(make_pairs(), StepContext()))["patch_teacher_entropy"] < 0.2
 
 
@@ -397,13 +408,13 @@ def test_state__resumes_bit_exactly() -> None:
     assert play(again, other, range(3, 6)) == expected
     assert all(torch.equal(a, b) for a, b in zip(through.state_dict().values(), again.state_dict().values()))
     assert any(key.startswith("casa.") for key in saved[0]) and any(key.startswith("teacher.") for key in saved[0])
-    assert float(saved[0]["centre_cls"].abs().max()) > 0
+    assert float(saved[0]["centres.cls.value"].abs().max()) > 0
 
 
 def test_centre__is_a_running_mean_over_pairs_by_weight() -> None:
     objective = settle(make_alice()).double()
     views = to_double(make_pairs(weights=[1.0, 0.5]))
-    before = objective.get_buffer("centre_cls").clone()
+    before = objective.get_buffer("centres.cls.value").clone()
     x = objective.inputs(views)[0]
     with torch.no_grad():
         pooled = objective.encode(x.flatten(0, 1), None, paint=False)[0].pooled
@@ -411,7 +422,7 @@ def test_centre__is_a_running_mean_over_pairs_by_weight() -> None:
     expected = 0.9 * before + 0.1 * (logits[0] + logits[1] + 0.5 * logits[2] + 0.5 * logits[3]) / 3
     objective(views, StepContext())
     objective.after_step(StepContext())
-    assert torch.allclose(objective.get_buffer("centre_cls"), expected, rtol=1e-10)
+    assert torch.allclose(objective.get_buffer("centres.cls.value"), expected, rtol=1e-10)
 
 
 def test_centre__of_two_micro_steps_is_that_of_one_step() -> None:
@@ -423,26 +434,13 @@ def test_centre__of_two_micro_steps_is_that_of_one_step() -> None:
     for objective in (one, two):
         objective.after_step(StepContext())
     for term in ("cls", "patch"):
-        assert torch.allclose(one.get_buffer(f"centre_{term}"), two.get_buffer(f"centre_{term}"), atol=1e-6)
-
-
-def test_standardised__formula_by_weight() -> None:
-    x = torch.randn(4, 5, 3, dtype=torch.float64) * 0.01 + torch.tensor([5.0, -2.0, 0.3])
-    weight = torch.rand(4, 5, dtype=torch.float64)
-    weight[1] = 0.0
-    rows = standardised(x, weight)
-    share = weight[..., None] / weight.sum()
-    assert torch.allclose((rows * share).sum(dim=(0, 1)), torch.zeros(3).double(), atol=1e-9)
-    assert torch.allclose((rows.square() * share).sum(dim=(0, 1)), torch.ones(3).double(), rtol=1e-3)
-    kept = [0, 2, 3]
-    assert torch.allclose(rows[kept], standardised(x[kept], weight[kept]), rtol=1e-12)
-    assert torch.equal(standardised(x[0, :2], weight[0, :2]), x[0, :2]), "fewer than three rows"
+        assert torch.allclose(one.get_buffer(f"centres.{term}.value"), two.get_buffer(f"centres.{term}.value"), atol=1e-6)
 
 
 def test_loss__does_not_feel_what_all_student_features_have_in_common() -> None:
     """Of a fresh network it is most of their length; with running statistics it outran them, and the heads saw nothing else."""
-    views = make_pairs(batch=4)
-    plain, moved = make_alice(weights={"cls": 1}), make_alice(weights={"cls": 1})
+    views = to_double(make_pairs(batch=4))
+    plain, moved = (make_alice(weights={"cls": 1}).double() for _ in range(2))
     encode = moved.encode
 
     def offset(*arguments: Any, **options: Any) -> Any:
@@ -450,7 +448,8 @@ def test_loss__does_not_feel_what_all_student_features_have_in_common() -> None:
         return dataclasses.replace(output, pooled=output.pooled + 100.0), context, painted
 
     moved.encode = offset  # type: ignore[method-assign]
-    assert float(moved(views, StepContext())["loss"]) == pytest.approx(float(plain(views, StepContext())["loss"]), rel=1e-3)
+    found, expected = (numbers(objective(views, StepContext()))["loss"] for objective in (moved, plain))
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_first_epoch__leaves_the_last_layers() -> None:
@@ -465,17 +464,6 @@ def test_first_epoch__leaves_the_last_layers() -> None:
 # -- monitors ----------------------------------------------------------------------------------------------------------
 
 
-def test_spread__is_the_std_of_unit_features_in_units_of_their_width() -> None:
-    objective = make_alice().eval()
-    rows = torch.randn(8, 32)
-    unit = rows / rows.norm(dim=1, keepdim=True)
-    expected = float(unit.std(dim=0, correction=0).mean()) * math.sqrt(32)
-    assert float(objective._spread(rows, torch.ones(4))[0]) == pytest.approx(expected, rel=1e-5)
-    assert expected > 0.8
-    alike = torch.ones(8, 32) + 1e-3 * rows
-    assert float(objective._spread(alike, torch.ones(4))[0]) < 0.05
-
-
 def test_collapse__stops_the_run_with_advice() -> None:
     objective = make_alice(alarm={"epochs": 2, "steps": 3}, centre_momentum=0.0, weights={"cls": 1})
     views = make_pairs(batch=4)
@@ -484,6 +472,16 @@ def test_collapse__stops_the_run_with_advice() -> None:
         look(objective, [views] * 25)
     healthy = make_alice(alarm={"epochs": 2, "steps": 3}, centre_momentum=0.0, weights={"cls": 1})
     look(healthy, [make_pairs(batch=4, seed=step) for step in range(25)])
+
+
+def test_collapse__of_targets_that_are_one_and_the_same_is_seen_too() -> None:
+    """One-hot targets are far from uniform and teach as little."""
+    objective = make_alice(weights={"cls": 1}, standardise=False).eval()
+    views = make_pairs(batch=4)
+    views.data["volume"][:] = 1.0
+    objective.centres["cls"].value[0] = -100.0  # type: ignore[index,operator]
+    parts = numbers(objective(views, StepContext()))
+    assert parts["cls_teacher_entropy"] < 1e-3 and parts["cls_information"] < 1e-3
 
 
 def look(objective: Alice, batches: list[Views]) -> None:

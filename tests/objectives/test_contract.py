@@ -13,12 +13,16 @@ from torch import Tensor
 from medssl.encoders.image2d import Image2D
 from medssl.encoders.segresnet3d import SegResNet3D
 from medssl.encoders.slice_volume import SliceVolumeEncoder
+from medssl.encoders.video_vit import VideoViT
 from medssl.encoders.vit3d import ViT3D
+from medssl.objectives.cluster_distillation import ClusterDistillation
 from medssl.objectives.global_local_contrast import GlobalLocalContrast
 from medssl.objectives.graph_matching import GraphMatching
 from medssl.objectives.intra_inter_clustering import IntraInterClustering
 from medssl.objectives.mae import MAE
 from medssl.objectives.mae_cnn import MAECNN
+from medssl.objectives.relative_speed import RelativeSpeed
+from medssl.objectives.video_mae import VideoMAE
 from medssl.registry import OBJECTIVES
 from medssl.testing import check_objective, toy_views
 from medssl.types import Part, StepContext, Views, ViewSpec
@@ -32,6 +36,7 @@ SPECS = {
     "stack": ViewSpec("clip", (3, 32, 32), None, 2),
     "volume": ViewSpec("volume", (32, 32, 3), None, 2),
 }
+CLIP = (8, 24, 32)
 AGGREGATOR = {"depth": 1, "heads": 2, "dim_head": 8, "hidden_dim": 16, "dropout": 0.0}
 
 
@@ -74,6 +79,30 @@ def contrast() -> GlobalLocalContrast:
     )
 
 
+def video_vit() -> VideoViT:
+    return VideoViT(image_size=CLIP, patch_size=8, hidden_size=24, num_layers=2, num_heads=2)
+
+
+def clip_specs(count: int = 1) -> dict[str, ViewSpec]:
+    return {"clip": ViewSpec("clip", CLIP, None, count)}
+
+
+def distillation(**changes: Any) -> ClusterDistillation:
+    sizes: dict[str, Any] = {"head_prototypes": 16, "head_hidden": 16, "bottleneck": 8, "decoder_dim": 24, "decoder_depth": 1}
+    sizes |= {"prototypes": 6, "frames": 2, "masked_views": 2, "mask_ratio": 0.7}
+    return ClusterDistillation(video_vit(), view_specs=clip_specs(), **{**sizes, **changes})
+
+
+def painted_clips(**changes: Any) -> VideoMAE:
+    sizes: dict[str, Any] = {"decoder_dim": 24, "decoder_depth": 1, "mask_ratio": 0.7}
+    return VideoMAE(video_vit(), view_specs=clip_specs(), **{**sizes, **changes})
+
+
+def speeds(**changes: Any) -> RelativeSpeed:
+    # of four items that come back every step, the queue would hold their own keys as negatives
+    return RelativeSpeed(video_vit(), view_specs=clip_specs(3), **{"dim": 8, "weights": {"motion": 1}, **changes})
+
+
 CASES: dict[str, tuple[Callable[[], Any], tuple[str, ...], dict[str, Any]]] = {
     "mae": (vit_mae, ("volume",), {}),
     "mae_cnn": (cnn_mae, ("volume",), {}),
@@ -81,6 +110,10 @@ CASES: dict[str, tuple[Callable[[], Any], tuple[str, ...], dict[str, Any]]] = {
     "intra_inter_clustering deepcluster": (deep_clustering, ("stack", "image"), {}),
     "graph_matching": (graphs, ("image",), {"separable": False, "lr": 1e-2, "batch": 16}),
     "global_local_contrast": (contrast, ("image",), {"separable": False}),
+    "cluster_distillation": (distillation, ("clip",), {"separable": False}),
+    "video_mae": (painted_clips, ("clip",), {}),
+    "video_mae random": (lambda: painted_clips(masking="random", norm_target=False), ("clip",), {}),
+    "relative_speed": (speeds, ("clip",), {}),
 }
 
 
@@ -94,7 +127,10 @@ def test_cases__cover_the_registry() -> None:
     assert all("check_objective(" in text for text in texts)
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+LONG = {"intra_inter_clustering deepcluster"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in sorted(CASES)])
 def test_objective__keeps_the_contract(name: str) -> None:
     make, views, how = CASES[name]
     torch.manual_seed(0)

@@ -547,6 +547,35 @@ def write_video(path: Path) -> None:
         container.mux(stream.encode())
 
 
+def write_cines(root: Path, n: int = 6) -> Path:
+    """Write ultrasound loops, the last one without frame times, a video and a damaged one, all full of identifiers.
+
+    Returns:
+        The source folder, whose own name is an identifier. `split.csv` lies beside it: two patients are trained on.
+    """
+    from tests.synthetic_planar import us_loop, write_planar_dicom
+
+    source = root / "Quillfeather_Zebediah"
+    source.mkdir(parents=True)
+    rows = ["file,split,volume"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the values that no scanner should write
+        for k in range(n):
+            who = {"PatientID": f"MRN83641957_{k}", "PatientName": f"Quillfeather^Zebediah {PERSON}"}
+            timed = {} if k == n - 1 else {"FrameTime": 40}
+            path = write_planar_dicom(source / f"{k}.dcm", us_loop(10, (64, 80), seed=k), modality="US", **who, **timed)
+            add_identifiers(path, f"7{k}")
+            name = f"Quillfeather_Zebediah_{k}.dcm"
+            path.rename(source / name)
+            rows.append(f"{name},{'train' if k < 2 else 'test'},{k}")
+    write_video(source / "Zebediah_Quillfeather.avi")
+    if (source / "Zebediah_Quillfeather.avi").exists():
+        whole = (source / "Zebediah_Quillfeather.avi").read_bytes()
+        (source / "MRN83641957_cut.avi").write_bytes(whole[: len(whole) * 2 // 3])
+    (root / "split.csv").write_text("\n".join(rows) + "\n")
+    return source
+
+
 def write_dicomdir(path: Path) -> None:
     """Write the table of contents of a disc: a patient, by name, and nothing else."""
     import pydicom

@@ -68,7 +68,7 @@ def wrong(*argv: object) -> Step:
 class House:
     """A folder for everything the children read and write, and all they said.
 
-    data/ holds the sources, out/ what medssl writes, cwd/, tmp/ and home/USER what libraries may leave.
+    data/ holds the sources, cines/ those of clips, out/ what medssl writes, cwd/, tmp/ and home/USER what libraries may leave.
     """
 
     def __init__(self, root: Path) -> None:
@@ -77,6 +77,7 @@ class House:
         for name in ("data", "out", "cwd", "tmp", f"home/{USER}"):
             (root / name).mkdir(parents=True)
         self.sources = root / "data" / "Quillfeather_Zebediah"
+        self.cines = root / "cines"
         self.data, self.out, self.attempts = root / "data", root / "out", root / "attempts.log"
 
     def run(self, steps: Sequence[Step], timeout: float = 110) -> None:
@@ -126,9 +127,9 @@ class House:
         from medssl.archive.scanning.scan import file_digest, short_hash
 
         extra = {HOST: "host", USER: "user", str(MODIFIED): "time of change of a source"}
-        for path in (path for path in self.sources.rglob("*") if path.is_file()):
+        for path in (path for root in (self.sources, self.cines) for path in root.rglob("*") if path.is_file()):
             content = path.read_bytes()
-            extra[str(path.relative_to(self.data))] = "path"
+            extra["/".join(path.parts[-2:])] = "path"
             extra[str(short_hash(str(path)))] = "hash of a path without a key"
             if content:
                 for digest in (hashlib.md5, hashlib.sha1, hashlib.sha256):
@@ -145,7 +146,13 @@ class House:
             for line in text.splitlines()
             for what in searcher.find(line)
         ]
-        skip = [self.data, *self.root.glob("job*.json"), self.root / "home", self.root / "tmp" / f"torchinductor_{USER}"]
+        skip = [
+            self.data,
+            self.cines,
+            *self.root.glob("job*.json"),
+            self.root / "home",
+            self.root / "tmp" / f"torchinductor_{USER}",
+        ]
         return found + searcher.search(self.root, skip=skip) + searcher.search(self.root / "home" / USER)
 
 
@@ -338,6 +345,24 @@ def matching_road(house: House) -> list[Step]:
     ]
 
 
+def clip_road(house: House) -> list[Step]:
+    """Return what is done with ultrasound loops: indexed, trained on, evaluated and exported."""
+    archive, run, out = house.out / "cines", house.out / "discovr", house.out
+    recipe = SMOKE / "cluster_distillation_video_vit_ultrasound.yaml"
+    short = [f"data.index={archive}", "train.steps=1", "train.batch=2", "train.monitor_items=2", "train.monitor_every=1"]
+    breaks = {"medssl.sampling.clips:ClipSource.fetch": {"raise": TERRIBLE}}
+    asked = [f"source.index={archive}", f"table={house.cines / 'split.csv'}", "k=[1]", "--weights", run]
+    evaluate = ["evaluate", recipe_folder() / "evaluate" / "regression_ultrasound.yaml", *asked]
+    return [
+        step("index", house.cines, "--splits", house.cines / "split.csv", "--modality", "US", *PIXELS, "--out", archive),
+        step("pretrain", recipe, *short, f"out={run}"),
+        step("pretrain", recipe, *short, f"out={out / 'ill_clips'}", status=1, set=breaks),
+        step(*evaluate, "target=volume", f"out={out / 'evaluated_clips'}"),
+        step(*evaluate, "target=file", f"out={out / 'none'}", status=2),
+        step("export", run, "--to", "safetensors", "--out", out / "exported_clips"),
+    ]
+
+
 def withdrawal(house: House) -> Step:
     """Return what comes last: what was unpacked to be read goes with it, and the embeddings of the withdrawn."""
     return step("archive", "withdraw", house.out / "archive", house.data / "request.csv", "--runs", house.out, "--json")
@@ -349,7 +374,10 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
     house = House(tmp_path_factory.mktemp("house"))
     sources(house)
     house.run([*index_road(house), *wrong_words(house), *training_road(house)])
-    house.run([*matching_road(house), withdrawal(house)])
+    planted.write_cines(house.cines)
+    for path in (house.cines / house.sources.name).iterdir():
+        os.utime(path, (MODIFIED, MODIFIED))
+    house.run([*matching_road(house), *clip_road(house), withdrawal(house)], timeout=200)
     return house
 
 
@@ -366,6 +394,7 @@ def test_road__was_travelled_and_met_trouble(house: House) -> None:
         assert words in said, words
     found = {path.relative_to(house.out).parts[0]: path for path in house.out.iterdir()}
     assert {"archive.html", "pictures.html", "card.md", "card.json", "labels.csv", "release", "export"} <= set(found)
+    assert {"clips.npz", "regression.npz"} <= {path.name for path in house.out.rglob("*.npz")}
     assert b"data:image/png" in found["pictures.html"].read_bytes() and b"data:image/png" not in found["archive.html"].read_bytes()
     assert len(found["labels.csv"].read_text().splitlines()) > 1
     names = {path.name for path in house.out.rglob("*")}
@@ -523,9 +552,10 @@ def test_whole_road__says_and_leaves_nothing(tmp_path: Path) -> None:
         shutil.copy(house.data / "cohort" / "images" / path.name, path)
         path.write_bytes(planted.zipped(planted.nifti_bytes(7), path.name))
     (house.data / "by_patient.json").write_text(json.dumps({"Quillfeather": {"MRN83641957": "1957-03-12"}}))
+    planted.write_cines(house.cines)
     first, *rest = long_road(house)
     house.run_alone(first)  # as a user types it
-    house.run(rest, timeout=900)
+    house.run([*clip_road(house), *rest], timeout=900)
     house.run_alone(step("archive", "ls", house.out / "archive", "--where", "series_id::INTEGER > 3", status=2))
     cnn = SMOKE / "mae_cnn_segresnet3d_mri.yaml"
     kills = [

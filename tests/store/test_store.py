@@ -402,6 +402,7 @@ def checks(reader: StoreReader, series_id: str, n: int, seed: int) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_reader__threads_fork_spawn_and_pickle_agree(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 500, (1, 80, 70, 90)).astype(np.int16)
     reader = stored(tmp_path / "s", sample_of(image))

@@ -129,8 +129,9 @@ def test_collapse_monitor__waits_for_patience() -> None:
 
 
 def test_feature_monitors__tell_collapsed_from_spread_features() -> None:
-    spread = torch.randn(64, 16)
-    line = torch.randn(64, 1) * torch.ones(1, 16) + 3
+    rng = torch.Generator().manual_seed(0)
+    spread = torch.randn(64, 16, generator=rng)
+    line = torch.rand(64, 1, generator=rng) * torch.ones(1, 16) + 3
     good, bad = feature_monitors(spread, spread), feature_monitors(line, line)
     assert good["monitor/effective_rank"] > 10 > 2 > bad["monitor/effective_rank"]
     assert good["monitor/alignment"] == 0

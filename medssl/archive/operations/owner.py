@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medssl.archive._parquet import connect, quote
+from medssl.archive._parquet import quote, shared
 from medssl.archive.ids import IdKey, load_key
 from medssl.archive.table import Archive
 from medssl.errors import RequestError
@@ -57,11 +57,7 @@ def owner_files(archive: Archive, names: Sequence[str], condition: str, values: 
 
 def columns_of(path: Path) -> list[str]:
     """Return the column names of a Parquet file."""
-    connection = connect()
-    try:
-        return [row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM read_parquet({quote(path)})").fetchall()]
-    finally:
-        connection.close()
+    return [row[0] for row in shared().execute(f"DESCRIBE SELECT * FROM read_parquet({quote(path)})").fetchall()]
 
 
 def _read(path: Path, names: Sequence[str], condition: str = "true", values: Sequence[str] = ()) -> OwnerTable:
@@ -69,12 +65,9 @@ def _read(path: Path, names: Sequence[str], condition: str = "true", values: Seq
     columns = ", ".join(name if name in there else f"NULL::VARCHAR AS {name}" for name in names)
     table = f"(SELECT {columns} FROM read_parquet({quote(path)})) AS t"
     parameters = [list(values)] * condition.count("?")
-    connection = connect()
-    try:
-        counts = connection.execute(f"SELECT {', '.join(f'count({name})' for name in names)} FROM {table}").fetchone()
-        rows = connection.execute(f"SELECT * FROM {table} WHERE {condition} ORDER BY series_id", parameters).fetchall()
-    finally:
-        connection.close()
+    cursor = shared()
+    counts = cursor.execute(f"SELECT {', '.join(f'count({name})' for name in names)} FROM {table}").fetchone()
+    rows = cursor.execute(f"SELECT * FROM {table} WHERE {condition} ORDER BY series_id", parameters).fetchall()
     silent = tuple(name for name, n in zip(names, counts) if n == 0)
     return OwnerTable([dict(zip(names, row)) for row in rows], silent)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from medssl.archive._parquet import TEMPORARY, connect, files_of, quote, write_query, write_table
+from medssl.archive._parquet import TEMPORARY, connect, files_of, quote, shared, write_query, write_table
 from medssl.archive.pixels.checks import QUALITY_FLAGS, near_duplicate_groups
 from medssl.archive.scanning.scan import RETRIED
 from medssl.archive.table import SERIES_COLUMNS
@@ -74,26 +74,19 @@ class PixelTable:
             WHERE s.status <> 'rejected' AND (s.series_id, p.source_tag) NOT IN (
                 SELECT (series_id, source_tag) FROM ({self.results()}) WHERE version = {VERSION} AND coalesce(reason, '') NOT IN ({again})
             ) ORDER BY s.series_id"""
-        connection = connect()
-        try:
-            names = ("series_id", "source_tag", "domain", "kind", "bits")
-            return [dict(zip(names, row)) for row in connection.execute(query).fetchall()]
-        finally:
-            connection.close()
+        names = ("series_id", "source_tag", "domain", "kind", "bits")
+        return [dict(zip(names, row)) for row in shared().execute(query).fetchall()]
 
     def merge(self) -> None:
         """Join the parts into `pixels.parquet` without what is no longer in the index, and group what looks alike."""
         current = f"""SELECT r.* FROM ({self.results()}) r JOIN read_parquet({quote(self.private / "series.parquet")}) p USING (series_id)
             JOIN read_parquet({quote(self.private.parent / "series.parquet")}) s USING (series_id)
             WHERE r.source_tag = p.source_tag AND s.status <> 'rejected' ORDER BY series_id"""
-        connection = connect()
-        try:
-            write_query(self.path, current, connection)
-            hashed = connection.execute(
-                f"SELECT series_id, perceptual_hash FROM read_parquet({quote(self.path)}) WHERE perceptual_hash IS NOT NULL ORDER BY 1"
-            ).fetchall()
-        finally:
-            connection.close()
+        write_query(self.path, current)
+        query = (
+            f"SELECT series_id, perceptual_hash FROM read_parquet({quote(self.path)}) WHERE perceptual_hash IS NOT NULL ORDER BY 1"
+        )
+        hashed = shared().execute(query).fetchall()
         for part in self.folder.glob("part-*.parquet"):
             part.unlink(missing_ok=True)
         groups = near_duplicate_groups([int(value, 16) for _, value in hashed])
@@ -197,8 +190,4 @@ def pixel_counts(out: Path) -> dict[str, Any] | None:
 
 
 def _one(query: str) -> int:
-    connection = connect()
-    try:
-        return int(connection.execute(query).fetchone()[0])
-    finally:
-        connection.close()
+    return int(shared().execute(query).fetchone()[0])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.ids import IdKey, source_tag
+from medssl.archive.ids import IdKey, source_fold, source_tag
 from medssl.archive.table import SeriesRow
 
 DOMAINS = {"CT": "ct", "MR": "mri", "CR": "xray", "DX": "xray", "RG": "xray", "US": "ultrasound", "SM": "wsi", "GM": "microscopy"}
@@ -97,7 +97,8 @@ class Scanned:
         header: Header values.
         conflict: Another file with other content has the same instance UID.
         choice: What the user said about it.
-        known: `source_id` and `told` of `table.PRIVATE_FILE_COLUMNS`.
+        mtime_ns: When it was changed.
+        known: `path_id` and `told` of `table.PRIVATE_FILE_COLUMNS`.
     """
 
     path: str
@@ -108,6 +109,7 @@ class Scanned:
     header: Mapping[str, Any]
     conflict: bool = False
     choice: Choice = field(default_factory=Choice)
+    mtime_ns: int = 0
     known: tuple[int, int | None] = (0, None)
 
 
@@ -177,7 +179,7 @@ def place(
     A file that holds several series belongs to the first of them; the others name that one (`files_of`).
     """
     out.series.append(row)
-    tag = source_tag(key, (member.digest for member in members))
+    tag = source_tag(key, source_fold((member.digest, member.mtime_ns) for member in members))
     owner = placed[members[0].path].series_id
     text = None if part is None else json.dumps(part)
     out.private.append({"series_id": row.series_id, "source_tag": tag, "part": text, "files_of": owner, **(private or {})})

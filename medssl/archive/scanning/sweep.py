@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl._compat.spawn_main import spawn_pool
-from medssl.archive._parquet import connect, write_table
+from medssl.archive._parquet import write_table
 from medssl.archive.scanning.scan import IO_REASONS, SCAN_COLUMNS, blank_row, scan_batch
 from medssl.errors import StoreError
 
@@ -29,6 +29,7 @@ def sweep(
     paths: Iterable[str],
     total: int,
     private: Path,
+    connection: Any = None,
     *,
     workers: int = 2,
     executor: Executor | None = None,
@@ -42,6 +43,7 @@ def sweep(
         paths: Files to scan.
         total: How many there are.
         private: The index's private folder.
+        connection: DuckDB, encodes the parts; None opens one for each.
         workers: Processes (threads for few files).
         executor: Takes the batches instead, for instance a Dask cluster's; it must see the same paths.
         limit_s: Seconds after which a file is left behind.
@@ -61,28 +63,24 @@ def sweep(
     recent: deque[bool] = deque(maxlen=OUTAGE_WINDOW)
     done = written = 0
     started = time.monotonic()
-    connection = connect(threads=1)
-    try:
-        for batch, rows in _batches(_cut(paths, size), workers, executor, limit_s, many=total > PROCESSES_ABOVE):
-            recent.extend(row["reason"] in IO_REASONS for row in rows)
-            if sum(recent) > OUTAGE_SHARE * OUTAGE_WINDOW:
-                raise StoreError(
-                    f"{sum(recent)} of the last {len(recent)} files could not be read (input/output errors or time-outs): this looks like an "
-                    "outage of the storage, not like bad files, and the last batch was not recorded; what was scanned before is kept; check "
-                    "the mount and run the same command again to go on"
-                )
-            write_table(
-                private / "scan" / f"part-{part:08d}.parquet", SCAN_COLUMNS, ({**row, "part": part} for row in rows), connection
+    for batch, rows in _batches(_cut(paths, size), workers, executor, limit_s, many=total > PROCESSES_ABOVE):
+        recent.extend(row["reason"] in IO_REASONS for row in rows)
+        if sum(recent) > OUTAGE_SHARE * OUTAGE_WINDOW:
+            raise StoreError(
+                f"{sum(recent)} of the last {len(recent)} files could not be read (input/output errors or time-outs): this looks like an "
+                "outage of the storage, not like bad files, and the last batch was not recorded; what was scanned before is kept; check "
+                "the mount and run the same command again to go on"
             )
-            part += 1
-            done += len(batch)
-            written += len(rows)
-            if on_progress is not None:
-                on_progress(done)
-            if max_rate:
-                time.sleep(max(0.0, done / max_rate - (time.monotonic() - started)))
-    finally:
-        connection.close()
+        write_table(
+            private / "scan" / f"part-{part:08d}.parquet", SCAN_COLUMNS, ({**row, "part": part} for row in rows), connection
+        )
+        part += 1
+        done += len(batch)
+        written += len(rows)
+        if on_progress is not None:
+            on_progress(done)
+        if max_rate:
+            time.sleep(max(0.0, done / max_rate - (time.monotonic() - started)))
     return written
 
 

@@ -47,7 +47,9 @@ def packed(source: Path, target: Path, form: str) -> Path:
     return target
 
 
-@pytest.mark.parametrize("form", ["zip", "tar", "tar:gz", "tar:xz", "gz"])
+@pytest.mark.parametrize(
+    "form", ["zip", "tar", pytest.param("tar:gz", marks=pytest.mark.slow), pytest.param("tar:xz", marks=pytest.mark.slow), "gz"]
+)
 def test_members__give_the_same_samples_as_files(tmp_path: Path, form: str) -> None:
     source = cohort(tmp_path / "src")
     index([source], tmp_path / "a", modality="MR")

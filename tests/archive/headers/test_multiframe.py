@@ -104,7 +104,7 @@ def test_ranges__there_and_back() -> None:
             frame_numbers(wrong)
 
 
-@pytest.mark.parametrize("undefined", [False, True])
+@pytest.mark.parametrize("undefined", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_twenty_thousand_frames__in_seconds_and_flat_memory(tmp_path: Path, undefined: bool) -> None:
     n, slices = 20_000, 100
     path = write_enhanced(
