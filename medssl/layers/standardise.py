@@ -1,4 +1,4 @@
-"""Features brought to mean 0 and variance 1, channel by channel: over a micro-batch, or by running statistics.
+"""Features brought to mean 0 and variance 1, channel by channel, over all processes: of a micro-batch, or by running statistics.
 
 Features of a fresh network have most of their length in common. Of what is left after centring, a teacher can only say that all outputs are
 alike, and its student learns just that.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.nn import functional as between_ranks
 
-from medssl.layers.sinkhorn import sum_ranks
+from medssl.layers.sinkhorn import sum_ranks, world_size
 
 
 def standardised(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Give every channel mean 0 and variance 1 over the rows of a micro-batch; fewer than three rows stay as they are.
+    """Give every channel mean 0 and variance 1 over the rows of a micro-batch of all processes; fewer than three rows stay as they are.
 
-    Rows that are standardised together cannot all be alike, however fast the network moves what they have in common.
+    Rows that are standardised together cannot all be alike, however fast the network moves what they have in common. Gradients cross
+    processes, so that two of them equal one; all must call this equally often.
 
     Args:
         x: (..., E) features.
@@ -27,11 +29,17 @@ def standardised(x: Tensor, weight: Tensor | None = None) -> Tensor:
     rows = x.to(torch.promote_types(x.dtype, torch.float32))
     share = (torch.ones_like(rows[..., 0]) if weight is None else weight.to(rows.dtype))[..., None]
     over = tuple(range(x.ndim - 1))
-    total = share.sum().clamp_min(1e-12)
-    mean = (rows * share).sum(dim=over) / total
-    variance = ((rows - mean).square() * share).sum(dim=over) / total
+    total, count = sum_ranks(torch.stack([share.sum(), (share > 0).sum()]))
+    total = total.clamp_min(1e-12)
+    mean = _over_ranks((rows * share).sum(dim=over)) / total
+    variance = _over_ranks(((rows - mean).square() * share).sum(dim=over)) / total
     unit = (rows - mean) * (variance + 1e-5 * variance.mean().detach() + 1e-12).rsqrt()
-    return torch.where((share > 0).sum() < 3, rows, unit)
+    return torch.where(count < 3, rows, unit)
+
+
+def _over_ranks(x: Tensor) -> Tensor:
+    """Return the sum over all processes, with gradient."""
+    return x if world_size() == 1 else between_ranks.all_reduce(x)  # type: ignore[no-untyped-call]
 
 
 class RunningStandard(nn.Module):

@@ -200,7 +200,7 @@ class Alice(nn.Module):
         student_temperature: T_s.
         teacher_temperature: T_t at the start and after the warm-up; below T_s, or targets teach nothing.
         temperature_warmup: Share of the run over which T_t rises.
-        standardise: Bring the channels of what enters the heads to mean 0 and variance 1 over the micro-batch of this process, see
+        standardise: Bring the channels of what enters the heads to mean 0 and variance 1 over the micro-batch of all processes, see
             `standardised`. False is the published form.
         teacher_momentum: Momentum of the teacher at the start; it ends at 1.
         centre_momentum: Momentum of the centres.

@@ -285,7 +285,7 @@ class IntraInterClustering(nn.Module):
         inter_queue: The same for L_inter.
         freeze_prototypes: Steps during which prototypes stay as they are (`swav`).
         mask_ratio: Share of slices hidden in L_mask.
-        standardise: Standardise embeddings over the micro-batch of this process before they are scored. Embeddings of medical images of one
+        standardise: Standardise embeddings over the micro-batch of all processes before they are scored. Embeddings of medical images of one
             kind point nearly the same way; balanced assignments of them are nearly uniform, and the quickest way down is to make them quite
             so. Standardised ones cannot all be alike, so that only agreement of views is left to learn. For small
             batches from scratch, which otherwise end at ln K; with several processes each takes its own statistics, as batch norms do.

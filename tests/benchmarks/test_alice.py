@@ -17,7 +17,7 @@ from medssl.matching.base import MatchVolume
 from medssl.phantoms import make_cohort
 from medssl.types import ImageMeta, Sample
 
-FEW = ["train.steps=2", "train.batch=2", "train.checkpoint_every=1", "train.log_every=1", "train.monitor_every=0"]
+FEW = ["train.steps=2", "train.batch=2", "train.checkpoint_every=1", "train.log_every=1", "train.monitor_items=0"]
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def test_match_accuracy__trains_matches_and_goes_on(tmp_path: Path, monkeypatch:
 
 @pytest.mark.slow
 def test_pair_kinds__probes_every_arm_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ["--folder", str(tmp_path / "run"), "--seeds", "0", "--phantoms", "8", "--matcher", "body_axis"]
+    asked = ["--folder", str(tmp_path / "run"), "--seeds", "0", "--phantoms", "16", "--matcher", "body_axis"]
     asked += ["--overrides", *FEW, "--out", str(tmp_path)]
     content = pair_kinds.main(asked)
     assert [row["arm"] for row in content["rows"]] == ["untrained", *pair_kinds.ARMS]
@@ -155,9 +155,9 @@ def test_pair_kinds__probes_every_arm_and_goes_on(tmp_path: Path, monkeypatch: p
 def test_alice_runs__all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_cohort(tmp_path / "data", patients=8, size=(40, 40, 32), dicom_fraction=0.0)
     alice_runs.api.index(data / "images", tmp_path / "run" / "archive", splits=data / "split.csv", modality="MR")
-    few = [*FEW, "data.card=null"]
+    few = [*FEW, "data.card=null", "views.spacing_mm=8"]  # phantoms are as large as people
     asked = ["--folder", str(tmp_path / "run"), "--labels", "2", "--seeds", "0", "--out", str(tmp_path)]
-    asked += ["--matcher-overrides", *few, "--overrides", *few, "probes={}"]
+    asked += ["--matcher-overrides", *few, "objective.ignore_mm=[20,60]", "--overrides", *few, "probes={}"]
     asked += ["--finetune-overrides", f"cohort={{path: {data}, domain: mri}}", "settings.steps=2", "settings.warmup_steps=1"]
     asked += ["settings.val_every=1", "settings.val_cases=1"]
     content = alice_runs.main(asked)
