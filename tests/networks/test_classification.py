@@ -41,7 +41,9 @@ def test_attention_head__equals_a_loop() -> None:
         score = {}
         for n in kept:
             v, u = head.value(h[n]), head.gate(h[n])
-            score[n] = float(head.weigh(torch.tensor([math.tanh(x) / (1 + math.exp(-y)) for x, y in zip(v.tolist(), u.tolist())])))
+            score[n] = float(
+                head.weigh(torch.tensor([math.tanh(x) / (1 + math.exp(-y)) for x, y in zip(v.tolist(), u.tolist())])).detach()
+            )
         total = sum(math.exp(value) for value in score.values())
         pooled = sum(math.exp(score[n]) / total * h[n] for n in kept)
         assert torch.allclose(found[b], head.linear(pooled), atol=1e-5)
