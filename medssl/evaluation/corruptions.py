@@ -17,15 +17,16 @@ from medssl.errors import RequestError, near
 from medssl.seeding import derive_seed
 
 LEVELS = 5
+SHIFT = 3.0
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "noise": (0.05, 0.1, 0.2, 0.35, 0.5),
     "blur": (0.5, 0.75, 1.0, 1.5, 2.0),
     "contrast": (0.85, 0.7, 0.55, 0.4, 0.25),
-    "motion": (1.0, 2.0, 3.0, 4.5, 6.0),
+    "motion": (0.1, 0.2, 0.3, 0.45, 0.6),
     "anisotropy": (1.5, 2.0, 3.0, 4.0, 6.0),
 }
-"""noise: std of white noise, in stds of the image; blur: sigma in pixels; contrast: factor on the deviation from the mean; motion: largest
-shift in pixels of a third of the k-space lines; anisotropy: factor by which the last axis is thinned and filled in again."""
+"""noise: std of white noise, in stds of the image; blur: sigma in pixels; contrast: factor on the deviation from the mean; motion: share of
+the k-space lines that are taken while the object is up to 3 pixels away; anisotropy: factor by which the last axis is thinned and filled in again."""
 
 
 def corrupt(images: Tensor, kind: str, level: int, seed: int = 0) -> Tensor:
@@ -84,18 +85,19 @@ def _blurred(x: Tensor, sigma: float) -> Tensor:
     return x
 
 
-def _moved(x: Tensor, largest: float, generator: torch.Generator) -> Tensor:
-    """Shift the object along the first spatial axis while a third of the lines of k-space along the second are taken: ghosts and blur.
+def _moved(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Shift the object along the first spatial axis while a share of the lines of k-space along the second are taken: ghosts and blur.
 
     A shift by s pixels multiplies a line by exp(-2 pi i k s / n). The middle tenth of the lines, which holds the contrast, stays.
     """
     height, width = x.shape[2:4]
     spectrum = torch.fft.fftn(x, dim=(2, 3))
-    moved = torch.randperm(width, generator=generator)[: max(1, width // 3)]
-    frequency = torch.fft.fftfreq(width) * width
-    moved = moved[frequency[moved].abs() > width / 20]
+    order = torch.randperm(width, generator=generator)
+    away = SHIFT * (2 * torch.rand(width, generator=generator) - 1)
+    outer = order[(torch.fft.fftfreq(width)[order]).abs() > 0.05]
+    moved = outer[: max(1, round(share * len(outer)))]
     shift = torch.zeros(width)
-    shift[moved] = largest * (2 * torch.rand(len(moved), generator=generator) - 1)
+    shift[moved] = away[moved]
     k = torch.fft.fftfreq(height)
     phase = torch.exp(-2j * math.pi * k[:, None] * shift[None, :]).to(x.device)
     phase = phase.reshape(1, 1, height, width, *(1,) * (x.dim() - 4))
