@@ -79,7 +79,8 @@ class LabelMap:
     Args:
         array: (X, Y, Z) int16 or int32: structure values, 0 background, -1 uncertain.
         names: Value to the name that the file has for it, for the structures that the file labels. Names come from files and
-            may hold anything: they stay in `private/`. Empty for plain maps, which label everything they can.
+            may hold anything: they stay in `private/`.
+        named: Whether the form names its structures. Plain maps do not, and label everything they can.
         counts: What was counted, see `COUNTS`.
         flags: `frame_unverified` where the frames of reference of map and image could not be compared.
     """
@@ -88,6 +89,7 @@ class LabelMap:
     names: Mapping[int, str] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    named: bool = True
 
 
 def name_key(name: str) -> str:

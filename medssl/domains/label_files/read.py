@@ -51,7 +51,7 @@ def read_labels(path: Path, grid: Grid, structures: Mapping[str, int] | None = N
             return read_dicom_seg(path, grid, structures)
         if form == "rtstruct":
             return read_rtstruct(path, grid, structures)
-        return LabelMap(read_label(path, (grid.affine, grid.shape)))
+        return LabelMap(read_label(path, (grid.affine, grid.shape)), named=False)
     except MedsslError:
         raise
     except (OSError, EOFError, zlib.error) as err:
