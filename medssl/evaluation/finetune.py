@@ -9,7 +9,8 @@ encoder.
     out/curve.jsonl                  one line per log point: step, loss, learning rates, validation Dice
     out/network.safetensors, .json   the last state, under the stock network's keys
     out/figures/segmentation.npz     slices, labels and predictions of a few test cases
-    out/predictions/<case>.nii.gz    optional, on the grid of the image
+    out/predictions/<case>.nii.gz    optional, on the grid of the image, axes in the order of its file
+    out/private/predictions/<case>.dcm   optional, DICOM-SEG on the slices of the series: holds the patient's identity
     out/labels.json                  what the label readers counted: overlaps, voxels outside, ties of raters ...; only where something was
     out/private/cases.csv            beside predictions: which file a case is, readable by the owner alone
     out/private/structures.csv       names of structures as label files have them, where the cohort lists none
@@ -30,6 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medssl.domains.label_files.base import Grid
+from medssl.domains.label_files.write import check_source, in_file_axes, need_highdicom, write_dicom_seg
 from medssl.errors import RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.metrics import dice, hd95_mm, mean_score
@@ -93,6 +96,7 @@ class FinetuneSettings:
         val_cases: Validation cases scored for the curve.
         overlap: Overlap of inference windows, 0 to below 1.
         predictions: Whether to write predictions as NIfTI.
+        dicom_seg: Whether to write predictions as DICOM-SEG; images must be DICOM series, and highdicom installed (extra `seg`).
         figures: Test cases pictured.
         device: Torch device.
     """
@@ -127,6 +131,7 @@ class FinetuneSettings:
     val_cases: int = 8
     overlap: float = 0.5
     predictions: bool = False
+    dicom_seg: bool = False
     figures: int = 3
     device: str = "cpu"
 
@@ -329,6 +334,8 @@ def finetune(
     if not test_cases:
         raise RequestError(f"cohort {cohort.name}: no labelled test cases; mark some as test in its table")
     settings = with_encoder(settings, weights)
+    if settings.dicom_seg:
+        check_dicom_seg(test_cases)
     reader = reader or CaseReader(settings.domain)
     structures = structures_of(cohort, reader)
     device = torch.device(settings.device)
@@ -691,20 +698,47 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
         if number < run.settings.figures:
             pictures.append((volume, found, scores[-1].mean_dice))
         if run.settings.predictions:
-            write_prediction(out / "predictions" / f"{case.id}.nii.gz", found, volume)
+            write_prediction(out / "predictions" / f"{case.id}.nii.gz", found, volume, case)
+        if run.settings.dicom_seg:
+            write_dicom_prediction(out / "private" / "predictions" / f"{case.id}.dcm", found, volume, case, run.structures)
     write_case_names(out / "private" / "cases.csv", cases)
     if pictures:
         write_figures(out / "figures" / "segmentation.npz", pictures, run.structures)
     return scores
 
 
-def write_prediction(path: Path, label: np.ndarray, volume: Volume) -> None:
-    """Write a label map as NIfTI on the canonical grid of its image, atomically."""
+def check_dicom_seg(cases: Sequence[Case]) -> None:
+    """Refuse a run that could not write its predictions as DICOM-SEG, before the first step.
+
+    Raises:
+        RequestError: highdicom is missing, or an image is no DICOM series of single slices.
+    """
+    need_highdicom()
+    for case in cases:
+        try:
+            check_source(case.image_files)
+        except RequestError as err:
+            raise RequestError(f"case {case.id}: {err}") from None
+
+
+def write_dicom_prediction(path: Path, label: np.ndarray, volume: Volume, case: Case, structures: Mapping[int, str]) -> None:
+    """Write a label map as DICOM-SEG on the slices of its series, for the owner alone; see `label_files.write.write_dicom_seg`."""
+    from medssl import __version__
+
+    x, y, z = label.shape
+    write_dicom_seg(path, label, Grid(volume.affine, (x, y, z)), case.image_files, structures, version=__version__)
+
+
+def write_prediction(path: Path, label: np.ndarray, volume: Volume, case: Case) -> None:
+    """Write a label map as NIfTI on the grid of its image, atomically.
+
+    Where the image is one file, axes run as they do in the file; for a DICOM series they are canonical (RAS).
+    """
     import gzip
 
     import nibabel
 
-    image = nibabel.Nifti1Image(label, volume.affine)
+    image = nibabel.Nifti1Image(*in_file_axes(label, volume.affine, case.image_files))
     image.header.set_xyzt_units("mm")
     write_atomic(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 

@@ -405,3 +405,49 @@ def test_rules__without_a_list_number_names_by_file(tmp_path: Path) -> None:
     expected, _ = reorient(np.array([0, 2, 1])[label], affine, "RAS")
     assert volume.label is not None
     assert np.array_equal(volume.label, expected)
+
+
+def test_predictions__lie_on_the_file_of_their_image(tmp_path: Path) -> None:
+    import nibabel
+
+    from medssl.evaluation.finetune import write_prediction
+
+    image, label = tiny_volume(0)
+    affine = oblique_affine((1.0, 1.2, 2.0))
+    stored, own = reorient(image, affine, "PIL")
+    stored_label, _ = reorient(label, affine, "PIL")
+    write_nifti(tmp_path / "image.nii.gz", stored, own)
+    write_nifti(tmp_path / "map.nii.gz", stored_label, own)
+    case = table(tmp_path, ["image.nii.gz,map.nii.gz,train"]).cases[0]
+    volume = CaseReader("mri")(case)
+    assert volume.label is not None
+    write_prediction(tmp_path / "p.nii.gz", volume.label, volume, case)
+    back = nibabel.load(tmp_path / "p.nii.gz")
+    assert np.array_equal(np.asarray(back.dataobj), stored_label)
+    np.testing.assert_array_equal(back.affine, nibabel.load(tmp_path / "image.nii.gz").affine)
+
+
+def test_dicom_predictions__are_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medssl.evaluation import finetune as module
+
+    for n in range(2):
+        image, label = tiny_volume(n)
+        write_nifti(tmp_path / f"i{n}.nii.gz", image, plain_affine())
+        write_nifti(tmp_path / f"{n}.nii.gz", label, plain_affine())
+    cohort = table(tmp_path, ["i0.nii.gz,0.nii.gz,train", "i1.nii.gz,1.nii.gz,test"])
+    monkeypatch.setattr(module, "need_highdicom", lambda: None)
+    with pytest.raises(RequestError, match="case case0002: DICOM-SEG predictions need images that are DICOM series"):
+        finetune(cohort, replace(SETTINGS, dicom_seg=True), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dicom_predictions__go_to_private(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom", reason="highdicom is not installed (extra seg)")
+    lines = []
+    for n in range(2):
+        label, affine = write_image(tmp_path / f"image{n}", n)
+        write_nifti(tmp_path / f"{n}.nii.gz", label, affine)
+        lines.append(f"image{n},{n}.nii.gz,{('train', 'test')[n]}")
+    finetune(table(tmp_path, lines), replace(SETTINGS, dicom_seg=True, figures=0), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "private" / "predictions").iterdir()] == ["case0002.dcm"]
+    assert not (tmp_path / "out" / "predictions").exists()
