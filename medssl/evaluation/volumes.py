@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medssl.domains.label_files.base import UNCERTAIN, Grid, LabelMap
+from medssl.domains.label_files.base import UNCERTAIN, Grid, LabelMap, values_in
 from medssl.domains.label_files.read import frame_of_reference, read_labels
 from medssl.errors import GeometryError, ImageError, RequestError, near
 from medssl.evaluation.cohort import Case, LabelRules
@@ -185,7 +185,7 @@ def _sure(array: np.ndarray, rules: LabelRules) -> np.ndarray:
         ImageError: It holds values that stand for nothing.
     """
     array = array.copy() if rules.ignore is None else np.where(array == rules.ignore, UNCERTAIN, array)
-    values = np.unique(array).tolist()
+    values = values_in(array)
     unknown = [
         v for v in values if v < UNCERTAIN or v > MAX_VALUE or (rules.values is not None and v > 0 and v not in rules.values)
     ]

@@ -132,7 +132,11 @@ class Painter:
         """Paint True voxels of a block that starts at an index of the grid and may reach beyond it."""
         if value is None:
             return
-        block, at, outside = clipped(mask, start, self.array.shape)
+        box = bounding_box(mask)  # a plane lies across the memory of a volume: touch as little of it as possible
+        if box is None:
+            return
+        start = [a + part.start for a, part in zip(start, box)]
+        block, at, outside = clipped(mask[box], start, self.array.shape)
         self.counts["outside"] += outside
         if block.size:
             here = self.array[at]  # a view
@@ -146,10 +150,32 @@ class Painter:
     def done(self, flags: Sequence[str] = ()) -> LabelMap:
         """Return the map."""
         self.counts["overlap_voxels"] += int(self._twice.sum())
-        present = set(np.unique(self.array).tolist())
+        present = set(values_in(self.array))
         self.counts["empty"] += sum(value not in present for value in self.names)
         counts = {name: int(self.counts[name]) for name in COUNTS if self.counts[name]}
         return LabelMap(self.array, self.names, counts, tuple(flags))
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
+    """Return the box around the True voxels; None where there is none."""
+    edges = []
+    for axis in range(mask.ndim):
+        hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+        if not hit.size:
+            return None
+        edges.append(slice(int(hit[0]), int(hit[-1]) + 1))
+    return tuple(edges)
+
+
+def values_in(array: np.ndarray) -> list[int]:
+    """Return the different values of a map in order; `np.unique` would sort all of its voxels."""
+    if array.dtype.itemsize > 2:
+        return [int(v) for v in np.unique(array)]
+    low = int(np.iinfo(array.dtype).min)
+    found: set[int] = set()
+    for slab in array:
+        found.update((np.flatnonzero(np.bincount(slab.ravel().astype(np.int32) - low)) + low).tolist())
+    return sorted(found)
 
 
 def clipped(block: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> tuple[np.ndarray, tuple[slice, ...], int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medssl.domains.label_files.base import UNCERTAIN, Grid, LabelMap, Painter
+from medssl.domains.label_files.base import UNCERTAIN, Grid, LabelMap, Painter, values_in
 from medssl.domains.volume_files import read_label
 from medssl.errors import GeometryError, ImageError
 
@@ -38,7 +38,7 @@ def read_organ_folder(folder: Path, grid: Grid, structures: Mapping[str, int] | 
             continue
         try:
             mask = read_label(path, (grid.affine, grid.shape))
-            found = np.setdiff1d(np.unique(mask), (0, UNCERTAIN))
+            found = [v for v in values_in(mask) if v not in (0, UNCERTAIN)]
             if len(found) > 1:
                 raise ImageError(
                     "unsupported_pixels",
@@ -49,7 +49,7 @@ def read_organ_folder(folder: Path, grid: Grid, structures: Mapping[str, int] | 
             text = f"organ mask {number} of {len(files)}: {str(err).replace(path.name, 'map')}"
             raise (GeometryError(text, err.reason) if isinstance(err, GeometryError) else ImageError(err.reason, text)) from None
         doubt |= mask == UNCERTAIN
-        painter.add(value, mask > 0 if found.size == 0 else mask == found[0], (0, 0, 0))
+        painter.add(value, mask == found[0] if found else np.zeros(mask.shape, dtype=bool), (0, 0, 0))
     painter.uncertain(doubt)
     return painter.done()
 

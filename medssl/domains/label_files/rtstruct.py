@@ -98,7 +98,7 @@ def regions(dataset: Any) -> list[Roi]:
 def _region(item: Any, drawn: Any) -> Roi:
     contours, skipped = [], 0
     for contour in (drawn.get("ContourSequence") or ()) if drawn is not None else ():
-        points = np.array([float(v) for v in contour.get("ContourData") or ()])
+        points = _numbers(contour)
         if len(points) % 3 or not np.isfinite(points).all():
             raise ImageError("unreadable", "a contour whose numbers are not points; export the structure set again")
         if str(contour.get("ContourGeometricType")) in CLOSED and len(points) >= 9:
@@ -107,6 +107,15 @@ def _region(item: Any, drawn: Any) -> Roi:
             skipped += 1
     name = str(item.get("ROIName") or f"roi {item.ROINumber}")
     return Roi(name, str(item.get("ReferencedFrameOfReferenceUID") or ""), tuple(contours), skipped)
+
+
+def _numbers(contour: Any) -> np.ndarray:
+    """Return the coordinates of a contour from the bytes of its decimal strings: pydicom would make an object of each."""
+    raw = contour.get_item("ContourData") if "ContourData" in contour else None
+    value = getattr(raw, "value", None)
+    if isinstance(value, bytes):
+        return np.array([float(part) for part in value.decode("ascii").strip(" \0").split("\\") if part.strip()])
+    return np.array([float(v) for v in value or ()])
 
 
 def _fill(roi: Roi, value: int, grid: Grid, painter: Painter) -> int:
@@ -191,7 +200,11 @@ def fill_plane(polygons: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[
         The bool mask, how many pairs of contours cross (overlap without one lying in the other), and how many contours reach
         beyond the image.
     """
-    masks = [fill_polygon(points, shape) for points in polygons]
+    corners = np.concatenate(polygons)
+    low = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, shape)
+    high = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, low, shape)
+    box = (int(high[0] - low[0]), int(high[1] - low[1]))
+    masks = [fill_polygon(points - low, box) for points in polygons]
     edge = np.array(shape) - 0.5
     outside = sum(bool((points < -0.5).any() or (points > edge).any()) for points in polygons)
     crossing = 0
@@ -199,7 +212,9 @@ def fill_plane(polygons: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[
         for second in masks[:i]:
             both = int((first & second).sum())
             crossing += bool(both and both < min(int(first.sum()), int(second.sum())))
-    return np.logical_xor.reduce(masks), crossing, outside
+    filled = np.zeros(shape, dtype=bool)
+    filled[low[0] : high[0], low[1] : high[1]] = np.logical_xor.reduce(masks)
+    return filled, crossing, outside
 
 
 def fill_polygon(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -207,12 +222,12 @@ def fill_polygon(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
     Of centres on the line those on its lower side belong to it, so that regions that share an edge share no voxel.
     """
+    (x1, y1), (x2, y2) = points.T, np.roll(points, -1, axis=0).T
+    low = np.clip(np.ceil(np.minimum(y1, y2)), 0, shape[1]).astype(int)  # an edge crosses the rows low <= row < high
+    counts = np.clip(np.ceil(np.maximum(y1, y2)), low, shape[1]).astype(int) - low
+    edge = np.repeat(np.arange(len(points)), counts)
+    rows = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts) + low[edge]
+    at = np.ceil(x1[edge] + (rows - y1[edge]) * (x2 - x1)[edge] / (y2 - y1)[edge])
     toggles = np.zeros((shape[0] + 1, shape[1]), dtype=np.int32)
-    ahead = np.roll(points, -1, axis=0)
-    for (x1, y1), (x2, y2) in zip(points, ahead):
-        low, high = min(y1, y2), max(y1, y2)
-        rows = np.arange(max(0, int(np.ceil(low))), min(shape[1], int(np.ceil(high))))  # low <= row < high
-        if rows.size:
-            at = np.ceil(x1 + (rows - y1) * (x2 - x1) / (y2 - y1))
-            np.add.at(toggles, (np.clip(at, 0, shape[0]).astype(int), rows), 1)
+    np.add.at(toggles, (np.clip(at, 0, shape[0]).astype(int), rows), 1)
     return np.asarray(np.cumsum(toggles, axis=0)[:-1] % 2 == 1)

@@ -14,7 +14,7 @@ import numpy as np
 
 from medssl.archive.headers.file_headers import HEAD_BYTES
 from medssl.domains.itk_files import read_itk
-from medssl.domains.label_files.base import Grid, LabelMap, Painter, placed
+from medssl.domains.label_files.base import Grid, LabelMap, Painter, placed, values_in
 from medssl.errors import ImageError
 
 MAX_HEADER = 1 << 22
@@ -66,11 +66,11 @@ def read_seg_nrrd(path: Path, grid: Grid, structures: Mapping[str, int] | None =
         volume, _ = read_itk(path, "nrrd", head, layer if len(sizes) > 3 else None)
         array, start = placed(volume.array, volume.affine, grid)
         here = {segment.value: value for segment, value in zip(segments, values) if segment.layer == layer}
-        unknown = np.setdiff1d(np.unique(array), [0, *here])
-        if unknown.size:
+        unknown = set(values_in(array)) - {0, *here}
+        if unknown:
             raise ImageError(
                 "unsupported_pixels",
-                f"layer {layer} holds {unknown.size} values that no segment of the file has; save the segmentation again",
+                f"layer {layer} holds {len(unknown)} values that no segment of the file has; save the segmentation again",
             )
         for stored, value in here.items():
             painter.add(value, array == stored, start)

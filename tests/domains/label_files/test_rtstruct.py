@@ -209,3 +209,13 @@ def test_real_structure_set__is_read(shared_data: Path) -> None:
     assert found.counts["undrawn"] == 2
     with pytest.raises(ImageError, match="neither a segmentation nor a structure set"):
         read_labels(path.parent / "rtplan.dcm", grid_of(np.eye(4)))
+
+
+def test_planes__equal_scikit_image_wherever_the_contours_lie() -> None:
+    from skimage.draw import polygon2mask
+
+    rng = np.random.default_rng(1)
+    for _ in range(40):
+        polygons = [circle(*rng.uniform(2, 9, 1), tuple(rng.uniform(-6, 40, 2)), n=17) for _ in range(int(rng.integers(1, 4)))]  # type: ignore[arg-type]
+        expected = np.logical_xor.reduce([polygon2mask((30, 34), points) for points in polygons])
+        assert np.array_equal(fill_plane(polygons, (30, 34))[0], expected)
