@@ -1,14 +1,27 @@
 """A labelled cohort: which image has which label map, which patient it is of, and on which side of the split it stands.
 
-Four forms are read:
+Five forms are read:
 
     folder    images/, labels/, split.csv (columns file, split; optional label, few_label_rank, patient); a dataset.json
               beside them may name the structures
     JSON      a Decathlon data list: training, optional validation and test, each {image, label}
     nnU-Net   a raw folder with dataset.json, imagesTr, labelsTr, optional imagesTs and labelsTs
-    CSV       columns image, label, split; optional patient, few_label_rank
+    CSV       columns image, label, split; optional patient, few_label_rank; a dataset.json beside it may name the structures
+    query     a JSON {index, where, maps, attached, labels}: the series of an archive that a condition selects, `maps` a folder of
+              label maps named by series id, `attached` what `medssl labels attach` wrote
 
-An image is a file, or a folder that holds the slices of one DICOM series.
+An image is a file, or a folder that holds the slices of one DICOM series. A label is a file or folder of any form of
+`domains.label_files`: a map of whole numbers, .seg.nrrd, DICOM-SEG, RTSTRUCT, or a folder of one mask per organ.
+
+**Values.** 0 is background, -1 uncertain; a structure named `ignore` (nnU-Net) is uncertain too. Where structures are listed
+(`labels` of dataset.json), other values are refused. Forms that name their structures are matched to the list by name; without a
+list the names of the training labels get 1, 2, 3 ... in their order, and are called structure_1 ...: what somebody typed into a file
+stays inside.
+
+**Unlabelled is not empty.** A form with names labels the structures that it names. A plain map labels all structures of the list,
+unless the table says otherwise: a column `labelled` (names or values, separated by `;`), in a Decathlon JSON a list.
+
+**Several raters.** Further maps of a case stand in columns label_2, label_3 ...; in a Decathlon JSON `label` is a list.
 
 File names can hold a patient's name, and whoever can guess a name can check it against a digest. So cases and patients are called
 by their place in the table; `private/cases.csv` beside the results says which they are, and messages give the line of the table.
@@ -25,7 +38,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from medssl.errors import RequestError, header_words, near
+from medssl.errors import ImageError, RequestError, header_words, near
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
@@ -40,8 +53,25 @@ SPLIT_WORDS = {
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 FORMS = (
     "accepted: a folder with images/, labels/ and split.csv; a Decathlon JSON; an nnU-Net raw folder with "
-    "dataset.json, imagesTr and labelsTr; a CSV with columns image, label, split"
+    "dataset.json, imagesTr and labelsTr; a CSV with columns image, label, split; a JSON with index, where and maps"
 )
+LABEL_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".dcm", "")
+IGNORE = "ignore"
+
+
+@dataclass(frozen=True)
+class LabelRules:
+    """What the values of a cohort's label maps mean; the same for all its cases.
+
+    Args:
+        names: Structure name to value, by which forms that name their structures are read.
+        values: Values that stand for a structure; None where the cohort lists none and a map may hold any.
+        ignore: A value that means uncertain, as -1 does; None for no other.
+    """
+
+    names: Mapping[str, int] = field(default_factory=dict)
+    values: frozenset[int] | None = None
+    ignore: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +81,18 @@ class Case:
     Args:
         id: `case0001` for the first of the table.
         image: Image file, or the folder of a DICOM series.
-        label: Label map; None where there is none, which only unscored test cases may have.
+        label: Label map; None where there is none, which only unscored test cases and cases with attached values may have.
         patient: Patient key as the table gives it, or the file name without suffix: one patient per file. It stays inside.
         split: `train`, `val` or `test`.
         rank: Place in the few-label order, from 1; None when the table gives no order.
         patient_id: `patient0001` for the first patient of the table.
+        raters: Label maps of further raters.
+        labelled: Values of the structures that the table says the maps label; None leaves it to the maps.
+        rules: What values mean.
+        files: Files of the image where it is no file or folder of its own: a series of an index.
+        part: What of these files the image is, as `Archive.part` gives it.
+        series_id: Series of the index.
+        values: What was attached to the series: column to value.
     """
 
     id: str
@@ -65,6 +102,25 @@ class Case:
     split: str
     rank: int | None = None
     patient_id: str = ""
+    raters: tuple[Path, ...] = ()
+    labelled: tuple[int, ...] | None = None
+    rules: LabelRules = LabelRules()
+    files: tuple[Path, ...] = ()
+    part: Mapping[str, Any] | None = None
+    series_id: str = ""
+    values: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def maps(self) -> tuple[Path, ...]:
+        """Label maps of all raters."""
+        return () if self.label is None else (self.label, *self.raters)
+
+    @property
+    def image_files(self) -> list[Path]:
+        """Files of the image, DICOM slices in any order."""
+        if self.files:
+            return list(self.files)
+        return sorted(p for p in self.image.rglob("*") if p.is_file()) if self.image.is_dir() else [self.image]
 
 
 @dataclass(frozen=True)
@@ -76,12 +132,18 @@ class Cohort:
         cases: In the order of the table.
         structures: Label value to name, without background; empty when the set names none.
         card: Name, version, licence and hash of its data card; None when it has none.
+        ignore: Value of uncertain voxels besides -1; None for no other.
+        file_names: Value to the name that label files have for a structure, where the cohort lists none; for `private/` only.
+        left_out: Series of a query without a label.
     """
 
     name: str
     cases: tuple[Case, ...]
     structures: Mapping[int, str] = field(default_factory=dict)
     card: Mapping[str, str] | None = None
+    ignore: int | None = None
+    file_names: Mapping[int, str] = field(default_factory=dict)
+    left_out: int = 0
 
     @classmethod
     def load(cls, path: Path | str) -> Cohort:
@@ -93,14 +155,25 @@ class Cohort:
         path = Path(path)
         if not path.exists():
             raise RequestError(f"cohort {path}: nothing there; {FORMS}")
-        reader = _reader(path)
-        cases, structures = reader(path)
+        table = _reader(path)(path)
+        cases = table.cases
         if not cases:
             raise RequestError(f"cohort {path}: no cases in it; {FORMS}")
         _check_unique(cases, path)
         _check_patients(cases, path)
+        cases = _numbered(cases)
+        structures, ignore = _structures(table.labels)
+        names: Mapping[str, int] = {name: value for value, name in structures.items()}
+        file_names: dict[int, str] = {}
+        if not structures:
+            names = _names_in_maps(cases, path)
+            file_names = {value: name for name, value in names.items()}
+            structures = {value: f"structure_{value}" for value in file_names}
+        rules = LabelRules(names, frozenset(structures) if structures else None, ignore)
+        labelled = [_values_of(names, structures, path) for names in table.labelled]
+        cases = [replace(case, rules=rules, labelled=values) for case, values in zip(cases, labelled)]
         name = path.stem if path.is_file() else path.name
-        return cls(name=name, cases=tuple(_numbered(cases)), structures=structures)
+        return cls(name, tuple(cases), structures, ignore=ignore, file_names=file_names, left_out=table.left_out)
 
     def split(self, name: str) -> list[Case]:
         """Return the labelled cases of one side of the split; training cases in few-label order."""
@@ -132,6 +205,7 @@ class Cohort:
         """
         rows = [
             f"{'/'.join(case.image.parts[-2:])}|{case.split}|{case.patient}|{case.rank}|{case.label is not None}"
+            + (f"|{len(case.raters)}|{case.labelled}" if case.raters or case.labelled is not None else "")
             for case in self.cases
         ]
         return hashlib.blake2b("\n".join(rows).encode("utf-8", "surrogateescape"), digest_size=16, key=key).hexdigest()
@@ -146,9 +220,23 @@ def stem(file_name: str) -> str:
     return Path(name).stem
 
 
-def _reader(path: Path) -> Callable[[Path], tuple[list[Case], dict[int, str]]]:
+@dataclass
+class _Table:
+    """What a form says: its cases, which structures the table says each labels, all structures, and how many series it leaves out."""
+
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    cases: list[Case] = field(default_factory=list)
+    labelled: list[list[str]] = field(default_factory=list)
+    left_out: int = 0
+
+    def add(self, case: Case, row: Mapping[str, str]) -> None:
+        self.cases.append(case)
+        self.labelled.append([name.strip() for name in (row.get("labelled") or "").split(";") if name.strip()])
+
+
+def _reader(path: Path) -> Callable[[Path], _Table]:
     if path.is_file():
-        readers = {".json": _read_decathlon, ".csv": _read_csv}
+        readers = {".json": _read_json, ".csv": _read_csv}
         if path.suffix.lower() not in readers:
             raise RequestError(f"cohort {path}: a file with suffix {path.suffix or '(none)'}; {FORMS}")
         return readers[path.suffix.lower()]
@@ -162,47 +250,98 @@ def _reader(path: Path) -> Callable[[Path], tuple[list[Case], dict[int, str]]]:
     raise RequestError(f"cohort {path}: the folder holds {have}; {FORMS}")
 
 
-def _read_folder(path: Path) -> tuple[list[Case], dict[int, str]]:
+def _read_folder(path: Path) -> _Table:
     table = path / "split.csv"
-    cases = []
-    for line, row in _rows(table, required=("file", "split"), optional=("label", "few_label_rank", "patient")):
+    found = _Table(_listed(path))
+    for line, row in _rows(table, required=("file", "split"), optional=("label", "few_label_rank", "patient", "labelled")):
         image = path / "images" / row["file"]
-        name = row.get("label") or (f"{row['file']}.nii.gz" if image.is_dir() else row["file"])
-        label: Path | None = path / "labels" / name
+        names = [row.get("label") or "", *_further(row)]
+        label: Path | None = path / "labels" / names[0] if names[0] else _label_beside(path / "labels", row["file"], image.is_dir())
         split = _split(row["split"], table, line)
-        if split == "test" and not row.get("label") and label is not None and not label.is_file():
+        if split == "test" and not names[0] and label is not None and not label.exists():
             label = None
-        cases.append(_case(table, line, image, label, split, row.get("patient"), row.get("few_label_rank")))
-    named = path / "dataset.json"
-    return cases, _structures(_json(named).get("labels", {})) if named.is_file() else {}
+        labels = [] if label is None else [label, *(path / "labels" / name for name in names[1:])]
+        found.add(_case(table, line, image, labels, split, row), row)
+    return found
 
 
-def _read_csv(path: Path) -> tuple[list[Case], dict[int, str]]:
-    cases = []
-    for line, row in _rows(path, required=("image", "label", "split"), optional=("few_label_rank", "patient")):
+def _read_csv(path: Path) -> _Table:
+    found = _Table(_listed(path.parent))
+    optional = ("few_label_rank", "patient", "labelled")
+    for line, row in _rows(path, required=("image", "label", "split"), optional=optional):
         split = _split(row["split"], path, line)
-        label = path.parent / row["label"] if row["label"] else None
-        cases.append(_case(path, line, path.parent / row["image"], label, split, row.get("patient"), row.get("few_label_rank")))
-    return cases, {}
+        labels = [path.parent / name for name in (row["label"], *_further(row)) if name]
+        found.add(_case(path, line, path.parent / row["image"], labels, split, row), row)
+    return found
 
 
-def _read_decathlon(path: Path) -> tuple[list[Case], dict[int, str]]:
+def _read_json(path: Path) -> _Table:
+    return _read_query(path) if "index" in _json(path) else _read_decathlon(path)
+
+
+def _read_decathlon(path: Path) -> _Table:
     content = _json(path)
     if "training" not in content:
         raise RequestError(f"cohort {path}: no key training among its {len(content)}; {FORMS}")
-    cases = []
+    found = _Table(content.get("labels", {}))
     for key, split in (("training", "train"), ("validation", "val"), ("test", "test")):
         for number, item in enumerate(content.get(key, []), start=1):
             entry = {"image": item} if isinstance(item, str) else dict(item)
             if "image" not in entry:
                 raise RequestError(f"cohort {path}: {key} entry {number} has no image; give {{image, label}} for each")
-            label = path.parent / entry["label"] if entry.get("label") else None
-            patient = str(entry["patient"]) if "patient" in entry else None
-            cases.append(_case(path, number, path.parent / entry["image"], label, split, patient, None, where=key))
-    return cases, _structures(content.get("labels", {}))
+            given = entry.get("label") or []
+            labels = [path.parent / name for name in ([given] if isinstance(given, str) else given)]
+            row = {"patient": str(entry["patient"])} if "patient" in entry else {}
+            if "labelled" in entry:
+                row["labelled"] = ";".join(str(name) for name in entry["labelled"])
+            found.add(_case(path, number, path.parent / entry["image"], labels, split, row, where=key), row)
+    return found
 
 
-def _read_nnunet(path: Path) -> tuple[list[Case], dict[int, str]]:
+def _read_query(path: Path) -> _Table:
+    """Read a query: {"index": folder, "where": SQL, "maps": folder, "attached": CSV, "labels": {"liver": 1}}."""
+    from medssl.domains.label_files.index_query import select_labelled
+
+    content = _json(path)
+    known = ("index", "where", "maps", "attached", "labels")
+    unknown = [f"{name}{near(name, known)}" for name in content if name not in known]
+    if unknown:
+        raise RequestError(f"cohort {path}: unknown key {', '.join(unknown)}; accepted are {', '.join(known)}")
+    folders = {name: path.parent / content[name] if content.get(name) else None for name in ("index", "maps", "attached")}
+    assert folders["index"] is not None
+    if folders["maps"] is None and folders["attached"] is None:
+        raise RequestError(f"cohort {path}: a query without labels; name a folder of maps, or what `medssl labels attach` wrote")
+    found = select_labelled(folders["index"], content.get("where"), maps=folders["maps"], attached=folders["attached"])
+    table = _Table(content.get("labels", {}), left_out=found.left_out)
+    for series in found.series:
+        if series.split not in SPLITS:
+            raise RequestError(
+                f"cohort {path}: series {series.series_id} is on no side of the split; run `medssl archive split` on the index, "
+                "or leave it out with where"
+            )
+        table.add(
+            Case(
+                id="",
+                image=series.files[0],
+                label=series.label,
+                patient=series.patient_id,
+                split=series.split,
+                files=series.files,
+                part=series.part,
+                series_id=series.series_id,
+                values=series.values,
+            ),
+            {},
+        )
+    if found.left_out and not found.series:
+        raise RequestError(
+            f"cohort {path}: {found.left_out} series are selected and none has a label; maps are named by series id, "
+            "as in the CSV of `medssl labels attach`"
+        )
+    return table
+
+
+def _read_nnunet(path: Path) -> _Table:
     """Read a raw folder: `<case>_0000<ending>` in imagesTr and imagesTs, `<case><ending>` in labelsTr and labelsTs.
 
     A `split.csv` (columns file, split; file = case name, with or without ending) overrides the sides, which nnU-Net
@@ -217,9 +356,9 @@ def _read_nnunet(path: Path) -> tuple[list[Case], dict[int, str]]:
     ending = str(content.get("file_ending", ".nii.gz"))
     sides: dict[str, dict[str, str]] = {}
     if (path / "split.csv").is_file():
-        for _, row in _rows(path / "split.csv", required=("file", "split"), optional=("few_label_rank", "patient")):
+        for _, row in _rows(path / "split.csv", required=("file", "split"), optional=("few_label_rank", "patient", "labelled")):
             sides[stem(row["file"])] = row
-    cases = []
+    found = _Table()
     for suffix, side in (("Tr", "train"), ("Ts", "test")):
         for number, image in enumerate(sorted((path / f"images{suffix}").glob(f"*_0000{ending}")), start=1):
             name = image.name[: -len(f"_0000{ending}")]
@@ -228,45 +367,109 @@ def _read_nnunet(path: Path) -> tuple[list[Case], dict[int, str]]:
             label: Path | None = path / f"labels{suffix}" / f"{name}{ending}"
             if suffix == "Ts" and label is not None and not label.is_file():
                 label = None
-            patient = row.get("patient") or name
-            cases.append(_case(path, number, image, label, split, patient, row.get("few_label_rank"), where=f"images{suffix}"))
-    labels = content.get("labels", {})
-    flat = {name: value for name, value in labels.items() if isinstance(value, int) or str(name).isdigit() or str(value).isdigit()}
-    if len(flat) != len(labels):
+            labels = [] if label is None else [label]
+            facts = {**row, "patient": row.get("patient") or name}
+            found.add(_case(path, number, image, labels, split, facts, where=f"images{suffix}"), facts)
+    names = content.get("labels", {})
+    flat = {name: value for name, value in names.items() if isinstance(value, int) or str(name).isdigit() or str(value).isdigit()}
+    if len(flat) != len(names):
         raise RequestError(
             f"cohort {path}: dataset.json has region labels (lists); plain label values are read; list each structure once"
         )
-    return cases, _structures(flat)
+    found.labels = flat
+    return found
 
 
 def _case(
-    table: Path,
-    line: int,
-    image: Path,
-    label: Path | None,
-    split: str,
-    patient: str | None,
-    rank: str | None,
-    *,
-    where: str = "line",
+    table: Path, line: int, image: Path, labels: list[Path], split: str, row: Mapping[str, str], *, where: str = "line"
 ) -> Case:
     """Check one entry; messages name the table and the line, never the file, whose name may be a patient's."""
     at = f"cohort {table}: {where} {line}"
-    for kind, file in (("image", image), ("label", label)):
-        if file is not None and not (file.is_file() or (kind == "image" and file.is_dir())):
+    for kind, file in (("image", image), *(("label", label) for label in labels)):
+        if not (file.is_file() or file.is_dir()):
             raise RequestError(f"{at}: its {kind} file does not exist; correct the name or remove the entry")
-    if label is None and split != "test":
+    if not labels and split != "test":
         raise RequestError(f"{at}: a {split} case without a label map; give one, or remove the entry")
-    if rank and not rank.strip().isdigit():
+    rank = (row.get("few_label_rank") or "").strip()
+    if rank and not rank.isdigit():
         raise RequestError(f"{at}: few_label_rank is not a whole number; use 1, 2, 3 ... or leave it empty")
     return Case(
         id="",
         image=image,
-        label=label,
-        patient=patient or stem(image.name),
+        label=labels[0] if labels else None,
+        patient=row.get("patient") or stem(image.name),
         split=split,
-        rank=int(rank) if rank and rank.strip() else None,
+        rank=int(rank) if rank else None,
+        raters=tuple(labels[1:]),
     )
+
+
+def _further(row: Mapping[str, str]) -> list[str]:
+    """Return the maps of further raters: label_2, label_3 ..."""
+    names: list[str] = []
+    while row.get(f"label_{len(names) + 2}"):
+        names.append(row[f"label_{len(names) + 2}"])
+    return names
+
+
+def _label_beside(folder: Path, image: str, is_folder: bool) -> Path:
+    """Return the label of an image that the table names none for: the same name, else the same name in another form."""
+    same = folder / (f"{image}.nii.gz" if is_folder else image)
+    others = (folder / f"{image if is_folder else stem(image)}{suffix}" for suffix in LABEL_SUFFIXES)
+    return same if same.exists() else next((path for path in others if path.exists()), same)
+
+
+def _listed(folder: Path) -> Mapping[str, Any]:
+    """Return the structures that a dataset.json in the folder lists."""
+    named = folder / "dataset.json"
+    labels: Mapping[str, Any] = _json(named).get("labels", {}) if named.is_file() else {}
+    return labels
+
+
+def _names_in_maps(cases: list[Case], path: Path) -> dict[str, int]:
+    """Return the structures that the training labels name, numbered; empty where they are plain maps.
+
+    Raises:
+        RequestError: Some name their structures and some do not, so that values would mean nothing.
+        ImageError: A label cannot be read.
+    """
+    from medssl.domains.label_files.base import numbered
+    from medssl.domains.label_files.read import names_in
+
+    found: list[str] = []
+    kinds = set()
+    for case in cases:
+        for file in case.maps if case.split == "train" else ():
+            plain = file.is_file() and file.name.lower().endswith((".nii", ".nii.gz", ".mha", ".mhd"))
+            try:
+                names = [] if plain else names_in(file)
+            except ImageError as err:
+                raise ImageError(err.reason, f"case {case.id}: {err}") from None
+            kinds.add(bool(names))
+            found += names
+    if len(kinds) > 1:
+        raise RequestError(
+            f"cohort {path}: some label files name their structures and some hold values alone; list the structures with "
+            'their values in dataset.json: {"labels": {"liver": 1}}'
+        )
+    return numbered(found)
+
+
+def _values_of(labelled: Iterable[str], structures: Mapping[int, str], path: Path) -> tuple[int, ...] | None:
+    """Return the values of structures that a table calls by name or value; None for an empty cell."""
+    from medssl.domains.label_files.base import name_key
+
+    names = {name_key(name): value for value, name in structures.items()}
+    values = []
+    for name in labelled:
+        value = names.get(name_key(name), int(name) if name.isdigit() else None)
+        if value is None or (structures and value not in structures):
+            raise RequestError(
+                f"cohort {path}: labelled names a structure that is not listed; listed are "
+                f"{', '.join(structures.values()) or 'none'}: list it in dataset.json, or correct the table"
+            )
+        values.append(value)
+    return tuple(sorted(set(values))) or None
 
 
 def _rows(table: Path, *, required: Iterable[str], optional: Iterable[str]) -> list[tuple[int, dict[str, str]]]:
@@ -305,10 +508,14 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _structures(labels: Mapping[str, Any]) -> dict[int, str]:
-    """Return label value to name without background, from {"1": "liver"} (Decathlon) or {"liver": 1} (nnU-Net)."""
+def _structures(labels: Mapping[str, Any]) -> tuple[dict[int, str], int | None]:
+    """Return label value to name without background, and the value of `ignore`.
+
+    Both {"1": "liver"} (Decathlon) and {"liver": 1} (nnU-Net) are read.
+    """
     pairs = [(int(k), str(v)) if str(k).isdigit() else (int(v), str(k)) for k, v in labels.items()]
-    return {value: name for value, name in sorted(pairs) if value != 0}
+    ignore = next((value for value, name in pairs if name.strip().lower() == IGNORE), None)
+    return {value: name for value, name in sorted(pairs) if value not in (0, ignore)}, ignore
 
 
 def _numbered(cases: list[Case]) -> list[Case]:
@@ -319,9 +526,9 @@ def _numbered(cases: list[Case]) -> list[Case]:
 
 
 def _check_unique(cases: list[Case], path: Path) -> None:
-    seen: dict[Path, int] = {}
+    seen: dict[tuple[Path, str], int] = {}
     for number, case in enumerate(cases, start=1):
-        image = Path(os.path.normpath(case.image))
+        image = (Path(os.path.normpath(case.image)), json.dumps(case.part))
         if image in seen:
             raise RequestError(f"cohort {path}: entries {seen[image]} and {number} are the same image file; list each image once")
         seen[image] = number

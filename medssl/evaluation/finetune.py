@@ -9,8 +9,11 @@ encoder.
     out/curve.jsonl                  one line per log point: step, loss, learning rates, validation Dice
     out/network.safetensors, .json   the last state, under the stock network's keys
     out/figures/segmentation.npz     slices, labels and predictions of a few test cases
-    out/predictions/<case>.nii.gz    optional, on the grid of the image
+    out/predictions/<case>.nii.gz    optional, on the grid of the image, axes in the order of its file
+    out/private/predictions/<case>.dcm   optional, DICOM-SEG on the slices of the series: holds the patient's identity
+    out/labels.json                  what the label readers counted: overlaps, voxels outside, ties of raters ...; only where something was
     out/private/cases.csv            beside predictions: which file a case is, readable by the owner alone
+    out/private/structures.csv       names of structures as label files have them, where the cohort lists none
 """
 
 from __future__ import annotations
@@ -28,10 +31,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medssl.domains.label_files.base import Grid
+from medssl.domains.label_files.write import check_source, in_file_axes, need_highdicom, write_dicom_seg
 from medssl.errors import RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.metrics import dice, hd95_mm, mean_score
-from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, cut, whole_image
+from medssl.evaluation.volumes import (
+    CaseReader,
+    TrainingCrops,
+    Volume,
+    comparable,
+    cut,
+    known_values,
+    labelled_classes,
+    whole_image,
+)
 from medssl.networks.segmentation import LoadReport, encoder_parameters, load_pretrained, set_head_prior
 from medssl.registry import lookup
 from medssl.seeding import counter_rng, derive_seed
@@ -72,6 +86,8 @@ class FinetuneSettings:
         head_prior: Whether the head starts at the class frequencies of the training labels, see `set_head_prior`:
             without it a seed may lose a small structure for good.
         foreground: Share of crops centred on a voxel of a structure, each structure equally often.
+        raters: What to learn from where a case has label maps of several raters: `majority`, or `draw`, one rater's map at random
+            for each crop. Scores always take the majority.
         augment: Geometric and intensity operations of `VolumeViews`. Flips are absent on purpose: mirrored anatomy
             turns left into right, which is a wrong label for every paired organ.
         precision: `fp32`, or `bf16` autocast.
@@ -80,6 +96,7 @@ class FinetuneSettings:
         val_cases: Validation cases scored for the curve.
         overlap: Overlap of inference windows, 0 to below 1.
         predictions: Whether to write predictions as NIfTI.
+        dicom_seg: Whether to write predictions as DICOM-SEG; images must be DICOM series, and highdicom installed (extra `seg`).
         figures: Test cases pictured.
         device: Torch device.
     """
@@ -106,6 +123,7 @@ class FinetuneSettings:
     include_background: bool = False
     head_prior: bool = True
     foreground: float = 0.67
+    raters: str = "majority"
     augment: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     log_every: int = 10
@@ -113,6 +131,7 @@ class FinetuneSettings:
     val_cases: int = 8
     overlap: float = 0.5
     predictions: bool = False
+    dicom_seg: bool = False
     figures: int = 3
     device: str = "cpu"
 
@@ -127,6 +146,7 @@ class FinetuneSettings:
                     "encoder or encoder_decoder",
                 ),
                 ("precision", self.precision, self.precision in ("fp32", "bf16"), "fp32 or bf16"),
+                ("raters", self.raters, self.raters in ("majority", "draw"), "majority or draw"),
                 ("steps", self.steps, self.steps >= 1, "1 or more"),
                 ("batch", self.batch, self.batch >= 1, "1 or more"),
                 ("lr", self.lr, self.lr > 0, "above 0"),
@@ -314,6 +334,8 @@ def finetune(
     if not test_cases:
         raise RequestError(f"cohort {cohort.name}: no labelled test cases; mark some as test in its table")
     settings = with_encoder(settings, weights)
+    if settings.dicom_seg:
+        check_dicom_seg(test_cases)
     reader = reader or CaseReader(settings.domain)
     structures = structures_of(cohort, reader)
     device = torch.device(settings.device)
@@ -340,6 +362,7 @@ def finetune(
         settings=asdict(settings),
     )
     _write(run, result, out, weights, data_cards(cohort, weights))
+    write_label_counts(out, reader, cohort)
     return result
 
 
@@ -410,13 +433,20 @@ def structures_of(cohort: Cohort, reader: CaseReader) -> dict[int, str]:
 
 
 def class_frequencies(volumes: Sequence[Volume], n_classes: int) -> list[float]:
-    """Return the share of voxels of each class, mean over volumes."""
-    shares = []
-    for volume in volumes:
+    """Return the share of sure voxels of each class, mean over the volumes that label it.
+
+    Background is what remains where some volumes label a structure and some do not.
+    """
+    shares = np.zeros((len(volumes), n_classes))
+    asked = np.array([[k == 0 or volume.labels(k) for k in range(n_classes)] for volume in volumes])
+    for row, volume in zip(shares, volumes):
         assert volume.label is not None
-        counts = np.bincount(volume.label.clip(0).ravel(), minlength=n_classes)[:n_classes]
-        shares.append(counts / max(1, volume.label.size))
-    return [float(share) for share in np.mean(shares, axis=0)]
+        sure = volume.label[volume.label >= 0]
+        row += np.bincount(sure.ravel(), minlength=n_classes)[:n_classes] / max(1, sure.size)
+    means = shares.sum(axis=0, where=asked) / np.maximum(asked.sum(axis=0), 1)
+    if not asked.all():
+        means[0] = max(0.0, 1.0 - means[1:].sum())
+    return [float(share) for share in means]
 
 
 def learning_rates(step: int, settings: FinetuneSettings, *, pretrained: bool) -> tuple[float, float]:
@@ -450,8 +480,21 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     ]
 
 
-def build_loss(settings: FinetuneSettings) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return Dice plus cross-entropy, MONAI's, on logits (B, K, *size) in float32 and labels (B, 1, *size)."""
+def build_loss(settings: FinetuneSettings) -> Callable[..., Tensor]:
+    """Return Dice plus cross-entropy on logits (B, K, *size) in float32 and labels (B, 1, *size), -1 uncertain.
+
+    A third argument, (B, K) bool, says which classes each sample labels (see `labelled_classes`); None stands for all classes and
+    no uncertain voxel, and is MONAI's own `DiceCELoss`. Otherwise:
+
+    - A sample's classes that it does not label are merged with its background: their probabilities are added, as nobody said
+      which of them a background voxel is. No gradient tells them from background.
+    - Uncertain voxels count in neither term.
+    - A class enters the mean of the Dice terms with the samples that label it; a class that none labels does not enter.
+
+    Reference:
+        Shi et al. 2021, "Marginal loss and exclusion loss for partially supervised multi-organ segmentation", section 3.2 (marginal
+        cross-entropy and Dice).
+    """
     from monai.losses import DiceCELoss
 
     loss = DiceCELoss(
@@ -464,7 +507,44 @@ def build_loss(settings: FinetuneSettings) -> Callable[[Tensor, Tensor], Tensor]
         lambda_dice=settings.dice_weight,
         lambda_ce=settings.ce_weight,
     )
-    return lambda logits, labels: loss(logits.float(), labels)
+
+    def loss_of(logits: Tensor, labels: Tensor, labelled: Tensor | None = None) -> Tensor:
+        whole: Tensor = loss(logits.float(), labels) if labelled is None else partial_loss(logits, labels, labelled, settings)
+        return whole
+
+    return loss_of
+
+
+def partial_loss(logits: Tensor, labels: Tensor, labelled: Tensor, settings: FinetuneSettings) -> Tensor:
+    """Return the loss of samples that label some of the classes, see `build_loss`.
+
+    Args:
+        logits: (B, K, *size).
+        labels: (B, 1, *size) int64; -1 uncertain, and no class that its sample does not label.
+        labelled: (B, K) bool, background True.
+        settings: Weights of the terms.
+    """
+    from monai.losses import DiceLoss
+
+    labelled = labelled.to(logits.device)
+    open_classes = labelled.view(*labelled.shape, *[1] * (logits.ndim - 2))
+    scores = logits.float().log_softmax(dim=1)
+    hidden = scores.masked_fill(open_classes, -math.inf)
+    background = torch.cat([scores[:, :1], hidden[:, 1:]], dim=1).logsumexp(dim=1, keepdim=True)
+    scores = torch.cat([background, scores[:, 1:].masked_fill(~open_classes[:, 1:], -1e4)], dim=1)  # exp(-1e4) is 0
+    sure = labels >= 0
+    target = labels.clamp(min=0)
+    entropy = -scores.gather(1, target)[sure].sum() / sure.sum().clamp(min=1)
+    onehot = torch.zeros_like(scores).scatter_(1, target, 1.0)
+    terms: Tensor = DiceLoss(include_background=True, batch=settings.batch_dice, smooth_nr=1e-5, smooth_dr=1e-5, reduction="none")(
+        scores.exp() * sure, onehot * sure
+    )
+    counted = labelled.any(dim=0) if settings.batch_dice else labelled  # (K,) or (B, K)
+    terms = terms.reshape(counted.shape)
+    if not settings.include_background:
+        terms, counted = terms[..., 1:], counted[..., 1:]
+    dice_term: Tensor = terms[counted].sum() / counted.sum().clamp(min=1)
+    return settings.dice_weight * dice_term + settings.ce_weight * entropy
 
 
 def case_order(n_cases: int, seed: int) -> Iterator[int]:
@@ -495,6 +575,7 @@ def _train(
         foreground=settings.foreground,
         seed=run.seed,
         device=run.device,
+        raters=settings.raters,
     )
     volumes = [run.reader(case) for case in cases]
     order = case_order(len(cases), run.seed)
@@ -510,10 +591,12 @@ def _train(
         encoder_lr, lr = learning_rates(step, settings, pretrained=pretrained)
         for group in optimizer.param_groups:
             group["lr"] = encoder_lr if group["encoder"] else lr
-        images, labels = crops.batch([volumes[next(order)] for _ in range(settings.batch)], step)
+        chosen = [volumes[next(order)] for _ in range(settings.batch)]
+        images, labels = crops.batch(chosen, step)
+        labelled = labelled_classes(chosen, 1 + max(run.structures))
         with autocast(settings, run.device):
             logits = network(images)
-        loss = loss_of(logits, labels)
+        loss = loss_of(logits, labels, labelled)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
@@ -580,50 +663,82 @@ def _validation_dice(run: _Run, cases: Sequence[Case]) -> dict[str, float | None
     scores = []
     for case in cases:
         volume = run.reader(case)
-        assert volume.label is not None
-        scores.append(dice(predict(run.network, volume, run.settings), volume.label, run.structures))
+        known_values(volume, run.structures, case)
+        found, label, scored = comparable(predict(run.network, volume, run.settings), volume, run.structures)
+        scores.append(dice(found, label, scored))
     run.network.train()
     means = {}
     for value, name in run.structures.items():
-        kept = [score[value] for score in scores if not np.isnan(score[value])]
+        kept = [score[value] for score in scores if not np.isnan(score.get(value, math.nan))]
         means[name] = float(np.mean(kept)) if kept else None
     return means
 
 
 def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
-    """Score every test case on its own grid; write pictures and, when asked, predictions."""
+    """Score every test case on its own grid; write pictures and, when asked, predictions.
+
+    A structure that a case does not label has no score there, as one that is in neither map.
+    """
     scores, pictures = [], []
     for number, case in enumerate(cases):
         volume = run.reader(case)
-        assert volume.label is not None
+        known_values(volume, run.structures, case)
         found = predict(run.network, volume, run.settings)
-        overlap = dice(found, volume.label, run.structures)
-        distance = hd95_mm(found, volume.label, run.structures, volume.spacing_mm)
+        sure, label, scored = comparable(found, volume, run.structures)
+        overlap = dice(sure, label, scored)
+        distance = hd95_mm(sure, label, scored, volume.spacing_mm)
         scores.append(
             CaseScore(
                 id=case.id,
                 patient=case.patient_id,
-                dice={name: _plain(overlap[value]) for value, name in run.structures.items()},
-                hd95_mm={name: _plain(distance[value]) for value, name in run.structures.items()},
+                dice={name: _plain(overlap.get(value, math.nan)) for value, name in run.structures.items()},
+                hd95_mm={name: _plain(distance.get(value, math.nan)) for value, name in run.structures.items()},
             )
         )
         if number < run.settings.figures:
             pictures.append((volume, found, scores[-1].mean_dice))
         if run.settings.predictions:
-            write_prediction(out / "predictions" / f"{case.id}.nii.gz", found, volume)
+            write_prediction(out / "predictions" / f"{case.id}.nii.gz", found, volume, case)
+        if run.settings.dicom_seg:
+            write_dicom_prediction(out / "private" / "predictions" / f"{case.id}.dcm", found, volume, case, run.structures)
     write_case_names(out / "private" / "cases.csv", cases)
     if pictures:
         write_figures(out / "figures" / "segmentation.npz", pictures, run.structures)
     return scores
 
 
-def write_prediction(path: Path, label: np.ndarray, volume: Volume) -> None:
-    """Write a label map as NIfTI on the canonical grid of its image, atomically."""
+def check_dicom_seg(cases: Sequence[Case]) -> None:
+    """Refuse a run that could not write its predictions as DICOM-SEG, before the first step.
+
+    Raises:
+        RequestError: highdicom is missing, or an image is no DICOM series of single slices.
+    """
+    need_highdicom()
+    for case in cases:
+        try:
+            check_source(case.image_files)
+        except RequestError as err:
+            raise RequestError(f"case {case.id}: {err}") from None
+
+
+def write_dicom_prediction(path: Path, label: np.ndarray, volume: Volume, case: Case, structures: Mapping[int, str]) -> None:
+    """Write a label map as DICOM-SEG on the slices of its series, for the owner alone; see `label_files.write.write_dicom_seg`."""
+    from medssl import __version__
+
+    x, y, z = label.shape
+    write_dicom_seg(path, label, Grid(volume.affine, (x, y, z)), case.image_files, structures, version=__version__)
+
+
+def write_prediction(path: Path, label: np.ndarray, volume: Volume, case: Case) -> None:
+    """Write a label map as NIfTI on the grid of its image, atomically.
+
+    Where the image is one file, axes run as they do in the file; for a DICOM series they are canonical (RAS).
+    """
     import gzip
 
     import nibabel
 
-    image = nibabel.Nifti1Image(label, volume.affine)
+    image = nibabel.Nifti1Image(*in_file_axes(label, volume.affine, case.image_files))
     image.header.set_xyzt_units("mm")
     write_atomic(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
@@ -636,8 +751,23 @@ def write_case_names(path: Path, cases: Sequence[Case]) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["case", "image", "patient"])
-    writer.writerows([case.id, case.image.name, case.patient] for case in cases)
+    writer.writerows([case.id, case.series_id or case.image.name, case.patient] for case in cases)
     write_private(path, text.getvalue().encode())
+
+
+def write_label_counts(out: Path, reader: CaseReader, cohort: Cohort) -> None:
+    """Write what the label readers counted, and for the owner alone the structure names of files where the cohort lists none."""
+    rows = {case.id: reader.label_facts[case.id] for case in cohort.cases if case.id in reader.label_facts}
+    if rows:
+        content = {"overlap": "the higher value has the voxel", "cases": rows}
+        write_atomic(out / "labels.json", json.dumps(content, indent=1).encode())
+    if cohort.file_names:
+        import csv
+        import io
+
+        text = io.StringIO()
+        csv.writer(text).writerows([["value", "name"], *([str(value), name] for value, name in cohort.file_names.items())])
+        write_private(out / "private" / "structures.csv", text.getvalue().encode())
 
 
 def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float]], structures: Mapping[int, str]) -> None:
@@ -665,7 +795,7 @@ def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float
         images.append(cut(volume.image[0].astype(np.float32) - darkest, low, low + size) + darkest)
         for kept, array in ((labels, volume.label), (predictions, found)):
             values = cut(array, low, low + size)
-            kept.append(rank[np.where(values < len(rank), values, 0)])
+            kept.append(rank[np.where((values >= 0) & (values < len(rank)), values, 0)])
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,

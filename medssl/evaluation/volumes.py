@@ -2,21 +2,27 @@
 
 Training crops are made by `VolumeViews`, so fine-tuning sees intensities, padding and augmentation exactly as
 pretraining did.
+
+In a label map 0 is background, -1 uncertain. `Volume.labelled` says which structures the map labels: in a map of liver alone, 0 is
+"background, or a structure that nobody drew". Losses and scores of the others leave the case out.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medssl.domains.label_files.base import UNCERTAIN, Grid, LabelMap, values_in
+from medssl.domains.label_files.read import frame_of_reference, read_labels
 from medssl.errors import GeometryError, ImageError, RequestError, near
-from medssl.evaluation.cohort import Case
+from medssl.evaluation.cohort import Case, LabelRules
 from medssl.registry import lookup
 from medssl.seeding import counter_rng
 from medssl.types import Box, DrawKey
@@ -26,6 +32,7 @@ from medssl.views.pipeline import Crop, VolumeViews
 VIEW = "finetune"
 NOT_AUGMENTATION = ("name", "size", "spacing_mm", "count", "normalize", "mask")
 POINTS = 4096  # voxels kept per structure to centre crops on
+MAX_VALUE = 32767  # of a structure: maps are kept as int16
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,15 @@ class Volume:
     Args:
         image: (1, X, Y, Z), stored dtype, RAS+.
         valid: (X, Y, Z) bool, True = real content.
-        label: (X, Y, Z) int16; None when the case has none.
+        label: (X, Y, Z) int16, -1 uncertain; where raters differ what most say. None when the case has none.
         spacing_mm: Voxel size.
         affine: (4, 4) voxel centre index to RAS+ mm.
         stats: Intensity statistics of the domain.
         points: Structure to (K, 3) voxel indices inside it, at most `POINTS`, evenly taken.
+        labelled: Structures that the map labels; None for all.
+        raters: Maps of all raters where there are several.
+        counts: What the label readers counted, see `domains.label_files.base.COUNTS`, and `rater_ties`.
+        flags: Flags of the label readers.
     """
 
     image: np.ndarray
@@ -49,6 +60,20 @@ class Volume:
     affine: np.ndarray
     stats: Mapping[str, float]
     points: Mapping[int, np.ndarray] = field(default_factory=dict)
+    labelled: tuple[int, ...] | None = None
+    raters: tuple[np.ndarray, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all voxels of all maps are sure and all structures labelled."""
+        maps = self.raters or (() if self.label is None else (self.label,))
+        return self.labelled is None and not any(bool((m < 0).any()) for m in maps)
+
+    def labels(self, structure: int) -> bool:
+        """Whether the label map says where a structure is, which may be nowhere."""
+        return self.labelled is None or structure in self.labelled
 
 
 class CaseReader:
@@ -57,51 +82,179 @@ class CaseReader:
     Args:
         domain: Registered domain name.
         budget_bytes: Volumes beyond this are read again at each use.
+
+    Attributes:
+        label_facts: Case id to what its label readers counted (`counts`, `flags`) and which structures it labels (`labelled`, None
+            for all), for the cases where there is something to say.
     """
 
     def __init__(self, domain: str, budget_bytes: int = 8 << 30) -> None:
         self.domain = lookup("domain", domain)()
         self.left = budget_bytes
         self.kept: dict[str, Volume] = {}
+        self.label_facts: dict[str, dict[str, Any]] = {}
 
     def __call__(self, case: Case) -> Volume:
         """Return a case.
 
         Raises:
-            ImageError: The image cannot be used.
-            GeometryError: The label map lies on another grid than the image.
+            ImageError: The image cannot be used, or the label map holds values that stand for no structure.
+            GeometryError: The label map lies on another grid than the image, by more than a tenth of the smallest voxel edge, or
+                in another frame of reference.
         """
         if case.id in self.kept:
             return self.kept[case.id]
         volume = self._read(case)
-        size = volume.image.nbytes + volume.valid.nbytes + (0 if volume.label is None else volume.label.nbytes)
+        maps = [m for m in (volume.label, *volume.raters) if m is not None]
+        size = volume.image.nbytes + volume.valid.nbytes + sum(m.nbytes for m in maps)
         if size <= self.left:
             self.left -= size
             self.kept[case.id] = volume
         return volume
 
     def _read(self, case: Case) -> Volume:
-        from medssl.domains.volume_files import read_label
-
-        folder = case.image.is_dir()
-        files = sorted(p for p in case.image.rglob("*") if p.is_file()) if folder else [case.image]
-        sample = self.domain.read(files, series_id=case.id)
+        files = case.image_files
+        sample = self.domain.read(files, series_id=case.series_id or case.id, part=case.part)
         shape = sample.image.shape[1:]
-        try:
-            label = None if case.label is None else read_label(case.label, like=sample).astype(np.int16)
-        except ImageError as err:  # its text holds the file's name, which may be a patient's
-            assert case.label is not None
-            text = f"case {case.id}: {str(err).replace(case.label.name, 'map')}"
-            raise (GeometryError(text) if isinstance(err, GeometryError) else ImageError(err.reason, text)) from None
-        return Volume(
+        volume = Volume(
             image=sample.image,
             valid=np.ones(shape, dtype=bool) if sample.valid is None else sample.valid,
-            label=label,
+            label=None,
             spacing_mm=sample.spacing_mm,
             affine=sample.affine,
             stats=sample.meta.stats,
-            points={} if label is None else structure_points(label),
         )
+        if case.label is None:
+            return volume
+        volume = _with_labels(volume, case, Grid.of(sample, frame_of_reference(files[0])))
+        labelled = None if volume.labelled is None else list(volume.labelled)
+        if volume.counts or volume.flags or labelled is not None:
+            self.label_facts[case.id] = {"counts": dict(volume.counts), "flags": list(volume.flags), "labelled": labelled}
+        return volume
+
+
+def _with_labels(volume: Volume, case: Case, grid: Grid) -> Volume:
+    """Return the volume with the label maps of a case."""
+    rules = case.rules
+    maps: list[np.ndarray] = []
+    said: list[frozenset[int] | None] = []
+    counts: Counter[str] = Counter()
+    flags: list[str] = []
+    for path in case.maps:
+        try:
+            found = read_labels(path, grid, rules.names or None)
+            maps.append(_sure(found.array, rules))
+        except ImageError as err:  # its text holds the file's name, which may be a patient's
+            text = f"case {case.id}: {str(err).replace(path.name, 'map')}"
+            raise (GeometryError(text) if isinstance(err, GeometryError) else ImageError(err.reason, text)) from None
+        said.append(_said(case, found))
+        counts.update(found.counts)
+        flags += found.flags
+    known = [structures for structures in said if structures is not None]
+    labelled = None if len(known) == 0 else tuple(sorted(frozenset.intersection(*known)))
+    if labelled is not None and rules.values is not None and rules.values <= set(labelled):
+        labelled = None
+    if labelled is not None:
+        for array in maps:  # a few voxels of a structure that is not labelled throughout
+            array[~np.isin(array, (0, *labelled))] = UNCERTAIN
+    label, ties = majority(maps)
+    if ties:
+        counts["rater_ties"] += ties
+    return replace(
+        volume,
+        label=label,
+        points=structure_points(label),
+        labelled=labelled,
+        raters=tuple(maps) if len(maps) > 1 else (),
+        counts=dict(counts),
+        flags=tuple(dict.fromkeys(flags)),
+    )
+
+
+def _said(case: Case, found: LabelMap) -> frozenset[int] | None:
+    """Return the structures that one map labels, after the map and after the table; None for all."""
+    own = frozenset(found.names) if found.named else None
+    table = None if case.labelled is None else frozenset(case.labelled)
+    return table if own is None else own if table is None else own & table
+
+
+def _sure(array: np.ndarray, rules: LabelRules) -> np.ndarray:
+    """Return a map as int16 with uncertain voxels -1, after checking its values.
+
+    Raises:
+        ImageError: It holds values that stand for nothing.
+    """
+    array = array.copy() if rules.ignore is None else np.where(array == rules.ignore, UNCERTAIN, array)
+    values = values_in(array)
+    unknown = [
+        v for v in values if v < UNCERTAIN or v > MAX_VALUE or (rules.values is not None and v > 0 and v not in rules.values)
+    ]
+    if unknown:
+        listed = ", ".join(map(str, sorted(rules.values))) if rules.values is not None else f"1 to {MAX_VALUE}"
+        raise ImageError(
+            "unsupported_pixels",
+            f"its label map holds the value{'s' * (len(unknown) > 1)} {', '.join(map(str, unknown[:5]))}"
+            f"{' and others' * (len(unknown) > 5)}, which stand{'s' * (len(unknown) == 1)} for no structure; structures are {listed}, "
+            "background 0, uncertain -1: list the structure in dataset.json, or correct the map",
+        )
+    return np.ascontiguousarray(array, dtype=np.int16)
+
+
+def known_values(volume: Volume, structures: Iterable[int], case: Case) -> None:
+    """Refuse a map with structures that no training label has, where the cohort lists none.
+
+    Raises:
+        ImageError: It has one.
+    """
+    unknown = sorted(set(volume.points) - set(structures))
+    if unknown:
+        raise ImageError(
+            "unsupported_pixels",
+            f"case {case.id}: its label map holds the value{'s' * (len(unknown) > 1)} {', '.join(map(str, unknown[:5]))}, which no "
+            "training label has; list the structures in dataset.json, or correct the map",
+        )
+
+
+def majority(maps: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
+    """Return per voxel the value that most raters give, and the number of voxels where no value leads.
+
+    A voxel without a leading value is uncertain. A rater who is uncertain has no vote.
+    """
+    if len(maps) == 1:
+        return maps[0], 0
+    best, votes = np.full(maps[0].shape, UNCERTAIN, dtype=np.int16), np.zeros(maps[0].shape, dtype=np.int16)
+    tied = np.zeros(maps[0].shape, dtype=bool)
+    for value in np.unique(np.concatenate([np.unique(m) for m in maps])):
+        if value == UNCERTAIN:
+            continue
+        own = np.sum([m == value for m in maps], axis=0, dtype=np.int16)
+        tied = np.where(own > votes, False, tied | ((own == votes) & (own > 0)))
+        best = np.where(own > votes, value, best)
+        votes = np.maximum(own, votes)
+    best[tied] = UNCERTAIN
+    return best, int(tied.sum())
+
+
+def comparable(found: np.ndarray, volume: Volume, structures: Iterable[int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Return prediction and label map without uncertain voxels, and the structures that can be scored on this case.
+
+    Uncertain voxels become background in both, so that nothing there counts for or against. Structures that the map does not
+    label are left out: it does not say that they are absent.
+    """
+    assert volume.label is not None
+    doubt = volume.label < 0
+    if doubt.any():
+        found, label = np.where(doubt, 0, found), np.where(doubt, 0, volume.label)
+    else:
+        label = volume.label
+    return found, label, [s for s in structures if volume.labels(s)]
+
+
+def labelled_classes(volumes: Sequence[Volume], n_classes: int) -> Tensor | None:
+    """Return (B, K) bool, which classes each volume labels, background included; None where all of them label everything."""
+    if all(volume.complete for volume in volumes):
+        return None
+    return torch.tensor([[k == 0 or volume.labels(k) for k in range(n_classes)] for volume in volumes])
 
 
 def structure_points(label: np.ndarray) -> dict[int, np.ndarray]:
@@ -127,6 +280,7 @@ class TrainingCrops:
         foreground: Share of crops centred on a voxel of a structure.
         seed: Seed.
         device: Where crops are made.
+        raters: Which map a crop takes where there are several: `majority`, or `draw`, one rater's at random for each crop.
     """
 
     def __init__(
@@ -139,6 +293,7 @@ class TrainingCrops:
         foreground: float,
         seed: int,
         device: torch.device,
+        raters: str = "majority",
     ) -> None:
         known = [name for name in inspect.signature(VolumeViews).parameters if name not in NOT_AUGMENTATION]
         unknown = [f"{name}{near(name, known)}" for name in augment if name not in known]
@@ -148,6 +303,7 @@ class TrainingCrops:
         self.foreground = foreground
         self.seed = seed
         self.device = device
+        self.raters = raters
 
     def batch(self, volumes: Sequence[Volume], step: int) -> tuple[Tensor, Tensor]:
         """Cut one crop from each volume.
@@ -182,7 +338,11 @@ class TrainingCrops:
             key=key,
             id=key.position,
         )
-        return crop, cut(volume.label, low, high)
+        label = volume.label
+        if self.raters == "draw" and volume.raters:
+            rng = counter_rng(key.seed, key.step, key.position, VIEW, "rater")
+            label = volume.raters[int(rng.integers(len(volume.raters)))]
+        return crop, cut(label, low, high)
 
     def draw_box(self, volume: Volume, key: DrawKey) -> Box:
         """Draw where to cut: on a structure, each as often as the others, or anywhere.

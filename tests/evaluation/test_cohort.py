@@ -158,3 +158,61 @@ def test_hippocampus__has_the_documented_sides(shared_data: Path) -> None:
     cohort = Cohort.load(shared_data / "msd_hippocampus")
     assert [len(cohort.split(side)) for side in ("train", "val", "test")] == [130, 20, 50]
     assert [case.image.name for case in cohort.first(2)] == ["hippocampus_394.nii.gz", "hippocampus_107.nii.gz"]
+
+
+def test_labelled__names_structures_by_name_or_value(tmp_path: Path) -> None:
+    cohort_path = folder(tmp_path, ["a.nii,train,Left Lung;2", "b.nii,train,", "c.nii,test,2"], header="file,split,labelled")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"left_lung": 1, "liver": 2, "ignore": 3}}))
+    cohort = Cohort.load(cohort_path)
+    assert [case.labelled for case in cohort.cases] == [(1, 2), None, (2,)]
+    assert dict(cohort.structures) == {1: "left_lung", 2: "liver"}
+    assert cohort.ignore == 3
+    assert {case.rules.values for case in cohort.cases} == {frozenset({1, 2})}
+    for wrong in ("spleen", "3", "0"):
+        folder(tmp_path, [f"a.nii,train,{wrong}"], header="file,split,labelled")
+        with pytest.raises(RequestError, match="labelled names a structure that is not listed; listed are left_lung, liver"):
+            Cohort.load(tmp_path)
+
+
+def test_raters__stand_in_columns_and_lists(tmp_path: Path) -> None:
+    touch(tmp_path / "i.nii", tmp_path / "a.nii", tmp_path / "b.nii", tmp_path / "c.nii")
+    table = tmp_path / "t.csv"
+    table.write_text("image,label,split,label_2,label_3\ni.nii,a.nii,train,b.nii,c.nii\n")
+    case = Cohort.load(table).cases[0]
+    assert [path.name for path in case.maps] == ["a.nii", "b.nii", "c.nii"]
+    path = tmp_path / "list.json"
+    entry = {"image": "i.nii", "label": ["a.nii", "b.nii"], "labelled": ["liver"]}
+    path.write_text(json.dumps({"labels": {"0": "background", "1": "liver"}, "training": [entry]}))
+    case = Cohort.load(path).cases[0]
+    assert [found.name for found in case.maps] == ["a.nii", "b.nii"]
+    assert case.labelled == (1,)
+    one = Cohort.load(path).digest(b"k")
+    path.write_text(json.dumps({"labels": {"0": "background", "1": "liver"}, "training": [{**entry, "label": ["a.nii"]}]}))
+    assert Cohort.load(path).digest(b"k") != one
+    table.write_text("image,label,split,label_2\ni.nii,a.nii,train,x.nii\n")
+    with pytest.raises(RequestError, match="line 2: its label file does not exist"):
+        Cohort.load(table)
+
+
+def test_folder__finds_labels_of_another_form_by_the_name_of_the_image(tmp_path: Path) -> None:
+    names = ("a.nii.gz", "b.nii.gz", "c.nii.gz")
+    touch(*(tmp_path / "images" / name for name in names), tmp_path / "images" / "d" / "1.dcm")
+    touch(tmp_path / "labels" / "a.seg.nrrd", tmp_path / "labels" / "b" / "liver.nii.gz", tmp_path / "labels" / "c.dcm")
+    touch(tmp_path / "labels" / "d.dcm")
+    (tmp_path / "split.csv").write_text("file,split\n" + "".join(f"{name},train\n" for name in (*names, "d")))
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"liver": 1}}))
+    found = [case.label.name for case in Cohort.load(tmp_path).cases if case.label]
+    assert found == ["a.seg.nrrd", "b", "c.dcm", "d.dcm"]
+
+
+def test_names_in_files__are_numbered_and_stay_inside(tmp_path: Path) -> None:
+    for case, organs in (("a", ("Spleen", "liver")), ("b", ("liver", "DOE_JOHN"))):
+        touch(tmp_path / "images" / f"{case}.nii.gz", *(tmp_path / "labels" / case / f"{name}.nii.gz" for name in organs))
+    touch(tmp_path / "images" / "c.nii.gz", tmp_path / "labels" / "c" / "other.nii.gz")
+    (tmp_path / "split.csv").write_text("file,split\na.nii.gz,train\nb.nii.gz,train\nc.nii.gz,test\n")
+    cohort = Cohort.load(tmp_path)
+    assert dict(cohort.structures) == {1: "structure_1", 2: "structure_2", 3: "structure_3"}
+    assert dict(cohort.file_names) == {1: "doe john", 2: "liver", 3: "spleen"}
+    touch(tmp_path / "labels" / "b.nii.gz")
+    with pytest.raises(RequestError, match="some label files name their structures and some hold values alone"):
+        Cohort.load(tmp_path)
