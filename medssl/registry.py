@@ -17,6 +17,7 @@ ENCODERS: dict[str, str] = {
     "vit3d": "medssl.encoders.vit3d:ViT3D",
     "segresnet3d": "medssl.encoders.segresnet3d:SegResNet3D",
     "swin3d": "medssl.encoders.swin3d:Swin3D",
+    "resenc3d": "medssl.encoders.resenc3d:ResEnc3D",
     "image2d": "medssl.encoders.image2d:Image2D",
     "slice_volume": "medssl.encoders.slice_volume:SliceVolumeEncoder",
     "video_vit": "medssl.encoders.video_vit:VideoViT",

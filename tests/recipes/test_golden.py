@@ -21,7 +21,12 @@ from medssl.yaml_models import read_mapping
 
 LEDGER = Path(__file__).with_name("golden.json")
 SMOKE = {name: path for name, path in shipped().items() if name.startswith("smoke/")}
-LONG = {"smoke/mae_cnn_swin3d_mri", "smoke/relative_speed_video_vit_ultrasound", "smoke/alice_segresnet3d_mri_pairs"}
+LONG = {
+    "smoke/mae_cnn_resenc3d_mri",
+    "smoke/mae_cnn_swin3d_mri",
+    "smoke/relative_speed_video_vit_ultrasound",
+    "smoke/alice_segresnet3d_mri_pairs",
+}
 
 
 def play(path: Path, archive: Path, out: Path) -> dict[str, list[float]]:
