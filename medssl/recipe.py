@@ -210,7 +210,7 @@ class FinetuneRecipe(Node):
 
     kind: Literal["finetune"] = "finetune"
     cohort: CohortSection
-    network: Literal["unetr", "segresnet", "swin_unetr"]
+    network: Literal["unetr", "segresnet", "swin_unetr", "resenc_unet"]
     encoder: dict[str, Any] = Field(
         default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
     )

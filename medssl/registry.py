@@ -51,6 +51,7 @@ NETWORKS: dict[str, str] = {
     "unetr": "medssl.networks.segmentation:build_unetr",
     "segresnet": "medssl.networks.segmentation:build_segresnet",
     "swin_unetr": "medssl.networks.segmentation:build_swin_unetr",
+    "resenc_unet": "medssl.networks.segmentation:build_resenc_unet",
 }
 TABLES: dict[str, dict[str, str]] = {
     "encoder": ENCODERS,

@@ -32,7 +32,7 @@ from medssl.errors import RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.metrics import dice, hd95_mm, mean_score
 from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, cut, whole_image
-from medssl.networks.segmentation import LoadReport, encoder_parameters, load_pretrained, set_head_prior
+from medssl.networks.segmentation import LoadReport, encoder_parameters, library_of, load_pretrained, set_head_prior
 from medssl.registry import lookup
 from medssl.seeding import counter_rng, derive_seed
 from medssl.weights import load_part, save_part, write_atomic, write_private
@@ -689,7 +689,7 @@ def data_cards(cohort: Cohort, weights: Pretrained | None) -> list[dict[str, Any
 def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | None, cards: list[dict[str, Any]]) -> None:
     manifest = {
         "encoder": dict(run.settings.encoder or {}),
-        "library": f"monai.{type(run.network).__name__}",
+        "library": library_of(run.network),
         "network": run.settings.network,
         "network_args": dict(run.settings.network_args),
         "out_channels": 1 + max(run.structures),
