@@ -34,6 +34,7 @@ KEPT = (
     "authors",
     "copyright",
     "data_cards",
+    "imported",
     "objective",
     "step",
     "recipe_hash",
