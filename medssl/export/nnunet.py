@@ -109,12 +109,13 @@ def write(folder: Path, weights: Weights, asked: Adaptation) -> ExportReport:
         pairs = [(_turn(level), ours) for level, ours in zip(maps, output.pyramid, strict=True)]
         if weights.decoder:
             pairs.append((_turn(network(_turn(theirs))), source.forward_decoder(output.pyramid)))
-    stock = with_aliases(build_network(args, out_channels=1).state_dict())
+    last = [f"decoder.seg_layers.{step}.{leaf}" for step in range(len(network.decoder.stages)) for leaf in ("weight", "bias")]
+    stock = {*with_aliases(network.state_dict()), *last}
     return ExportReport(
         files=(folder / FILE, *(folder / name for name in texts)),
         matched=tuple(sorted(given)),
-        missing=tuple(sorted(stock.keys() - given.keys())),
-        unexpected=tuple(sorted(given.keys() - stock.keys())),
+        missing=tuple(sorted(stock - given.keys())),
+        unexpected=tuple(sorted(given.keys() - stock)),
         max_feature_difference=compare(pairs, "nnunet"),
         notes=(*changes, *_notes(weights, plan, channels)),
     )
