@@ -69,7 +69,7 @@ def store_source(folder: Path, sample: Sample, views: ClipViews) -> ClipSource:
     write_item(sample, folder, patient_id=SERIES, mask=mask)
     reader = StoreReader(folder)
     sampler = ClipSampler("a", [0], lambda _: reader.record(SERIES), views.frames, views.fps, 1, views.fill, batch=1)
-    return ClipSource("a", "ultrasound", reader, {0: SERIES}, sampler, views, frames=ClipFrames)
+    return ClipSource("a", "ultrasound", reader, {0: SERIES}, sampler, views, item=ClipFrames)
 
 
 def from_store(source: ClipSource) -> np.ndarray:

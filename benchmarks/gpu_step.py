@@ -333,7 +333,7 @@ def make_source(store: Path, sizes: Sizes, batch: int, options: Namespace) -> Im
         mask={"ratio": RATIO, "cell": sizes.patch},
     )
     sampler = CropSampler("main", sorted(series), lambda item: reader.record(series[item]), views.box_size_mm, batch=batch)
-    return ImageSource("main", "ct", reader, series, sampler, views, crop=Crop)
+    return ImageSource("main", "ct", reader, series, sampler, views, item=Crop)
 
 
 def parts_of_the_road(source: ImageSource, batch: int, options: Namespace) -> dict[str, float]:

@@ -27,7 +27,7 @@ from benchmarks.common import Check, Result, finish, parser
 from medssl import api, build, data_sources
 from medssl.archive.index import index
 from medssl.evaluation.features import embed
-from medssl.objectives.intra_inter_clustering import standardised
+from medssl.layers.standardise import standardised
 from medssl.recipe import PretrainRecipe, Recipe
 from medssl.training import checkpoint
 
@@ -173,7 +173,7 @@ def play(folder: Path, arm: str, *, seed: int, items: int, epochs: int, batch: i
     seconds = time.perf_counter() - begin
     z, _ = features(build.load_encoder(run), recipe, other, labels)
     heads = prototypes(recipe, run, items)
-    (seen_as,) = standardised([torch.from_numpy(z)]) if ARMS[arm].get("standardise") else (torch.from_numpy(z),)
+    seen_as = standardised(torch.from_numpy(z)) if ARMS[arm].get("standardise") else torch.from_numpy(z)
     rows = normalize(seen_as, dim=1)
     scores = [mutual_information((rows @ head.T).argmax(dim=1).numpy(), classes) for head in heads]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -88,7 +88,7 @@ def make_source(store: Path, paths: dict[str, Path], crop: int) -> ImageSource:
     series = dict(enumerate(sorted(paths)))
     views = VolumeViews(size=crop, normalize="zscore")
     sampler = CropSampler("main", sorted(series), lambda item: reader.record(series[item]), views.box_size_mm, batch=PER_VOLUME)
-    return ImageSource("main", "ct", reader, series, sampler, views, crop=Crop)
+    return ImageSource("main", "ct", reader, series, sampler, views, item=Crop)
 
 
 class BareVolumes:

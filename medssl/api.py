@@ -27,7 +27,7 @@ from medssl.evaluation.features import embed, probe_table
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_predict, linear_probe
 from medssl.evaluation.scores import METRICS
-from medssl.recipe import EvaluateRecipe, PretrainRecipe, ProbeSection, Recipe, SourceSection
+from medssl.recipe import TARGET_TASKS, EvaluateRecipe, FinetuneTargetsRecipe, PretrainRecipe, ProbeSection, Recipe, SourceSection
 from medssl.registry import lookup
 from medssl.sampling.items import Item, items_hash
 from medssl.sampling.items import write as write_items
@@ -619,7 +619,7 @@ def evaluation_cards(recipe: EvaluateRecipe, shelf: data_sources.Shelf) -> list[
     return [card_facts(card) for name, card in sorted(cards.cards.items()) if name in seen]
 
 
-def evaluation_section(recipe: EvaluateRecipe, manifest: Mapping[str, Any]) -> SourceSection:
+def evaluation_section(recipe: EvaluateRecipe | FinetuneTargetsRecipe, manifest: Mapping[str, Any]) -> SourceSection:
     """Return the recipe's source with the views of the weights where the recipe names none.
 
     These are size, spacing and normalisation; for an encoder of clips also the kind, the frames and their rate.
@@ -696,10 +696,10 @@ def finetune(
     twin: bool = False,
     on_step: StepProgress | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune a MONAI segmentation network, and its matched scratch twin when asked.
+    """Fine-tune for segmentation, classes or numbers, and the matched scratch twin when asked.
 
     Args:
-        recipe: YAML path or `FinetuneRecipe`.
+        recipe: YAML path, `FinetuneRecipe` or `FinetuneTargetsRecipe`.
         weights: Run folder or safetensors file; None or "scratch" trains from scratch.
         overrides: `key=value` assignments.
         seed: Seed of start weights and draws.
@@ -740,6 +740,10 @@ def label_curve(
     from medssl.evaluation.finetune import open_weights
 
     recipe = load_recipe(recipe, overrides, kind="finetune")
+    if recipe.task in TARGET_TASKS:
+        from medssl.target_tasks import target_curve
+
+        return target_curve(recipe, weights, counts=counts, seeds=seeds, twin=twin, on_cell=on_cell, on_step=on_step)
     settings = build.finetune_settings(recipe)
     cohort = Cohort.load(recipe.cohort.path)
     if recipe.cohort.card is not None:

@@ -12,9 +12,9 @@ import torch
 from medssl.archive.table import Archive, SeriesRow
 from medssl.cards.named import SourceCards, assign, card_facts, card_notes, index_notes, name_faults, open_references, source_notes
 from medssl.cards.schema import Card
-from medssl.data_sources import make_views, select_rows, source_faults, specs
+from medssl.data_sources import make_views, select_rows, source_faults, specs, view_faults
 from medssl.errors import LeakageError, RecipeError, RequestError, near
-from medssl.recipe import Component, EvaluateRecipe, FinetuneRecipe, OptimSection, PretrainRecipe
+from medssl.recipe import Component, EvaluateRecipe, FinetuneRecipe, FinetuneTargetsRecipe, OptimSection, PretrainRecipe
 from medssl.registry import ENCODERS, component_faults, lookup
 from medssl.seeding import derive_seed
 from medssl.training.loop import LoopSettings, Stage
@@ -145,12 +145,14 @@ def _source_path(recipe: PretrainRecipe, name: str) -> str:
     return "data" if list(recipe.sources) == ["main"] else f"sources.{name}"
 
 
-def check(recipe: PretrainRecipe | FinetuneRecipe | EvaluateRecipe) -> None:
+def check(recipe: PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | EvaluateRecipe) -> None:
     """Raise RecipeError with every fault of a recipe; nothing has been read or written yet."""
     if isinstance(recipe, PretrainRecipe):
         faults = pretrain_faults(recipe)
     elif isinstance(recipe, EvaluateRecipe):
         faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
+    elif isinstance(recipe, FinetuneTargetsRecipe):
+        faults = target_faults(recipe)
     else:
         faults = finetune_faults(recipe)
     if faults:
@@ -165,6 +167,26 @@ def finetune_faults(recipe: FinetuneRecipe) -> list[str]:
     except RequestError as err:
         faults.append(f"settings: {err}")
     return faults + component_faults("cohort.domain", "domain", recipe.cohort.domain)
+
+
+def target_faults(recipe: FinetuneTargetsRecipe) -> list[str]:
+    """Check the source and the settings of a recipe for classes or numbers."""
+    faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
+    try:
+        settings = target_settings(recipe)
+    except RequestError as err:
+        return [*faults, f"settings: {err}"]
+    if not faults:
+        wrong = view_faults("source.views", {**recipe.source.views, **settings.augment})
+        faults += [sentence.replace("source.views", "settings.augment", 1) for sentence in wrong]
+    return faults
+
+
+def target_settings(recipe: FinetuneTargetsRecipe) -> Any:
+    """Return the `TargetSettings` of a recipe."""
+    from medssl.evaluation.finetune_targets import TargetSettings
+
+    return TargetSettings.from_dict({"device": "cuda" if torch.cuda.is_available() else "cpu", **recipe.settings})
 
 
 def finetune_settings(recipe: FinetuneRecipe) -> Any:

@@ -321,18 +321,16 @@ def training_source(shelf: Shelf, section: SourceSection, items: Sequence[Item],
     if section.sampler.name == "pairs":
         assert isinstance(views, VolumeViews)
         pairs = pair_sampler(shelf, section, items, views, batch)
-        return PairSource(shelf.name, shelf.domain.name, shelf.reader, series, pairs, views, crop=Crop, weight=section.weight)
+        return PairSource(shelf.name, shelf.domain.name, shelf.reader, series, pairs, views, item=Crop, weight=section.weight)
     if isinstance(views, VolumeViews):
         crops = CropSampler(shelf.name, sorted(series), record, views.box_size_mm, batch=batch, **section.sampler.args)
-        return ImageSource(shelf.name, shelf.domain.name, shelf.reader, series, crops, views, crop=Crop, weight=section.weight)
+        return ImageSource(shelf.name, shelf.domain.name, shelf.reader, series, crops, views, item=Crop, weight=section.weight)
     if isinstance(views, ClipViews):
         timing = (views.frames, views.fps, views.count, views.fill)
         clips = ClipSampler(shelf.name, sorted(series), record, *timing, batch=batch, **section.sampler.args)
-        return ClipSource(
-            shelf.name, shelf.domain.name, shelf.reader, series, clips, views, frames=ClipFrames, weight=section.weight
-        )
+        return ClipSource(shelf.name, shelf.domain.name, shelf.reader, series, clips, views, item=ClipFrames, weight=section.weight)
     planes = PlaneSampler(shelf.name, sorted(series), record, views.slices, batch=batch, **section.sampler.args)
-    return PlaneSource(shelf.name, shelf.domain.name, shelf.reader, series, planes, views, planes=Planes, weight=section.weight)
+    return PlaneSource(shelf.name, shelf.domain.name, shelf.reader, series, planes, views, item=Planes, weight=section.weight)
 
 
 def pair_sampler(shelf: Shelf, section: SourceSection, items: Sequence[Item], views: VolumeViews, batch: int) -> PairSampler:
@@ -392,12 +390,12 @@ def evaluation_source(
 
     if isinstance(views, VolumeViews):
         centre = CentreSampler(name, sorted(numbered), record, views.box_size_mm)
-        return ImageSource(name, shelf.domain.name, shelf.reader, numbered, centre, views, crop=Crop)
+        return ImageSource(name, shelf.domain.name, shelf.reader, numbered, centre, views, item=Crop)
     if isinstance(views, ClipViews):
         clips = MiddleClips(name, sorted(numbered), record, views.frames, views.fps, views.count, views.fill)
-        return ClipSource(name, shelf.domain.name, shelf.reader, numbered, clips, views, frames=ClipFrames)
+        return ClipSource(name, shelf.domain.name, shelf.reader, numbered, clips, views, item=ClipFrames)
     middle = MiddlePlanes(name, sorted(numbered), record, views.slices, section.sampler.args.get("axis", "auto"))
-    return PlaneSource(name, shelf.domain.name, shelf.reader, numbered, middle, views, planes=Planes)
+    return PlaneSource(name, shelf.domain.name, shelf.reader, numbered, middle, views, item=Planes)
 
 
 def evaluation_batches(source: ImageLike, device: torch.device, batch: int = 4, seed: int = 0) -> Iterable[Views]:

@@ -209,6 +209,7 @@ class FinetuneRecipe(Node):
     """Fine-tuning of a MONAI segmentation network, with its matched scratch twin."""
 
     kind: Literal["finetune"] = "finetune"
+    task: Literal["segmentation"] = "segmentation"
     cohort: CohortSection
     network: Literal["unetr", "segresnet", "swin_unetr", "resenc_unet"]
     encoder: dict[str, Any] = Field(
@@ -216,6 +217,26 @@ class FinetuneRecipe(Node):
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of FinetuneSettings")
     labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
+    out: str = "runs/finetune"
+
+
+class FinetuneTargetsRecipe(Node):
+    """Fine-tuning of an encoder for one label per case, a class or a number, with its matched scratch twin."""
+
+    kind: Literal["finetune"] = "finetune"
+    task: Literal["classification", "regression"]
+    source: SourceSection = Field(
+        description="Labelled series of all splits; views may be {}: size, spacing and normalisation then come from the weights"
+    )
+    table: str = Field(description="CSV of labels")
+    file_column: str = "file"
+    target: str = Field(description="Column of the label")
+    encoder: dict[str, Any] = Field(
+        default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of TargetSettings")
+    labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
+    force: bool = Field(False, description="Fine-tune on other views than the weights were pretrained with; the result says so")
     out: str = "runs/finetune"
 
 
@@ -234,7 +255,8 @@ class EvaluateRecipe(Node):
     out: str = "runs/evaluate"
 
 
-Recipe_ = PretrainRecipe | FinetuneRecipe | EvaluateRecipe
+Recipe_ = PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | EvaluateRecipe
+TARGET_TASKS = ("classification", "regression")
 KINDS: dict[str, type[Node]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "evaluate": EvaluateRecipe}
 
 
@@ -250,7 +272,7 @@ class Recipe:
             overrides: Dotted assignments such as `train.steps=100`; values are YAML.
 
         Returns:
-            A `PretrainRecipe`, `FinetuneRecipe` or `EvaluateRecipe`.
+            A `PretrainRecipe`, `FinetuneRecipe`, `FinetuneTargetsRecipe` or `EvaluateRecipe`.
 
         Raises:
             RecipeError: With every fault found.
@@ -263,12 +285,13 @@ class Recipe:
         kind = raw.get("kind", "pretrain")
         if kind not in KINDS:
             raise RecipeError([f'kind: "{kind}" is unknown{near(str(kind), KINDS)}; accepted: {", ".join(KINDS)}'])
+        node = FinetuneTargetsRecipe if kind == "finetune" and raw.get("task") in TARGET_TASKS else KINDS[kind]
         faults = [f"{path}: required; give {path}=VALUE on the command line or in the recipe" for path in marked(raw)]
         try:
-            recipe = KINDS[kind].model_validate(raw)
+            recipe = node.model_validate(raw)
         except ValidationError as err:
             short = tuple(SHORT_FORMS) if kind == "pretrain" else ()
-            found = [fault(KINDS[kind], error, short_keys=short) for error in err.errors()]
+            found = [fault(node, error, short_keys=short) for error in err.errors()]
             raise RecipeError(faults + [as_written(sentence, raw) for sentence in found]) from None
         if faults:
             raise RecipeError(faults)

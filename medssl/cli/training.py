@@ -55,7 +55,7 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Seed of start weights and draws.")] = 0,
     json: Json = False,
 ) -> None:
-    """Fine-tune a MONAI segmentation network on a labelled cohort."""
+    """Fine-tune on a labelled cohort: a MONAI segmentation network, or an encoder for classes or numbers (`task` of the recipe)."""
     from medssl import api
 
     with show.progress("finetune", quiet=json) as update:
@@ -77,8 +77,7 @@ def label_curve(
     counts, seed_list = numbers("--labels", labels), numbers("--seeds", seeds)
 
     def cell(done: int, total: int, what: Any, result: Any) -> None:
-        dice = result.mean("dice")
-        show.say(f"cell {done}/{total} {what.name}: Dice {sum(dice.values()) / len(dice):.3f}", json)
+        show.say(f"cell {done}/{total} {what.name}: {headline(result)}", json)
 
     with show.progress("cell", quiet=json) as update:
         summary = api.label_curve(recipe, weights, overrides or [], counts=counts, seeds=seed_list, on_cell=cell, on_step=update)
@@ -93,20 +92,31 @@ def numbers(option: str, text: str) -> list[int]:
         raise RequestError(f"{option} {text!r}: give whole numbers separated by commas, for instance {option} 5,20") from err
 
 
+def headline(result: Any) -> str:
+    """Return the main score of a cell."""
+    if isinstance(result, dict):
+        row = result["rows"][0]
+        return f"{row['metric']} {row['value']:.3f}"
+    dice = result.mean("dice")
+    return f"Dice {sum(dice.values()) / len(dice):.3f}"
+
+
 def summary_table(summary: dict[str, Any]) -> str:
     """Return a label-curve summary as text."""
+    segmentation = "metric" not in summary or summary["metric"].startswith("mean Dice")
+    key, name = ("dice", "Dice") if segmentation else ("value", summary["metric"])
     rows = [
         [
             row["labels"],
             row["arm"],
-            f"{row['dice']:.3f}",
+            f"{row[key]:.3f}",
             "-" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}",  # one test case has no interval
             len(row["seeds"]),
             row["n_test"],
         ]
         for row in summary["rows"]
     ]
-    text = show.table(rows, ["labels", "arm", "Dice", "95 % interval", "seeds", "test cases"])
+    text = show.table(rows, ["labels", "arm", name, "95 % interval", "seeds", "test cases"])
     for row in summary["differences"]:
         interval = "" if row["low"] is None else f" ({row['low']:+.3f} to {row['high']:+.3f}, paired over test patients)"
         text += f"\n{row['labels']} labels: {row['arm']} minus {row['against']} {row['difference']:+.3f}{interval}"

@@ -38,6 +38,24 @@ def entropy_share(logits: Tensor) -> Tensor:
     return -(logs.exp() * logs).sum(dim=-1).mean() / math.log(logits.shape[-1])
 
 
+def information(logits: Tensor, weight: Tensor) -> Tensor:
+    """Return how much softmax(logits) tells rows apart: entropy of the mean less mean of the entropy, as a share of ln K.
+
+    Args:
+        logits: (..., K).
+        weight: (...); what each row counts.
+
+    Returns:
+        0 where all rows say the same, be it that all prototypes are alike or that it is one of them; 1 where every row says another one
+        of them. At most ln(rows) / ln K.
+    """
+    logs = logits.float().log_softmax(dim=-1).flatten(0, -2)
+    share = weight.float().flatten() / weight.float().sum().clamp_min(1e-12)
+    mean = share @ logs.exp()
+    each = -(logs.exp() * logs).sum(dim=-1)
+    return (-torch.xlogy(mean, mean).sum() - share @ each) / math.log(logits.shape[-1])
+
+
 class UnitLinear(nn.Module):
     """A linear layer without bias whose rows have length 1 (weight norm with gain 1), in float32 or better.
 
@@ -125,66 +143,6 @@ class Centre(nn.Module):
         self._pending = []
         if float(total[-1]) > 0:
             self.value.lerp_((total[:-1] / total[-1]).to(self.value.dtype), 1.0 - self.momentum)
-
-
-class RunningStandard(nn.Module):
-    """Features brought to mean 0 and variance 1, channel by channel, by running statistics over all processes and micro-steps.
-
-    Features of a fresh network have most of their length in common. Of what is left after centring, a teacher can only say that all outputs
-    are alike, and its student learns just that.
-
-    Args:
-        dim: E.
-        momentum: Of the running statistics; the first step that is seen counts fully.
-    """
-
-    def __init__(self, dim: int, momentum: float) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.mean: Tensor
-        self.variance: Tensor
-        self.known: Tensor
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("variance", torch.ones(dim))
-        self.register_buffer("known", torch.tensor(False))
-        self._pending: list[Tensor] = []
-
-    def reset(self) -> None:
-        """Forget what a step that was not finished has noted."""
-        self._pending = []
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return standardised features (M, E); in training, note them, rows by weight (M,), for the next update.
-
-        Before the first update the statistics are those of the micro-batch itself.
-        """
-        mean, variance = self.mean, self.variance
-        if self.training:
-            with torch.no_grad():
-                rows, share = x.detach().double(), weight.double()
-                self._pending.append(torch.cat([share @ rows, share @ rows.square(), share.sum()[None]]))
-                if not bool(self.known):
-                    mean, variance = self._moments(sum_ranks(self._pending[-1]))
-        return (x - mean.to(x.dtype)) / variance.to(x.dtype).clamp_min(1e-6).sqrt()
-
-    @staticmethod
-    def _moments(sums: Tensor) -> tuple[Tensor, Tensor]:
-        mean, square = (sums[:-1] / sums[-1].clamp_min(1e-12)).chunk(2)
-        return mean, (square - mean.square()).clamp_min(0)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move. Called once per optimiser step, by all processes."""
-        if not self._pending:
-            return
-        total = sum_ranks(torch.stack(self._pending).sum(dim=0))
-        self._pending = []
-        if float(total[-1]) <= 0:
-            return
-        share = 1.0 - self.momentum if bool(self.known) else 1.0
-        for kept, found in zip((self.mean, self.variance), self._moments(total)):
-            kept.lerp_(found.to(kept.dtype), share)
-        self.known.fill_(True)
 
 
 @torch.no_grad()

@@ -24,10 +24,12 @@ Reference:
     Jiang et al. 2023, "Anatomical Invariance Modeling and Semantic Alignment for Self-supervised Learning in 3D Medical Image Analysis"
     (ICCV, arXiv 2302.05615). We differ where the published settings cannot work: masks are three-dimensional and per crop, hidden voxels
     are marked by a mask token or channel and alone are scored, teacher temperatures are 0.04 to 0.07, every sample of a batch has its own
-    partner, CASA is in the checkpoints. The teacher's head is built as the student's (the public code shares one last layer between cls
-    and patches in the teacher only, which no average of two can be). CASA's last norm starts with gain 1 / sqrt(K), so that its logits
-    start with length 1 as those of the head do; at gain 1 the teacher's targets are one-hot from the first step. What enters the heads is
-    standardised by running statistics. The decay of weights does not rise during the run.
+    partner, CASA is in the checkpoints. The teacher has a CASA of its own, averaged like the rest, and asks with its own tokens: one module
+    for both, asked by the student twice, makes targets that follow the student at once and are one-hot after some thirty steps. The
+    teacher's head is built as the student's (the public code shares one last layer between cls and patches in the teacher only, which no
+    average of two can be). CASA's last norm starts with gain 1 / sqrt(K), so that its logits start with length 1 as those of the head do;
+    at gain 1 the teacher's targets are one-hot from the first step. What enters the heads is standardised over the micro-batch. The decay
+    of weights does not rise during the run.
 """
 
 from __future__ import annotations
@@ -42,10 +44,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError, TrainingStopped, near
-from medssl.layers.distillation import UnitLinear, cross_entropy, entropy_share
+from medssl.layers.distillation import Centre, UnitLinear, cross_entropy, entropy_share, information, unit_spread
 from medssl.layers.pos_embed import sincos_positions
 from medssl.layers.prototypes import StuckAlarm
 from medssl.layers.sinkhorn import sum_ranks
+from medssl.layers.standardise import standardised
 from medssl.layers.tokens import flatten_tokens, unpatchify
 from medssl.objectives._unused import freeze_unused
 from medssl.objectives.mae_cnn import repeat_mask
@@ -54,8 +57,8 @@ from medssl.types import EncoderOutput, Part, StepContext, Views, ViewSpec
 TERMS = ("cls", "patch", "rec")
 SPREAD = 0.3
 """Std of unit-length features over a batch, in units of 1 / sqrt(E), below which they are alike. Convolutions start below it."""
-UNIFORM = 0.99
-"""Entropy of targets as a share of ln K above which they teach nothing."""
+INFORMATION = 0.01
+"""What targets tell the rows of a batch apart by, as a share of ln K, below which they teach nothing."""
 ALARM_ROWS = 8
 """Fewer features than this say nothing about a spread."""
 
@@ -110,7 +113,7 @@ class ConditionalAlignment(nn.Module):
         dim: K, the width of the logits.
         heads: Attention heads; must divide `dim`.
         hidden: Width of the feed-forward layer.
-        dropout: Rate, in the student's pass only. With it a changed number of processes changes results.
+        dropout: Rate, in training only. With it a changed number of processes changes results.
     """
 
     def __init__(self, dim: int, *, heads: int = 8, hidden: int = 2048, dropout: float = 0.0) -> None:
@@ -125,18 +128,17 @@ class ConditionalAlignment(nn.Module):
         self.norm = nn.LayerNorm(dim)
         nn.init.constant_(self.norm.weight, dim**-0.5)
 
-    def forward(self, queries: Tensor, context: Tensor, *, teacher: bool = False) -> Tensor:
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
         """Align.
 
         Args:
-            queries: (M, N, K), of the student in both passes.
-            context: (M, T, K), of the student or of the teacher.
-            teacher: The teacher's pass: nothing is dropped.
+            queries: (M, N, K).
+            context: (M, T, K).
 
         Returns:
             (M, N, K).
         """
-        rate = self.dropout if self.training and not teacher else 0.0
+        rate = self.dropout if self.training else 0.0
         q, k, v = (self._split(layer(x)) for layer, x in ((self.query, queries), (self.key, context), (self.value, context)))
         found = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = self.norm_attention(queries + functional.dropout(self.out(found), rate))
@@ -198,11 +200,10 @@ class Alice(nn.Module):
         student_temperature: T_s.
         teacher_temperature: T_t at the start and after the warm-up; below T_s, or targets teach nothing.
         temperature_warmup: Share of the run over which T_t rises.
-        standardise: Bring the channels of what enters the heads to mean 0 and variance 1, by running statistics of student and of teacher.
-            Features of a fresh network have most of their length in common; of what is left after centring, a teacher can only say that
-            all prototypes are alike, and the student learns just that. False is the published form.
+        standardise: Bring the channels of what enters the heads to mean 0 and variance 1 over the micro-batch of all processes, see
+            `standardised`. False is the published form.
         teacher_momentum: Momentum of the teacher at the start; it ends at 1.
-        centre_momentum: Momentum of the centres and of the running statistics.
+        centre_momentum: Momentum of the centres.
         frozen_epochs: First epochs in which the last layers stay as they are.
         recon_region: `masked` scores hidden voxels only, `all` every valid voxel.
         decoder_dim: Width of the decoder for encoders without one.
@@ -258,7 +259,7 @@ class Alice(nn.Module):
         self.student_temperature = student_temperature
         self.teacher_temperature = (float(teacher_temperature[0]), float(teacher_temperature[1]))
         self.temperature_warmup = temperature_warmup
-        self.teacher_momentum, self.centre_momentum = teacher_momentum, centre_momentum
+        self.teacher_momentum = teacher_momentum
         self.frozen_epochs, self.recon_region, self.export = frozen_epochs, recon_region, export
         self.patch = tuple(encoder.patch_size)
         self.grid = tuple(n // p for n, p in zip(image_size, self.patch))
@@ -285,23 +286,15 @@ class Alice(nn.Module):
             freeze_unused(encoder, image_size, lambda output: self._reached(output, image_size))
         self.teacher = nn.ModuleDict({name: copy.deepcopy(module) for name, module in self._averaged().items()})
         self.teacher.requires_grad_(False)
-        for term in self.head.last:
-            self.register_buffer(f"centre_{term}", torch.zeros(prototypes))
+        self.centres = nn.ModuleDict({term: Centre(prototypes, centre_momentum) for term in self.head.last})
         self.standardise = standardise
-        widths = {"pooled": encoder.embed_dim, "tokens": encoder.embed_dim, "context": context_dim}
-        for branch in ("student", "teacher"):
-            for kind, width in widths.items():
-                self.register_buffer(f"{branch}_{kind}", torch.stack([torch.zeros(width), torch.ones(width)]))
-        self.known: Tensor
-        self.register_buffer("known", torch.tensor(False))
         self.alarm = StuckAlarm(**{"share": 0.5, **(alarm or {})})  # type: ignore[arg-type]
-        self._pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._health: list[Tensor] = []
         self._step = -1
 
     def _averaged(self) -> dict[str, nn.Module]:
         """The student's modules that the teacher has too."""
-        found = {"encoder": self.encoder, "decoder": self.decoder, "head": self.head}
+        found = {"encoder": self.encoder, "decoder": self.decoder, "head": self.head, "casa": self.casa}
         return {name: module for name, module in found.items() if module is not None}
 
     def _painter(self, decoder_dim: int) -> nn.Module:
@@ -334,7 +327,7 @@ class Alice(nn.Module):
         return {"teacher_momentum": momentum, "teacher_temperature": first + (last - first) * risen}
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module, str]]:
-        """Encoder, decoder and head of the student, their counterparts, and the schedule."""
+        """Encoder, decoder, head and CASA of the student, their counterparts, and the schedule."""
         return [(module, self.teacher[name], "teacher_momentum") for name, module in self._averaged().items()]
 
     def encode(self, x: Tensor, hidden: Tensor | None, *, paint: bool) -> tuple[EncoderOutput, Tensor | None, Tensor | None]:
@@ -410,8 +403,9 @@ class Alice(nn.Module):
         """Return `loss`, the weighted sum of the terms, the terms `loss_*`, and monitors.
 
         `cls_spread` is the std over the batch of pooled features of length 1, times sqrt(E): 1 when they point everywhere, 0 when they are
-        alike. `<term>_centre_entropy` and `<term>_teacher_entropy` are shares of ln K: the first nears 0 when one prototype takes
-        everything, the second nears 1 when targets are uniform. A run that stays below a spread of 0.3 with uniform targets is stopped.
+        alike. `<term>_centre_entropy`, `<term>_teacher_entropy` and `<term>_information` are shares of ln K: the first nears 0 when one
+        prototype takes everything, the second nears 1 when targets are uniform and 0 when they are one-hot, the third nears 0 when targets
+        say the same of every crop or patch. A run that stays below a spread of 0.3 with targets that say the same is stopped.
         """
         unknown = [name for name in ctx.loss_weights if name not in self.weights]
         if unknown:
@@ -422,7 +416,9 @@ class Alice(nn.Module):
         x, hidden, valid, weight = self.inputs(views)
         temperature = ctx.schedules.get("teacher_temperature", self.teacher_temperature[0])
         if self._step != ctx.step:
-            self._pending, self._health, self._step = {}, [], ctx.step
+            self._health, self._step = [], ctx.step
+            for centre in self.centres.values():
+                centre.reset()  # type: ignore[operator]
         output, context, painted = self.encode(x.flatten(0, 1), hidden.flatten(0, 1), paint="rec" in self.weights)
         with torch.no_grad():
             target, target_context, _ = self.encode(x.flatten(0, 1), None, paint=False)
@@ -437,38 +433,27 @@ class Alice(nn.Module):
             kind = torch.promote_types(x.dtype, torch.float32)
             error = (_in_pairs(painted).to(kind) - x.to(kind)).square().mean(dim=2, keepdim=True)  # over channels
             parts["loss_rec"] = ctx.mean((error * scored).sum(), "voxels", scored.sum())
-        parts["cls_spread"], rows = self._spread(output.pooled, weight)
+        parts["cls_spread"], rows = unit_spread(output.pooled, weight.repeat_interleave(2))
         if self.training:
-            targets = [value for name, value in parts.items() if name.endswith("_teacher_entropy")]
-            self._health.append(torch.stack([parts["cls_spread"], torch.stack(targets).min(), rows.float()]))
+            told = [value for name, value in parts.items() if name.endswith("_information")]
+            self._health.append(torch.stack([parts["cls_spread"], torch.stack(told).max(), rows]))
         total = torch.stack([ctx.loss_weights.get(term, w) * parts[f"loss_{term}"] for term, w in self.weights.items()]).sum()
         return {"loss": total, **parts}
 
-    def _standard(self, x: Tensor, weight: Tensor, name: str) -> Tensor:
-        """Return features (..., E) with running mean and variance taken out, and note them, rows by weight (...)."""
-        if not self.standardise:
-            return x
-        if self.training:
-            with torch.no_grad():
-                rows, share = x.detach().double().flatten(0, -2), weight.double().flatten()[:, None]
-                sums = torch.cat([(rows * share).sum(dim=0), (rows.square() * share).sum(dim=0)])
-                self._pending.setdefault(name, []).append((sums, share.sum()))
-        mean, variance = self.get_buffer(name).to(x.dtype)
-        return (x - mean) / variance.clamp_min(1e-6).sqrt()  # type: ignore[no-any-return]
+    def _standard(self, x: Tensor, weight: Tensor) -> Tensor:
+        return standardised(x, weight) if self.standardise else x
 
     def _cls(
         self, output: EncoderOutput, target: EncoderOutput, weight: Tensor, temperature: float, ctx: StepContext, frozen: bool
     ) -> dict[str, Tensor]:
         both = weight.repeat_interleave(2)
-        student = self.head(self._standard(output.pooled, both, "student_pooled"), "cls", frozen=frozen)
+        student = self.head(self._standard(output.pooled, both), "cls", frozen=frozen)
         with torch.no_grad():
-            teacher = self.teacher["head"](self._standard(target.pooled, both, "teacher_pooled"), "cls")
+            teacher = self.teacher["head"](self._standard(target.pooled, both), "cls")
         student, teacher = _in_pairs(student), _in_pairs(teacher)  # (B, 2, K)
-        centre = self.get_buffer("centre_cls")
-        crossed = cross_entropy(teacher.flip(1), centre, temperature, student, self.student_temperature).mean(dim=1)
-        self._remember("cls", teacher, weight[:, None].expand(-1, 2))
+        crossed = self._compare("cls", teacher.flip(1), student, temperature).mean(dim=1)
         loss = ctx.mean((crossed * weight).sum(), "pairs", weight.sum())
-        return {"loss_cls": loss, **self._entropies("cls", teacher, temperature)}
+        return {"loss_cls": loss, **self._monitors("cls", teacher, weight[:, None].expand(-1, 2), temperature)}
 
     def _patch(
         self,
@@ -486,86 +471,61 @@ class Alice(nn.Module):
         real = functional.max_pool3d(valid.flatten(0, 1).to(weight.dtype), self.patch)
         real = _in_pairs(flatten_tokens(real)[..., 0])  # (B, 2, N)
         rows = (weight[:, None, None] * real).flatten(0, 1)
-        student = self.head(self._standard(output.tokens, rows, "student_tokens"), "patch", frozen=frozen)  # (2 B, N, K)
-        if context is None or target_context is None or self.casa is None:
-            with torch.no_grad():
-                teacher = self.teacher["head"](self._standard(target.tokens, rows, "teacher_tokens"), "patch")
-        else:
-            queries = student
+        student = self.head(self._standard(output.tokens, rows), "patch", frozen=frozen)  # (2 B, N, K)
+        with torch.no_grad():
+            teacher = self.teacher["head"](self._standard(target.tokens, rows), "patch")
+        if context is not None and target_context is not None and self.casa is not None:
             rows = weight.repeat_interleave(2)[:, None].expand(context.shape[:2])
-            own = self.head(self._standard(context, rows, "student_context"), "patch", context=True, frozen=frozen)
-            student = self.casa(queries, own)
+            own = self.head(self._standard(context, rows), "patch", context=True, frozen=frozen)
+            student = self.casa(student, own)
             with torch.no_grad():
-                seen = self._standard(target_context, rows, "teacher_context")
-                teacher = self.casa(queries.detach(), self.teacher["head"](seen, "patch", context=True), teacher=True)
+                seen = self._standard(target_context, rows)
+                teacher = self.teacher["casa"](teacher, self.teacher["head"](seen, "patch", context=True))
         teacher, student = _in_pairs(teacher), _in_pairs(student)
-        losses = cross_entropy(teacher, self.get_buffer("centre_patch"), temperature, student, self.student_temperature)
+        losses = self._compare("patch", teacher, student, temperature)
         crops = (losses * real).sum(dim=2) / real.sum(dim=2).clamp_min(1)  # (B, 2)
-        self._remember("patch", teacher, weight[:, None, None] * real)
         loss = ctx.mean((crops.mean(dim=1) * weight).sum(), "pairs", weight.sum())
-        return {"loss_patch": loss, **self._entropies("patch", teacher, temperature)}
+        return {"loss_patch": loss, **self._monitors("patch", teacher, weight[:, None, None] * real, temperature)}
+
+    def _compare(self, term: str, teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+        centre: Any = self.centres[term]
+        return cross_entropy(teacher, centre.value, temperature, student, self.student_temperature)
 
     @torch.no_grad()
-    def _entropies(self, term: str, teacher: Tensor, temperature: float) -> dict[str, Tensor]:
-        centre = self.get_buffer(f"centre_{term}").to(teacher.dtype)
+    def _monitors(self, term: str, teacher: Tensor, weight: Tensor, temperature: float) -> dict[str, Tensor]:
+        """Note the teacher's logits (..., K) for the centre, by weight (...); return what their targets look like."""
+        centre: Any = self.centres[term]
+        if self.training:
+            centre.note(teacher.flatten(0, -2), weight.flatten())
+        shifted = (teacher - centre.value.to(teacher.dtype)) / temperature
         return {
-            f"{term}_centre_entropy": entropy_share(centre / temperature),
-            f"{term}_teacher_entropy": entropy_share((teacher - centre) / temperature),
+            f"{term}_centre_entropy": entropy_share(centre.value / temperature),
+            f"{term}_teacher_entropy": entropy_share(shifted),
+            f"{term}_information": information(shifted, weight),
         }
 
     @torch.no_grad()
-    def _spread(self, pooled: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the std of unit-length features over the batch of all processes, times sqrt(E), and how many features that were."""
-        rows = functional.normalize(pooled.detach().double(), dim=1)
-        kept = (weight > 0).double().repeat_interleave(2)[:, None]
-        sums = sum_ranks(torch.cat([(rows * kept).sum(dim=0), (rows.square() * kept).sum(dim=0), kept.sum()[None]]))
-        mean, square = (sums[:-1] / sums[-1].clamp_min(1)).chunk(2)
-        spread = (square - mean.square()).clamp_min(0).sqrt().mean() * math.sqrt(rows.shape[1])
-        return spread.float(), sums[-1]
-
-    @torch.no_grad()
-    def _remember(self, term: str, logits: Tensor, weight: Tensor) -> None:
-        """Keep the weighted sum of the teacher's logits of this micro-batch for the centre."""
-        if self.training:
-            total = (logits.double() * weight[..., None]).flatten(0, -2).sum(dim=0)
-            self._pending.setdefault(f"centre_{term}", []).append((total, weight.double().sum()))
-
-    @torch.no_grad()
     def after_step(self, ctx: StepContext) -> None:
-        """Move centres and statistics by what all micro-steps and processes saw, and look for a collapse.
+        """Move centres by what all micro-steps and processes saw, and look for a collapse.
 
         Raises:
             TrainingStopped: The features of a batch have been alike for too long.
         """
-        pending, health = self._pending, self._health
-        self._pending, self._health = {}, []
-        learnt = torch.zeros_like(self.known)
-        for name, seen in pending.items():
-            sums = torch.stack([total for total, _ in seen]).sum(dim=0)
-            packed = sum_ranks(torch.cat([sums, torch.stack([count for _, count in seen]).sum()[None]]))
-            kept = self.get_buffer(name)
-            found = packed[:-1] / packed[-1].clamp_min(1e-12)
-            if name.startswith("centre_"):
-                momentum = self.centre_momentum
-            else:
-                mean, square = found.chunk(2)
-                found = torch.stack([mean, (square - mean.square()).clamp_min(0)])
-                momentum = self.centre_momentum if bool(self.known) else 0.0
-                learnt = learnt | (packed[-1] > 0)
-            kept.copy_(torch.where(packed[-1] > 0, torch.lerp(found.to(kept.dtype), kept, momentum), kept))
-        self.known.copy_(self.known | learnt)
+        for centre in self.centres.values():
+            centre.update()  # type: ignore[operator]
+        health, self._health = self._health, []
         if not health:
             return
-        spread, entropy, rows = (sum_ranks(torch.stack(health).mean(dim=0)) / ctx.world_size).tolist()
+        spread, told, rows = (sum_ranks(torch.stack(health).mean(dim=0)) / ctx.world_size).tolist()
         if rows < ALARM_ROWS:
             return
-        alike = float(spread < SPREAD and entropy > UNIFORM)
+        alike = float(spread < SPREAD and told < INFORMATION)
         if self.alarm.update(alike, 1.0, ctx.step, ctx.epoch):
             raise TrainingStopped(
                 f"step {ctx.step}: the pooled features of a batch are alike (spread {spread:.2g} of 1 / sqrt(E), limit {SPREAD}) and the "
-                f"teacher's targets uniform, for more than {self.alarm.epochs} epochs: they have collapsed. The last checkpoint is safe. Try "
-                "a lower optim.lr, more warm-up, a larger batch, a stage of reconstruction alone (loss_weights: {cls: 0, patch: 0}) first, or "
-                "a lower weight of cls and patch"
+                f"teacher's targets say the same of all, for more than {self.alarm.epochs} epochs: they have collapsed. The last checkpoint "
+                "is safe. Try a lower optim.lr, more warm-up, a larger batch, a stage of reconstruction alone (loss_weights: {cls: 0, patch: "
+                "0}) first, or a lower weight of cls and patch"
             )
 
     @torch.no_grad()

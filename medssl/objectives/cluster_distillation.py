@@ -35,10 +35,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError, TrainingStopped, near
-from medssl.layers.distillation import Centre, RunningStandard, UnitHead, cross_entropy, entropy_share, unit_spread
+from medssl.layers.distillation import Centre, UnitHead, cross_entropy, entropy_share, unit_spread
 from medssl.layers.pos_embed import sincos_positions
 from medssl.layers.prototypes import Prototypes, StuckAlarm, usage
 from medssl.layers.sinkhorn import sinkhorn, sum_ranks
+from medssl.layers.standardise import RunningStandard
 from medssl.layers.tokens import valid_tokens, visible_indices
 from medssl.layers.transformer import MaskedDecoder
 from medssl.layers.tube_mask import tube_masks

@@ -45,6 +45,7 @@ from medssl.layers.prototypes import (
 )
 from medssl.layers.sinkhorn import gather_rows, sinkhorn, sum_ranks
 from medssl.layers.spherical_kmeans import spherical_kmeans
+from medssl.layers.standardise import standardised
 from medssl.seeding import counter_rng
 from medssl.types import Embed, Part, StepContext, Views, ViewSpec
 
@@ -106,24 +107,6 @@ def masked_loss(prediction: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:
     kind = torch.promote_types(prediction.dtype, torch.float32)
     target = functional.layer_norm(tokens.detach().to(kind), tokens.shape[-1:])
     return (prediction[hidden].to(kind) - target[hidden]).square().mean(dim=-1).sum()
-
-
-def standardised(crops: Sequence[Tensor]) -> list[Tensor]:
-    """Give every channel mean 0 and variance 1 over all crops of a micro-batch; fewer than three rows stay as they are.
-
-    Embeddings of medical images of one kind point nearly the same way. Balanced assignments of them are nearly uniform, and the quickest
-    way down is to make them quite so. Standardised ones cannot all be alike, so that only agreement of views is left to learn.
-
-    Args:
-        crops: Embeddings (M, E) of each crop.
-    """
-    rows = torch.cat(list(crops))
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    if len(rows) < 3:
-        return list(crops)
-    variance, mean = torch.var_mean(rows, dim=0, correction=0)
-    unit = (rows - mean) * (variance + 1e-5 * variance.mean().detach() + 1e-12).rsqrt()
-    return list(torch.split(unit, [len(z) for z in crops]))
 
 
 class ClusterHead(nn.Module):
@@ -302,7 +285,9 @@ class IntraInterClustering(nn.Module):
         inter_queue: The same for L_inter.
         freeze_prototypes: Steps during which prototypes stay as they are (`swav`).
         mask_ratio: Share of slices hidden in L_mask.
-        standardise: Standardise embeddings over the micro-batch of this process before they are scored, see `standardised`. For small
+        standardise: Standardise embeddings over the micro-batch of all processes before they are scored. Embeddings of medical images of one
+            kind point nearly the same way; balanced assignments of them are nearly uniform, and the quickest way down is to make them quite
+            so. Standardised ones cannot all be alike, so that only agreement of views is left to learn. For small
             batches from scratch, which otherwise end at ln K; with several processes each takes its own statistics, as batch norms do.
         places: Memory slots per item in L_intra (`deepcluster`): slices of a stack share a slot when they lie in the same of this many
             parts of it.
@@ -499,7 +484,8 @@ class IntraInterClustering(nn.Module):
 
     def _cluster(self, term: str, crops: Sequence[Tensor], slots: Tensor, ctx: StepContext) -> dict[str, Tensor]:
         head: ClusterHead = getattr(self, term)
-        crops = standardised(crops) if self.standardise else crops
+        if self.standardise:
+            crops = list(torch.split(standardised(torch.cat(list(crops))), [len(z) for z in crops]))
         unit = [functional.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1) for z in crops]
         total, monitors = head(unit, slots, frozen=ctx.step < self.freeze_prototypes)
         loss = ctx.mean(total, term, head.labelled(slots).sum())

@@ -15,8 +15,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ import numpy as np
 
 from medssl.errors import RequestError
 from medssl.phantoms.body import ORGAN_NAMES, Phantom, Size, draw_phantom, rotation
+from medssl.phantoms.folder import write_whole
 from medssl.seeding import counter_rng, derive_seed
 
 FORMAT = 1
@@ -75,18 +74,9 @@ def make_cohort(
         "dicom_fraction": dicom_fraction,
         "structures": list(ORGAN_NAMES),
     }
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if _written_with(out) == parameters:
-            return out
-        raise RequestError(f"{out}: holds something else than this phantom cohort; choose a new folder or remove it")
 
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "images").mkdir(parents=True)
-    (aside / "labels").mkdir()
-    try:
-        rows = _write_patients(aside, parameters, on_progress)
-        _write_split(aside / "split.csv", rows)
+    def write(folder: Path) -> None:
+        _write_split(folder / "split.csv", _write_patients(folder, parameters, on_progress))
         names = {"0": "background", **{str(k): name for k, name in enumerate(ORGAN_NAMES, start=1)}}
         dataset = {
             "name": "medssl phantoms",
@@ -94,22 +84,9 @@ def make_cohort(
             "labels": names,
             "licence": "generated, no patients",
         }
-        (aside / "dataset.json").write_text(json.dumps(dataset, indent=1) + "\n")
-        (aside / "phantoms.json").write_text(json.dumps(parameters, indent=1) + "\n")
-        if out.exists():
-            out.rmdir()
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return out
+        (folder / "dataset.json").write_text(json.dumps(dataset, indent=1) + "\n")
 
-
-def _written_with(folder: Path) -> Any:
-    try:
-        return json.loads((folder / "phantoms.json").read_text())
-    except (OSError, ValueError):
-        return None
+    return write_whole(out, "phantoms.json", parameters, write, what="phantom cohort")
 
 
 def _write_patients(

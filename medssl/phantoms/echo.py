@@ -16,10 +16,7 @@ clip, so that no pixel and no mean tells the ejection fraction.
 from __future__ import annotations
 
 import csv
-import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from medssl.errors import RequestError
+from medssl.phantoms.folder import write_whole
 from medssl.seeding import counter_rng, derive_seed
 
 ECHO_LABELS = ("background", "lv_cavity", "lv_myocardium", "left_atrium")
@@ -509,35 +507,15 @@ def make_echo_cohort(
         "format": FORMAT, "patients": patients, "clips": clips, "seed": seed, "size": list(size), "seconds": seconds,
         "dicom_fraction": dicom_fraction, "anomaly": anomaly, "labels": list(ECHO_LABELS),
     }  # fmt: skip
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if _written_with(out) == parameters:
-            return out
-        raise RequestError(f"{out}: holds something else than this echo cohort; choose a new folder or remove it")
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "images").mkdir(parents=True)
-    (aside / "labels").mkdir()
-    try:
-        rows = _write_patients(aside, parameters, on_progress)
-        with (aside / "split.csv").open("w", newline="") as handle:
+
+    def write(folder: Path) -> None:
+        rows = _write_patients(folder, parameters, on_progress)
+        with (folder / "split.csv").open("w", newline="") as handle:
             writer = csv.DictWriter(handle, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        (aside / "echo.json").write_text(json.dumps(parameters, indent=1) + "\n")
-        if out.exists():
-            out.rmdir()
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return out
 
-
-def _written_with(folder: Path) -> Any:
-    try:
-        return json.loads((folder / "echo.json").read_text())
-    except (OSError, ValueError):
-        return None
+    return write_whole(out, "echo.json", parameters, write, what="echo cohort")
 
 
 def _write_patients(

@@ -5,7 +5,7 @@ The rate of a cine is what its frame times say, frame by frame; a file without t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,9 +17,9 @@ from medssl.domains.ultrasound import frames_at
 from medssl.errors import ImageError, RequestError
 from medssl.sampling.planes import pixel_mm
 from medssl.sampling.samplers import item_at
+from medssl.sampling.source import StoreSource
 from medssl.seeding import counter_rng
-from medssl.store.reader import StoreReader
-from medssl.types import DrawKey, Views, ViewsMeta
+from medssl.types import DrawKey, Views
 
 TUBELET = 2
 """Frames that a video encoder takes together: a clip with fewer holds no motion (reason `too_short`)."""
@@ -236,50 +236,20 @@ class Sampler(Protocol):
         ...
 
 
-class ClipSource:
-    """Cines of one domain in one store.
+class ClipSource(StoreSource):
+    """Cines: the sampler draws frames, the items are `views.clips.ClipFrames`."""
 
-    Args:
-        name: Name of the source in the recipe.
-        domain: Domain name.
-        reader: The store.
-        series: id -> series_id.
-        sampler: Draws ids and frames.
-        views: Makes views.
-        frames: The dataclass of what was fetched, `views.clips.ClipFrames`.
-        weight: Relative frequency of steps that use this source.
-    """
+    view_maker: ClipViewMaker
 
-    def __init__(
-        self,
-        name: str,
-        domain: str,
-        reader: StoreReader,
-        series: Mapping[int, str],
-        sampler: Sampler,
-        views: ClipViewMaker,
-        *,
-        frames: Callable[..., Any],
-        weight: float = 1.0,
-    ) -> None:
-        self.name, self.domain, self.reader, self.series = name, domain, reader, series
-        self.sampler, self.view_maker, self.frames, self.weight = sampler, views, frames, weight
-
-    def __len__(self) -> int:
-        return len(self.series)
-
-    def fetch(self, keys: list[DrawKey]) -> list[Any]:
-        """Draw and read the frames of a micro-batch; runs in any thread and touches no device."""
-        return [self._fetch(key) for key in keys]
-
-    def _fetch(self, key: DrawKey) -> Any:
-        draw = self.sampler.draw(key)
+    def read(self, key: DrawKey) -> list[Any]:
+        """Read the frames that are drawn, each once."""
+        draw: ClipDraw = self.sampler.draw(key)
         series_id = self.series[draw.id]
         record = self.reader.record(series_id)
         frame = np.stack([view.frames for view in draw.views])
         used, order = np.unique(frame, return_inverse=True)
         image, sector = self.reader.read_frames(series_id, used.tolist())
-        return self.frames(
+        clip = self.item(
             image=image,
             sector=sector,
             pixel_mm=pixel_mm(record, 0),
@@ -292,17 +262,8 @@ class ClipSource:
             key=key,
             id=draw.id,
         )
+        return [clip]
 
     def views(self, fetched: list[Any], device: torch.device) -> Views:
         """Make views on the device."""
-        data, valid, spacing = self.view_maker.batch(fetched, device)
-        meta = ViewsMeta(
-            source=self.name,
-            domain=self.domain,
-            ids=torch.tensor([item.id for item in fetched], dtype=torch.int64),
-            spacing_mm=spacing,
-            positions_mm={},
-            valid=valid,
-            keys=tuple(item.key for item in fetched),
-        )
-        return Views(data=data, meta=meta)
+        return self.bundle(fetched, *self.view_maker.batch(fetched, device))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from medssl.errors import RequestError, TrainingStopped, near
 from medssl.sampling.samplers import item_at
-from medssl.sampling.source import Sampler, read_crop
+from medssl.sampling.source import StoreSource, read_crop
 from medssl.seeding import counter_rng
-from medssl.store.reader import StoreReader
-from medssl.types import Box, Draw, DrawKey, Views, ViewsMeta
+from medssl.types import Box, Draw, DrawKey, Views
 
 KINDS = ("matched", "same_volume", "random")
 WATCHED = 256
@@ -269,72 +268,53 @@ class PairViewMaker(Protocol):
         ...
 
 
-class PairSource:
-    """Pairs of crops of one domain in one store: two views per item, v = 0 of the first crop and v = 1 of the second.
+class Pair(NamedTuple):
+    """Two fetched crops of one draw, and what the pair counts."""
+
+    first: Any
+    second: Any
+    weight: float
+
+    @property
+    def id(self) -> int:
+        """The first item."""
+        return int(self.first.id)
+
+    @property
+    def key(self) -> DrawKey:
+        """The key of the draw."""
+        found: DrawKey = self.first.key
+        return found
+
+
+class PairSource(StoreSource):
+    """Pairs of crops: two views per item, v = 0 of the first crop and v = 1 of the second; crops are `views.pipeline.Crop`.
 
     Beside the views a batch holds `<name>_pair_weight` (B,), what each pair counts (`pair_weight`), and `<name>_partner` (B,) int64, the id
     of the second item.
-
-    Args:
-        name: Name of the source in the recipe.
-        domain: Domain name.
-        reader: The store.
-        series: id -> series_id.
-        sampler: Draws pairs.
-        views: Makes views, two per item.
-        crop: The dataclass of a fetched crop, `views.pipeline.Crop`.
-        weight: Relative frequency of steps that use this source.
     """
 
-    def __init__(
-        self,
-        name: str,
-        domain: str,
-        reader: StoreReader,
-        series: Mapping[int, str],
-        sampler: Sampler,
-        views: PairViewMaker,
-        *,
-        crop: Callable[..., Any],
-        weight: float = 1.0,
-    ) -> None:
-        self.name, self.domain, self.reader, self.series = name, domain, reader, series
-        self.sampler, self.view_maker, self.crop, self.weight = sampler, views, crop, weight
+    view_maker: PairViewMaker
 
-    def __len__(self) -> int:
-        return len(self.series)
+    def read(self, key: DrawKey) -> list[Pair]:
+        """Read the two boxes that are drawn."""
+        draw = self.sampler.draw(key)
+        first, second = (
+            read_crop(self.reader, self.series[item], self.view_maker.margin_mm, box, crop=self.item, key=key, id=item)
+            for item, box in zip(draw.ids, draw.boxes)
+        )
+        return [Pair(first, second, getattr(draw, "weight", 1.0))]
 
-    def fetch(self, keys: list[DrawKey]) -> list[tuple[Any, Any, float]]:
-        """Draw and read the pairs of a micro-batch; runs in any thread and touches no device."""
-        pairs = []
-        for key in keys:
-            draw = self.sampler.draw(key)
-            first, second = (self._crop(item, box, key) for item, box in zip(draw.ids, draw.boxes))
-            pairs.append((first, second, getattr(draw, "weight", 1.0)))
-        return pairs
-
-    def _crop(self, item: int, box: Box, key: DrawKey) -> Any:
-        return read_crop(self.reader, self.series[item], self.view_maker.margin_mm, box, crop=self.crop, key=key, id=item)
-
-    def views(self, fetched: list[tuple[Any, Any, float]], device: torch.device) -> Views:
+    def views(self, fetched: list[Pair], device: torch.device) -> Views:
         """Make views on the device."""
         crops: list[Any] = [pair[v] for v in range(2) for pair in fetched]
         params = [[self.view_maker.draw(crop.key, n // len(fetched))] for n, crop in enumerate(crops)]
         out = {key: in_pairs(value) for key, value in self.view_maker.apply(crops, params, device).items()}
         name = self.view_maker.name
         data = self.view_maker.keyed(out)
-        data[f"{name}_pair_weight"] = torch.tensor([pair[2] for pair in fetched], dtype=torch.float32).to(device)
-        data[f"{name}_partner"] = torch.tensor([pair[1].id for pair in fetched], dtype=torch.int64)
-        meta = ViewsMeta(
-            source=self.name,
-            domain=self.domain,
-            ids=torch.tensor([pair[0].id for pair in fetched], dtype=torch.int64),
-            spacing_mm={name: out["spacing_mm"]},
-            positions_mm={name: out["positions_mm"]},
-            valid={name: out["valid"]},
-            keys=tuple(pair[0].key for pair in fetched),
-        )
-        return Views(data=data, meta=meta)
+        data[f"{name}_pair_weight"] = torch.tensor([pair.weight for pair in fetched], dtype=torch.float32).to(device)
+        data[f"{name}_partner"] = torch.tensor([pair.second.id for pair in fetched], dtype=torch.int64)
+        return self.bundle(fetched, data, *({name: out[key]} for key in ("valid", "spacing_mm", "positions_mm")))
 
 
 def in_pairs(rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Slices of a stack keep the order of the array: towards the right, anterior or su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from medssl.errors import RequestError
 from medssl.sampling.samplers import item_at
+from medssl.sampling.source import StoreSource
 from medssl.seeding import counter_rng
 from medssl.store.reader import StoreReader
-from medssl.types import DrawKey, Views, ViewsMeta
+from medssl.types import DrawKey, Views
 
 SLAB = 32
 """Slices decoded at a time: the edge of a block of the store."""
@@ -212,48 +213,18 @@ class Sampler(Protocol):
         ...
 
 
-class PlaneSource:
-    """Items of one domain in one store, seen as pictures or stacks.
+class PlaneSource(StoreSource):
+    """Items seen as pictures or stacks: the sampler draws planes, the items are `views.planes.Planes`."""
 
-    Args:
-        name: Name of the source in the recipe.
-        domain: Domain name.
-        reader: The store.
-        series: id -> series_id.
-        sampler: Draws ids and planes.
-        views: Makes views.
-        planes: The dataclass of what was fetched, `views.planes.Planes`.
-        weight: Relative frequency of steps that use this source.
-    """
+    view_maker: PlaneViewMaker
 
-    def __init__(
-        self,
-        name: str,
-        domain: str,
-        reader: StoreReader,
-        series: Mapping[int, str],
-        sampler: Sampler,
-        views: PlaneViewMaker,
-        *,
-        planes: Callable[..., Any],
-        weight: float = 1.0,
-    ) -> None:
-        self.name, self.domain, self.reader, self.series = name, domain, reader, series
-        self.sampler, self.view_maker, self.planes, self.weight = sampler, views, planes, weight
-
-    def __len__(self) -> int:
-        return len(self.series)
-
-    def fetch(self, keys: list[DrawKey]) -> list[Any]:
-        """Draw and read the planes of a micro-batch; runs in any thread and touches no device."""
-        return [self._fetch(key) for key in keys]
-
-    def _fetch(self, key: DrawKey) -> Any:
-        draw = self.sampler.draw(key)
+    def read(self, key: DrawKey) -> list[Any]:
+        """Read the planes that are drawn."""
+        draw: PlaneDraw = self.sampler.draw(key)
         series_id = self.series[draw.id]
         record = self.reader.record(series_id)
         image, valid = read_planes(self.reader, series_id, draw)
-        return self.planes(
+        planes = self.item(
             image=image,
             valid=valid,
             pixel_mm=pixel_mm(record, draw.axis),
@@ -263,20 +234,11 @@ class PlaneSource:
             key=key,
             id=draw.id,
         )
+        return [planes]
 
     def views(self, fetched: list[Any], device: torch.device) -> Views:
         """Make views on the device."""
-        data, valid, spacing = self.view_maker.batch(fetched, device)
-        meta = ViewsMeta(
-            source=self.name,
-            domain=self.domain,
-            ids=torch.tensor([item.id for item in fetched], dtype=torch.int64),
-            spacing_mm=spacing,
-            positions_mm={},
-            valid=valid,
-            keys=tuple(item.key for item in fetched),
-        )
-        return Views(data=data, meta=meta)
+        return self.bundle(fetched, *self.view_maker.batch(fetched, device))
 
 
 def read_planes(reader: StoreReader, series_id: str, draw: PlaneDraw) -> tuple[np.ndarray, np.ndarray]:

@@ -79,17 +79,19 @@ def read_crop(
     )  # fmt: skip
 
 
-class ImageSource:
-    """Items of one domain in one store.
+class StoreSource:
+    """Items of one domain in one store: what every kind of source shares.
+
+    A kind adds `read(key)`, what the sampler draws for a key as a list of fetched items with `id` and `key`, and `views(fetched, device)`.
 
     Args:
         name: Name of the source in the recipe.
         domain: Domain name.
         reader: The store.
         series: id -> series_id.
-        sampler: Draws ids and boxes.
+        sampler: Draws ids and places.
         views: Makes views.
-        crop: The dataclass of a fetched crop, `views.pipeline.Crop`.
+        item: The dataclass of a fetched item, from the module of the views.
         weight: Relative frequency of steps that use this source.
     """
 
@@ -99,45 +101,63 @@ class ImageSource:
         domain: str,
         reader: StoreReader,
         series: Mapping[int, str],
-        sampler: Sampler,
-        views: ViewMaker,
+        sampler: Any,
+        views: Any,
         *,
-        crop: Callable[..., Any],
+        item: Callable[..., Any],
         weight: float = 1.0,
     ) -> None:
-        self.name = name
-        self.domain = domain
-        self.reader = reader
-        self.series = series
-        self.sampler = sampler
-        self.view_maker = views
-        self.crop = crop
-        self.weight = weight
+        self.name, self.domain, self.reader, self.series = name, domain, reader, series
+        self.sampler, self.view_maker, self.item, self.weight = sampler, views, item, weight
 
     def __len__(self) -> int:
         return len(self.series)
 
-    def fetch(self, keys: list[DrawKey]) -> list[Any]:
-        """Draw and read the crops of a micro-batch; runs in any thread and touches no device."""
-        crops = []
-        for key in keys:
-            draw = self.sampler.draw(key)
-            crops += [
-                read_crop(self.reader, self.series[item], self.view_maker.margin_mm, box, crop=self.crop, key=key, id=item)
-                for item, box in zip(draw.ids, draw.boxes)
-            ]
-        return crops
+    def read(self, key: DrawKey) -> list[Any]:
+        """Draw and read what a key means."""
+        raise NotImplementedError
 
-    def views(self, fetched: list[Any], device: torch.device) -> Views:
-        """Make views on the device."""
-        data, valid, spacing, positions = self.view_maker.batch(fetched, device)
+    def fetch(self, keys: list[DrawKey]) -> list[Any]:
+        """Draw and read a micro-batch; runs in any thread and touches no device."""
+        return [item for key in keys for item in self.read(key)]
+
+    def bundle(
+        self,
+        fetched: Sequence[Any],
+        data: dict[str, Tensor],
+        valid: dict[str, Tensor],
+        spacing_mm: dict[str, Tensor],
+        positions_mm: dict[str, Tensor] | None = None,
+    ) -> Views:
+        """Return views with what is known about their items."""
         meta = ViewsMeta(
             source=self.name,
             domain=self.domain,
-            ids=torch.tensor([crop.id for crop in fetched], dtype=torch.int64),
-            spacing_mm={self.view_maker.name: spacing},
-            positions_mm={self.view_maker.name: positions},
-            valid={self.view_maker.name: valid},
-            keys=tuple(crop.key for crop in fetched),
+            ids=torch.tensor([item.id for item in fetched], dtype=torch.int64),
+            spacing_mm=spacing_mm,
+            positions_mm=positions_mm or {},
+            valid=valid,
+            keys=tuple(item.key for item in fetched),
         )
         return Views(data=data, meta=meta)
+
+
+class ImageSource(StoreSource):
+    """Crops of volumes and images: the sampler draws boxes, the items are `views.pipeline.Crop`."""
+
+    sampler: Sampler
+    view_maker: ViewMaker
+
+    def read(self, key: DrawKey) -> list[Any]:
+        """Read the boxes that are drawn."""
+        draw = self.sampler.draw(key)
+        return [
+            read_crop(self.reader, self.series[item], self.view_maker.margin_mm, box, crop=self.item, key=key, id=item)
+            for item, box in zip(draw.ids, draw.boxes)
+        ]
+
+    def views(self, fetched: list[Any], device: torch.device) -> Views:
+        """Make views on the device."""
+        name = self.view_maker.name
+        data, valid, spacing, positions = self.view_maker.batch(fetched, device)
+        return self.bundle(fetched, data, {name: valid}, {name: spacing}, {name: positions})

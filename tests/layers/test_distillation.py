@@ -1,4 +1,4 @@
-"""Heads, centre and running statistics of self-distillation, beside the formulas."""
+"""Heads, centre and monitors of self-distillation, beside the formulas."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from medssl.layers.distillation import Centre, RunningStandard, UnitHead, cross_entropy, entropy_share, unit_spread
+from medssl.layers.distillation import Centre, UnitHead, cross_entropy, entropy_share, information, unit_spread
 from medssl.layers.transformer import Block, MaskedDecoder, key_bias
 
 
@@ -25,6 +25,15 @@ def test_cross_entropy__equals_a_loop() -> None:
 def test_entropy_share__is_one_for_uniform_and_zero_for_one_hot() -> None:
     assert float(entropy_share(torch.zeros(2, 7))) == pytest.approx(1)
     assert float(entropy_share(1e4 * torch.eye(7))) == pytest.approx(0, abs=1e-6)
+
+
+def test_information__is_what_rows_are_told_apart_by() -> None:
+    same, each = 1e4 * torch.eye(7)[[2] * 7], 1e4 * torch.eye(7)
+    weight = torch.ones(7)
+    assert float(information(torch.zeros(7, 7), weight)) == pytest.approx(0, abs=1e-6)
+    assert float(information(same, weight)) == pytest.approx(0, abs=1e-6)
+    assert float(information(each, weight)) == pytest.approx(1)
+    assert float(information(each, torch.tensor([1.0, 1, 0, 0, 0, 0, 0]))) == pytest.approx(math.log(2) / math.log(7))
 
 
 def test_unit_head__gives_cosines() -> None:
@@ -50,20 +59,6 @@ def test_centre__is_a_running_mean_of_raw_logits_by_weight() -> None:
     centre.note(first, torch.zeros(2))
     centre.update()
     assert torch.allclose(centre.value, 0.2 * mean)
-
-
-def test_running_standard__takes_the_first_step_whole_and_then_moves() -> None:
-    torch.manual_seed(0)
-    layer, x = RunningStandard(4, 0.9), 3 * torch.randn(500, 4) + 10
-    standard = layer(x, torch.ones(500))
-    assert torch.allclose(standard.mean(dim=0), torch.zeros(4), atol=1e-4)
-    assert torch.allclose(standard.std(dim=0, correction=0), torch.ones(4), atol=1e-4)
-    layer.update()
-    assert torch.allclose(layer.mean, x.mean(dim=0), atol=1e-4)
-    layer(torch.zeros(7, 4), torch.ones(7))
-    layer.update()
-    assert torch.allclose(layer.mean, 0.9 * x.mean(dim=0), atol=1e-4)
-    assert torch.allclose(layer.variance, 0.9 * x.var(dim=0, correction=0), rtol=1e-4)
 
 
 def test_unit_spread__is_one_for_random_directions_and_zero_for_equal_ones() -> None:

@@ -100,7 +100,7 @@ def pair_source(
         pairs="same_volume",
         shift=shift,
     )
-    return PairSource("toy", "mri", reader, series, sampler, maker, crop=Crop)
+    return PairSource("toy", "mri", reader, series, sampler, maker, item=Crop)
 
 
 def train(model: AnatomicalEmbedding, source: PairSource, *, steps: int, batch: int = 2, lr: float = 2e-3, log: Any = None) -> None:

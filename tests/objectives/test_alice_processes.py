@@ -23,7 +23,7 @@ def test_two_processes__equal_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("segresnet3d", "vit3d"):
         one, two = play(name), [torch.load(tmp_path / f"{name}_{rank}.pt") for rank in (0, 1)]
-        assert one.keys() == two[0].keys() == two[1].keys() and float(one["centre_patch"].abs().max()) > 0
+        assert one.keys() == two[0].keys() == two[1].keys() and float(one["centres.patch.value"].abs().max()) > 0
         for key, expected in one.items():
             assert torch.equal(two[0][key], two[1][key]), key
             assert torch.allclose(two[0][key].double(), expected.double(), rtol=1e-4, atol=2e-6), key

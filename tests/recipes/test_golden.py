@@ -21,6 +21,14 @@ from medssl.yaml_models import read_mapping
 
 LEDGER = Path(__file__).with_name("golden.json")
 SMOKE = {name: path for name, path in shipped().items() if name.startswith("smoke/")}
+USUAL = (1e-3, 2e-2)
+ROUGH = {
+    "smoke/anatomical_embedding_segresnet3d_mri": (1e-3, 0.15),
+    "smoke/alice_segresnet3d_mri": (5e-3, 0.15),
+    "smoke/alice_segresnet3d_mri_pairs": (5e-3, 0.15),
+}
+"""Relative tolerances of losses and features where rounding grows: AVX2 against AVX-512, or one thread against two, move the losses by up to
+0.2 % and the features by up to 8 %. The first picks its hardest negatives by rank, the others standardise a handful of rows."""
 LONG = {
     "smoke/mae_cnn_resenc3d_mri",
     "smoke/mae_cnn_swin3d_mri",
@@ -55,5 +63,6 @@ def test_twenty_steps__match_the_ledger(name: str, request: pytest.FixtureReques
         return
     assert name in ledger, "a new smoke recipe: run with MEDSSL_UPDATE_GOLDEN=1 and commit golden.json"
     assert len(found["losses"]) == 20
-    assert found["losses"] == pytest.approx(ledger[name]["losses"], rel=1e-3)
-    assert found["features"] == pytest.approx(ledger[name]["features"], rel=2e-2, abs=2e-3)
+    of_losses, of_features = ROUGH.get(name, USUAL)
+    assert found["losses"] == pytest.approx(ledger[name]["losses"], rel=of_losses)
+    assert found["features"] == pytest.approx(ledger[name]["features"], rel=of_features, abs=2e-3)

@@ -146,7 +146,7 @@ def stored_source(tmp_path: Path, n: int = 30, **options: Any) -> tuple[ClipSour
     reader = put(tmp_path / "s", sample)
     views = ClipViews(size=16, frames=8, fps=1000 / 67, normalize="none", **options)
     draw = ClipSampler("a", [0], lambda _: reader.record(SERIES), 8, views.fps, views.count, views.fill, batch=2)
-    return ClipSource("a", "ultrasound", reader, {0: SERIES}, draw, views, frames=ClipFrames), sample.image
+    return ClipSource("a", "ultrasound", reader, {0: SERIES}, draw, views, item=ClipFrames), sample.image
 
 
 def test_source__frames_of_the_store_in_the_sector(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_source__same_bits_from_threads_and_from_a_copy(tmp_path: Path) -> None:
     source, _ = stored_source(tmp_path, **everything)
     source.view_maker.normalize = "none"  # type: ignore[attr-defined]
     copy_of_reader = pickle.loads(pickle.dumps(source.reader))
-    other = ClipSource("a", "ultrasound", copy_of_reader, {0: SERIES}, source.sampler, source.view_maker, frames=ClipFrames)
+    other = ClipSource("a", "ultrasound", copy_of_reader, {0: SERIES}, source.sampler, source.view_maker, item=ClipFrames)
     keys = [DrawKey(3, step, place) for step in range(4) for place in range(2)]
     plain = source.views(source.fetch(keys), torch.device("cpu"))
     with ThreadPoolExecutor(4) as pool:

@@ -74,7 +74,7 @@ def sampler(reader: StoreReader, **changes: Any) -> PairSampler:
 
 def source(reader: StoreReader, maker: VolumeViews, **changes: Any) -> PairSource:
     series = {item: f"{k:032x}" for k, item in enumerate(IDS)}
-    return PairSource("a", "mri", reader, series, sampler(reader, **changes), maker, crop=Crop)
+    return PairSource("a", "mri", reader, series, sampler(reader, **changes), maker, item=Crop)
 
 
 @pytest.mark.parametrize("pairs", ["matched", "same_volume", "random"])

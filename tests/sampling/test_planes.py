@@ -110,7 +110,7 @@ def test_partitions__of_drawn_slices_are_those_that_the_objective_reads(tmp_path
     reader = volume_store(tmp_path / "s", image, 2)
     draw = PlaneSampler("a", [0], lambda _: reader.record(SERIES), None, batch=8, partitions=4)
     views = PlaneViews(size=16, count=3, normalize="none")
-    source = PlaneSource("a", "mri", reader, {0: SERIES}, draw, views, planes=Planes)
+    source = PlaneSource("a", "mri", reader, {0: SERIES}, draw, views, item=Planes)
     for step in range(12):
         made = source.views(source.fetch([DrawKey(0, step, p) for p in range(8)]), torch.device("cpu"))
         for view in range(3):
@@ -182,7 +182,7 @@ def test_source__stacks_of_a_short_volume_are_padded(tmp_path: Path) -> None:
     reader = volume_store(tmp_path / "s", image, 2)
     views = PlaneViews("stack", size=(24, 20), slices=9, normalize="none", fit="crop")
     middle = MiddlePlanes("a", [0], lambda _: reader.record(SERIES), 9)
-    source = PlaneSource("a", "mri", reader, {0: SERIES}, middle, views, planes=Planes)
+    source = PlaneSource("a", "mri", reader, {0: SERIES}, middle, views, item=Planes)
     made = source.views(source.fetch([DrawKey(0, 0, 0)]), torch.device("cpu"))
     assert made["stack"].shape == (1, 1, 9, 1, 24, 20)
     assert made.meta.valid["stack"].any(dim=(-1, -2)).tolist() == [[[True] * 6 + [False] * 3]]
@@ -194,7 +194,7 @@ def test_source__pictures_of_a_volume(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 900, (1, 20, 24, 6)).astype(np.int16)
     reader = volume_store(tmp_path / "s", image, 2)
     draw = PlaneSampler("a", [0], lambda _: reader.record(SERIES), None, batch=2)
-    source = PlaneSource("a", "mri", reader, {0: SERIES}, draw, PlaneViews(size=16, count=2, normalize="none"), planes=Planes)
+    source = PlaneSource("a", "mri", reader, {0: SERIES}, draw, PlaneViews(size=16, count=2, normalize="none"), item=Planes)
     made = source.views(source.fetch([DrawKey(0, 0, 0), DrawKey(0, 0, 1)]), torch.device("cpu"))
     assert made["image"].shape == (2, 2, 1, 16, 16) and made["image_share"].shape == (2, 2)
     assert ((made["image_share"] >= 0) & (made["image_share"] <= 1)).all()

@@ -84,7 +84,7 @@ def source(name: str, volumes: dict[int, Volume], views: PlaneViews, batch: int 
     reader: Any = MemoryReader(list(volumes.values()))
     sampler = PlaneSampler(name, sorted(volumes), lambda item: volumes[item], views.slices, batch=batch, **options)
     series = {item: volume.series_id for item, volume in volumes.items()}
-    return PlaneSource(name, "mri", reader, series, sampler, views, planes=Planes)
+    return PlaneSource(name, "mri", reader, series, sampler, views, item=Planes)
 
 
 def volumes(first: int, count: int) -> dict[int, Volume]:

@@ -1,0 +1,586 @@
+"""Fine-tuning an encoder for one label per case, a class or a number: volumes, images, stacks and clips.
+
+A run is a function of (cases, settings, labels, seed, weights), as in `finetune`: the pretrained encoder and its scratch twin see the same
+cases in the same order with the same augmentation, and start from the same head. Where pictures come from is the caller's business: a
+`Batches` yields them, so that whatever a source of pretraining can show can be fine-tuned on.
+
+The state that is scored is the last one, or with `patience` the best on validation cases, which then have chosen it; the result says so.
+Temperature and threshold are fitted on validation cases. Test cases are looked at once, after that.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medssl.errors import RequestError, TrainingStopped, near
+from medssl.evaluation.calibration import calibration_rows, fit_temperature, reliability, softmax, threshold_at_specificity
+from medssl.evaluation.features import encode
+from medssl.evaluation.scores import Task, balanced_accuracy, mae, r2, roc_auc, score_row
+from medssl.networks.classification import LinearHead, build_head
+from medssl.seeding import counter_rng, derive_seed
+from medssl.types import ClipBatch, Stack
+
+Images = Tensor | Stack | ClipBatch
+SPECIFICITY = 0.95
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """Everything that a run depends on besides cases, labels, seed and weights.
+
+    Args:
+        head: `linear` (pooled features) or `attention` (gated attention over tokens).
+        head_args: Its further arguments.
+        steps: Optimiser steps.
+        batch: Cases per step.
+        lr: Peak learning rate of the head (AdamW).
+        encoder_lr_scale: Factor on it for a pretrained encoder; the scratch twin always has 1.
+        layer_decay: Factor from block to block, counted from the head, for a pretrained encoder; the scratch twin has 1.
+        freeze_steps: First steps in which a pretrained encoder does not learn; `steps` keeps it frozen. 0 for the scratch twin.
+        weight_decay: Decoupled weight decay, not applied to norms and biases.
+        clip: Largest gradient norm.
+        warmup_steps: Steps of linear warm-up; cosine decay to 0 follows.
+        class_weights: `balanced` (one over the share of the class in the training cases, mean 1), `none`, or one number per class.
+        label_smoothing: Share of a class's probability that goes to all classes.
+        val_every: Steps between validations; 0 has none.
+        patience: Validations without a better one after which training stops; the best state is then scored. None scores the last one.
+        flips: Axes of an image (0 is its first spatial axis) along which test images are also shown mirrored; the mean is scored. None by
+            default: mirrored anatomy is a wrong label for everything that has a side.
+        augment: Geometric and intensity operations of the views, in training only.
+        precision: `fp32`, or `bf16` autocast.
+        device: Torch device.
+    """
+
+    head: str = "linear"
+    head_args: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 500
+    batch: int = 16
+    lr: float = 1e-3
+    encoder_lr_scale: float = 1.0
+    layer_decay: float = 0.75
+    freeze_steps: int = 0
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    warmup_steps: int = 50
+    class_weights: str | Sequence[float] = "none"
+    label_smoothing: float = 0.0
+    val_every: int = 50
+    patience: int | None = None
+    flips: tuple[int, ...] = ()
+    augment: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("steps", self.steps >= 1, "1 or more"),
+            ("batch", self.batch >= 1, "1 or more"),
+            ("lr", self.lr > 0, "above 0"),
+            ("encoder_lr_scale", self.encoder_lr_scale >= 0, "0 or more"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "above 0, at most 1"),
+            ("freeze_steps", 0 <= self.freeze_steps <= self.steps, "0 to steps"),
+            ("warmup_steps", 0 <= self.warmup_steps < self.steps, "0 to below steps"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "0 to below 1"),
+            ("val_every", self.val_every >= 0, "0 or more"),
+            ("patience", self.patience is None or (self.patience >= 1 and self.val_every > 0), "1 or more, with val_every above 0"),
+            ("precision", self.precision in ("fp32", "bf16"), "fp32 or bf16"),
+            (
+                "class_weights",
+                self.class_weights in ("none", "balanced")
+                or (not isinstance(self.class_weights, str) and all(w >= 0 for w in self.class_weights)),
+                "none, balanced, or one number per class, 0 or more",
+            ),
+        )
+        wrong = [f"{name}: {getattr(self, name)!r}; {accepted}" for name, good, accepted in checks if not good]
+        if wrong:
+            raise RequestError("fine-tuning settings: " + "; ".join(wrong) + "; correct these and run again")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TargetSettings:
+        """Build settings from a recipe section or a results file; lists become tuples.
+
+        Raises:
+            RequestError: A key is unknown.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = [f"{key}{near(key, known)}" for key in values if key not in known]
+        if unknown:
+            raise RequestError(f"fine-tuning settings: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Labelled cases.
+
+    Args:
+        ids: (N,) int64.
+        targets: (N,) float64: the number, or the place of the class in `classes`.
+        groups: Patient of each case, or None.
+        split: (N,) `train`, `val` or `test`.
+        classes: Names; empty for numbers.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    groups: Sequence[str] | None
+    split: np.ndarray
+    classes: Sequence[Any] = ()
+
+    @property
+    def task(self) -> Task:
+        """`classification` or `regression`."""
+        return "classification" if len(self.classes) else "regression"
+
+    def where(self, split: str) -> np.ndarray:
+        """Return the rows of a split."""
+        return np.flatnonzero(self.split == split)
+
+    def patients(self, rows: np.ndarray) -> list[str] | None:
+        """Return the patients of rows, or None when they are unknown."""
+        return None if self.groups is None else [str(self.groups[int(row)]) for row in rows]
+
+
+class Batches(Protocol):
+    """Where pictures come from."""
+
+    def training(self, ids: Sequence[int], step: int, seed: int, batch: int) -> tuple[Images, Sequence[int]]:
+        """Return augmented images and the ids of a step, drawn from `ids`; equal arguments give equal images."""
+        ...
+
+    def plain(self, ids: Sequence[int]) -> Iterable[tuple[Images, Sequence[int]]]:
+        """Yield the images of ids in their order, without augmentation."""
+        ...
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """What a run leaves, as in `results.json`.
+
+    Args:
+        arm: Name of the weights, or `scratch`.
+        labels: Training cases used.
+        seed: Seed.
+        task: `classification` or `regression`.
+        classes: Names of the classes.
+        rows: Scores on the test cases, as in `scores.score_row`.
+        cases: One dictionary per test case: id, target, and `probability` (K,) or `prediction`.
+        reliability: Bins of the reliability plot of the test cases.
+        fitted: `temperature` and `threshold` (of two classes), as fitted on validation cases; null where there were none.
+        curve: What was logged.
+        choice: Which state was scored, and which labels chose it.
+        seconds: Of training, and per step (median).
+        settings: Settings used.
+    """
+
+    arm: str
+    labels: int
+    seed: int
+    task: str
+    classes: list[Any]
+    rows: list[dict[str, Any]]
+    cases: list[dict[str, Any]]
+    reliability: list[dict[str, Any]]
+    fitted: dict[str, float | None]
+    curve: list[dict[str, Any]]
+    choice: str
+    seconds: dict[str, float]
+    settings: dict[str, Any]
+
+
+class Classifier(nn.Module):
+    """An encoder and a head."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, images: Images) -> Tensor:
+        """Return scores (B, K)."""
+        scores: Tensor = self.head(encode(self.encoder, images))
+        return scores
+
+
+def few_label_order(cases: Cases, seed: int) -> np.ndarray:
+    """Return the rows of the training cases in an order of which every beginning holds all classes in about their shares.
+
+    Patients stay together where they are known, so that n labels are of as few patients as that allows.
+
+    Args:
+        cases: The cases.
+        seed: Another seed draws other patients first.
+    """
+    rows = cases.where("train")
+    patients = cases.patients(rows) or [str(cases.ids[row]) for row in rows]
+    names = sorted(set(patients))
+    of_patient = {name: [int(row) for row, patient in zip(rows, patients) if patient == name] for name in names}
+    kinds: dict[float, list[str]] = {}
+    for name in names:  # a patient counts for the class that most of its cases have
+        values = cases.targets[of_patient[name]]
+        kind = float(np.bincount(values.astype(int)).argmax()) if cases.task == "classification" else 0.0
+        kinds.setdefault(kind, []).append(name)
+    placed = []
+    for kind, members in sorted(kinds.items()):
+        shuffled = counter_rng(seed, "few labels", str(kind)).permutation(len(members))
+        placed += [((place + 0.5) / len(members), -len(members), members[int(k)]) for place, k in enumerate(shuffled)]
+    # the first of every class before the second of any
+    first = {kind: min(p for p in placed if p[2] in set(members)) for kind, members in kinds.items()}
+    begin = sorted(first.values())
+    rest = sorted(set(placed) - set(begin))
+    return np.array([row for _, _, name in [*begin, *rest] for row in of_patient[name]], dtype=np.int64)
+
+
+def check(cases: Cases, train: np.ndarray) -> None:
+    """Refuse cases that cannot be learnt from or scored.
+
+    Raises:
+        RequestError: A split is empty, a class has no training case, a test case has a class of its own, or numbers do not vary.
+    """
+    for split, rows in (("train", train), ("test", cases.where("test"))):
+        if not len(rows):
+            raise RequestError(f"no labelled case is marked {split}; splits come from the index (`medssl archive split`, --splits)")
+    if cases.task == "regression":
+        if np.ptp(cases.targets[train]) == 0:
+            raise RequestError(
+                f"all {len(train)} training targets are {cases.targets[train][0]:g}; nothing can be learnt from them"
+            )
+        return
+    there = set(cases.targets[train].astype(int))
+    absent = [str(name) for k, name in enumerate(cases.classes) if k not in there]
+    if absent:
+        raise RequestError(
+            f"class {', '.join(absent)} has no case among the {len(train)} training cases; give more labels, or leave the class out"
+        )
+
+
+def layer_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
+    """Return the factor on the learning rate of every parameter of an encoder: decay to the power of its distance from the head.
+
+    What comes before the first of `encoder.blocks` (patch embedding, stem, positions) is one step further away than that block; what comes
+    after the last (a norm) is as far as the last.
+
+    Reference:
+        Clark et al. 2020 (ELECTRA); Bao et al. 2022 (BEiT), appendix H.
+    """
+    blocks = list(getattr(encoder, "blocks", []))
+    depth = {id(p): number for number, block in enumerate(blocks, start=1) for p in block.parameters()}
+    seen, scales = False, {}
+    for name, parameter in encoder.named_parameters():
+        inside = depth.get(id(parameter))
+        seen = seen or inside is not None
+        place = inside if inside is not None else (len(blocks) if seen else 0)
+        scales[name] = decay ** (len(blocks) + 1 - place)
+    return scales
+
+
+def learning_rate(step: int, settings: TargetSettings, freeze: int) -> tuple[float, float]:
+    """Return the factors on the learning rates of encoder and head: warm-up and cosine; the encoder has 0 first, then both start anew."""
+    rise = max(1, settings.warmup_steps)
+    if step < freeze:
+        return 0.0, min(1.0, (step + 1) / rise)
+    start = freeze + settings.warmup_steps
+    if step < start:
+        factor = (step - freeze + 1) / rise
+    else:
+        factor = 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, settings.steps - start)))
+    return factor, factor
+
+
+def parameter_groups(network: Classifier, settings: TargetSettings, pretrained: bool) -> list[dict[str, Any]]:
+    """Return AdamW groups, by part, factor and decay (none on norms and biases)."""
+    scales = layer_scales(network.encoder, settings.layer_decay if pretrained else 1.0)
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, _, rest = name.partition(".")
+        inside = part == "encoder"
+        scale = scales[rest] * (settings.encoder_lr_scale if pretrained else 1.0) if inside else 1.0
+        groups.setdefault((inside, scale, parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": members, "encoder": inside, "scale": scale, "weight_decay": settings.weight_decay if decays else 0.0}
+        for (inside, scale, decays), members in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def class_weights(settings: TargetSettings, targets: np.ndarray, classes: int) -> Tensor | None:
+    """Return one weight per class, mean 1 over the cases, or None.
+
+    Raises:
+        RequestError: There are more or fewer weights than classes.
+    """
+    if settings.class_weights == "none":
+        return None
+    if settings.class_weights == "balanced":
+        counts = np.bincount(targets.astype(int), minlength=classes)
+        return torch.tensor(len(targets) / (classes * counts), dtype=torch.float32)
+    given = list(settings.class_weights)
+    if len(given) != classes:
+        raise RequestError(f"class_weights: {len(given)} numbers for {classes} classes; give one per class")
+    return torch.tensor(given, dtype=torch.float32)
+
+
+def finetune_targets(
+    encoder: nn.Module,
+    batches: Batches,
+    cases: Cases,
+    settings: TargetSettings,
+    *,
+    labels: int | None = None,
+    seed: int = 0,
+    pretrained: bool,
+    arm: str,
+    on_step: Callable[[int, int, Mapping[str, float]], None] | None = None,
+) -> tuple[TargetResult, Classifier]:
+    """Train on the first labelled cases and score all test cases.
+
+    Args:
+        encoder: With its start weights; it is trained in place.
+        batches: Where pictures come from.
+        cases: All labelled cases.
+        settings: See there.
+        labels: Training cases, in `few_label_order` of the seed; None takes all.
+        seed: Seed of head, order and augmentation.
+        pretrained: Whether the encoder is; the scratch twin has no layer decay, no factor and no frozen steps.
+        arm: Name in the results.
+        on_step: Called with (step, steps, values) at every validation.
+
+    Returns:
+        The result, and the network in eval mode with the state that was scored.
+
+    Raises:
+        RequestError: Cases and settings do not go together; nothing was trained.
+        TrainingStopped: The loss stopped being a number.
+    """
+    train = few_label_order(cases, seed)[:labels]
+    if labels is not None and len(train) < labels:
+        raise RequestError(f"{labels} labels are asked for, and {len(train)} training cases have one; ask for fewer")
+    check(cases, train)
+    if settings.patience is not None and not len(cases.where("val")):
+        raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
+    network = _network(encoder, cases, settings, seed)
+    learner = _Learner(network, batches, cases, settings, train, seed, pretrained)
+    curve, choice, seconds = learner.train(on_step)
+    return learner.score(arm, curve, choice, seconds), network.eval()
+
+
+def _network(encoder: nn.Module, cases: Cases, settings: TargetSettings, seed: int) -> Classifier:
+    dim: Any = encoder.embed_dim
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "finetune", "head"))
+        head = build_head(settings.head, int(dim), max(1, len(cases.classes)), **settings.head_args)
+    return Classifier(encoder, head).to(settings.device)
+
+
+class _Learner:
+    """The moving parts of a run."""
+
+    def __init__(
+        self,
+        network: Classifier,
+        batches: Batches,
+        cases: Cases,
+        settings: TargetSettings,
+        train: np.ndarray,
+        seed: int,
+        pretrained: bool,
+    ) -> None:
+        self.network, self.batches, self.cases, self.settings = network, batches, cases, settings
+        self.rows, self.seed, self.pretrained = train, seed, pretrained
+        self.row_of = {int(number): row for row, number in enumerate(cases.ids)}
+        self.device = torch.device(settings.device)
+        self.middle = float(cases.targets[train].mean()) if cases.task == "regression" else 0.0
+        self.spread = float(cases.targets[train].std()) if cases.task == "regression" else 1.0
+        weights = class_weights(settings, cases.targets[train], len(cases.classes)) if cases.task == "classification" else None
+        self.weights = None if weights is None else weights.to(self.device)
+
+    def targets(self, ids: Sequence[int]) -> np.ndarray:
+        found: np.ndarray = self.cases.targets[[self.row_of[int(number)] for number in ids]]
+        return found
+
+    def loss(self, scores: Tensor, targets: np.ndarray) -> Tensor:
+        """Cross-entropy, or the Huber loss of numbers brought to mean 0 and variance 1."""
+        if self.cases.task == "classification":
+            wanted = torch.from_numpy(targets.astype(np.int64)).to(scores.device)
+            return functional.cross_entropy(
+                scores.float(), wanted, weight=self.weights, label_smoothing=self.settings.label_smoothing
+            )
+        wanted = torch.from_numpy((targets - self.middle) / self.spread).to(scores.device, torch.float32)
+        return functional.smooth_l1_loss(scores.float()[:, 0], wanted)
+
+    def train(
+        self, on_step: Callable[[int, int, Mapping[str, float]], None] | None
+    ) -> tuple[list[dict[str, Any]], str, dict[str, float]]:
+        """Run all steps, or until validation stops; leave the network with the state to be scored."""
+        settings, network = self.settings, self.network
+        if isinstance(network.head, LinearHead):
+            network.head.settle(self.features(self.cases.ids[self.rows]))
+        freeze = settings.freeze_steps if self.pretrained else 0
+        optimizer = torch.optim.AdamW(parameter_groups(network, settings, self.pretrained), lr=settings.lr)
+        ids = [int(number) for number in self.cases.ids[self.rows]]
+        best: tuple[float, int, dict[str, Tensor]] | None = None
+        curve: list[dict[str, Any]] = []
+        losses: list[float] = []
+        times: list[float] = []
+        waited, start = 0, time.perf_counter()
+        network.train()
+        for step in range(settings.steps):
+            began = time.perf_counter()
+            encoder_factor, factor = learning_rate(step, settings, freeze)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * group["scale"] * (encoder_factor if group["encoder"] else factor)
+            images, shown = self.batches.training(ids, step, self.seed, settings.batch)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
+                scores = network(images)
+            loss = self.loss(scores, self.targets(shown))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            times.append(time.perf_counter() - began)
+            if not math.isfinite(losses[-1]):
+                raise TrainingStopped(
+                    f"fine-tuning: the loss is {losses[-1]} at step {step}; it must stay a number; lower lr (now {settings.lr}), "
+                    "lengthen warmup_steps, or use precision fp32"
+                )
+            done = step + 1
+            if not settings.val_every or (done % settings.val_every and done != settings.steps):
+                continue
+            line: dict[str, Any] = {"step": done, "loss": float(np.mean(losses)), "lr": settings.lr * factor}
+            losses.clear()
+            merit = self.merit()
+            if merit is not None:
+                line["val"] = merit
+            curve.append(line)
+            if on_step is not None:
+                on_step(done, settings.steps, {"loss": line["loss"]})
+            if settings.patience is not None and merit is not None:
+                if best is None or merit > best[0]:
+                    best, waited = (merit, done, copy.deepcopy(network.state_dict())), 0
+                else:
+                    waited += 1
+                if waited >= settings.patience:
+                    break
+        seconds = {"train": time.perf_counter() - start, "per_step": float(np.median(times))}
+        if best is None:
+            return curve, "last state; validation labels chose nothing", seconds
+        network.load_state_dict(best[2])
+        return curve, f"step {best[1]}, the best of {len(self.cases.where('val'))} validation cases", seconds
+
+    def features(self, ids: Sequence[int]) -> Tensor:
+        """Return the pooled features of cases, in training mode as it was before."""
+        self.network.eval()
+        with torch.no_grad():
+            rows = torch.cat([encode(self.network.encoder, images).pooled.float() for images, _ in self.batches.plain(ids)])
+        self.network.train()
+        return rows
+
+    @torch.no_grad()
+    def scores(self, rows: np.ndarray) -> np.ndarray:
+        """Return logits (N, K), or numbers (N, 1), of rows in their order; the mean over mirrored views where asked."""
+        self.network.eval()
+        found: dict[int, np.ndarray] = {}
+        for images, ids in self.batches.plain([int(number) for number in self.cases.ids[rows]]):
+            looks = [images, *self._mirrored(images)]
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"):
+                scores = torch.stack([self.network(look).float() for look in looks]).mean(dim=0).double().cpu().numpy()
+            found.update({int(number): row for number, row in zip(ids, scores)})
+        self.network.train()
+        stacked = np.stack([found[int(self.cases.ids[row])] for row in rows])
+        return stacked if self.cases.task == "classification" else stacked * self.spread + self.middle
+
+    def _mirrored(self, images: Images) -> list[Images]:
+        if not self.settings.flips:
+            return []
+        if not isinstance(images, Tensor):
+            raise RequestError("flips mirror images and volumes; set flips: [] for stacks and clips")
+        return [images.flip(2 + axis) for axis in self.settings.flips]
+
+    def merit(self) -> float | None:
+        """Return what validation cases say, higher is better: -NLL of classes, -MAE of numbers; None without such cases."""
+        rows = self.cases.where("val")
+        if not len(rows):
+            return None
+        scores, targets = self.scores(rows), self.cases.targets[rows]
+        if self.cases.task == "regression":
+            return -mae(np.stack([targets, scores[:, 0]], axis=1))
+        logs = np.log(np.maximum(softmax(scores), 1e-30))
+        return float(logs[np.arange(len(rows)), targets.astype(int)].mean())
+
+    def score(self, arm: str, curve: list[dict[str, Any]], choice: str, seconds: dict[str, float]) -> TargetResult:
+        """Fit temperature and threshold on validation cases, then score the test cases."""
+        cases, rows = self.cases, self.cases.where("test")
+        scores, targets, groups = self.scores(rows), cases.targets[rows], cases.patients(rows)
+        fitted: dict[str, float | None] = {}
+        bins: list[dict[str, Any]] = []
+        if cases.task == "regression":
+            pairs = np.stack([targets, scores[:, 0]], axis=1)
+            table = [score_row(arm, "finetune", name, pairs, groups, statistic=f) for name, f in (("mae", mae), ("r2", r2))]
+            values: list[dict[str, Any]] = [{"prediction": float(v)} for v in scores[:, 0]]
+        else:
+            val = cases.where("val")
+            seen = (self.scores(val), cases.targets[val].astype(int)) if len(val) else None
+            temperature = fit_temperature(*seen) if seen else None
+            chances = softmax(scores, temperature or 1.0)
+            threshold = None
+            if seen and len(cases.classes) == 2 and (seen[1] == 0).any():
+                threshold = threshold_at_specificity(softmax(seen[0], temperature or 1.0)[:, 1], seen[1], SPECIFICITY)
+            fitted = {"temperature": temperature, "threshold": threshold}
+            table = classification_rows(arm, chances, targets.astype(int), groups, threshold)
+            bins = reliability(chances, targets.astype(int))
+            values = [{"probability": [float(v) for v in row]} for row in chances]
+        facts = [
+            {"id": int(cases.ids[row]), "target": float(cases.targets[row]), **value}
+            for row, value in zip(rows, values, strict=True)
+        ]
+        return TargetResult(
+            arm=arm, labels=len(self.rows), seed=self.seed, task=cases.task, classes=list(cases.classes), rows=table, cases=facts,
+            reliability=bins, fitted=fitted, curve=curve, choice=choice, seconds=seconds, settings=asdict(self.settings),
+        )  # fmt: skip
+
+
+def classification_rows(
+    name: str, chances: np.ndarray, targets: np.ndarray, groups: Sequence[str] | None, threshold: float | None
+) -> list[dict[str, Any]]:
+    """Return scores of probabilities (N, K): AUC (mean of one against the rest), balanced accuracy, Brier, calibration error.
+
+    With two classes and a threshold from validation cases also sensitivity and specificity there.
+    """
+    rows = np.concatenate([targets[:, None].astype(np.float64), chances], axis=1)
+    called = np.stack([targets, chances.argmax(axis=1)], axis=1).astype(np.float64)
+    table = [score_row(name, "finetune", "auroc", rows, groups, statistic=mean_auc)]
+    table.append(score_row(name, "finetune", "balanced_accuracy", called, groups, statistic=balanced_accuracy))
+    for metric, (value, low, high) in calibration_rows(chances, targets, groups).items():
+        table.append({**table[0], "metric": metric, "value": value, "low": _plain(low), "high": _plain(high)})
+    if threshold is not None:
+        positive = (chances[:, 1] >= threshold).astype(np.float64)
+        for metric, kind in (("sensitivity", 1), ("specificity", 0)):
+            inside = np.flatnonzero(targets == kind)
+            right = positive[inside] if kind else 1 - positive[inside]
+            own = None if groups is None else [groups[int(row)] for row in inside]
+            if len(inside):
+                table.append(score_row(name, "finetune", metric, right, own))
+    return table
+
+
+def mean_auc(rows: np.ndarray) -> float:
+    """Return the area under the ROC curve, with more than two classes the mean of each against the rest; rows (N, 1 + K)."""
+    classes = rows.shape[1] - 1
+    kinds = [1] if classes == 2 else range(classes)
+    return float(np.mean([roc_auc(np.stack([rows[:, 0] == k, rows[:, 1 + k]], axis=1).astype(float)) for k in kinds]))
+
+
+def _plain(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

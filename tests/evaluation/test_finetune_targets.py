@@ -1,0 +1,237 @@
+"""Fine-tuning for classes and numbers on toy images: it learns, it is repeatable, validation alone fits, bad cases are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medssl.encoders.vit3d import ViT3D
+from medssl.errors import RequestError
+from medssl.evaluation.finetune_targets import (
+    Cases,
+    TargetSettings,
+    class_weights,
+    few_label_order,
+    finetune_targets,
+    layer_scales,
+    learning_rate,
+    mean_auc,
+)
+from medssl.evaluation.scores import roc_auc
+from medssl.types import EncoderOutput
+
+QUICK = TargetSettings(steps=40, batch=8, lr=3e-2, warmup_steps=2, val_every=10, layer_decay=1.0)
+
+
+class Toy(nn.Module):
+    """Means over quarters of an image as tokens, a linear map of each."""
+
+    embed_dim = 8
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.blocks = nn.ModuleList([nn.Linear(4, 8), nn.Linear(8, 8)])
+
+    def forward_features(self, x: Tensor) -> EncoderOutput:
+        cells = x.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4).mean(dim=4).flatten(2)  # (B, 1, 4) of (B, 1, 8, 8)
+        tokens = self.blocks[1](torch.tanh(self.blocks[0](cells))).expand(-1, 3, -1)
+        return EncoderOutput(tokens=tokens, grid=(3,), pooled=tokens.mean(dim=1))
+
+
+class Pictures:
+    """Images whose brightest quarter is the class, or whose brightness is the number."""
+
+    def __init__(self, cases: Cases, noise: float = 0.3) -> None:
+        rng = np.random.default_rng(0)
+        self.images = {}
+        for number, target in zip(cases.ids, cases.targets):
+            image = noise * rng.normal(size=(8, 8))
+            if cases.task == "classification":
+                row, column = divmod(int(target), 2)
+                image[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1.0
+            else:
+                image += target
+            self.images[int(number)] = torch.from_numpy(image[None].astype(np.float32))
+        self.asked: list[int] = []
+
+    def training(self, ids: Sequence[int], step: int, seed: int, batch: int) -> tuple[Tensor, Sequence[int]]:
+        chosen = [ids[int(k)] for k in np.random.default_rng([seed, step]).integers(len(ids), size=batch)]
+        self.asked += chosen
+        return torch.stack([self.images[k] for k in chosen]), chosen
+
+    def plain(self, ids: Sequence[int]) -> Iterable[tuple[Tensor, Sequence[int]]]:
+        for start in range(0, len(ids), 16):
+            part = list(ids[start : start + 16])
+            yield torch.stack([self.images[k] for k in part]), part
+
+
+def make_cases(task: str = "classification", n: int = 90, classes: int = 3) -> Cases:
+    rng = np.random.default_rng(1)
+    ids = np.arange(100, 100 + n)
+    targets = rng.integers(classes, size=n).astype(float) if task == "classification" else rng.normal(size=n) * 2 + 50
+    split = np.array(["train"] * (n // 2) + ["val"] * (n // 6) + ["test"] * (n - n // 2 - n // 6))
+    groups = [f"p{k // 2}" for k in range(n)]
+    return Cases(ids, targets, groups, split, [f"c{k}" for k in range(classes)] if task == "classification" else [])
+
+
+def run(cases: Cases, settings: TargetSettings = QUICK, **how: Any) -> Any:
+    options: dict[str, Any] = {"pretrained": False, "arm": "toy", **how}
+    encoder = options.pop("encoder", None) or Toy()
+    return finetune_targets(encoder, options.pop("batches", None) or Pictures(cases), cases, settings, **options)
+
+
+def value(result: Any, metric: str) -> float:
+    return next(float(row["value"]) for row in result.rows if row["metric"] == metric)
+
+
+@pytest.mark.parametrize("head", ["linear", "attention"])
+def test_classes__are_learnt_and_scored_by_patient(head: str) -> None:
+    cases = make_cases()
+    result, network = run(cases, replace(QUICK, head=head))
+    assert value(result, "auroc") > 0.95 and value(result, "balanced_accuracy") > 0.85
+    assert {row["by"] for row in result.rows} == {"by patient"} and not network.training
+    assert len(result.cases) == len(cases.where("test"))
+    chances = np.array([case["probability"] for case in result.cases])
+    assert np.allclose(chances.sum(axis=1), 1)
+    assert value(result, "brier") == pytest.approx(
+        np.mean([((p - np.eye(3)[int(case["target"])]) ** 2).sum() for p, case in zip(chances, result.cases)])
+    )
+
+
+def test_numbers__are_learnt_in_their_own_unit() -> None:
+    cases = make_cases("regression")
+    batches = Pictures(cases, noise=0.1)
+    for number, image in batches.images.items():
+        batches.images[number] = (image - 50) / 2
+    result, _ = run(cases, replace(QUICK, steps=150, lr=1e-2), batches=batches)
+    assert value(result, "mae") < 0.5 and value(result, "r2") > 0.9
+    assert result.fitted == {} and "prediction" in result.cases[0]
+
+
+def test_equal_seeds__give_equal_runs_and_another_seed_another() -> None:
+    cases = make_cases()
+    first, second, other = (run(cases, replace(QUICK, steps=5), seed=seed)[0] for seed in (3, 3, 4))
+    assert first.cases == second.cases and first.cases != other.cases
+
+
+def test_frozen_encoder__stays_as_it_was_and_its_twin_moves() -> None:
+    cases, before = make_cases(), Toy().state_dict()
+    for pretrained in (True, False):
+        encoder = Toy()
+        run(cases, replace(QUICK, steps=5, freeze_steps=5), encoder=encoder, pretrained=pretrained)
+        same = all(torch.equal(a, b) for a, b in zip(before.values(), encoder.state_dict().values()))
+        assert same == pretrained
+
+
+def test_patience__scores_the_best_state_and_says_who_chose_it() -> None:
+    cases = make_cases()
+    result, _ = run(cases, replace(QUICK, steps=400, patience=2, lr=0.1))
+    merits = [line["val"] for line in result.curve]
+    best = max(range(len(merits)), key=merits.__getitem__)
+    assert result.choice == f"step {result.curve[best]['step']}, the best of 15 validation cases"
+    assert len(merits) == best + 3 or result.curve[-1]["step"] == 400
+
+
+def test_temperature_and_threshold__follow_validation_cases_alone() -> None:
+    cases = make_cases(classes=2)
+    found = run(cases)[0]
+    turned = np.where(cases.split == "test", 1 - cases.targets, cases.targets)
+    other = run(Cases(cases.ids, turned, cases.groups, cases.split, cases.classes), batches=Pictures(cases))[0]
+    assert found.fitted == other.fitted and None not in found.fitted.values()
+    assert [c["probability"] for c in found.cases] == [c["probability"] for c in other.cases]
+    negatives = [c["probability"][1] < found.fitted["threshold"] for c in found.cases if c["target"] == 0]
+    assert value(found, "specificity") == pytest.approx(np.mean(negatives))
+
+
+def test_training__sees_the_first_labels_only() -> None:
+    cases = make_cases()
+    batches = Pictures(cases)
+    result, _ = run(cases, replace(QUICK, steps=10), batches=batches, labels=7, seed=2)
+    assert result.labels == 7 and set(batches.asked) <= {int(cases.ids[row]) for row in few_label_order(cases, 2)[:7]}
+
+
+def test_few_label_order__is_nested_keeps_patients_together_and_starts_with_every_class() -> None:
+    cases = make_cases(n=200, classes=4)
+    order = few_label_order(cases, 0)
+    assert sorted(order) == sorted(cases.where("train")) and not np.array_equal(order, few_label_order(cases, 1))
+    patients = [cases.groups[int(row)] for row in order]  # type: ignore[index]
+    assert all(
+        patients.count(name) == 1 or abs(patients.index(name) - (len(patients) - 1 - patients[::-1].index(name))) == 1
+        for name in set(patients)
+    )
+    majority = {
+        name: int(np.bincount(cases.targets[[r for r in order if cases.groups[int(r)] == name]].astype(int)).argmax())
+        for name in patients
+    }  # type: ignore[index]
+    first = list(dict.fromkeys(patients))[: len(set(majority.values()))]
+    assert {majority[name] for name in first} == set(majority.values())
+
+
+def test_layer_scales__fall_from_head_to_stem() -> None:
+    encoder = ViT3D(image_size=(16, 16, 16), patch_size=8, hidden_size=24, num_layers=3, num_heads=2)
+    scales = layer_scales(encoder, 0.5)
+    assert set(scales) == {name for name, _ in encoder.named_parameters()}
+    by_block = [scales[next(n for n, p in encoder.named_parameters() if p is next(block.parameters()))] for block in encoder.blocks]
+    assert by_block == [0.5**3, 0.5**2, 0.5]
+    assert {scales[name] for name in scales if "patch_embedding" in name} == {0.5**4}
+    assert all(scale == 1.0 for scale in layer_scales(encoder, 1.0).values())
+
+
+def test_learning_rate__warms_up_again_after_the_frozen_steps() -> None:
+    settings = TargetSettings(steps=100, warmup_steps=10, freeze_steps=20)
+    assert learning_rate(0, settings, 20) == (0.0, 0.1) and learning_rate(19, settings, 20) == (0.0, 1.0)
+    assert learning_rate(20, settings, 20) == (0.1, 0.1) and learning_rate(29, settings, 20) == (1.0, 1.0)
+    assert learning_rate(30, settings, 20)[0] == pytest.approx(1.0) and learning_rate(99, settings, 20)[0] < 0.001
+
+
+def test_class_weights__are_one_over_the_share() -> None:
+    targets = np.array([0, 0, 0, 1])
+    weights = class_weights(TargetSettings(class_weights="balanced"), targets, 2)
+    assert weights is not None and weights.tolist() == pytest.approx([4 / 6, 2.0])
+    assert np.mean([float(weights[int(t)]) for t in targets]) == pytest.approx(1.0)
+    assert class_weights(TargetSettings(), targets, 2) is None
+    with pytest.raises(RequestError, match="1 numbers for 2 classes"):
+        class_weights(TargetSettings(class_weights=(1.0,)), targets, 2)
+
+
+def test_mean_auc__of_two_classes_is_the_usual_one() -> None:
+    rng = np.random.default_rng(0)
+    score, target = rng.random(30), rng.integers(2, size=30)
+    assert mean_auc(np.stack([target, 1 - score, score], axis=1)) == pytest.approx(roc_auc(np.stack([target, score], axis=1)))
+
+
+def test_cases_that_cannot_work__are_refused() -> None:
+    cases = make_cases()
+    with pytest.raises(RequestError, match="no labelled case is marked test"):
+        run(replace(cases, split=np.where(cases.split == "test", "train", cases.split)))
+    with pytest.raises(RequestError, match=r"class c2 has no case among the \d+ training cases; give more labels"):
+        run(replace(cases, split=np.where((cases.targets == 2) & (cases.split == "train"), "val", cases.split)))
+    with pytest.raises(RequestError, match="patience needs validation cases"):
+        run(replace(cases, split=np.where(cases.split == "val", "train", cases.split)), replace(QUICK, patience=3))
+    with pytest.raises(RequestError, match="500 labels are asked for, and 45 training cases"):
+        run(cases, labels=500)
+    numbers = make_cases("regression")
+    with pytest.raises(RequestError, match="training targets are 7; nothing can be learnt"):
+        run(replace(numbers, targets=np.full(len(numbers.ids), 7.0)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"steps": 0}, "steps: 0; 1 or more"),
+        ({"layer_decay": 1.5}, "layer_decay: 1.5; above 0, at most 1"),
+        ({"patience": 2, "val_every": 0}, "patience: 2; 1 or more, with val_every above 0"),
+        ({"class_weights": "equal"}, "class_weights: 'equal'; none, balanced, or one number per class"),
+        ({"epochs": 3}, "unknown key epochs"),
+    ],
+)
+def test_settings_that_cannot_work__are_refused(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(RequestError, match=match):
+        TargetSettings.from_dict(changes)

@@ -1,0 +1,118 @@
+"""Fine-tuning for classes and numbers from an index and a table: cells that are kept, leakage, views that do not fit."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medssl import api, target_tasks
+from medssl.errors import LeakageError, RequestError
+from medssl.recipe import Recipe, recipe_folder
+
+SHORT = [
+    "settings.steps=3",
+    "settings.batch=2",
+    "settings.warmup_steps=1",
+    "settings.val_every=2",
+    "settings.augment={noise_std: 0.1}",
+]
+
+
+@pytest.fixture(scope="module")
+def house(phantom_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table with both classes in every split, and weights of a short run on the training volumes."""
+    root = tmp_path_factory.mktemp("targets")
+    with (phantom_archive.parent / "cohort" / "split.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    seen: dict[str, int] = {}
+    with (root / "labels.csv").open("w", newline="") as stream:
+        table = csv.DictWriter(stream, fieldnames=["file", "liver_ml", "finding"])
+        table.writeheader()
+        for row in rows:
+            place = seen[row["split"]] = seen.get(row["split"], 0) + 1
+            table.writerow({"file": row["file"], "liver_ml": row["liver_ml"], "finding": ("absent", "present")[place % 2]})
+    quiet = ["train.monitor_items=0", "train.tensorboard=false", "train.steps=2"]
+    smoke = recipe_folder() / "smoke" / "mae_cnn_segresnet3d_mri.yaml"
+    assert api.pretrain(smoke, [f"data.index={phantom_archive}", f"out={root / 'run'}", *quiet]).status == "finished"
+    return root
+
+
+def load(house: Path, archive: Path, *changes: str) -> Any:
+    given = [f"source.index={archive}", f"table={house / 'labels.csv'}", "target=finding", f"out={house / 'out'}", *SHORT]
+    return Recipe.load(recipe_folder() / "finetune" / "classification_mri.yaml", [*given, *changes])
+
+
+def test_classes__pretrained_beside_scratch_and_finished_cells_are_kept(
+    house: Path, phantom_archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load(house, phantom_archive)
+    summary = api.label_curve(recipe, house / "run", counts=[2, 4], seeds=[0, 1])
+    assert [(row["labels"], row["arm"]) for row in summary["rows"]] == [
+        (2, "pretrained"),
+        (2, "scratch"),
+        (4, "pretrained"),
+        (4, "scratch"),
+    ]
+    assert all(row["metric"] == "auroc" and len(row["seeds"]) == 2 and 0 <= row["value"] <= 1 for row in summary["rows"])
+    assert [(row["labels"], row["arm"]) for row in summary["differences"]] == [(2, "pretrained"), (4, "pretrained")]
+    assert summary["shared"]["leakage_check"] == "no patient of this evaluation was pretrained on"
+    assert summary["shared"]["views"]["size"] == [32, 32, 16] and summary["shared"]["forced"] == []
+    table = (house / "out" / "table.md").read_text()
+    assert "| 4 | pretrained | " in table and "| 2 | pretrained - scratch " in table
+    cells = house / "out" / "cells"
+    content = json.loads((cells / "pretrained_n4_s0" / "results.json").read_text())
+    assert content["classes"] == ["absent", "present"] and len(content["cases"]) == summary["rows"][0]["n_test"]
+    weights = load_file(cells / "pretrained_n4_s0" / "network.safetensors")
+    assert {key.split(".")[0] for key in weights} == {"encoder", "head"}
+    trained = load_file(house / "run" / "weights" / "last" / "encoder.safetensors")
+    own = {key.removeprefix("encoder.net."): value for key, value in weights.items()}
+    moved = [key for key in trained if key in own and not torch.equal(own[key], trained[key])]
+    assert moved
+    monkeypatch.setattr(target_tasks, "finetune_targets", None)
+    assert api.label_curve(recipe, house / "run", counts=[2, 4], seeds=[0, 1])["rows"] == summary["rows"]
+    with pytest.raises(RequestError, match="cells computed with other settings; cells of one folder share"):
+        api.label_curve(load(house, phantom_archive, "settings.lr=0.1"), house / "run", counts=[2], seeds=[0])
+
+
+def test_numbers__from_scratch_with_the_encoder_of_the_recipe(house: Path, phantom_archive: Path) -> None:
+    encoder = "encoder={name: segresnet3d, init_filters: 8, blocks_down: [1, 1, 1], blocks_up: [1, 1]}"
+    views = "source.views={size: [32, 32, 16], spacing_mm: 4.0, normalize: zscore}"
+    out = f"out={house / 'numbers'}"
+    recipe = load(house, phantom_archive, "task=regression", "target=liver_ml", encoder, views, out, "settings.class_weights=none")
+    summary = api.finetune(recipe, None)
+    (row,) = summary["rows"]
+    assert row["metric"] == "mae" and row["arm"] == "scratch" and np.isfinite(row["value"]) and summary["differences"] == []
+    with pytest.raises(RequestError, match="the recipe must name an encoder"):
+        api.finetune(load(house, phantom_archive, views, f"out={house / 'none'}"), None)
+    with pytest.raises(RequestError, match=r"from scratch the recipe must say what the encoder sees: source\.views\.size"):
+        api.finetune(load(house, phantom_archive, f"out={house / 'none'}"), None)
+
+
+def test_other_views_than_those_of_the_weights__are_refused_unless_forced(house: Path, phantom_archive: Path) -> None:
+    other = ("source.views={spacing_mm: 6.0, normalize: percentile}", f"out={house / 'forced'}")
+    with pytest.raises(RequestError, match=r"normalize is percentile, the weights were pretrained with zscore; spacing_mm is 6\.0"):
+        api.finetune(load(house, phantom_archive, *other), house / "run")
+    assert not (house / "forced").exists()
+    forced = api.finetune(load(house, phantom_archive, *other, "force=true"), house / "run")["shared"]["forced"]
+    assert len(forced) == 2 and forced[0].startswith("normalize is percentile")
+
+
+def test_patients_of_pretraining__may_train_and_not_be_scored(house: Path, phantom_archive: Path, tmp_path: Path) -> None:
+    quiet = [
+        "train.monitor_items=0",
+        "train.tensorboard=false",
+        "train.steps=1",
+        "data.where=split is not null",
+        f"out={tmp_path / 'run'}",
+    ]
+    api.pretrain(recipe_folder() / "smoke" / "mae_cnn_segresnet3d_mri.yaml", [f"data.index={phantom_archive}", *quiet])
+    with pytest.raises(LeakageError, match="belong to patients that the weights were pretrained on"):
+        api.finetune(load(house, phantom_archive, f"out={tmp_path / 'out'}"), tmp_path / "run")
+    assert not (tmp_path / "out").exists()
