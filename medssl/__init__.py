@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from medssl.build import load_encoder
     from medssl.correspondence import embed, match
     from medssl.export.write import export_weights
+    from medssl.importing.write import import_weights
     from medssl.recipe import Recipe
 
 _HOME = {
@@ -23,6 +24,7 @@ _HOME = {
     "evaluate": "medssl.api",
     "export_weights": "medssl.export.write",
     "finetune": "medssl.api",
+    "import_weights": "medssl.importing.write",
     "index": "medssl.api",
     "label_curve": "medssl.api",
     "load_encoder": "medssl.build",
@@ -38,6 +40,7 @@ __all__ = [
     "evaluate",
     "export_weights",
     "finetune",
+    "import_weights",
     "index",
     "label_curve",
     "load_encoder",

@@ -625,7 +625,7 @@ def evaluation_section(recipe: EvaluateRecipe | FinetuneTargetsRecipe, manifest:
     These are size, spacing and normalisation; for an encoder of clips also the kind, the frames and their rate.
 
     Raises:
-        RequestError: Clips are asked for, and the encoder takes none.
+        RequestError: Clips are asked for, and the encoder takes none; or neither recipe nor weights say size and normalisation.
     """
     given = recipe.source.views
     encoder = manifest["encoder"]
@@ -635,7 +635,13 @@ def evaluation_section(recipe: EvaluateRecipe | FinetuneTargetsRecipe, manifest:
             f"source.views.kind: clip, and the weights are of encoder {encoder['name']}, which takes no clips; choose kind: image or stack "
             "where it takes those, or weights of video_vit"
         )
-    views = {"size": manifest["image_size"], "normalize": manifest["intensity"]["normalize"], **given}
+    known = {"size": manifest.get("image_size"), "normalize": dict(manifest.get("intensity") or {}).get("normalize")}
+    lacking = [f"source.views.{key}" for key, value in known.items() if value is None and key not in given]
+    if lacking:
+        raise RequestError(
+            f"the weights do not say how their images were prepared (imported weights may not); give {' and '.join(lacking)} in the recipe"
+        )
+    views = {**known, **given}
     if clips and given.get("kind", "clip") == "clip":
         views = {"kind": "clip", "channels": "mean" if encoder["args"]["in_channels"] == 1 else "keep", **views}
         if shown := manifest.get("clip"):

@@ -198,7 +198,7 @@ SHORT_FORMS = {"views": "sources.main.views", "data": "sources.main", "encoder":
 
 
 class CohortSection(Node):
-    """A labelled cohort: a folder with images/ labels/ split.csv, a Decathlon JSON, an nnU-Net raw folder, or a CSV."""
+    """A labelled cohort: a folder with images/ labels/ split.csv, a Decathlon JSON, an nnU-Net raw folder, a CSV, or the query of an index."""
 
     path: str
     card: str | None = Field(None, min_length=1, description="Data card of the cohort: a name or a YAML file")
@@ -211,7 +211,7 @@ class FinetuneRecipe(Node):
     kind: Literal["finetune"] = "finetune"
     task: Literal["segmentation"] = "segmentation"
     cohort: CohortSection
-    network: Literal["unetr", "segresnet", "swin_unetr"]
+    network: Literal["unetr", "segresnet", "swin_unetr", "resenc_unet"]
     encoder: dict[str, Any] = Field(
         default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
     )

@@ -17,6 +17,7 @@ ENCODERS: dict[str, str] = {
     "vit3d": "medssl.encoders.vit3d:ViT3D",
     "segresnet3d": "medssl.encoders.segresnet3d:SegResNet3D",
     "swin3d": "medssl.encoders.swin3d:Swin3D",
+    "resenc3d": "medssl.encoders.resenc3d:ResEnc3D",
     "image2d": "medssl.encoders.image2d:Image2D",
     "slice_volume": "medssl.encoders.slice_volume:SliceVolumeEncoder",
     "video_vit": "medssl.encoders.video_vit:VideoViT",
@@ -50,6 +51,7 @@ NETWORKS: dict[str, str] = {
     "unetr": "medssl.networks.segmentation:build_unetr",
     "segresnet": "medssl.networks.segmentation:build_segresnet",
     "swin_unetr": "medssl.networks.segmentation:build_swin_unetr",
+    "resenc_unet": "medssl.networks.segmentation:build_resenc_unet",
 }
 TABLES: dict[str, dict[str, str]] = {
     "encoder": ENCODERS,

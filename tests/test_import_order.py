@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "evaluation": {"layers", "encoders", "networks", "domains", "store", "views"},
     "matching": {"layers", "encoders", "store", "views"},
     "export": {"layers", "encoders", "networks", "evaluation"},
+    "importing": {"layers", "encoders", "export"},
     "report": set(),
     "phantoms": set(),
 }

@@ -66,7 +66,7 @@ def test_objective_and_encoder__must_fit() -> None:
     text = faults(["objective.name=mae_cnn", "objective.decoder_dim=null"], {**GOOD, "objective": {"name": "mae_cnn"}})
     assert "objective.decoder_dim: unknown key" in text
     text = faults([], {**GOOD, "objective": {"name": "mae_cnn"}})
-    assert "mae_cnn cannot work on encoder vit3d (it needs has_decoder); encoders that fit: segresnet3d" in text
+    assert "mae_cnn cannot work on encoder vit3d (it needs has_decoder); encoders that fit: resenc3d, segresnet3d" in text
     text = faults([], {**GOOD, "encoder": {"name": "segresnet3d", "init_filters": 8}})
     assert "mae cannot work on encoder segresnet3d (it needs drops_tokens); encoders that fit: vit3d" in text
     assert "objective.image_size: unknown key" in faults(["objective.image_size=[32, 32, 16]"])
@@ -169,7 +169,10 @@ def test_alice__needs_a_mask_and_an_encoder_that_takes_marks() -> None:
     build.check(Recipe.parse(apply_overrides(GOOD, [objective, "views.count=2"])))
     assert "views.mask: required by objective alice" in faults([objective, "views.count=2", "views.mask=null"])
     found = faults([objective, "encoder={name: image2d, model: resnet18}", "views.size=32"])
-    assert "alice cannot work on encoder image2d (it needs marks_hidden); encoders that fit: segresnet3d, swin3d, vit3d" in found
+    assert (
+        "alice cannot work on encoder image2d (it needs marks_hidden); encoders that fit: resenc3d, segresnet3d, swin3d, vit3d"
+        in found
+    )
     assert "encoder: patch (32, 32, 32) does not divide views.size" in faults([objective, "encoder={name: swin3d}"])
 
 

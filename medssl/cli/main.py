@@ -8,7 +8,7 @@ import sys
 import typer
 
 from medssl._compat.quiet import silence_libraries
-from medssl.cli import archive, card, data, demo, info, labels, matching, results, training
+from medssl.cli import archive, card, data, demo, importing, info, labels, matching, results, training
 from medssl.errors import MedsslError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("embed")(matching.embed)
 app.command("match")(matching.match)
 app.command("evaluate")(results.evaluate)
 app.command("export")(results.export)
+app.command("import")(importing.import_)
 app.command("report")(results.report)
 app.add_typer(info.recipe_app, name="recipe")
 app.add_typer(info.runs_app, name="runs")

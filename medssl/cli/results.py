@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ FORMS = (  # medssl.export.write.EXPORTS, which would import torch for --help
         "segresnet",
         "swin-unetr",
         "monai-bundle",
+        "nnunet",
         "timm",
         "torchvision",
         "resnet",
@@ -68,6 +69,7 @@ def export(
     channels: Annotated[
         int | None, typer.Option(help="Input channels, where not those of the weights: grey from or to several.")
     ] = None,
+    decoder: Annotated[bool, typer.Option("--decoder", help="Add a pretrained decoder, where the run has one.")] = False,
     dims: Annotated[int | None, typer.Option(help="2 or 3 spatial axes of MONAI's ResNet, FlexibleUNet, RetinaNet.")] = None,
     inflation: Annotated[str, typer.Option(help="How 2D kernels get a depth: repeat or centre.")] = "repeat",
     json: Json = False,
@@ -76,7 +78,8 @@ def export(
     from medssl.export.write import export_weights
     from medssl.weights import card_lines, read_manifest
 
-    done = export_weights(run, to, out, channels=channels, dims=dims, inflation=inflation)  # type: ignore[arg-type]  # checked there
+    how: dict[str, Any] = {"channels": channels, "dims": dims, "inflation": inflation}
+    done = export_weights(run, to, out, decoder=decoder, **how)
     cards = read_manifest(run).get("data_cards") or []
     worst = done.max_feature_difference
     same = "features equal bit by bit" if worst == 0 else f"features equal within {worst:.1e}"

@@ -46,7 +46,7 @@ from medssl.evaluation.volumes import (
     labelled_classes,
     whole_image,
 )
-from medssl.networks.segmentation import LoadReport, encoder_parameters, load_pretrained, set_head_prior
+from medssl.networks.segmentation import LoadReport, encoder_parameters, library_of, load_pretrained, set_head_prior
 from medssl.registry import lookup
 from medssl.seeding import counter_rng, derive_seed
 from medssl.weights import load_part, save_part, write_atomic, write_private
@@ -282,7 +282,7 @@ def open_weights(path: Path | str, *, transfer: str = "encoder") -> Pretrained:
         except WeightsError as err:
             raise WeightsError(
                 f"transfer encoder_decoder: {err}; exports hold the encoder alone: "
-                "give the run folder of a segresnet3d or swin3d, or set transfer: encoder"
+                "give the run folder of a segresnet3d, swin3d or resenc3d, or set transfer: encoder"
             ) from err
     return Pretrained(state, manifest, decoder)
 
@@ -819,7 +819,7 @@ def data_cards(cohort: Cohort, weights: Pretrained | None) -> list[dict[str, Any
 def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | None, cards: list[dict[str, Any]]) -> None:
     manifest = {
         "encoder": dict(run.settings.encoder or {}),
-        "library": f"monai.{type(run.network).__name__}",
+        "library": library_of(run.network),
         "network": run.settings.network,
         "network_args": dict(run.settings.network_args),
         "out_channels": 1 + max(run.structures),

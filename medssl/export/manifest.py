@@ -34,6 +34,7 @@ KEPT = (
     "authors",
     "copyright",
     "data_cards",
+    "imported",
     "objective",
     "step",
     "recipe_hash",
@@ -96,7 +97,7 @@ def read_weights(path: Path, *, decoder: bool = False, tag: str = "last") -> Wei
         file = find_part(path, "decoder", tag)
         if not file.is_file():
             raise WeightsError(
-                f"{path} has no decoder; only networks that pretrain one (segresnet3d, swin3d) write it; export without the decoder"
+                f"{path} has no decoder; only networks that pretrain one (segresnet3d, swin3d, resenc3d) write it; export without the decoder"
             )
         weights.decoder, weights.decoder_manifest = load_part(file)
     return weights
@@ -151,6 +152,7 @@ FITTING = {
     "monai.SegResNet": ("safetensors", "segresnet", "monai-bundle"),
     "medssl.VideoTransformer": ("safetensors", "timm"),
     "monai.SwinUNETR": ("safetensors", "swin-unetr", "monai-bundle"),
+    "dynamic_network_architectures.ResidualEncoderUNet": ("safetensors", "nnunet"),
     "timm": ("safetensors", "timm", "torchvision", "resnet", "flexible-unet", "retinanet"),
     "medssl.SliceVolumeEncoder": (
         "joint",

@@ -13,6 +13,7 @@ from medssl.export import (
     flexible_unet,
     joint,
     monai_bundle,
+    nnunet,
     resnet,
     resnet_trunk,
     retinanet,
@@ -28,8 +29,8 @@ from medssl.export.verify import ExportReport, compare, features, require_equal,
 from medssl.weights import disk_error, load_part, save_part
 
 TRUNKS = {module.TARGET.to: module.TARGET for module in (torchvision, resnet, flexible_unet, retinanet)}
-EXPORTS = ("safetensors", "unetr", "segresnet", "swin-unetr", "monai-bundle", "timm", *TRUNKS, "joint", "aggregator")
-WITH_DECODER = ("safetensors", "segresnet", "swin-unetr")
+EXPORTS = ("safetensors", "unetr", "segresnet", "swin-unetr", "monai-bundle", "nnunet", "timm", *TRUNKS, "joint", "aggregator")
+WITH_DECODER = ("safetensors", "segresnet", "swin-unetr", "nnunet")
 
 
 def export_weights(
@@ -51,9 +52,9 @@ def export_weights(
         weights_path: Run folder, its `weights` folder, or the encoder's safetensors file.
         to: One of `EXPORTS`.
         out: Folder to create; it must not exist, or be empty.
-        decoder: Whether to add a pretrained decoder (`safetensors`, `segresnet` and `swin-unetr` only). The default leaves it out.
+        decoder: Whether to add a pretrained decoder (`safetensors`, `segresnet`, `swin-unetr` and `nnunet` only). The default leaves it out.
         tag: `last` or `best`.
-        channels: Input channels of the export, for slice encoders; None keeps them (torchvision: 3).
+        channels: Input channels of the export, for slice encoders and nnunet; None keeps them (torchvision: 3).
         dims: 2 or 3 spatial axes, for slice encoders to MONAI's ResNet, FlexibleUNet and RetinaNet; 3 inflates the kernels.
         inflation: `repeat` or `centre`, see `medssl.export.slices.inflate`.
 
@@ -72,9 +73,13 @@ def export_weights(
         raise RequestError(f"export to {to} holds the encoder only; a decoder goes with {' or '.join(WITH_DECODER)}")
     asked = Adaptation(channels, dims, inflation)
     asked.check()
-    if asked != Adaptation() and to not in ("timm", *TRUNKS):
+    if asked != Adaptation() and to not in ("timm", "nnunet", *TRUNKS):
         raise RequestError(
-            f"export to {to} takes weights as they are; channels, dims and inflation go with timm, {', '.join(TRUNKS)}"
+            f"export to {to} takes weights as they are; channels, dims and inflation go with timm, {', '.join(TRUNKS)}, channels with nnunet"
+        )
+    if to == "nnunet" and asked != Adaptation(asked.channels):
+        raise RequestError(
+            "export to nnunet: dims and inflation go with slice encoders, these weights have three axes; leave them out"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"export: {out} exists and is not an empty folder; choose another one, or remove it first")
@@ -102,6 +107,7 @@ def _writer(to: str, name: str, asked: Adaptation) -> Callable[[Path, Weights], 
         "swin-unetr": swin_unetr.write,
         "monai-bundle": lambda folder, weights: monai_bundle.write(folder, weights, name=name),
         "timm": lambda folder, weights: timm.write(folder, weights, asked),
+        "nnunet": lambda folder, weights: nnunet.write(folder, weights, asked),
         "joint": joint.write_joint,
         "aggregator": joint.write_aggregator,
     }

@@ -1,4 +1,4 @@
-"""Stock MONAI segmentation networks around an encoder, and the strict loading of pretrained weights into them.
+"""Segmentation networks around an encoder (stock MONAI, and nnU-Net's form), and the strict loading of pretrained weights into them.
 
 Nothing is loaded partially in silence: every encoder tensor of the network must be in the file under its own name and
 with its own shape. The one adaptation is a learned position table, which is resized trilinearly when the crop of the
@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from medssl.encoders.resenc3d import LIBRARY as RESENC
+from medssl.encoders.resenc3d import STEM_CONVOLUTION, ResEnc3D, build_network
 from medssl.errors import RequestError, WeightsError
 from medssl.layers.pos_embed import resize_positions
 
@@ -23,6 +25,9 @@ UNETR_LAYERS = 12
 SWIN_STRIDE = 32
 SWIN_DECODER = ("encoder1.", "encoder2.", "encoder3.", "encoder4.", "encoder10.", *(f"decoder{n}." for n in range(1, 6)))
 POSITIONS = "patch_embedding.position_embeddings"
+RESENC_DECODER = ("decoder.stages.", "decoder.transpconvs.")
+FITS = {"vit3d": "unetr", "segresnet3d": "segresnet", "swin3d": "swin_unetr", "resenc3d": "resenc_unet"}  # encoder: network
+LIBRARIES = {"monai.ViT": "unetr", "monai.SegResNet": "segresnet", "monai.SwinUNETR": "swin_unetr", RESENC: "resenc_unet"}
 UNUSED = "norm_cross_attn"  # in every MONAI ViT block since 1.4, on no path without cross attention; older files lack it
 
 Network: TypeAlias = nn.Module
@@ -198,23 +203,62 @@ def build_swin_unetr(
     return network
 
 
+def build_resenc_unet(
+    *,
+    encoder: Mapping[str, Any],
+    out_channels: int,
+    image_size: Sequence[int] | None = None,
+) -> Network:
+    """Build nnU-Net's residual-encoder U-Net, under nnU-Net's names, with the encoder that a manifest describes.
+
+    Only the finest of its last convolutions is used: those of the coarser scales serve nnU-Net's deep supervision, and exist so that the
+    names are complete.
+
+    Args:
+        encoder: `{"name": "resenc3d", "args": {...}}`.
+        out_channels: Classes including background.
+        image_size: Crop (X, Y, Z) in voxels, checked against the strides; None skips the check.
+
+    Raises:
+        RequestError: The encoder is another one, or the crop does not divide.
+
+    Reference:
+        Isensee et al. 2024, "nnU-Net Revisited" (arXiv 2404.09556), presets ResEnc M, L, XL.
+    """
+    args = encoder_args(encoder, "resenc3d", "resenc_unet")
+    if image_size is not None:
+        divisor = ResEnc3D.divisor(args)
+        if check_crop("resenc_unet", image_size, divisor) == divisor:
+            raise RequestError(
+                f"network resenc_unet: crop {'x'.join(map(str, image_size))} voxels leaves one cell at the coarsest scale, over which "
+                f"instance norm is undefined; use {2 * divisor[0]} voxels or more along an axis"
+            )
+    network = build_network(args, out_channels)
+    for layer in network.decoder.seg_layers[:-1]:
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
+    return network
+
+
 def encoder_args(encoder: Mapping[str, Any], wanted: str, network: str) -> dict[str, Any]:
     """Return the encoder's arguments after checking that it is the one this network is built around."""
     name = encoder.get("name")
     if name != wanted:
-        fits = {"vit3d": "unetr", "segresnet3d": "segresnet", "swin3d": "swin_unetr"}.get(str(name))
+        fits = FITS.get(str(name))
         advice = f'choose network "{fits}"' if fits else f"choose an encoder {wanted}"
         raise RequestError(f'network {network}: the encoder is "{name}"; it is built around {wanted}; {advice}')
     return dict(encoder.get("args", {}))
 
 
-def check_crop(network: str, image_size: Sequence[int], divisor: int) -> tuple[int, int, int]:
-    """Return the crop as a tuple of three, or say which multiple is needed."""
+def check_crop(network: str, image_size: Sequence[int], divisor: int | Sequence[int]) -> tuple[int, int, int]:
+    """Return the crop as a tuple of three, or say which multiple is needed, of every axis or of each."""
     size = tuple(int(n) for n in image_size)
-    if len(size) != 3 or any(n < divisor or n % divisor for n in size):
-        nearest = "x".join(str(max(divisor, -(-n // divisor) * divisor)) for n in size)
+    divisors = (divisor,) * 3 if isinstance(divisor, int) else tuple(divisor)
+    if len(size) != 3 or any(n < d or n % d for n, d in zip(size, divisors)):
+        nearest = "x".join(str(max(d, -(-n // d) * d)) for n, d in zip(size, divisors))
+        needed = str(divisors[0]) if len(set(divisors)) == 1 else "x".join(map(str, divisors))
         raise RequestError(
-            f"network {network}: crop {'x'.join(map(str, size))} voxels; every axis must be a multiple of {divisor}; use {nearest}"
+            f"network {network}: crop {'x'.join(map(str, size))} voxels; every axis must be a multiple of {needed}; use {nearest}"
         )
     return size[0], size[1], size[2]
 
@@ -226,7 +270,7 @@ def load_pretrained(
     *,
     decoder_state: Mapping[str, Tensor] | None = None,
 ) -> LoadReport:
-    """Fill the encoder of a network, and optionally the decoder of a SegResNet or SwinUNETR, with pretrained tensors.
+    """Fill the encoder of a network, and optionally the decoder of a SegResNet, SwinUNETR or residual-encoder U-Net, with pretrained tensors.
 
     Nothing of the network is changed unless everything fits.
 
@@ -234,8 +278,8 @@ def load_pretrained(
         network: Result of one of the builders here.
         state: Encoder tensors under the stock network's own keys. Keys of the manifest's other key groups are ignored.
         manifest: Manifest of the weights: `library`, `key_groups`, `image_size` and `patch_size` for position tables.
-        decoder_state: Decoder tensors of a SegResNet (`up_samples.*`, `up_layers.*`) or SwinUNETR (`encoder1.*` to `decoder5.*`); None
-            leaves the decoder as it is.
+        decoder_state: Decoder tensors of a SegResNet (`up_samples.*`, `up_layers.*`), SwinUNETR (`encoder1.*` to `decoder5.*`) or
+            residual-encoder U-Net (`decoder.stages.*`, `decoder.transpconvs.*`); None leaves the decoder as it is.
 
     Raises:
         WeightsError: Another kind of network, other input channels, or any name or shape that does not match.
@@ -244,8 +288,7 @@ def load_pretrained(
     found = manifest.get("library", library)
     if found != library:
         name = dict(manifest.get("encoder", {})).get("name", found)
-        networks = {"monai.ViT": "unetr", "monai.SegResNet": "segresnet", "monai.SwinUNETR": "swin_unetr"}
-        fits = networks.get(str(found), "the one they were made for")
+        fits = LIBRARIES.get(str(found), "the one they were made for")
         raise WeightsError(f"the weights are of {found} (encoder {name}); this network needs {library}; choose network {fits}")
     own = network.state_dict()
     wanted = {key.removeprefix(prefix): key for key in own if key.startswith(encoder_keys)}
@@ -257,8 +300,8 @@ def load_pretrained(
     if decoder_state is not None:
         if not decoder_keys:
             raise WeightsError(
-                "decoder weights were given, but only a SegResNet or SwinUNETR takes a pretrained decoder, this is a "
-                f"{type(network).__name__}; transfer the encoder alone"
+                "decoder weights were given, but only a SegResNet or SwinUNETR takes a pretrained decoder, or a "
+                f"ResidualEncoderUNet, this is a {type(network).__name__}; transfer the encoder alone"
             )
         part, _ = _match("decoder", decoder_state, own, {key: key for key in own if key.startswith(decoder_keys)})
         filled.update(part)
@@ -306,6 +349,11 @@ def encoder_parameters(network: Network) -> set[str]:
     return {name for name, _ in network.named_parameters() if name.startswith(keys)}
 
 
+def library_of(network: Network) -> str:
+    """Return the class that a network is, or whose names it has, as manifests name it."""
+    return _plan(network)[0]
+
+
 def _plan(network: Network) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
     """Return library name, prefix of encoder keys in the network, encoder keys and decoder keys (with prefix)."""
     kind = type(network).__name__
@@ -315,11 +363,16 @@ def _plan(network: Network) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]
         return "monai.SegResNet", "", ("convInit.", "down_layers."), ("up_samples.", "up_layers.")
     if kind == "SwinUNETR":
         return "monai.SwinUNETR", "", ("swinViT.",), SWIN_DECODER
-    raise WeightsError(f"pretrained weights for a {kind}: only UNETR, SegResNet and SwinUNETR are known; build one of these")
+    if kind == "ResidualEncoderUNet":
+        return RESENC, "", ("encoder.",), RESENC_DECODER
+    raise WeightsError(
+        f"pretrained weights for a {kind}: only UNETR, SegResNet, SwinUNETR and ResidualEncoderUNet are known; build one of these"
+    )
 
 
 def _check_channels(given: Mapping[str, Tensor], own: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
-    for key in ("patch_embedding.patch_embeddings.weight", "convInit.conv.weight", "swinViT.patch_embed.proj.weight"):
+    stems = ("patch_embedding.patch_embeddings.weight", "convInit.conv.weight", "swinViT.patch_embed.proj.weight", STEM_CONVOLUTION)
+    for key in stems:
         if key in wanted and key in given and given[key].ndim == own[wanted[key]].ndim:
             have, need = given[key].shape[1], own[wanted[key]].shape[1]
             if have != need:

@@ -36,7 +36,7 @@ def repeat_mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 class MAECNN(nn.Module):
-    """MAE over an encoder with a decoder of its own (`segresnet3d`, `swin3d`).
+    """MAE over an encoder with a decoder of its own (`segresnet3d`, `swin3d`, `resenc3d`).
 
     Args:
         encoder: Has `forward_features(x, stem_extra=...)`, `mask_stem()` and `forward_decoder(pyramid, image)`.

@@ -254,7 +254,7 @@ def test_embed__weights_at_another_spacing_or_step(archive: Path, run: Path, cap
         (["views.count=3"], "data.views.count: unknown key"),
         (
             ["encoder={name: vit3d, image_size: [24, 24, 16], patch_size: 8}"],
-            r"needs pyramid_centres\); encoders that fit: segresnet3d",
+            r"needs pyramid_centres\); encoders that fit: resenc3d, segresnet3d",
         ),
     ],
 )

@@ -17,6 +17,7 @@ TINY = {
     "video_vit": {"image_size": (4, 16, 24), "patch_size": 8, "hidden_size": 24, "num_layers": 2, "num_heads": 2},
     "vit3d": {"image_size": (16, 24, 8), "patch_size": 8, "hidden_size": 24, "num_layers": 2, "num_heads": 2},
     "segresnet3d": {"init_filters": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)},
+    "resenc3d": {"features_per_stage": (8, 12, 16), "n_blocks_per_stage": (1, 2, 1), "strides": (1, 2, 2)},
     "swin3d": {"feature_size": 12, "depths": (2, 1, 1, 1), "num_heads": (2, 2, 2, 2), "window_size": 4},
     "image2d": {"model": "resnet18", "in_channels": 2},
     "slice_volume": {
@@ -141,7 +142,7 @@ def test_swin3d__states_and_decoder_are_those_of_monais_swin_unetr() -> None:
     assert not any(p.requires_grad for p in encoder.net.out.parameters())
 
 
-@pytest.mark.parametrize(("name", "channels"), [("segresnet3d", 8), ("swin3d", 12), ("vit3d", 24)])
+@pytest.mark.parametrize(("name", "channels"), [("segresnet3d", 8), ("resenc3d", 8), ("swin3d", 12), ("vit3d", 24)])
 def test_stem_extra__of_zeros_changes_nothing(name: str, channels: int) -> None:
     encoder = lookup("encoder", name)(**TINY[name]).eval()
     size = SIZES.get(name, (16, 24, 8))
@@ -181,7 +182,7 @@ def test_swin3d__says_what_its_decoder_needs() -> None:
 
 @pytest.mark.parametrize("name", [name for name in sorted(ENCODERS) if lookup("encoder", name).pyramid_centres])
 def test_pyramid_centres__are_where_cells_look(name: str) -> None:
-    """With its residual branches at zero a cell sees its own voxels only; ramps in mm along the axes say where their middle lies."""
+    """With its residual branches at zero and no norm between, a cell sees its own voxels only; ramps in mm say where their middle lies."""
     from medssl.objectives.anatomical_embedding import lattice, pyramid_shape
 
     size = {"swin3d": (64, 32, 32)}.get(name, (24, 32, 16))
@@ -192,6 +193,9 @@ def test_pyramid_centres__are_where_cells_look(name: str) -> None:
         for key, parameter in encoder.net.named_parameters():
             if any(part in key for part in ("conv2.", "attn.proj.", "linear2.")):
                 parameter.zero_()
+    for module in encoder.modules():
+        if isinstance(getattr(module, "norm", None), torch.nn.InstanceNorm3d):
+            module.norm = torch.nn.Identity()  # an instance norm sees the whole image
     indices = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in size), indexing="ij"))
     ramps = indices * spacing[:, None, None, None] + 10.0
     view = torch.cat([torch.diag(spacing), torch.full((3, 1), 10.0, dtype=torch.float64)], dim=1)

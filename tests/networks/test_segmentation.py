@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from medssl.encoders.resenc3d import ResEnc3D
 from medssl.encoders.segresnet3d import SegResNet3D
 from medssl.encoders.swin3d import Swin3D
 from medssl.encoders.vit3d import ViT3D
 from medssl.errors import RequestError, WeightsError
 from medssl.networks.segmentation import (
     POSITIONS,
+    build_resenc_unet,
     build_segresnet,
     build_swin_unetr,
     build_unetr,
@@ -21,6 +23,7 @@ from medssl.networks.segmentation import (
 )
 
 SEG = {"in_channels": 1, "init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
+RESENC = {"features_per_stage": [8, 12, 16], "n_blocks_per_stage": [1, 2, 1], "strides": [1, 2, [2, 2, 1]]}
 SWIN = {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 2, 2], "window_size": [4, 3, 2]}
 VIT = {"in_channels": 1, "image_size": [48, 32, 16], "patch_size": [16, 16, 16], "hidden_size": 24, "num_heads": 2}
 
@@ -155,7 +158,7 @@ def test_weights_of_another_network__say_which_network_fits() -> None:
     with pytest.raises(WeightsError, match=r"of monai.ViT .*choose network unetr"):
         load_pretrained(network, state, manifest)
     unetr = build_unetr(encoder={"name": "vit3d", "args": VIT}, out_channels=2, image_size=(16, 16, 16), feature_size=4)
-    with pytest.raises(WeightsError, match="only a SegResNet or SwinUNETR takes a pretrained decoder"):
+    with pytest.raises(WeightsError, match=r"only a SegResNet or SwinUNETR takes a pretrained decoder, .* this is a UNETR"):
         load_pretrained(unetr, state, manifest, decoder_state={"up_layers.x": torch.zeros(1)})
 
 
@@ -239,4 +242,64 @@ def test_swin_unetr__refuses_other_crops_encoders_and_channels() -> None:
     with pytest.raises(WeightsError, match=r"the weights take 1 input channel\(s\), the network has 2"):
         load_pretrained(wide, state, manifest)
     with pytest.raises(WeightsError, match="choose network swin_unetr"):
+        load_pretrained(build_segresnet(encoder={"name": "segresnet3d", "args": SEG}, out_channels=2), state, manifest)
+
+
+def resenc_part(seed: int = 1, **changes: Any) -> tuple[ResEnc3D, dict[str, Tensor], dict[str, Any]]:
+    encoder = seeded(ResEnc3D, seed, **{**RESENC, **changes})
+    for name, parameter in encoder.named_parameters():  # a new network has zeros here
+        if "conv2.norm.weight" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    state = {k: v for k, v in encoder.net.state_dict().items() if k.startswith("encoder.")}
+    manifest = {"library": encoder.library, "key_groups": encoder.key_groups, "encoder": encoder.config()}
+    return encoder, state, manifest
+
+
+def test_resenc_encoder__gives_equal_maps_and_the_decoder_goes_along_when_given() -> None:
+    encoder, state, manifest = resenc_part()
+    decoder = {k: v for k, v in encoder.net.state_dict().items() if k.startswith("decoder.")}
+    arguments = {"encoder": encoder.config(), "out_channels": 3, "image_size": (16, 24, 8)}
+    alone, both = (seeded(build_resenc_unet, 2, **arguments).eval() for _ in range(2))
+    report = load_pretrained(alone, state, manifest)
+    assert (report.matched, report.missing, report.unexpected, report.resized) == (len(state), 0, 0, 0)
+    assert report.fresh == len(alone.state_dict()) - len(state)
+    assert load_pretrained(both, state, manifest, decoder_state=decoder).matched == len(state) + len(decoder)
+    x = torch.randn(1, 1, 16, 24, 8)
+    with torch.no_grad():
+        output = encoder.eval()(x)
+        for network in (alone, both):
+            assert all(torch.equal(a, b) for a, b in zip(network.encode(x), output.pyramid, strict=True))
+        finest = encoder.forward_decoder(output.pyramid)
+        assert torch.equal(both(x), both.decoder.seg_layers[-1](finest)) and both(x).shape == (1, 3, 16, 24, 8)
+        assert not torch.allclose(alone(x), both(x))
+    assert encoder_parameters(alone) == set(state)
+    with pytest.raises(WeightsError, match=r"decoder weights do not fit.*missing"):
+        load_pretrained(both, state, manifest, decoder_state=dict(list(decoder.items())[:-1]))
+
+
+def test_resenc_unet__learns_all_that_it_uses_and_takes_a_head_prior() -> None:
+    network = seeded(build_resenc_unet, 2, encoder={"name": "resenc3d", "args": RESENC}, out_channels=3)
+    set_head_prior(network, [0.9, 0.09, 0.01])
+    torch.testing.assert_close(network.decoder.seg_layers[-1].bias.detach(), torch.tensor([0.9, 0.09, 0.01]).log())
+    network(torch.randn(1, 1, 16, 24, 8)).square().sum().backward()
+    unused = [name for name, parameter in network.named_parameters() if parameter.grad is None]
+    assert unused == ["decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"]
+    assert unused == [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+
+
+def test_resenc_unet__refuses_other_crops_encoders_and_channels() -> None:
+    resenc = {"name": "resenc3d", "args": RESENC}
+    with pytest.raises(RequestError, match=r"every axis must be a multiple of 4x4x2; use 12x24x8"):
+        build_resenc_unet(encoder=resenc, out_channels=2, image_size=(10, 24, 7))
+    with pytest.raises(RequestError, match=r"crop 4x4x2 voxels leaves one cell .*use 8 voxels or more"):
+        build_resenc_unet(encoder=resenc, out_channels=2, image_size=(4, 4, 2))
+    with pytest.raises(
+        RequestError, match='the encoder is "resenc3d"; it is built around segresnet3d; choose network "resenc_unet"'
+    ):
+        build_segresnet(encoder=resenc, out_channels=2)
+    _, state, manifest = resenc_part(in_channels=2)
+    network = build_resenc_unet(encoder=resenc, out_channels=2)
+    with pytest.raises(WeightsError, match=r"the weights take 2 input channel\(s\), the network has 1"):
+        load_pretrained(network, state, manifest)
+    with pytest.raises(WeightsError, match="choose network resenc_unet"):
         load_pretrained(build_segresnet(encoder={"name": "segresnet3d", "args": SEG}, out_channels=2), state, manifest)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from medssl.encoders.image2d import Image2D
+from medssl.encoders.resenc3d import ResEnc3D
 from medssl.encoders.segresnet3d import SegResNet3D
 from medssl.encoders.slice_volume import SliceVolumeEncoder
 from medssl.encoders.video_vit import VideoViT
@@ -47,6 +48,10 @@ def vit_mae() -> MAE:
 
 def cnn_mae() -> MAECNN:
     return MAECNN(SegResNet3D(init_filters=8, blocks_down=(1, 1, 1), blocks_up=(1, 1)), image_size=VOLUME)
+
+
+def resenc_mae() -> MAECNN:
+    return MAECNN(ResEnc3D(features_per_stage=(8, 12, 16), n_blocks_per_stage=(1, 1, 1), strides=(1, 2, 2)), image_size=VOLUME)
 
 
 def clustering(**changes: Any) -> IntraInterClustering:
@@ -106,6 +111,7 @@ def speeds(**changes: Any) -> RelativeSpeed:
 CASES: dict[str, tuple[Callable[[], Any], tuple[str, ...], dict[str, Any]]] = {
     "mae": (vit_mae, ("volume",), {}),
     "mae_cnn": (cnn_mae, ("volume",), {}),
+    "mae_cnn resenc3d": (resenc_mae, ("volume",), {}),
     "intra_inter_clustering": (clustering, ("stack", "image", "volume"), {"separable": False}),
     "intra_inter_clustering deepcluster": (deep_clustering, ("stack", "image"), {}),
     "graph_matching": (graphs, ("image",), {"separable": False, "lr": 1e-2, "batch": 16}),
