@@ -14,8 +14,9 @@ from medssl.archive.headers.containers import SEPARATOR, unpack
 from medssl.archive.paths import to_path
 from medssl.errors import ImageError, RequestError, StoreError
 
-FORMAT = 3
-"""3: private files say what they were built from (`told`); an index of another form is built again from its scan."""
+FORMAT = 4
+"""3: private files say what they were built from (`told`). 4: they are told apart by their paths (`path_id`). An index of another form is built
+again from its scan."""
 FILE_COLUMNS: dict[str, str] = {"file_id": "VARCHAR", "series_id": "VARCHAR", "reason": "VARCHAR"}
 PRIVATE_FILE_COLUMNS: dict[str, str] = {
     "file_id": "VARCHAR",

@@ -368,6 +368,21 @@ def test_members_of_a_container__are_told_apart(tmp_path: Path, monkeypatch: pyt
     assert tables(out) == from_nothing(source, out, tmp_path / "whole")
 
 
+def test_an_index_of_an_older_form__is_built_again(tmp_path: Path) -> None:
+    """Tables of another version may lack columns that changes are told by."""
+    source, out = tmp_path / "src", tmp_path / "out"
+    write_tree(source, 2, 3)
+    index([source], out)
+    kept, private = tables(out), out / "private"
+    grouped = json.loads((private / "grouped.json").read_text())
+    (private / "grouped.json").write_text(json.dumps({**grouped, "format": grouped["format"] - 1}))
+    older = duckdb.sql(f"SELECT * EXCLUDE (path_id), 1::BIGINT AS source_id FROM read_parquet('{private / 'files.parquet'}')")
+    older.write_parquet(str(private / "aside.parquet"))
+    (private / "aside.parquet").replace(private / "files.parquet")
+    index([source], out)
+    assert tables(out) == kept
+
+
 def test_files_of_one_number__keep_their_order_when_pixels_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = tmp_path / "src", tmp_path / "out"
     write_tree(source, 1, 6)
