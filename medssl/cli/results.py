@@ -26,7 +26,7 @@ FORMS = (  # medssl.export.write.EXPORTS, which would import torch for --help
         "flexible-unet",
         "retinanet",
     ),
-    *("joint", "aggregator"),
+    *("joint", "aggregator", "onnx", "hf"),
 )
 NO_CARD = "no data card; name one in the recipe (data.card), and the weights carry it"
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]

@@ -11,9 +11,11 @@ from pathlib import Path
 from medssl.errors import RequestError, near
 from medssl.export import (
     flexible_unet,
+    hf,
     joint,
     monai_bundle,
     nnunet,
+    onnx,
     resnet,
     resnet_trunk,
     retinanet,
@@ -29,7 +31,10 @@ from medssl.export.verify import ExportReport, compare, features, require_equal,
 from medssl.weights import disk_error, load_part, save_part
 
 TRUNKS = {module.TARGET.to: module.TARGET for module in (torchvision, resnet, flexible_unet, retinanet)}
-EXPORTS = ("safetensors", "unetr", "segresnet", "swin-unetr", "monai-bundle", "nnunet", "timm", *TRUNKS, "joint", "aggregator")
+EXPORTS = (
+    *("safetensors", "unetr", "segresnet", "swin-unetr", "monai-bundle", "nnunet", "timm", *TRUNKS),
+    *("joint", "aggregator", "onnx", "hf"),
+)
 WITH_DECODER = ("safetensors", "segresnet", "swin-unetr", "nnunet")
 
 
@@ -110,6 +115,8 @@ def _writer(to: str, name: str, asked: Adaptation) -> Callable[[Path, Weights], 
         "nnunet": lambda folder, weights: nnunet.write(folder, weights, asked),
         "joint": joint.write_joint,
         "aggregator": joint.write_aggregator,
+        "onnx": onnx.write,
+        "hf": hf.write,
     }
     if to in TRUNKS:
         return lambda folder, weights: resnet_trunk.write(folder, weights, TRUNKS[to], asked)
