@@ -217,12 +217,11 @@ def train(folder: Path, data: Path, iterations: int, cases: int) -> dict[str, An
         call(name, arguments)
     prepared = time.perf_counter() - begin
     import torch
-    from nnunetv2.training.nnUNetTrainer.pretraining.pretrainedTrainer import PretrainedTrainer
+    from nnunetv2.run.run_training_from_pretrained import get_trainer_from_args
 
-    (dataset,) = (folder / "preprocessed").glob(f"Dataset{int(number):03d}_*")
-    (plans,) = dataset.glob("ptPlans__medssl*.json")
-    plan, content = json.loads(plans.read_text()), json.loads((dataset / "dataset.json").read_text())
-    trainer = PretrainedTrainer(plan, "3d_fullres", 0, content, device=torch.device("cpu"))
+    (plans,) = (folder / "preprocessed").glob(f"Dataset{int(number):03d}_*/ptPlans__medssl*.json")
+    plan = json.loads(plans.read_text())
+    trainer: Any = get_trainer_from_args(number, "3d_fullres", 0, "PretrainedTrainer", plans.stem, torch.device("cpu"))
     trainer.initialize()
     given = torch.load(file, map_location="cpu", weights_only=True)["network_weights"]
     start = {key: value.clone() for key, value in trainer.network.state_dict().items()}

@@ -101,7 +101,7 @@ def transformers_kind(source: Any) -> str | None:
     """Return `vit` or `dinov2` where transformers has exactly the network that the encoder is, else None.
 
     What counts is everything that would change features: class token and no registers, positions for all tokens, norm before the
-    branches, a bias in qkv, no norm of queries and keys, GELU, class token pooled after the last norm.
+    branches, a bias in qkv, no norm of queries and keys, GELU, class token pooled after the last norm; for `dinov2` a square table.
     """
     if not getattr(source, "takes_images", False):
         return None
@@ -124,7 +124,10 @@ def transformers_kind(source: Any) -> str | None:
     alike = all(_plain_block(block) for block in net.blocks) and len(scaled) == 1
     if not plain or not alike:
         return None
-    return "dinov2" if scaled.pop() else "vit"
+    if not scaled.pop():
+        return "vit"
+    height, width = net.patch_embed.img_size
+    return "dinov2" if height == width else None  # Dinov2Model reads its position table as a square
 
 
 def _plain_block(block: Any) -> bool:

@@ -50,10 +50,10 @@ DINOV2 = {
 }
 
 
-def make_image_vit(model: str = "vit_tiny_patch16_224", **model_args: Any) -> Image2D:
+def make_image_vit(model: str = "vit_tiny_patch16_224", size: tuple[int, int] = (32, 48), **model_args: Any) -> Image2D:
     """A small timm ViT whose tensors are not what a new network has."""
     torch.manual_seed(6)
-    encoder = Image2D(model=model, image_size=(32, 48), model_args={"depth": 2, "embed_dim": 48, "num_heads": 3, **model_args})
+    encoder = Image2D(model=model, image_size=size, model_args={"depth": 2, "embed_dim": 48, "num_heads": 3, **model_args})
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -84,12 +84,13 @@ def test_own_layout__is_built_again_from_config_json_alone(make: Any, tmp_path: 
     ("vit_small_patch14_dinov2", {"patch_size": 16}, "dinov2", DINOV2),
 ])  # fmt: skip
 def test_image_vit__has_the_names_of_transformers(model: str, args: Any, kind: str, keys: set[str], tmp_path: Path) -> None:
-    encoder = make_image_vit(model, **args)
+    size = (32, 48) if kind == "vit" else (48, 48)
+    encoder = make_image_vit(model, size, **args)
     report = export_weights(save_parts(encoder, tmp_path / "run"), "hf", tmp_path / "out")
     state = load_file(tmp_path / "out" / "model.safetensors")
     assert state.keys() == keys == set(report.matched)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["model_type"] == kind and config["image_size"] == [32, 48] and config["num_channels"] == 1
+    assert config["model_type"] == kind and config["image_size"] == ([32, 48] if kind == "vit" else 48) and config["num_channels"] == 1
     assert report.max_feature_difference < 1e-12
     block = encoder.net.blocks[1]
     query, key, value = block.attn.qkv.weight.chunk(3)
@@ -105,6 +106,7 @@ def test_image_vit__has_the_names_of_transformers(model: str, args: Any, kind: s
 @pytest.mark.parametrize("args", [
     {"model": "vit_tiny_patch16_224", "reg_tokens": 2}, {"model": "vit_tiny_patch16_224", "global_pool": "avg"},
     {"model": "vit_tiny_patch16_224", "qkv_bias": False}, {"model": "vit_tiny_patch16_224", "qk_norm": True},
+    {"model": "vit_small_patch14_dinov2", "patch_size": 16, "size": (32, 48)},  # Dinov2Model reads its table as a square
 ])  # fmt: skip
 def test_vit_that_transformers_has_not__keeps_its_names(args: Any) -> None:
     assert hf.transformers_kind(make_image_vit(**args)) is None
