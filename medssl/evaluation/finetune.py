@@ -24,6 +24,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -594,14 +595,7 @@ def _train(
         chosen = [volumes[next(order)] for _ in range(settings.batch)]
         images, labels = crops.batch(chosen, step)
         labelled = labelled_classes(chosen, 1 + max(run.structures))
-        with autocast(settings, run.device):
-            logits = network(images)
-        loss = loss_of(logits, labels, labelled)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
-        optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(train_step(network, optimizer, partial(loss_of, labels=labels, labelled=labelled), images, settings))
         times.append(time.perf_counter() - began)
         if not math.isfinite(losses[-1]):
             raise TrainingStopped(
@@ -621,6 +615,32 @@ def _train(
             if on_step is not None:
                 on_step(done, settings.steps, {"loss": line["loss"]})
     return curve, {"train": time.perf_counter() - start, "per_step": float(np.median(times))}
+
+
+def train_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[Tensor], Tensor],
+    images: Tensor,
+    settings: FinetuneSettings,
+) -> float:
+    """Do one optimiser step and return its loss.
+
+    Args:
+        network: In training mode.
+        optimizer: Of its parameters, learning rates set.
+        loss_of: Logits (B, K, *size) to the loss.
+        images: (B, C, *size).
+        settings: Precision and largest gradient norm.
+    """
+    with autocast(settings, images.device):
+        logits = network(images)
+    loss = loss_of(logits)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+    optimizer.step()
+    return float(loss.detach())
 
 
 def autocast(settings: FinetuneSettings, device: torch.device) -> torch.autocast:

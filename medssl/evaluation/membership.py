@@ -12,13 +12,11 @@ Reference:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from medssl.errors import RequestError
 from medssl.seeding import counter_rng
@@ -28,20 +26,30 @@ MIN_PATIENTS = 5  # on either side: an interval over fewer says nothing, and one
 FIELDS = ("auc", "low", "high", "members", "non_members", "score")
 
 
-def view_similarity(embed: Callable[[Tensor], Tensor], views: Tensor) -> float:
-    """Return the mean cosine similarity of all pairs of views of one image.
+def view_similarity(features: np.ndarray) -> np.ndarray:
+    """Return for every image the mean cosine similarity of all pairs of its views.
 
     Args:
-        embed: Images (V, C, *size) to features (V, E).
-        views: (V, C, *size), V at least 2.
+        features: (V, N, E), the same N images in V views, V at least 2.
+
+    Returns:
+        (N,) from -1 to 1.
+
+    Raises:
+        RequestError: There is one view, or the views of every image are one and the same.
     """
-    if len(views) < 2:
-        raise RequestError(f"membership: {len(views)} view(s) of an image; two or more are compared; ask for more views")
-    with torch.no_grad():
-        features = nn.functional.normalize(embed(views).double(), dim=1)
-    gram = features @ features.T
-    n = len(features)
-    return float((gram.sum() - gram.diagonal().sum()) / (n * (n - 1)))
+    views = len(features)
+    if views < 2:
+        raise RequestError(f"membership: {views} view(s) of an image; two or more are compared; ask for more views")
+    if (features == features[:1]).all():
+        raise RequestError(
+            "membership: all views of an image give the same features; the views of the recipe draw nothing at random, so there is "
+            "nothing to compare; give them augmentation"
+        )
+    unit = features.astype(np.float64)
+    unit /= np.maximum(np.linalg.norm(unit, axis=2, keepdims=True), 1e-12)
+    total: np.ndarray = (unit.sum(axis=0) ** 2).sum(axis=1) - (unit**2).sum(axis=(0, 2))  # of all ordered pairs of two views
+    return total / (views * (views - 1))
 
 
 def auc(members: Sequence[float], others: Sequence[float]) -> float:

@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from medssl.errors import RequestError, near
+from medssl.evaluation.membership import read_membership
 from medssl.export import (
     flexible_unet,
     hf,
@@ -48,6 +50,7 @@ def export_weights(
     channels: int | None = None,
     dims: int | None = None,
     inflation: Inflation = "repeat",
+    membership: Path | None = None,
 ) -> ExportReport:
     """Write an encoder in another form, load what was written into the stock network, and compare features.
 
@@ -62,12 +65,13 @@ def export_weights(
         channels: Input channels of the export, for slice encoders and nnunet; None keeps them (torchvision: 3).
         dims: 2 or 3 spatial axes, for slice encoders to MONAI's ResNet, FlexibleUNet and RetinaNet; 3 inflates the kernels.
         inflation: `repeat` or `centre`, see `medssl.export.slices.inflate`.
+        membership: JSON file of `medssl membership`; its AUC and interval go into the manifest, as `membership_inference`.
 
     Returns:
         Files, matched and missing keys of the stock network, and the largest difference of features.
 
     Raises:
-        RequestError: An unknown name, a decoder, channels or axes where none fit, or `out` is taken.
+        RequestError: An unknown name, a decoder, channels or axes where none fit, a membership result of other weights, or `out` is taken.
         WeightsError: The weights are missing, damaged or of an encoder that the form does not take, or the check failed.
         StoreError: The disk is full, or the folder cannot be written.
     """
@@ -89,6 +93,8 @@ def export_weights(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"export: {out} exists and is not an empty folder; choose another one, or remove it first")
     weights = read_weights(Path(weights_path), decoder=decoder, tag=tag)
+    if membership is not None:
+        weights.manifest["membership_inference"] = _membership(membership, weights)
     aside = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +108,16 @@ def export_weights(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return replace(report, files=tuple(out / path.relative_to(aside) for path in report.files))
+
+
+def _membership(path: Path, weights: Weights) -> dict[str, Any]:
+    found = read_membership(path)
+    if found.get("weights_hash") != weights.manifest["weights_hash"]:
+        raise RequestError(
+            f"{path} is of weights {found.get('weights_hash', 'unknown')}, these are {weights.manifest['weights_hash']}; "
+            "run `medssl membership` on the weights that are exported"
+        )
+    return found
 
 
 def _writer(to: str, name: str, asked: Adaptation) -> Callable[[Path, Weights], ExportReport]:
