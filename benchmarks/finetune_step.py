@@ -11,7 +11,6 @@ map, normalisation included, with the same window, overlap and weighting. Target
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,7 +67,7 @@ def our_step(settings: finetune.FinetuneSettings, shelf: list[Volume]) -> tuple[
 
     def step() -> float:
         images, labels = crops.batch([shelf[next(order)] for _ in range(settings.batch)], next(steps))
-        return finetune.train_step(network, optimizer, partial(loss_of, labels=labels), images, settings)
+        return finetune.train_step(network, optimizer, loss_of, (images, labels, None), settings)
 
     return network, step
 
@@ -107,7 +106,7 @@ def monai_step(settings: finetune.FinetuneSettings, shelf: list[Volume]) -> tupl
         found.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
         optimizer.step()
-        return float(found)
+        return float(found.detach())
 
     return network, step
 

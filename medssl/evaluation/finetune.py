@@ -24,7 +24,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -595,7 +594,7 @@ def _train(
         chosen = [volumes[next(order)] for _ in range(settings.batch)]
         images, labels = crops.batch(chosen, step)
         labelled = labelled_classes(chosen, 1 + max(run.structures))
-        losses.append(train_step(network, optimizer, partial(loss_of, labels=labels, labelled=labelled), images, settings))
+        losses.append(train_step(network, optimizer, loss_of, (images, labels, labelled), settings))
         times.append(time.perf_counter() - began)
         if not math.isfinite(losses[-1]):
             raise TrainingStopped(
@@ -620,8 +619,8 @@ def _train(
 def train_step(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loss_of: Callable[[Tensor], Tensor],
-    images: Tensor,
+    loss_of: Callable[..., Tensor],
+    batch: tuple[Tensor, Tensor, Tensor | None],
     settings: FinetuneSettings,
 ) -> float:
     """Do one optimiser step and return its loss.
@@ -629,13 +628,14 @@ def train_step(
     Args:
         network: In training mode.
         optimizer: Of its parameters, learning rates set.
-        loss_of: Logits (B, K, *size) to the loss.
-        images: (B, C, *size).
+        loss_of: See `build_loss`.
+        batch: Images (B, C, *size), labels (B, 1, *size), and which classes each labels.
         settings: Precision and largest gradient norm.
     """
+    images, labels, labelled = batch
     with autocast(settings, images.device):
         logits = network(images)
-    loss = loss_of(logits)
+    loss = loss_of(logits, labels, labelled)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)

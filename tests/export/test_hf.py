@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from medssl.build import build_encoder, load_encoder
+from medssl.cli import main as cli
 from medssl.encoders.image2d import Image2D
 from medssl.errors import WeightsError
 from medssl.export import hf
@@ -144,3 +147,19 @@ def test_folder_without_weights__says_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(WeightsError, match="no weights at"):
         load_encoder(tmp_path)
+
+
+def test_code_of_the_docs__runs(joint_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text().split("\n## Hugging Face layout\n")[1].split("\n## ")[0]
+    (command,) = re.findall(r"```sh\nmedssl (.*?)```", text, flags=re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "joint").symlink_to(joint_run)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        cli.main(shlex.split(command))
+    assert not left.value.code, capsys.readouterr().err
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/export.md", "exec"), names)
+    mine, theirs = names["encoder"].net.state_dict(), names["again"].net.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from medssl.cli import main as cli
 from medssl.encoders.image2d import Image2D
 from medssl.encoders.resenc3d import ResEnc3D
 from medssl.encoders.video_vit import VideoViT
@@ -131,3 +134,22 @@ def test_absent_packages__name_the_extra(segresnet_run: Path, tmp_path: Path, en
     with pytest.raises(RequestError, match=r'needs .*onnxruntime; install the extra with `pip install "medssl\[onnx\]"`'):
         export_weights(segresnet_run, "onnx", tmp_path / "out")
     assert entries() == before
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_code_of_the_docs__runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text().split("\n## ONNX\n")[1].split("\n## ")[0]
+    (command,) = re.findall(r"```sh\nmedssl (.*?)```", text, flags=re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    encoder = CASES["resenc3d"][0]()
+    save_run(encoder, tmp_path / "runs" / "resenc")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        cli.main(shlex.split(command))
+    said = capsys.readouterr()
+    assert not left.value.code, said.err
+    assert "batch and size are free" in said.out and "features equal within" in said.out
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/export.md", "exec"), names)
+    assert names["pooled"].shape == (2, encoder.embed_dim)
