@@ -32,7 +32,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "safetensors": VIT,
     "unetr": VIT,
     "segresnet": {"name": "segresnet3d", "args": {"init_filters": 64}},
-    "swin-unetr": {"name": "swin3d", "args": {"feature_size": 156}},
+    "swin-unetr": {"name": "swin3d", "args": {"feature_size": 48}},  # as published; checking a larger one takes over 10 GB
     "monai-bundle": VIT,
     "nnunet": {"name": "resenc3d", "args": {}},
     "timm": VIT2D,

@@ -148,7 +148,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             ours, peer = "medssl", "MONAI"
             seconds = {"step": interleave({ours: step, peer: peer_step}, repeats=options.repeats)}
             theirs.load_state_dict(mine.state_dict())
-            infer = {ours: lambda n=mine, v=shelf[0], s=settings: finetune.predict(n, v, s), peer: monai_inference(theirs, shelf[0], settings)}
+            infer = {
+                ours: lambda n=mine, v=shelf[0], s=settings: finetune.predict(n, v, s),
+                peer: monai_inference(theirs, shelf[0], settings),
+            }
             same = float((np.asarray(infer[ours]()) == np.asarray(infer[peer]())[0]).mean())
             seconds["inference"] = interleave(infer, repeats=options.repeats)
         for what, found in seconds.items():
@@ -160,7 +163,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             details[f"{name} {what}"] = found
         slower = 1 / times_faster(seconds["step"], ours, peer)
         checks.append(Check(f"{name}: time of a step against MONAI's", slower, SLOWER_AT_MOST, at_least=False))
-        checks.append(Check(f"{name}: speed of inference against MONAI's", times_faster(seconds["inference"], ours, peer), FASTER_AT_LEAST))
+        checks.append(
+            Check(f"{name}: speed of inference against MONAI's", times_faster(seconds["inference"], ours, peer), FASTER_AT_LEAST)
+        )
         checks.append(Check(f"{name}: share of voxels with the same label", same, 0.999))
     notes = ["equal start weights; crops are drawn by each loop's own rule, so losses differ from step to step"]
     return finish(Result("finetune_step", rows, checks, vars(options), notes, details), options.out)

@@ -28,7 +28,9 @@ SHAPE, SPACING = (40, 36, 24), (1.2, 1.0, 1.8)
 
 def prepare(folder: Path, run: Path | None) -> None:
     """Export bundles and leave an image with our features of it."""
-    runs = {run.name: run} if run else {name: _random_run(folder / "runs" / name, name) for name in ("vit3d", "segresnet3d", "swin3d")}
+    runs = (
+        {run.name: run} if run else {name: _random_run(folder / "runs" / name, name) for name in ("vit3d", "segresnet3d", "swin3d")}
+    )
     (folder / "images").mkdir(exist_ok=True)
     _write_image(folder / "images" / "a.nii.gz")
     requirements: dict[str, str] = {}
@@ -85,6 +87,7 @@ def _export(run: Path, folder: Path, name: str) -> None:
     import torch
     from monai.bundle import ConfigParser
 
+    from benchmarks.common import without_monai_warnings
     from medssl.build import load_encoder
     from medssl.export.write import export_weights
 
@@ -92,7 +95,8 @@ def _export(run: Path, folder: Path, name: str) -> None:
     export_weights(run, "monai-bundle", bundle)
     parser = ConfigParser()
     parser.read_config(bundle / "configs" / "inference.json")
-    image = parser.get_parsed_content("preprocessing")({"image": str(folder / "images" / "a.nii.gz")})["image"]
+    with without_monai_warnings():
+        image = parser.get_parsed_content("preprocessing")({"image": str(folder / "images" / "a.nii.gz")})["image"]
     encoder = load_encoder(run).eval()
 
     def feature_map(x: Any) -> Any:
@@ -123,7 +127,9 @@ def check(folder: Path) -> dict[str, Any]:
         row: dict[str, Any] = {"bundle": bundle.name}
         for name, arguments in commands.items():
             begin = time.perf_counter()
-            done = subprocess.run([sys.executable, "-m", "monai.bundle", name, *arguments], cwd=folder, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "monai.bundle", name, *arguments], cwd=folder, capture_output=True, text=True
+            )
             row[name] = "ok" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
             row[f"{name}_s"] = round(time.perf_counter() - begin, 1)
         if row["run"] == "ok":

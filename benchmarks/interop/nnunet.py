@@ -91,8 +91,9 @@ def call(command: str, arguments: list[str]) -> None:
 
 def build(plan: dict[str, Any], channels: int, classes: int = 2) -> Any:
     """Build nnU-Net's network of a plan; a preset goes by its name, as in nnU-Net's repository."""
-    import dynamic_network_architectures.architectures.unet as architectures
     import pydoc
+
+    import dynamic_network_architectures.architectures.unet as architectures
 
     architecture = plan["architecture_plans"]
     name = architecture["arch_class_name"]
@@ -185,7 +186,10 @@ def raw_folder(folder: Path, data: Path, cases: int) -> int:
         (target / name).mkdir(parents=True, exist_ok=True)
     chosen = sorted(path for path in images.glob("*.nii.gz") if path.name[0] != ".")[:cases]
     for path in chosen:
-        for source, place in ((path, f"imagesTr/{path.name.removesuffix('.nii.gz')}_0000.nii.gz"), (labels / path.name, f"labelsTr/{path.name}")):
+        for source, place in (
+            (path, f"imagesTr/{path.name.removesuffix('.nii.gz')}_0000.nii.gz"),
+            (labels / path.name, f"labelsTr/{path.name}"),
+        ):
             (target / place).unlink(missing_ok=True)
             (target / place).symlink_to(source.resolve())
     content = {
@@ -203,7 +207,7 @@ def train(folder: Path, data: Path, iterations: int, cases: int) -> dict[str, An
     for name in ("raw", "preprocessed", "results"):
         (folder / name).mkdir(exist_ok=True)
         os.environ[f"nnUNet_{name}"] = str(folder / name)
-    os.environ["nnUNet_compile"] = "f"
+    os.environ.update(nnUNet_compile="f")
     os.environ.setdefault("nnUNet_n_proc_DA", "1")
     begin = time.perf_counter()
     number = str(raw_folder(folder, data, cases))
@@ -277,7 +281,11 @@ def main(argv: list[str] | None = None) -> None:
     if given.out:
         before = json.loads(given.out.read_text()) if given.out.is_file() else {"benchmark": "interop_nnunet"}
         packages = ("nnunetv2", "dynamic_network_architectures", "torch", "timm", "numpy")
-        facts = {"python": sys.version.split()[0], "versions": {name: version(name) for name in packages}, "nnunetv2_from": given.source}
+        facts = {
+            "python": sys.version.split()[0],
+            "versions": {name: version(name) for name in packages},
+            "nnunetv2_from": given.source,
+        }
         key = given.step if given.step == "train" or found["rows"][0]["road"] == "adaptation plan" else "check of the package"
         given.out.write_text(json.dumps({**before, key: {**facts, **found}}, indent=1) + "\n")
     if not found["met"]:

@@ -131,7 +131,12 @@ def transformers_kind(source: Any) -> str | None:
 
 
 def _plain_block(block: Any) -> bool:
-    absent = (block.attn.q_norm, block.attn.k_norm, getattr(block.attn, "norm", nn.Identity()), getattr(block.mlp, "norm", nn.Identity()))
+    absent = (
+        block.attn.q_norm,
+        block.attn.k_norm,
+        getattr(block.attn, "norm", nn.Identity()),
+        getattr(block.mlp, "norm", nn.Identity()),
+    )
     gelu = isinstance(block.mlp.act, nn.GELU) and block.mlp.act.approximate == "none"
     return gelu and block.attn.qkv.bias is not None and all(type(module) is nn.Identity for module in absent)
 

@@ -28,7 +28,15 @@ def there(name: str, script: str, *arguments: str, folder: Path) -> Any:
     """Run a step of a script in another environment and return its JSON."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONWARNINGS")}
     out = folder / "out.json"
-    command = [str(python_of(name)), str(ROOT / "benchmarks" / "interop" / script), *arguments, "--folder", str(folder), "--out", str(out)]
+    command = [
+        str(python_of(name)),
+        str(ROOT / "benchmarks" / "interop" / script),
+        *arguments,
+        "--folder",
+        str(folder),
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return json.loads(out.read_text())

@@ -125,7 +125,11 @@ def test_export__carries_the_result_of_its_own_weights_alone(tmp_path: Path) -> 
         export_weights(run, "segresnet", tmp_path / "out", membership=file)
     assert not (tmp_path / "out").exists()
     file.write_text(json.dumps({**result, "weights_hash": read_manifest(run)["weights_hash"], "held_out": "split = 'test'"}))
-    for to, sidecar in (("segresnet", "segresnet.json"), ("safetensors", "encoder.json"), ("monai-bundle", "configs/manifest.json")):
+    for to, sidecar in (
+        ("segresnet", "segresnet.json"),
+        ("safetensors", "encoder.json"),
+        ("monai-bundle", "configs/manifest.json"),
+    ):
         export_weights(run, to, tmp_path / to, membership=file)
         found = json.loads((tmp_path / to / sidecar).read_text())["membership_inference"]
         assert found == {**result, "weights_hash": read_manifest(run)["weights_hash"]}

@@ -16,6 +16,7 @@ from medssl.export.write import export_weights
 from tests.export.conftest import save_parts
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__")  # of MONAI's ATSS matcher on NumPy 2
 @pytest.mark.parametrize("dims", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_retinanet__takes_a_loss_step_from_the_exported_body(dims: int, joint_run: Path, tmp_path: Path) -> None:
     torchvision_ops.ensure()

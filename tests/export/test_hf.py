@@ -93,7 +93,9 @@ def test_image_vit__has_the_names_of_transformers(model: str, args: Any, kind: s
     state = load_file(tmp_path / "out" / "model.safetensors")
     assert state.keys() == keys == set(report.matched)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["model_type"] == kind and config["image_size"] == ([32, 48] if kind == "vit" else 48) and config["num_channels"] == 1
+    assert (
+        config["model_type"] == kind and config["image_size"] == ([32, 48] if kind == "vit" else 48) and config["num_channels"] == 1
+    )
     assert report.max_feature_difference < 1e-12
     block = encoder.net.blocks[1]
     query, key, value = block.attn.qkv.weight.chunk(3)
@@ -138,7 +140,7 @@ def test_features_that_differ__stop_it(tmp_path: Path, monkeypatch: pytest.Monke
     run = save_parts(make_image_vit(), tmp_path / "run")
     real = hf.transformers_state
     monkeypatch.setattr(hf, "transformers_state", lambda state, kind: real({**state, "norm.bias": state["norm.bias"] + 0.1}, kind))
-    with pytest.raises(WeightsError, match="differ by 0.1"):
+    with pytest.raises(WeightsError, match=r"differ by 0\.1"):
         export_weights(run, "hf", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 

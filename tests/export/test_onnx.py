@@ -127,7 +127,9 @@ def test_features_that_differ__stop_it(segresnet_run: Path, tmp_path: Path, entr
     assert entries() == before
 
 
-def test_absent_packages__name_the_extra(segresnet_run: Path, tmp_path: Path, entries: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_packages__name_the_extra(
+    segresnet_run: Path, tmp_path: Path, entries: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = entries()
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "onnxruntime" else real(name, *more))
