@@ -233,7 +233,7 @@ def train(folder: Path, data: Path, iterations: int, cases: int) -> dict[str, An
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     for group in trainer.optimizer.param_groups:
-        group["lr"] = 1e-3  # the first epoch of the warm-up is at 0, which would train nothing in ten iterations
+        group["lr"] = 1e-3  # the warm-up starts at 2e-5, which would move little in ten iterations
     losses = [float(trainer.train_step(next(trainer.dataloader_train))["loss"]) for _ in range(iterations)]
     end = trainer.network.state_dict()
     moved = sum(not torch.equal(end[key], start[key]) for key in loaded)
