@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Check, Result, finish, parser
+from medssl._compat import torchvision_ops
 from medssl.build import build_encoder, load_encoder
 from medssl.export.write import export_weights
 from medssl.weights import save_part
@@ -172,6 +173,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options_parser = parser(__doc__)
     options_parser.add_argument("--forms", nargs="+", default=list(ENCODERS), choices=list(ENCODERS))
     options = options_parser.parse_args(argv)
+    torchvision_ops.ensure()
     forms = [form for form in options.forms if form != "onnx" or find_spec("onnxruntime")]
     rows = []
     for form in forms:

@@ -6,7 +6,7 @@
     /tmp/bundles/venv/bin/python benchmarks/interop/monai_bundle.py check --folder /tmp/bundles --out bundles.json
 
 `prepare` exports random weights of three small encoders (or those of `--run`), writes an image, the features that medssl makes of it, and
-`requirements.txt`: MONAI, torch and what `metadata.json` lists, nothing else. `check` runs `python -m monai.bundle` with `verify_metadata`,
+`requirements.txt`: MONAI, torch, what `metadata.json` lists, and jsonschema for `verify_metadata`; nothing else. `check` runs `python -m monai.bundle` with `verify_metadata`,
 `verify_net_in_out` and `run`, each in a process of its own, and compares what `run` wrote with those features.
 """
 
@@ -38,8 +38,9 @@ def prepare(folder: Path, run: Path | None) -> None:
         _export(path, folder, name)
         metadata = json.loads((folder / "bundles" / name / "configs" / "metadata.json").read_text())
         found = {"monai": metadata["monai_version"], "torch": metadata["pytorch_version"], "numpy": metadata["numpy_version"]}
-        requirements |= {**found, **metadata["required_packages_version"], **metadata["optional_packages_version"]}
-    (folder / "requirements.txt").write_text("".join(f"{package}=={number}\n" for package, number in sorted(requirements.items())))
+        requirements |= {**found, **metadata["required_packages_version"]}
+    lines = [f"{package}=={number}" for package, number in sorted(requirements.items())] + ["jsonschema"]  # of verify_metadata
+    (folder / "requirements.txt").write_text("\n".join(lines) + "\n")
     print(folder / "requirements.txt")
 
 

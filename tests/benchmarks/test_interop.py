@@ -77,11 +77,11 @@ def test_requirements__are_what_the_bundle_names(tmp_path: Path, monkeypatch: py
         exported.append(name)
         (folder / "bundles" / name / "configs").mkdir(parents=True)
         metadata = {"monai_version": "1.6.1", "pytorch_version": "2.13.0", "numpy_version": "2.4.6"}
-        metadata |= {"required_packages_version": {"fire": "0.7.1"}, "optional_packages_version": {"jsonschema": "4.26.0"}}
+        metadata |= {"required_packages_version": {"fire": "0.7.1"}}
         (folder / "bundles" / name / "configs" / "metadata.json").write_text(json.dumps(metadata))
 
     monkeypatch.setattr(monai_bundle, "_export", export)
     monai_bundle.main(["prepare", "--folder", str(tmp_path)])
     assert exported == ["vit3d", "segresnet3d", "swin3d"]
     lines = (tmp_path / "requirements.txt").read_text().splitlines()
-    assert lines == ["fire==0.7.1", "jsonschema==4.26.0", "monai==1.6.1", "numpy==2.4.6", "torch==2.13.0"]
+    assert lines == ["fire==0.7.1", "monai==1.6.1", "numpy==2.4.6", "torch==2.13.0", "jsonschema"]
