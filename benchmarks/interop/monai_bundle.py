@@ -6,8 +6,9 @@
     /tmp/bundles/venv/bin/python benchmarks/interop/monai_bundle.py check --folder /tmp/bundles --out bundles.json
 
 `prepare` exports random weights of three small encoders (or those of `--run`), writes an image, the features that medssl makes of it, and
-`requirements.txt`: MONAI, torch, what `metadata.json` lists, and jsonschema for `verify_metadata`; nothing else. `check` runs `python -m monai.bundle` with `verify_metadata`,
-`verify_net_in_out` and `run`, each in a process of its own, and compares what `run` wrote with those features.
+`requirements.txt`: MONAI, torch, what `metadata.json` lists, and jsonschema for `verify_metadata`; nothing else. `check` runs
+`python -m monai.bundle` with `verify_metadata`, `verify_net_in_out` and `run`, each in a process of its own, and compares what `run` wrote
+with those features.
 """
 
 from __future__ import annotations
