@@ -226,12 +226,16 @@ def load_encoder(path: Path | str, **changes: Any) -> Any:
     Raises:
         WeightsError: There are no such weights, or they do not fit.
     """
-    from medssl.encoders.loading import load_into
+    from medssl.encoders.loading import NoRandomStart, load_into
 
     state, manifest = load_part(path)
-    args = {**manifest["encoder"]["args"], **changes}
-    encoder = build_encoder({"name": manifest["encoder"]["name"], "args": args})
+    description = {"name": manifest["encoder"]["name"], "args": {**manifest["encoder"]["args"], **changes}}
+    with NoRandomStart() as start:
+        encoder = build_encoder(description)
     load_into(encoder, state, manifest)
+    if start.unfilled(encoder, state):  # a decoder that these weights do not have
+        encoder = build_encoder(description)
+        load_into(encoder, state, manifest)
     return encoder.eval()
 
 

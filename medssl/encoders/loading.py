@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from medssl.encoders.base import Encoder
 from medssl.errors import WeightsError
 from medssl.layers.pos_embed import resize_positions
 
 POSITIONS = "patch_embedding.position_embeddings"
+
+
+DRAWS = (
+    *(Tensor.uniform_, Tensor.normal_, Tensor.erfinv_),  # a truncated normal is made of the first and the third
+    *(nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_),  # those of torch.nn.init that the mode sees before their tensor
+)
+
+
+class NoRandomStart(TorchFunctionMode):
+    """Within this context networks are built without drawing start weights, which takes longer than reading the real ones.
+
+    What would have been drawn is left as the memory is: load tensors over it, and ask `unfilled` whether any remain.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped: list[Tensor] = []  # kept, so that their memory is not given to other tensors
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Leave out the draws and do everything else."""
+        given = dict(kwargs or {})
+        if func in DRAWS:
+            tensor: Tensor = args[0] if args else given["tensor"]
+            self.skipped.append(tensor)
+            return tensor
+        return func(*args, **given)
+
+    def unfilled(self, encoder: nn.Module, state: Mapping[str, Tensor]) -> bool:
+        """Whether a tensor of the encoder was to be drawn and is not in the state that was loaded into `encoder.net`."""
+        places = {tensor.untyped_storage().data_ptr() for tensor in self.skipped}
+        tensors = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+        return any(
+            tensor.untyped_storage().data_ptr() in places and name.removeprefix("net.") not in state
+            for name, tensor in tensors.items()
+        )
 
 
 def load_into(encoder: Encoder, state: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
