@@ -19,7 +19,7 @@ from medssl.recipe import PretrainRecipe, Recipe
 from medssl.training.run_folder import facts_of_machine
 from medssl.types import StepContext, Views
 
-EXTRAS = {"dicom": ("openjpeg", "rle", "jpeg_ls"), "test": ("pytest",)}
+EXTRAS = {"dicom": ("openjpeg", "rle", "jpeg_ls"), "onnx": ("onnx", "onnxscript", "onnxruntime"), "test": ("pytest",)}
 
 
 def machine() -> dict[str, Any]:

@@ -138,7 +138,9 @@ def disk_error(err: OSError, path: Path) -> StoreError:
     return StoreError(f"cannot write {path.name} in {path.parent} ({err.strerror}); nothing was left half-written")
 
 
-def save_part(folder: Path, name: str, state: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Path:
+def save_part(
+    folder: Path, name: str, state: Mapping[str, Tensor], manifest: Mapping[str, Any], *, part: str | None = None
+) -> Path:
     """Write `<name>.safetensors` and `<name>.json` into a folder, each atomically, tensors first.
 
     Args:
@@ -146,6 +148,7 @@ def save_part(folder: Path, name: str, state: Mapping[str, Tensor], manifest: Ma
         name: Part name, for instance `encoder`.
         state: Tensors under the stock network's keys; shared storages are copied.
         manifest: See `REQUIRED`; `format_version`, `part` and `weights_hash` are filled in here.
+        part: What the tensors are, where the file has another name.
 
     Returns:
         Path of the safetensors file.
@@ -153,7 +156,7 @@ def save_part(folder: Path, name: str, state: Mapping[str, Tensor], manifest: Ma
     from safetensors.torch import save
 
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    full = {**manifest, "format_version": FORMAT_VERSION, "part": name, "weights_hash": tensors_hash(tensors)}
+    full = {**manifest, "format_version": FORMAT_VERSION, "part": part or name, "weights_hash": tensors_hash(tensors)}
     text = json.dumps(full, indent=2, sort_keys=True)
     path = Path(folder) / f"{name}.safetensors"
     write_atomic(path, save(tensors, metadata={"medssl": json.dumps(full, sort_keys=True)}))
@@ -165,7 +168,7 @@ def find_part(path: Path | str, part: str | None = None, tag: str = "last") -> P
     """Return the safetensors file that a user's path means.
 
     Args:
-        path: A `.safetensors` file, a run folder, or its `weights` folder.
+        path: A `.safetensors` file, a run folder, its `weights` folder, or the folder of an export to `hf`.
         part: Part name; None takes the default that `weights/index.json` names.
         tag: `last` or `best`.
 
@@ -189,10 +192,21 @@ def find_part(path: Path | str, part: str | None = None, tag: str = "last") -> P
                 return found
             have = sorted(str(p.relative_to(folder)) for p in folder.glob("*/*.safetensors"))
             raise WeightsError(f"{folder} has no {tag}/{name}.safetensors; it has {', '.join(have) or 'no weights'}")
+    if part is None and _is_own_hub_folder(path):
+        return path / "model.safetensors"
     raise WeightsError(
         f"no weights at {path}: expected a .safetensors file or a run folder that holds weights/index.json "
         "(a run writes them when it saves its first checkpoint)"
     )
+
+
+def _is_own_hub_folder(folder: Path) -> bool:
+    """Whether a folder in the Hugging Face layout holds tensors under our names, and not under those of transformers or timm."""
+    config = folder / "config.json"
+    try:
+        return (folder / "model.safetensors").is_file() and json.loads(config.read_text()).get("model_type") == "medssl"
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def load_part(path: Path | str, part: str | None = None, tag: str = "last") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,21 +1,31 @@
 """nnU-Net's own code on a checkpoint of `medssl export --to nnunet`. The two do not live in one environment (nnU-Net pins timm).
 
     .venv/bin/python -m benchmarks.interop.nnunet prepare --folder /tmp/interop        # where medssl is
-    NNUNET/bin/python benchmarks/interop/nnunet.py check --folder /tmp/interop         # where nnunetv2 is
-    NNUNET/bin/python benchmarks/interop/nnunet.py train --folder /tmp/interop --data Task04_Hippocampus
+    python3.11 -m venv NNUNET
+    NNUNET/bin/pip install -c constraints-cpu.txt torch torchvision nnunetv2==2.8.1 fire
+    NNUNET/bin/pip install --no-deps --force-reinstall NNUNET_SOURCES
+    NNUNET/bin/python benchmarks/interop/nnunet.py check --folder /tmp/interop --out nnunet.json
+    NNUNET/bin/python benchmarks/interop/nnunet.py train --folder /tmp/interop --data ../shared/data/msd_hippocampus --out nnunet.json
+
+The package `nnunetv2` 2.8.1 of PyPI has no fine-tuning from nnssl checkpoints (`nnUNetv2_preprocess_like_nnssl`, `PretrainedTrainer`); its
+repository has, under the same number. With the package alone `check` does only what the package can: the plain `-pretrained_weights` road.
+Beside CPU torch torchvision of PyPI does not import, and with it timm and nnU-Net's trainer; `medssl/_compat/torchvision_ops.py`, which needs
+nothing of medssl, is loaded from its file first, and nnU-Net's commands are called from here for the same reason.
 
 `prepare` writes a checkpoint of random weights, an image and the features that our encoder and decoder make of it. `check` loads the file
 into nnU-Net's network as its trainer does, with one and with three input channels, and compares. `train` lets nnU-Net plan, preprocess and
-train ten iterations on a Medical Segmentation Decathlon folder, everything below `--folder`. `--run` takes the weights of a real run.
+train ten iterations on a Decathlon folder, or one with `images` and `labels`, everything below `--folder`. `--run` takes a real run.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import subprocess
 import sys
+import time
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -57,33 +67,73 @@ def prepare(folder: Path, run: Path | None) -> None:
     torch.save({"image": image, "maps": list(maps), "finest": finest}, folder / "expected.pt")
 
 
+def torchvision_imports() -> None:
+    """Let torchvision import beside CPU torch, see `medssl/_compat/torchvision_ops.py`."""
+    file = Path(__file__).resolve().parents[2] / "medssl" / "_compat" / "torchvision_ops.py"
+    spec = importlib.util.spec_from_file_location("torchvision_ops", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    module.ensure()
+
+
+def call(command: str, arguments: list[str]) -> None:
+    """Run one of nnU-Net's commands in this process, as its console script does."""
+    (entry,) = [point for point in entry_points(group="console_scripts") if point.name == command]
+    before = sys.argv
+    sys.argv = [command, *arguments]
+    try:
+        entry.load()()
+    finally:
+        sys.argv = before
+
+
 def build(plan: dict[str, Any], channels: int, classes: int = 2) -> Any:
-    """Build nnU-Net's network of a plan, as its trainer does."""
-    from nnunetv2.training.nnUNetTrainer.pretraining.pretrainedTrainer import PretrainedTrainer
+    """Build nnU-Net's network of a plan; a preset goes by its name, as in nnU-Net's repository."""
+    import pydoc
+
+    import dynamic_network_architectures.architectures.unet as architectures
 
     architecture = plan["architecture_plans"]
-    return PretrainedTrainer.build_network_architecture(
-        architecture_class_name=architecture["arch_class_name"],
-        arch_init_kwargs=architecture["arch_kwargs"],
-        arch_init_kwargs_req_import=architecture["arch_kwargs_requiring_import"],
-        input_patch_size=plan["recommended_downstream_patchsize"],
-        num_input_channels=channels,
-        num_output_channels=classes,
-        enable_deep_supervision=False,
+    name = architecture["arch_class_name"]
+    if name == "ResEncL":
+        from nnunetv2.utilities.get_network_via_name import get_network_from_name
+
+        return get_network_from_name(name, channels, classes, plan["recommended_downstream_patchsize"]).eval()
+    arguments = dict(architecture["arch_kwargs"])
+    for key in architecture["arch_kwargs_requiring_import"]:
+        arguments[key] = pydoc.locate(arguments[key]) if arguments.get(key) else None
+    return getattr(architectures, name.rpartition(".")[2])(
+        input_channels=channels, num_classes=classes, deep_supervision=False, **arguments
     ).eval()
 
 
-def check(folder: Path) -> None:
-    """Load as nnU-Net loads, and compare features; leave with status 1 where they differ."""
+def check(folder: Path) -> dict[str, Any]:
+    """Load as nnU-Net loads, by both of its roads, and compare features."""
     import torch
-    from nnunetv2.training.nnUNetTrainer.pretraining.pretrainedTrainer import PretrainedTrainer
 
     file = folder / "export" / "checkpoint_final.pth"
     checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     expected = torch.load(folder / "expected.pt", map_location="cpu", weights_only=True)
     plan = checkpoint["nnssl_adaptation_plan"]
+    rows = adapted(file, plan, expected) + ([plain(file, plan, expected)] if expected["finest"] is not None else [])
+    for row in rows:
+        print(row)
+    return {"rows": rows, "met": all(row["max_difference"] <= TOLERANCE for row in rows), "tolerance": TOLERANCE}
+
+
+def adapted(file: Path, plan: dict[str, Any], expected: dict[str, Any]) -> list[dict[str, Any]]:
+    """Load encoder and stem as the trainer for nnssl checkpoints does; nothing where nnU-Net has no such trainer."""
+    import torch
+
+    try:
+        from nnunetv2.training.nnUNetTrainer.pretraining.pretrainedTrainer import PretrainedTrainer
+    except ModuleNotFoundError:
+        print("this nnunetv2 has no PretrainedTrainer: the package of PyPI; install the repository's for the adaptation plan")
+        return []
     patch, pretrained = plan["recommended_downstream_patchsize"], plan["pretrain_num_input_channels"]
-    worst = 0.0
+    rows = []
     for channels in sorted({pretrained, 3} if pretrained == 1 else {pretrained}):
         network, repeated = PretrainedTrainer.load_pretrained_weights(
             build(plan, channels),
@@ -101,67 +151,110 @@ def check(folder: Path) -> None:
         with torch.no_grad():
             maps = network.encoder(image)
         found = max(float((a.permute(0, 1, 4, 3, 2) - b).abs().max()) for a, b in zip(maps, expected["maps"], strict=True))
-        print(f"{channels} channel(s){', repeated by nnU-Net' if repeated else ''}: features differ by {found:.1e}")
-        worst = max(worst, found)
-    if expected["finest"] is not None:
-        network = build(plan, pretrained)
-        result = network.load_state_dict(checkpoint["network_weights"], strict=False)
-        lost = [key for key in result.missing_keys if ".seg_layers." not in key]
-        print(f"whole network: {len(lost)} missing, {len(result.unexpected_keys)} unexpected")
-        if lost or result.unexpected_keys:
-            sys.exit(f"the plain -pretrained_weights road would stop at {(lost or result.unexpected_keys)[0]}")
-        network.decoder.seg_layers[-1] = torch.nn.Identity()
-        with torch.no_grad():
-            image = expected["image"].permute(0, 1, 4, 3, 2).expand(-1, pretrained, -1, -1, -1)
-            found = float((network(image).permute(0, 1, 4, 3, 2) - expected["finest"]).abs().max())
-        print(f"decoder: its finest map differs by {found:.1e}")
-        worst = max(worst, found)
-    if not worst <= TOLERANCE:
-        sys.exit(f"features differ by {worst:.1e}, at most {TOLERANCE:g} is accepted")
+        rows.append({
+            "road": "adaptation plan",
+            "what": f"encoder maps, {channels} channel(s){', repeated by nnU-Net' if repeated else ''}",
+            "max_difference": found,
+            "spread": min(float(level.std()) for level in expected["maps"]),
+        })  # fmt: skip
+    return rows
 
 
-def train(folder: Path, data: Path, iterations: int) -> None:
+def plain(file: Path, plan: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    """Load the whole network as `nnUNetv2_train -pretrained_weights` does, which asserts every tensor but the last convolutions."""
+    import torch
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+    channels = plan["pretrain_num_input_channels"]
+    network = build(plan, channels)
+    load_pretrained_weights(network, str(file))
+    network.decoder.seg_layers[-1] = torch.nn.Identity()
+    with torch.no_grad():
+        image = expected["image"].permute(0, 1, 4, 3, 2).expand(-1, channels, -1, -1, -1)
+        found = float((network(image).permute(0, 1, 4, 3, 2) - expected["finest"]).abs().max())
+    spread = float(expected["finest"].std())
+    return {"road": "-pretrained_weights", "what": "finest map of the decoder", "max_difference": found, "spread": spread}
+
+
+def raw_folder(folder: Path, data: Path, cases: int) -> int:
+    """Lay the first cases of a data set out as nnU-Net's raw folder; return the number of the data set."""
+    images, labels = (data / name for name in ("images", "labels"))
+    if not images.is_dir():
+        images, labels = data / "imagesTr", data / "labelsTr"
+    target = folder / "raw" / "Dataset004_Hippocampus"
+    for name in ("imagesTr", "labelsTr"):
+        (target / name).mkdir(parents=True, exist_ok=True)
+    chosen = sorted(path for path in images.glob("*.nii.gz") if path.name[0] != ".")[:cases]
+    for path in chosen:
+        for source, place in (
+            (path, f"imagesTr/{path.name.removesuffix('.nii.gz')}_0000.nii.gz"),
+            (labels / path.name, f"labelsTr/{path.name}"),
+        ):
+            (target / place).unlink(missing_ok=True)
+            (target / place).symlink_to(source.resolve())
+    content = {
+        "channel_names": {"0": "MRI"},
+        "labels": {"background": 0, "anterior": 1, "posterior": 2},
+        "numTraining": len(chosen),
+        "file_ending": ".nii.gz",
+    }
+    (target / "dataset.json").write_text(json.dumps(content))
+    return 4
+
+
+def train(folder: Path, data: Path, iterations: int, cases: int) -> dict[str, Any]:
     """Let nnU-Net plan from the checkpoint, preprocess and train a few iterations on the CPU."""
     for name in ("raw", "preprocessed", "results"):
         (folder / name).mkdir(exist_ok=True)
         os.environ[f"nnUNet_{name}"] = str(folder / name)
-    os.environ.setdefault("nnUNet_compile", "f")
+    os.environ.update(nnUNet_compile="f")
     os.environ.setdefault("nnUNet_n_proc_DA", "1")
-    number = int(data.name.removeprefix("Task").split("_")[0])
-    tools = Path(sys.executable).parent
-    file = folder / "export" / "checkpoint_final.pth"
-    for command in (
-        ["nnUNetv2_convert_MSD_dataset", "-i", str(data), "-np", "2"],
-        ["nnUNetv2_plan_and_preprocess", "-d", str(number), "--no_pp", "-np", "2"],
-        [
-            "nnUNetv2_preprocess_like_nnssl",
-            "-d",
-            str(number),
-            "-n",
-            "medssl",
-            "-pc",
-            str(file),
-            "-am",
-            "default_nnunet",
-            "-np",
-            "2",
-        ],
-    ):
-        subprocess.run([str(tools / command[0]), *command[1:]], check=True)
+    begin = time.perf_counter()
+    number = str(raw_folder(folder, data, cases))
+    file = str(folder / "export" / "checkpoint_final.pth")
+    like = ["-d", number, "-n", "medssl", "-pc", file, "-am", "like_pretrained", "-np", "2", "--overwrite_pp"]
+    for name, arguments in {
+        "nnUNetv2_extract_fingerprint": ["-d", number, "-np", "2"],
+        "nnUNetv2_plan_experiment": ["-d", number],
+        "nnUNetv2_preprocess_like_nnssl": like,
+    }.items():
+        call(name, arguments)
+    prepared = time.perf_counter() - begin
     import torch
-    from nnunetv2.training.nnUNetTrainer.pretraining.pretrainedTrainer import PretrainedTrainer
+    from nnunetv2.run.run_training_from_pretrained import get_trainer_from_args
 
-    (dataset,) = (folder / "preprocessed").glob(f"Dataset{number:03d}_*")
-    (plans,) = dataset.glob("ptPlans__medssl*.json")
-    content = json.loads((dataset / "dataset.json").read_text())
-    trainer = PretrainedTrainer(json.loads(plans.read_text()), "3d_fullres", 0, content, device=torch.device("cpu"))
+    (plans,) = (folder / "preprocessed").glob(f"Dataset{int(number):03d}_*/ptPlans__medssl*.json")
+    plan = json.loads(plans.read_text())
+    trainer: Any = get_trainer_from_args(number, "3d_fullres", 0, "PretrainedTrainer", plans.stem, torch.device("cpu"))
     trainer.initialize()
+    given = torch.load(file, map_location="cpu", weights_only=True)["network_weights"]
+    start = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    loaded = [key for key in start if key.startswith("encoder.") and torch.equal(start[key], given[key])]
     trainer.on_train_start()
     trainer.on_train_epoch_start()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 1e-3  # the warm-up starts at 2e-5, which would move little in ten iterations
     losses = [float(trainer.train_step(next(trainer.dataloader_train))["loss"]) for _ in range(iterations)]
-    print("losses:", " ".join(f"{loss:.4f}" for loss in losses))
-    if not all(loss == loss and abs(loss) < 1e6 for loss in losses):
-        sys.exit("a loss is no number")
+    end = trainer.network.state_dict()
+    moved = sum(not torch.equal(end[key], start[key]) for key in loaded)
+    patch = plan["configurations"]["3d_fullres"]["patch_size"]
+    for loader in (trainer.dataloader_train, trainer.dataloader_val):
+        if hasattr(loader, "_finish"):
+            loader._finish()
+    found = {
+        "cases": cases,
+        "patch_zyx": list(patch),
+        "spacing_zyx": list(plan["configurations"]["3d_fullres"]["spacing"]),
+        "encoder_tensors_as_in_the_checkpoint": len(loaded),
+        "encoder_tensors": sum(key.startswith("encoder.") for key in start),
+        "encoder_tensors_moved_by_training": moved,
+        "losses": [round(loss, 4) for loss in losses],
+        "prepare_s": round(prepared),
+        "train_s": round(time.perf_counter() - begin - prepared),
+    }
+    print(found)
+    all_loaded = len(loaded) == found["encoder_tensors"]
+    return {**found, "met": all_loaded and moved == len(loaded) and all(loss == loss and abs(loss) < 1e6 for loss in losses)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -170,19 +263,36 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("step", choices=("prepare", "check", "train"))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--run", type=Path, help="prepare: run folder of a resenc3d; default random weights")
-    parser.add_argument("--data", type=Path, help="train: a Decathlon folder, for instance Task04_Hippocampus")
+    parser.add_argument("--data", type=Path, help="train: a folder with images and labels, or a Decathlon folder")
     parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--cases", type=int, default=20, help="train: how many of them are used")
+    parser.add_argument("--source", default="PyPI", help="where nnunetv2 was installed from, for the record")
+    parser.add_argument("--out", type=Path, help="check, train: JSON file that the result is added to")
     given = parser.parse_args(argv)
     given.folder.mkdir(parents=True, exist_ok=True)
+    folder = given.folder.resolve()
     if given.step == "prepare":
-        prepare(given.folder, given.run)
-    elif given.step == "check":
-        check(given.folder)
-    elif given.data is None:
+        prepare(folder, given.run)
+        return
+    if given.step == "train" and given.data is None:
         parser.error("train needs --data")
-    else:
-        train(given.folder, given.data, given.iterations)
+    torchvision_imports()
+    found = check(folder) if given.step == "check" else train(folder, given.data, given.iterations, given.cases)
+    if given.out:
+        before = json.loads(given.out.read_text()) if given.out.is_file() else {"benchmark": "interop_nnunet"}
+        packages = ("nnunetv2", "dynamic_network_architectures", "torch", "timm", "numpy")
+        facts = {
+            "python": sys.version.split()[0],
+            "versions": {name: version(name) for name in packages},
+            "nnunetv2_from": given.source,
+        }
+        key = given.step if given.step == "train" or found["rows"][0]["road"] == "adaptation plan" else "check of the package"
+        given.out.write_text(json.dumps({**before, key: {**facts, **found}}, indent=1) + "\n")
+    if not found["met"]:
+        sys.exit(f"{given.step}: not met, see above")
 
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a worker that nnU-Net spawned
+    torchvision_imports()

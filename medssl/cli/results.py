@@ -26,7 +26,7 @@ FORMS = (  # medssl.export.write.EXPORTS, which would import torch for --help
         "flexible-unet",
         "retinanet",
     ),
-    *("joint", "aggregator"),
+    *("joint", "aggregator", "onnx", "hf"),
 )
 NO_CARD = "no data card; name one in the recipe (data.card), and the weights carry it"
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
@@ -72,6 +72,9 @@ def export(
     decoder: Annotated[bool, typer.Option("--decoder", help="Add a pretrained decoder, where the run has one.")] = False,
     dims: Annotated[int | None, typer.Option(help="2 or 3 spatial axes of MONAI's ResNet, FlexibleUNet, RetinaNet.")] = None,
     inflation: Annotated[str, typer.Option(help="How 2D kernels get a depth: repeat or centre.")] = "repeat",
+    membership: Annotated[
+        Path | None, typer.Option("--membership", help="Result of `medssl membership`; its AUC goes into the manifest.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write weights in the layout of another library, reload them there and compare features before saying done."""
@@ -79,7 +82,7 @@ def export(
     from medssl.weights import card_lines, read_manifest
 
     how: dict[str, Any] = {"channels": channels, "dims": dims, "inflation": inflation}
-    done = export_weights(run, to, out, decoder=decoder, **how)
+    done = export_weights(run, to, out, decoder=decoder, membership=membership, **how)
     cards = read_manifest(run).get("data_cards") or []
     worst = done.max_feature_difference
     same = "features equal bit by bit" if worst == 0 else f"features equal within {worst:.1e}"
@@ -95,6 +98,30 @@ def export(
     lines = [f"pretrained on: {line}" for line in card_lines(cards) or [NO_CARD]]
     lines += [note for card in cards for note in card.get("notes", [])]
     show.result({**asdict(done), "data_cards": cards}, json, "\n".join([text, *lines]))
+
+
+def membership(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Option("--out", help="JSON file to write.")],
+    held_out: Annotated[
+        str, typer.Option("--held-out", help="SQL condition of images that were not trained on.")
+    ] = "split in ('val', 'test')",
+    source: Annotated[str | None, typer.Option(help="Source of the recipe; default the first.")] = None,
+    images: Annotated[int, typer.Option(help="Images per side at most.")] = 200,
+    views: Annotated[int, typer.Option(help="Views of each image.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of views, images and bootstrap.")] = 0,
+    json: Json = False,
+) -> None:
+    """Measure how well training images can be told from held-out ones by the encoder (AUC, 0.5 is chance)."""
+    from medssl.membership import membership as measure
+
+    done = measure(run, held_out=held_out, source=source, images=images, views=views, seed=seed, out=out)
+    interval = f"{done['low']:.3f} to {done['high']:.3f}"
+    text = (
+        f"membership inference: AUC {done['auc']:.3f} (95 % {interval}), {done['members']} trained and {done['non_members']} held-out "
+        f"patients; 0.5 is chance\n{out}"
+    )
+    show.result(done, json, text)
 
 
 def _groups(what: str, keys: Sequence[str]) -> list[str]:

@@ -594,14 +594,7 @@ def _train(
         chosen = [volumes[next(order)] for _ in range(settings.batch)]
         images, labels = crops.batch(chosen, step)
         labelled = labelled_classes(chosen, 1 + max(run.structures))
-        with autocast(settings, run.device):
-            logits = network(images)
-        loss = loss_of(logits, labels, labelled)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
-        optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(train_step(network, optimizer, loss_of, (images, labels, labelled), settings))
         times.append(time.perf_counter() - began)
         if not math.isfinite(losses[-1]):
             raise TrainingStopped(
@@ -621,6 +614,33 @@ def _train(
             if on_step is not None:
                 on_step(done, settings.steps, {"loss": line["loss"]})
     return curve, {"train": time.perf_counter() - start, "per_step": float(np.median(times))}
+
+
+def train_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[..., Tensor],
+    batch: tuple[Tensor, Tensor, Tensor | None],
+    settings: FinetuneSettings,
+) -> float:
+    """Do one optimiser step and return its loss.
+
+    Args:
+        network: In training mode.
+        optimizer: Of its parameters, learning rates set.
+        loss_of: See `build_loss`.
+        batch: Images (B, C, *size), labels (B, 1, *size), and which classes each labels.
+        settings: Precision and largest gradient norm.
+    """
+    images, labels, labelled = batch
+    with autocast(settings, images.device):
+        logits = network(images)
+    loss = loss_of(logits, labels, labelled)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+    optimizer.step()
+    return float(loss.detach())
 
 
 def autocast(settings: FinetuneSettings, device: torch.device) -> torch.autocast:

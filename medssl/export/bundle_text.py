@@ -80,8 +80,8 @@ python -m monai.bundle verify_metadata --meta_file configs/metadata.json --filep
 python -m monai.bundle verify_net_in_out --net_id network_def --meta_file configs/metadata.json --config_file configs/inference.json
 ```
 
-`verify_metadata` skips its download when the schema file exists; `docs/metadata_schema.json` checks the mandatory fields of MONAI's
-bundle specification. Delete it to have MONAI's own schema downloaded.
+`verify_metadata` needs the package jsonschema, and skips its download when the schema file exists; `docs/metadata_schema.json` checks the
+mandatory fields of MONAI's bundle specification. Delete it to have MONAI's own schema downloaded.
 """
 
 

@@ -41,6 +41,7 @@ KEPT = (
     "items_hash",
     "weights_hash",
     "versions",
+    "membership_inference",
 )
 AXIS_ORDER = "XYZ-RAS"  # what MONAI delivers too, so no kernel is permuted on the way
 INFLATED_ORDER = "XYZ-PLS"  # of a slice encoder with a third axis: rows and columns of an axial slice, as pretraining shows it

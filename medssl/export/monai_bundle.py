@@ -26,7 +26,7 @@ VERSION = "0.1.0"  # of the bundle's layout
 SCHEMA_URL = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 DEFAULT_WINDOW = (96, 96, 96)  # of the sliding window, for encoders that take any size
 BODY_HU = -500.0  # medssl.domains.ct
-IGNITE = "0.5.1"  # where none is installed: the oldest that MONAI 1.5 and later accept
+IGNITE, FIRE = "0.5.1", "0.7.1"  # where none is installed: the oldest ignite that MONAI 1.5 and later accept; fire as tested
 AIR_SHARE = 0.25  # medssl.domains.statistics
 LIBRARIES = ("monai.ViT", "monai.SegResNet", "monai.SwinUNETR")
 
@@ -365,6 +365,7 @@ def metadata_json(manifest: dict[str, Any], *, name: str, window: tuple[int, ...
             "nibabel": nibabel.__version__,
             "einops": einops.__version__,
             "pytorch-ignite": _package_version("pytorch-ignite", IGNITE),
+            "fire": _package_version("fire", FIRE),  # `python -m monai.bundle` does not start without it
         },
         "name": name,
         "task": "Features of medical images from a self-supervised encoder",

@@ -276,7 +276,8 @@ def _notes(weights: Weights, plan: Mapping[str, Any], channels: int) -> Sequence
     single = "nnU-Net repeats a single one for images of several"
     several = "nnU-Net adapts a single one only: give images of as many, or export with --channels 1"
     notes = [
-        f"nnUNetv2_preprocess_like_nnssl -d ID -n NAME -pc {FILE}, then nnUNetv2_train_pretrained; patch {patch} (Z, Y, X)",
+        f"nnUNetv2_preprocess_like_nnssl -d ID -n NAME -pc {FILE}, then nnUNetv2_train_pretrained; patch {patch} (Z, Y, X); nnU-Net's "
+        "repository has both commands, its package 2.8.1 on PyPI has not",
         "axes of kernels, strides and sizes reversed to Z, Y, X; nnU-Net turns no image: store yours with axes to R, A and S",
         f"input channels {channels}: {single if channels == 1 else several}",
     ]

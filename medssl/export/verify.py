@@ -110,15 +110,16 @@ def load_stock(network: nn.Module, state: Mapping[str, Tensor], *, allowed_missi
     return tuple(sorted(result.missing_keys))
 
 
-def compare(pairs: Sequence[tuple[Tensor, Tensor]], to: str) -> float:
+def compare(pairs: Sequence[tuple[Tensor, Tensor]], to: str, *, tolerance: float = TOLERANCE) -> float:
     """Return the largest absolute difference of pairs of features.
 
     Args:
         pairs: (of the reloaded stock network, of the source encoder).
         to: Name of the export.
+        tolerance: The largest difference that is accepted; the default is for float64 on both sides.
 
     Raises:
-        WeightsError: Shapes differ, or the difference exceeds `TOLERANCE`.
+        WeightsError: Shapes differ, or the difference exceeds `tolerance`.
     """
     differences = []
     for stock, source in pairs:
@@ -129,9 +130,9 @@ def compare(pairs: Sequence[tuple[Tensor, Tensor]], to: str) -> float:
             )
         differences.append((stock - source).abs().max())
     worst = float(torch.stack(differences).max())  # unlike Python's max, NaN wins
-    if not worst <= TOLERANCE:
+    if not worst <= tolerance:
         raise WeightsError(
-            f"export to {to}: the features of the reloaded network differ by {worst:.2g}, at most {TOLERANCE:g} is accepted; "
+            f"export to {to}: the features of the reloaded network differ by {worst:.2g}, at most {tolerance:g} is accepted; "
             "nothing was written; check MONAI's version against the manifest"
         )
     return worst

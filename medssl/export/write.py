@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from medssl.errors import RequestError, near
+from medssl.evaluation.membership import read_membership
 from medssl.export import (
     flexible_unet,
+    hf,
     joint,
     monai_bundle,
     nnunet,
+    onnx,
     resnet,
     resnet_trunk,
     retinanet,
@@ -27,7 +31,10 @@ from medssl.export.verify import ExportReport, compare, features, require_equal,
 from medssl.weights import folder_aside, load_part, save_part
 
 TRUNKS = {module.TARGET.to: module.TARGET for module in (torchvision, resnet, flexible_unet, retinanet)}
-EXPORTS = ("safetensors", "unetr", "segresnet", "swin-unetr", "monai-bundle", "nnunet", "timm", *TRUNKS, "joint", "aggregator")
+EXPORTS = (
+    *("safetensors", "unetr", "segresnet", "swin-unetr", "monai-bundle", "nnunet", "timm", *TRUNKS),
+    *("joint", "aggregator", "onnx", "hf"),
+)
 WITH_DECODER = ("safetensors", "segresnet", "swin-unetr", "nnunet")
 
 
@@ -41,6 +48,7 @@ def export_weights(
     channels: int | None = None,
     dims: int | None = None,
     inflation: Inflation = "repeat",
+    membership: Path | None = None,
 ) -> ExportReport:
     """Write an encoder in another form, load what was written into the stock network, and compare features.
 
@@ -55,12 +63,13 @@ def export_weights(
         channels: Input channels of the export, for slice encoders and nnunet; None keeps them (torchvision: 3).
         dims: 2 or 3 spatial axes, for slice encoders to MONAI's ResNet, FlexibleUNet and RetinaNet; 3 inflates the kernels.
         inflation: `repeat` or `centre`, see `medssl.export.slices.inflate`.
+        membership: JSON file of `medssl membership`; its AUC and interval go into the manifest, as `membership_inference`.
 
     Returns:
         Files, matched and missing keys of the stock network, and the largest difference of features.
 
     Raises:
-        RequestError: An unknown name, a decoder, channels or axes where none fit, or `out` is taken.
+        RequestError: An unknown name, a decoder, channels or axes where none fit, a membership result of other weights, or `out` is taken.
         WeightsError: The weights are missing, damaged or of an encoder that the form does not take, or the check failed.
         StoreError: The disk is full, or the folder cannot be written.
     """
@@ -82,9 +91,21 @@ def export_weights(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"export: {out} exists and is not an empty folder; choose another one, or remove it first")
     weights = read_weights(Path(weights_path), decoder=decoder, tag=tag)
+    if membership is not None:
+        weights.manifest["membership_inference"] = _membership(membership, weights)
     with folder_aside(out) as aside:
         report = _writer(to, out.name, asked)(aside, weights)
     return replace(report, files=tuple(out / path.relative_to(aside) for path in report.files))
+
+
+def _membership(path: Path, weights: Weights) -> dict[str, Any]:
+    found = read_membership(path)
+    if found.get("weights_hash") != weights.manifest["weights_hash"]:
+        raise RequestError(
+            f"{path} is of weights {found.get('weights_hash', 'unknown')}, these are {weights.manifest['weights_hash']}; "
+            "run `medssl membership` on the weights that are exported"
+        )
+    return found
 
 
 def _writer(to: str, name: str, asked: Adaptation) -> Callable[[Path, Weights], ExportReport]:
@@ -98,6 +119,8 @@ def _writer(to: str, name: str, asked: Adaptation) -> Callable[[Path, Weights], 
         "nnunet": lambda folder, weights: nnunet.write(folder, weights, asked),
         "joint": joint.write_joint,
         "aggregator": joint.write_aggregator,
+        "onnx": onnx.write,
+        "hf": hf.write,
     }
     if to in TRUNKS:
         return lambda folder, weights: resnet_trunk.write(folder, weights, TRUNKS[to], asked)

@@ -186,6 +186,7 @@ def test_bundle__files(vit_run, tmp_path):
     assert set(wanted.split()) <= inference.keys()
     metadata = json.loads((folder / "configs" / "metadata.json").read_text())
     assert metadata["name"] == "my_bundle" and metadata["version"] in metadata["changelog"]
+    assert set(metadata["required_packages_version"]) == {"nibabel", "einops", "pytorch-ignite", "fire"}  # what `run` imports
     assert metadata["network_data_format"]["outputs"]["pred"]["spatial_shape"] == [2, 3, 1]
     assert metadata["network_data_format"]["outputs"]["pred"]["format"] == "latent"
     everything = " ".join(path.read_text() for path in report.files if path.suffix != ".pt")

@@ -1,0 +1,36 @@
+"""The benchmarks of fine-tuning and of exports, at toy size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import export_loading, finetune_step
+from medssl.export.write import EXPORTS
+from tests.benchmarks.test_benchmarks import play
+
+
+def test_finetune_step__same_labels_from_both_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"name": "segresnet3d", "args": {"init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}}
+    monkeypatch.setitem(finetune_step.NETWORKS, "segresnet", ("segresnet", tiny, {}))
+    sizes = ["--networks", "segresnet", "--crop", "16", "--size", "28", "30", "32", "--threads", "1"]
+    found = play(finetune_step.main, sizes, tmp_path)
+    assert [row["what"] for row in found["rows"]] == ["step", "step", "inference", "inference"]
+    (same,) = [check for check in found["checks"] if "same label" in check["what"]]
+    assert same["value"] >= 0.999  # both loops segment alike, so their speeds are comparable
+
+
+@pytest.mark.slow
+def test_export_loading__times_the_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(export_loading.ENCODERS) == set(EXPORTS)
+    toys: dict[str, dict[str, Any]] = {
+        "timm": {"name": "image2d", "args": {"model": "resnet18"}},
+        "unetr": {"name": "vit3d", "args": {"image_size": [32, 32, 32], "hidden_size": 48, "num_heads": 4}},
+    }
+    for form, description in toys.items():
+        monkeypatch.setitem(export_loading.ENCODERS, form, description)
+    found = play(export_loading.main, ["--forms", *toys], tmp_path)
+    assert [row["form"] for row in found["rows"]] == list(toys) and all(row["load_s"] > 0 for row in found["rows"])
+    assert all(check["met"] for check in found["checks"])
