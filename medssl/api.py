@@ -27,7 +27,16 @@ from medssl.evaluation.features import embed, probe_table
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_predict, linear_probe
 from medssl.evaluation.scores import METRICS
-from medssl.recipe import TARGET_TASKS, EvaluateRecipe, FinetuneTargetsRecipe, PretrainRecipe, ProbeSection, Recipe, SourceSection
+from medssl.recipe import (
+    TARGET_TASKS,
+    EvaluateRecipe,
+    FinetuneBoxesRecipe,
+    FinetuneTargetsRecipe,
+    PretrainRecipe,
+    ProbeSection,
+    Recipe,
+    SourceSection,
+)
 from medssl.registry import lookup
 from medssl.sampling.items import Item, items_hash
 from medssl.sampling.items import write as write_items
@@ -619,7 +628,9 @@ def evaluation_cards(recipe: EvaluateRecipe, shelf: data_sources.Shelf) -> list[
     return [card_facts(card) for name, card in sorted(cards.cards.items()) if name in seen]
 
 
-def evaluation_section(recipe: EvaluateRecipe | FinetuneTargetsRecipe, manifest: Mapping[str, Any]) -> SourceSection:
+def evaluation_section(
+    recipe: EvaluateRecipe | FinetuneTargetsRecipe | FinetuneBoxesRecipe, manifest: Mapping[str, Any]
+) -> SourceSection:
     """Return the recipe's source with the views of the weights where the recipe names none.
 
     These are size, spacing and normalisation; for an encoder of clips also the kind, the frames and their rate.
@@ -627,6 +638,7 @@ def evaluation_section(recipe: EvaluateRecipe | FinetuneTargetsRecipe, manifest:
     Raises:
         RequestError: Clips are asked for, and the encoder takes none; or neither recipe nor weights say size and normalisation.
     """
+    assert recipe.source is not None
     given = recipe.source.views
     encoder = manifest["encoder"]
     clips = getattr(lookup("encoder", encoder["name"]), "takes_clips", False)
@@ -696,10 +708,10 @@ def finetune(
     twin: bool = False,
     on_step: StepProgress | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune for segmentation, classes or numbers, and the matched scratch twin when asked.
+    """Fine-tune for segmentation, classes, numbers or boxes, and the matched scratch twin when asked.
 
     Args:
-        recipe: YAML path, `FinetuneRecipe` or `FinetuneTargetsRecipe`.
+        recipe: YAML path, `FinetuneRecipe`, `FinetuneTargetsRecipe` or `FinetuneBoxesRecipe`.
         weights: Run folder or safetensors file; None or "scratch" trains from scratch.
         overrides: `key=value` assignments.
         seed: Seed of start weights and draws.
@@ -744,6 +756,10 @@ def label_curve(
         from medssl.target_tasks import target_curve
 
         return target_curve(recipe, weights, counts=counts, seeds=seeds, twin=twin, on_cell=on_cell, on_step=on_step)
+    if recipe.task == "detection":
+        from medssl.box_tasks import box_curve
+
+        return box_curve(recipe, weights, counts=counts, seeds=seeds, twin=twin, on_cell=on_cell, on_step=on_step)
     settings = build.finetune_settings(recipe)
     cohort = Cohort.load(recipe.cohort.path)
     if recipe.cohort.card is not None:

@@ -14,7 +14,15 @@ from medssl.cards.named import SourceCards, assign, card_facts, card_notes, inde
 from medssl.cards.schema import Card
 from medssl.data_sources import make_views, select_rows, source_faults, specs, view_faults
 from medssl.errors import LeakageError, RecipeError, RequestError, near
-from medssl.recipe import Component, EvaluateRecipe, FinetuneRecipe, FinetuneTargetsRecipe, OptimSection, PretrainRecipe
+from medssl.recipe import (
+    Component,
+    EvaluateRecipe,
+    FinetuneBoxesRecipe,
+    FinetuneRecipe,
+    FinetuneTargetsRecipe,
+    OptimSection,
+    PretrainRecipe,
+)
 from medssl.registry import ENCODERS, component_faults, lookup
 from medssl.seeding import derive_seed
 from medssl.training.loop import LoopSettings, Stage
@@ -145,7 +153,7 @@ def _source_path(recipe: PretrainRecipe, name: str) -> str:
     return "data" if list(recipe.sources) == ["main"] else f"sources.{name}"
 
 
-def check(recipe: PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | EvaluateRecipe) -> None:
+def check(recipe: PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | FinetuneBoxesRecipe | EvaluateRecipe) -> None:
     """Raise RecipeError with every fault of a recipe; nothing has been read or written yet."""
     if isinstance(recipe, PretrainRecipe):
         faults = pretrain_faults(recipe)
@@ -153,6 +161,8 @@ def check(recipe: PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | Eval
         faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
     elif isinstance(recipe, FinetuneTargetsRecipe):
         faults = target_faults(recipe)
+    elif isinstance(recipe, FinetuneBoxesRecipe):
+        faults = box_faults(recipe)
     else:
         faults = finetune_faults(recipe)
     if faults:
@@ -180,6 +190,41 @@ def target_faults(recipe: FinetuneTargetsRecipe) -> list[str]:
         wrong = view_faults("source.views", {**recipe.source.views, **settings.augment})
         faults += [sentence.replace("source.views", "settings.augment", 1) for sentence in wrong]
     return faults
+
+
+def box_faults(recipe: FinetuneBoxesRecipe) -> list[str]:
+    """Check source or cohort, and the settings, of a recipe for boxes."""
+    views: Mapping[str, Any] = recipe.views
+    if recipe.source is not None:
+        path, views = "source.views", recipe.source.views
+        faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
+        if not faults and views.get("kind") != "image":
+            faults.append(
+                "source.views.kind: detection in an index is for pictures: kind: image; volumes come from a cohort with label maps"
+            )
+    else:
+        assert recipe.cohort is not None
+        path = "views"
+        faults = card_faults({"cohort.card": [recipe.cohort.card]}) if recipe.cohort.card else []
+        faults += component_faults("cohort.domain", "domain", recipe.cohort.domain) + view_faults("views", {"size": 16, **views})
+        if not faults and views.get("kind", "volume") != "volume":
+            faults.append("views.kind: a cohort holds volumes; leave it out")
+    try:
+        settings = box_settings(recipe)
+    except RequestError as err:
+        return [*faults, f"settings: {err}"]
+    if not faults:
+        wrong = view_faults(path, {"size": 16, **views, **settings.augment})
+        faults += [sentence.replace(path, "settings.augment", 1) for sentence in wrong]
+    return faults
+
+
+def box_settings(recipe: FinetuneBoxesRecipe) -> Any:
+    """Return the `BoxSettings` of a recipe."""
+    from medssl.evaluation.finetune_boxes import BoxSettings
+    from medssl.evaluation.settings import settings_of
+
+    return settings_of(BoxSettings, {"device": "cuda" if torch.cuda.is_available() else "cpu", **recipe.settings})
 
 
 def target_settings(recipe: FinetuneTargetsRecipe) -> Any:

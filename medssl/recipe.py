@@ -251,6 +251,43 @@ class FinetuneTargetsRecipe(Node):
         return given
 
 
+class BoxesSection(Node):
+    """Boxes of pictures."""
+
+    path: str = Field(description="COCO .json, folder of Pascal VOC .xml, or .csv (image, class, xmin, ymin, xmax, ymax)")
+    classes: list[str] | None = Field(None, description="Names of the classes; those that the file has, sorted, when left out")
+    drop_empty: bool = Field(False, description="Leave boxes without an area out and count them, instead of refusing the file")
+
+
+class FinetuneBoxesRecipe(Node):
+    """Fine-tuning of an encoder to find boxes, with its matched scratch twin: pictures of an index, or volumes of a labelled cohort."""
+
+    kind: Literal["finetune"] = "finetune"
+    task: Literal["detection"]
+    source: SourceSection | None = Field(
+        None, description="Pictures of all splits; views: {kind: image, size: [H, W], normalize: ...}"
+    )
+    boxes: BoxesSection | None = Field(None, description="Boxes of the pictures of `source`")
+    cohort: CohortSection | None = Field(None, description="Volumes with label maps, of which boxes are made")
+    views: dict[str, Any] = Field(default_factory=dict, description="Of a cohort: size (crop and window), normalize, spacing_mm")
+    encoder: dict[str, Any] = Field(
+        default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of BoxSettings")
+    labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
+    force: bool = Field(False, description="Fine-tune on other views than the weights were pretrained with; the result says so")
+    out: str = "runs/finetune"
+
+    @model_validator(mode="after")
+    def _one_road(self) -> FinetuneBoxesRecipe:
+        pictures, volumes = self.source is not None and self.boxes is not None, self.cohort is not None
+        if pictures == volumes or (volumes and (self.source or self.boxes)) or (pictures and self.views):
+            raise ValueError(
+                "task detection takes source and boxes (pictures of an index), or cohort and views (volumes with label maps)"
+            )
+        return self
+
+
 class EvaluateRecipe(Node):
     """Frozen probes of weights on a labelled table, beside their controls."""
 
@@ -266,8 +303,9 @@ class EvaluateRecipe(Node):
     out: str = "runs/evaluate"
 
 
-Recipe_ = PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | EvaluateRecipe
+Recipe_ = PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | FinetuneBoxesRecipe | EvaluateRecipe
 TARGET_TASKS = ("classification", "regression")
+FINETUNE_TASKS: dict[str, type[Node]] = {**dict.fromkeys(TARGET_TASKS, FinetuneTargetsRecipe), "detection": FinetuneBoxesRecipe}
 KINDS: dict[str, type[Node]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "evaluate": EvaluateRecipe}
 
 
@@ -283,7 +321,7 @@ class Recipe:
             overrides: Dotted assignments such as `train.steps=100`; values are YAML.
 
         Returns:
-            A `PretrainRecipe`, `FinetuneRecipe`, `FinetuneTargetsRecipe` or `EvaluateRecipe`.
+            A `PretrainRecipe`, `FinetuneRecipe`, `FinetuneTargetsRecipe`, `FinetuneBoxesRecipe` or `EvaluateRecipe`.
 
         Raises:
             RecipeError: With every fault found.
@@ -296,7 +334,7 @@ class Recipe:
         kind = raw.get("kind", "pretrain")
         if kind not in KINDS:
             raise RecipeError([f'kind: "{kind}" is unknown{near(str(kind), KINDS)}; accepted: {", ".join(KINDS)}'])
-        node = FinetuneTargetsRecipe if kind == "finetune" and raw.get("task") in TARGET_TASKS else KINDS[kind]
+        node = FINETUNE_TASKS.get(str(raw.get("task")), FinetuneRecipe) if kind == "finetune" else KINDS[kind]
         faults = [f"{path}: required; give {path}=VALUE on the command line or in the recipe" for path in marked(raw)]
         try:
             recipe = node.model_validate(raw)

@@ -41,6 +41,7 @@ TOP = {
     "data_sources",
     "correspondence",
     "target_tasks",
+    "box_tasks",
     "membership",
     "api",
     "cli",

@@ -36,6 +36,7 @@ from medssl.domains.label_files.write import check_source, in_file_axes, need_hi
 from medssl.errors import RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.metrics import dice, hd95_mm, mean_score
+from medssl.evaluation.settings import refuse_settings, settings_of
 from medssl.evaluation.volumes import (
     CaseReader,
     TrainingCrops,
@@ -165,8 +166,7 @@ class FinetuneSettings:
             )
             if not good
         ]
-        if faults:
-            raise RequestError("fine-tuning settings: " + "; ".join(faults) + "; correct these and run again")
+        refuse_settings(faults)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneSettings:
@@ -175,14 +175,7 @@ class FinetuneSettings:
         Raises:
             RequestError: A key is unknown.
         """
-        from medssl.errors import near
-
-        known = [f.name for f in fields(cls)]
-        unknown = [f"{key}{near(key, known)}" for key in values if key not in known]
-        if unknown:
-            raise RequestError(f"fine-tuning settings: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
+        return settings_of(cls, values)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medssl.errors import RequestError, TrainingStopped, near
+from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.calibration import calibration_rows, fit_temperature, reliability, softmax, threshold_at_specificity
 from medssl.evaluation.features import encode
 from medssl.evaluation.scores import Task, balanced_accuracy, mae, r2, roc_auc, score_row
+from medssl.evaluation.settings import refuse_settings, settings_of
 from medssl.networks.classification import LinearHead, build_head
 from medssl.seeding import counter_rng, derive_seed
 from medssl.types import ClipBatch, Stack
@@ -102,8 +103,7 @@ class TargetSettings:
             ),
         )
         wrong = [f"{name}: {getattr(self, name)!r}; {accepted}" for name, good, accepted in checks if not good]
-        if wrong:
-            raise RequestError("fine-tuning settings: " + "; ".join(wrong) + "; correct these and run again")
+        refuse_settings(wrong)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TargetSettings:
@@ -112,12 +112,7 @@ class TargetSettings:
         Raises:
             RequestError: A key is unknown.
         """
-        known = [f.name for f in fields(cls)]
-        unknown = [f"{key}{near(key, known)}" for key in values if key not in known]
-        if unknown:
-            raise RequestError(f"fine-tuning settings: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
+        return settings_of(cls, values)
 
 
 @dataclass(frozen=True)
@@ -150,6 +145,35 @@ class Cases:
     def patients(self, rows: np.ndarray) -> list[str] | None:
         """Return the patients of rows, or None when they are unknown."""
         return None if self.groups is None else [str(self.groups[int(row)]) for row in rows]
+
+
+class Schedule(Protocol):
+    """What learning rates depend on."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        ...
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled weight decay."""
+        ...
+
+    @property
+    def layer_decay(self) -> float:
+        """Factor from block to block of a pretrained encoder."""
+        ...
+
+    @property
+    def encoder_lr_scale(self) -> float:
+        """Factor on the learning rate of a pretrained encoder."""
+        ...
 
 
 class Batches(Protocol):
@@ -285,7 +309,7 @@ def layer_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
     return scales
 
 
-def learning_rate(step: int, settings: TargetSettings, freeze: int) -> tuple[float, float]:
+def learning_rate(step: int, settings: Schedule, freeze: int) -> tuple[float, float]:
     """Return the factors on the learning rates of encoder and head: warm-up and cosine; the encoder has 0 first, then both start anew."""
     rise = max(1, settings.warmup_steps)
     if step < freeze:
@@ -298,16 +322,22 @@ def learning_rate(step: int, settings: TargetSettings, freeze: int) -> tuple[flo
     return factor, factor
 
 
-def parameter_groups(network: Classifier, settings: TargetSettings, pretrained: bool) -> list[dict[str, Any]]:
-    """Return AdamW groups, by part, factor and decay (none on norms and biases)."""
-    scales = layer_scales(network.encoder, settings.layer_decay if pretrained else 1.0)
+def parameter_groups(network: nn.Module, settings: Schedule, pretrained: bool, encoder: str = "encoder") -> list[dict[str, Any]]:
+    """Return AdamW groups, by part, factor and decay (none on norms and biases).
+
+    Args:
+        network: Has an encoder somewhere inside.
+        settings: See there.
+        pretrained: Whether the encoder is.
+        encoder: Where it is, in dotted names.
+    """
+    scales = layer_scales(network.get_submodule(encoder), settings.layer_decay if pretrained else 1.0)
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        part, _, rest = name.partition(".")
-        inside = part == "encoder"
-        scale = scales[rest] * (settings.encoder_lr_scale if pretrained else 1.0) if inside else 1.0
+        inside = name.startswith(f"{encoder}.")
+        scale = scales[name[len(encoder) + 1 :]] * (settings.encoder_lr_scale if pretrained else 1.0) if inside else 1.0
         groups.setdefault((inside, scale, parameter.ndim > 1), []).append(parameter)
     return [
         {"params": members, "encoder": inside, "scale": scale, "weight_decay": settings.weight_decay if decays else 0.0}
