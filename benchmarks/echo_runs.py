@@ -158,7 +158,13 @@ def probe(fit: Cases, held: Cases, seed: int, head: HeadSettings = HEAD) -> dict
 
 
 def compute(
-    data: Path, folder: Path, cells: Sequence[tuple[str, int]], *, split: str, overrides: Sequence[str] = (), head: HeadSettings = HEAD
+    data: Path,
+    folder: Path,
+    cells: Sequence[tuple[str, int]],
+    *,
+    split: str,
+    overrides: Sequence[str] = (),
+    head: HeadSettings = HEAD,
 ) -> None:
     """Train and probe the cells that are missing."""
     for arm, seed in cells:
@@ -201,16 +207,20 @@ def summarise(cells: Sequence[Mapping[str, Any]], draws: int = DRAWS) -> dict[st
             value, low, high = bootstrap_interval(table.mean(axis=1), patients, draws=draws)
             rows.append(
                 {"arm": arm, "metric": metric, "value": value, "interval": [low, high], "seeds": table.mean(axis=0).tolist()}
-                | {"clips": len(table), "patients": len(set(patients)), "train_s": float(np.mean([c["seconds"]["train"] for c in group]))}
+                | {
+                    "clips": len(table),
+                    "patients": len(set(patients)),
+                    "train_s": float(np.mean([c["seconds"]["train"] for c in group])),
+                }
             )
     for arm in by_arm if "discovr" in by_arm else ():
         for metric in scores["discovr"] if arm != "discovr" else ():
             theirs = scores[arm].get(metric, scores[arm]["ef_mae_pooled" if metric.startswith("ef") else "dice"])
-            value, low, high = paired_bootstrap(
-                scores["discovr"][metric].mean(axis=1), theirs.mean(axis=1), patients, draws=draws
-            )
+            value, low, high = paired_bootstrap(scores["discovr"][metric].mean(axis=1), theirs.mean(axis=1), patients, draws=draws)
             better = "lower" if metric.startswith("ef") else "higher"
-            differences.append({"discovr minus": arm, "metric": metric, "difference": value, "interval": [low, high], "better": better})
+            differences.append(
+                {"discovr minus": arm, "metric": metric, "difference": value, "interval": [low, high], "better": better}
+            )
     first = next(iter(cells))
     blind = float(np.abs(np.asarray(first["ef"]) - first["mean_of_training"]).mean())
     return {"rows": rows, "differences": differences, "ef_mae_of_the_mean": blind}

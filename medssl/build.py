@@ -14,8 +14,16 @@ from medssl.cards.named import SourceCards, assign, card_facts, card_notes, inde
 from medssl.cards.schema import Card
 from medssl.data_sources import make_views, select_rows, source_faults, specs, view_faults
 from medssl.errors import LeakageError, RecipeError, RequestError, near
-from medssl.recipe import Component, EvaluateRecipe, FinetuneRecipe, FinetuneTargetsRecipe, OptimSection, PretrainRecipe
-from medssl.registry import ENCODERS, component_faults, lookup
+from medssl.recipe import (
+    Component,
+    EvaluateBase,
+    EvaluateSegmentationRecipe,
+    FinetuneRecipe,
+    FinetuneTargetsRecipe,
+    OptimSection,
+    PretrainRecipe,
+)
+from medssl.registry import ENCODERS, argument_faults, component_faults, lookup
 from medssl.seeding import derive_seed
 from medssl.training.loop import LoopSettings, Stage
 from medssl.training.optim import OptimSettings
@@ -145,18 +153,35 @@ def _source_path(recipe: PretrainRecipe, name: str) -> str:
     return "data" if list(recipe.sources) == ["main"] else f"sources.{name}"
 
 
-def check(recipe: PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | EvaluateRecipe) -> None:
+def check(recipe: PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | EvaluateBase) -> None:
     """Raise RecipeError with every fault of a recipe; nothing has been read or written yet."""
     if isinstance(recipe, PretrainRecipe):
         faults = pretrain_faults(recipe)
-    elif isinstance(recipe, EvaluateRecipe):
-        faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
+    elif isinstance(recipe, EvaluateBase):
+        faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards}) + head_faults(recipe)
     elif isinstance(recipe, FinetuneTargetsRecipe):
         faults = target_faults(recipe)
     else:
         faults = finetune_faults(recipe)
     if faults:
         raise RecipeError(faults)
+
+
+def head_faults(recipe: EvaluateBase) -> list[str]:
+    """Check structures and settings of the head that draws them."""
+    if not isinstance(recipe, EvaluateSegmentationRecipe):
+        return []
+    from medssl.evaluation.clips import HeadSettings
+
+    faults = argument_faults("head", HeadSettings, recipe.head)
+    faults += [
+        f"structures.{name}: {value}; accepted: 1 or more, 0 is background"
+        for name, value in recipe.structures.items()
+        if value < 1
+    ]
+    if len(set(recipe.structures.values())) < len(recipe.structures):
+        faults.append(f"structures: two names share a value in {recipe.structures}; give each structure its own")
+    return faults
 
 
 def finetune_faults(recipe: FinetuneRecipe) -> list[str]:

@@ -118,9 +118,7 @@ class PixelTokens(nn.Module):
         shown = video.masked_fill(~valid[:, None], 0.0)
         real = valid_tokens(valid, self.patch, self.share)
         grid = tuple(n // p for n, p in zip(video.shape[2:], self.patch))
-        return EncoderOutput(
-            tokens=patchify(shown, self.patch) * real[..., None], grid=grid, pooled=small_images(video, self.size)
-        )
+        return EncoderOutput(tokens=patchify(shown, self.patch) * real[..., None], grid=grid, pooled=small_images(video, self.size))
 
 
 # The phase of the heart
