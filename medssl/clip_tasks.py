@@ -338,9 +338,9 @@ def read_label_files(recipe: EvaluateSegmentationRecipe, bench: Bench) -> dict[s
         if path is None:
             faults.setdefault("no such file in the folder of labels", []).append(series_id)
             continue
-        frames, _, *size = bench.shelf.reader.record(series_id).shape
+        shape = tuple(bench.shelf.reader.record(series_id).shape)
         try:
-            labels = read_frame_labels(path, (frames, *size), drawn=recipe.labelled == "drawn")
+            labels = read_frame_labels(path, (shape[0], shape[1], shape[2]), drawn=recipe.labelled == "drawn")
         except RequestError as err:
             faults.setdefault(str(err), []).append(series_id)
             continue

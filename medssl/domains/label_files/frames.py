@@ -106,8 +106,12 @@ def _npz(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _nifti(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     import nibabel
+    from nibabel.filebasedimages import ImageFileError
 
-    array = np.asarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
+    try:
+        array = np.asarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
+    except ImageFileError as err:
+        raise ValueError("no NIfTI file") from err
     if array.ndim == 4 and array.shape[2] == 1:
         array = array[:, :, 0]
     return _numbered(array.transpose() if array.ndim == 3 else array, None, count)  # (T, rows, columns)
