@@ -87,11 +87,16 @@ class Cases:
     files: list[str]
 
 
-def look_at(data: Path, encoder: nn.Module, split: str, raw: bool = False) -> Cases:
+def shown_recipe(data: Path, overrides: Sequence[str] = ()) -> Any:
+    """Return the recipe whose views and encoder all arms are probed with; of changes, those of views and encoder count."""
+    changes = [change for change in overrides if change.startswith(("views.", "encoder."))]
+    return api.load_recipe(TRAINED["discovr"], [f"data.index={data / 'index'}", *changes, "out=none"])
+
+
+def look_at(recipe: Any, data: Path, encoder: nn.Module, split: str, raw: bool = False) -> Cases:
     """Show the middle of every clip of a split to an encoder."""
-    views = api.load_recipe(TRAINED["discovr"], [f"data.index={data / 'index'}", "out=none"]).sources["main"].views
-    recipe = api.load_recipe(TRAINED["discovr"], [f"data.index={data / 'index'}", "out=none"])
-    section = recipe.sources["main"].model_copy(update={"where": f"split = '{split}'", "views": views})
+    section = recipe.sources["main"].model_copy(update={"where": f"split = '{split}'"})
+    views = section.views
     shelf = data_sources.fill_shelf("main", section)
     rows = {row["file"]: row for row in read_table(data / "cohort" / "split.csv")}
     files = [shelf.archive.files(row.series_id)[0].name for row in shelf.rows]
@@ -121,11 +126,10 @@ def look_at(data: Path, encoder: nn.Module, split: str, raw: bool = False) -> Ca
     )
 
 
-def encoder_of(arm: str, seed: int, run: Path | None) -> nn.Module:
+def encoder_of(arm: str, seed: int, recipe: Any, run: Path | None) -> nn.Module:
     """Return the encoder of an arm; pixels for `raw`."""
     if run is not None:
         return build.load_encoder(run)
-    recipe = api.load_recipe(TRAINED["discovr"], ["data.index=none", "out=none"])
     encoder = random_init(lambda: build.build_encoder(recipe.encoders["encoder"]), seed)
     if arm == "raw":
         assert isinstance(encoder, VideoViT)
@@ -177,8 +181,9 @@ def compute(
             changes = [f"data.index={data / 'index'}", *overrides, f"train.seed={seed}"]
             run = pretrain(TRAINED[arm], folder / f"{arm}_{seed}", changes)
         trained = time.perf_counter() - begin
-        encoder = encoder_of(arm, seed, run)
-        fit, held = (look_at(data, encoder, name, raw=arm == "raw") for name in ("train", split))
+        recipe = shown_recipe(data, overrides)
+        encoder = encoder_of(arm, seed, recipe, run)
+        fit, held = (look_at(recipe, data, encoder, name, raw=arm == "raw") for name in ("train", split))
         found = {"arm": arm, "seed": seed, "split": split, "overrides": list(overrides), **probe(fit, held, seed, head)}
         found |= {"seconds": {"train": trained, "probe": time.perf_counter() - begin - trained}, "when": now()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +256,7 @@ def collect(folder: Path, split: str, out: Path, draws: int = DRAWS) -> dict[str
         | {key: facts[key] for key in ("hardware", "versions", "git")}
     )
     for key in ("rows", "differences"):
-        shown = [{k: _text(v) for k, v in row.items()} for row in content[key]]
+        shown = [{k: text_of(v) for k, v in row.items()} for row in content[key]]
         print(markdown(shown) + "\n")
     print(f"EF error of always saying the mean: {content['ef_mae_of_the_mean']}")
     out.mkdir(parents=True, exist_ok=True)
@@ -259,7 +264,8 @@ def collect(folder: Path, split: str, out: Path, draws: int = DRAWS) -> dict[str
     return dict(content)
 
 
-def _text(value: Any) -> Any:
+def text_of(value: Any) -> Any:
+    """Return a list of numbers as text, and anything else as it is."""
     return ", ".join(f"{v:.4g}" for v in value) if isinstance(value, list) else value
 
 
