@@ -58,11 +58,11 @@ HEAD = HeadSettings(steps=300)
 DRAWS = 2000
 
 
-def prepare(folder: Path, cohort: Mapping[str, Any] = COHORT) -> Path:
-    """Draw the cohort and index it, once; return the folder that holds both."""
-    make_echo_cohort(folder / "cohort", **cohort)
+def prepare(folder: Path, cohort: Mapping[str, Any] | None = None) -> Path:
+    """Draw a cohort (`COHORT`) and index it, once; return the folder that holds both."""
+    make_echo_cohort(folder / "cohort", **(cohort or COHORT))
     if not (folder / "index" / "series.parquet").is_file():
-        index([folder / "cohort" / "images"], folder / "index", splits=folder / "cohort" / "split.csv")
+        index([folder / "cohort" / "images"], folder / "index", modality="US", splits=folder / "cohort" / "split.csv")
     return folder
 
 
