@@ -33,6 +33,7 @@ from medssl import api, build, data_sources
 from medssl.archive.index import index
 from medssl.clip_tasks import ClipLook
 from medssl.encoders.video_vit import VideoViT
+from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from medssl.evaluation.clips import IGNORED, HeadSettings, PixelTokens, embed_clips, fit_head, labels_in_view
 from medssl.evaluation.controls import random_init
@@ -100,6 +101,10 @@ def look_at(recipe: Any, data: Path, encoder: nn.Module, split: str, raw: bool =
     shelf = data_sources.fill_shelf("main", section)
     rows = {row["file"]: row for row in read_table(data / "cohort" / "split.csv")}
     files = [shelf.archive.files(row.series_id)[0].name for row in shelf.rows]
+    if missing := {name for name, row in rows.items() if row["split"] == split} - set(files):
+        raise RequestError(
+            f"{len(missing)} clips of split {split} are not in the index, or cannot be read; remove the index and start again"
+        )
     source = data_sources.evaluation_source("main", shelf, section, [row.series_id for row in shelf.rows])
     look = ClipLook(source, torch.device("cpu"), batch=16)
     found = embed_clips(encoder, look, tokens=True)

@@ -121,8 +121,8 @@ class Bench:
 
     def picked(self, series: Sequence[str]) -> list[PickedFrames]:
         """Return which frames each clip shows, without reading any."""
-        source = self.source(series)
-        return [source.sampler.draw(DrawKey(0, 0, place)).views[0] for place in range(len(series))]
+        sampler: Any = self.source(series).sampler
+        return [sampler.draw(DrawKey(0, 0, place)).views[0] for place in range(len(series))]
 
     def patients(self, series: Sequence[str]) -> list[str] | None:
         """Return the patient of each series, None when one is unknown."""
@@ -218,8 +218,9 @@ def step_features(bench: Bench, encoder: nn.Module, series: Sequence[str], batch
     found = embed_clips(encoder, look, tokens=isinstance(encoder, PixelTokens))
     if found.tokens is None:
         return found.steps
-    grey = found.tokens.mean(axis=4).reshape(*found.tokens.shape[:2], -1)
-    return np.where(found.token_valid.any(axis=(2, 3))[..., None], grey, np.nan)
+    grey: np.ndarray = found.tokens.mean(axis=4).reshape(*found.tokens.shape[:2], -1)
+    grey[np.logical_not(found.token_valid).all(axis=(2, 3))] = np.nan
+    return grey
 
 
 def read_marks(recipe: EvaluatePhaseRecipe, bench: Bench, column: str) -> dict[str, list[int]]:
@@ -362,7 +363,7 @@ def labelled_steps(frames: np.ndarray, picked: PickedFrames, tubelet: int) -> li
     """Return (step, place of the frame in the clip) of the steps that show a labelled frame, the first one of each."""
     labelled = np.isin(picked.frames, frames) & picked.valid
     found: dict[int, int] = {}
-    whole = picked.valid[: len(picked.valid) // tubelet * tubelet].reshape(-1, tubelet).all(axis=1)
+    whole = [all(step) for step in picked.valid[: len(picked.valid) // tubelet * tubelet].reshape(-1, tubelet)]
     for place in np.flatnonzero(labelled):
         step = int(place) // tubelet
         if step < len(whole) and whole[step]:  # a step that is half filled in is never computed
@@ -381,7 +382,8 @@ def chosen_tokens(
         found = embed_clips(encoder, [(clips, ids)], tokens=True)
         assert found.tokens is not None
         rows += [found.tokens[n, step] for n, number in enumerate(ids) for step, _ in chosen[names[number]]]
-    return np.stack(rows), look.shown, tuple(source.view_maker.size)  # type: ignore[return-value]
+    _, height, width = data_sources.make_views(bench.section.views).spec.size
+    return np.stack(rows), look.shown, (height, width)
 
 
 def _view_labels(
@@ -398,7 +400,7 @@ def _view_labels(
     for n, name in enumerate(names):
         labels = found[name].read()
         numbers = shown["frame"][n, [place for _, place in chosen[name]]]
-        places = np.searchsorted(found[name].frames, numbers)
+        places = np.searchsorted(found[name].frames, numbers).tolist()
         numbered = np.zeros(labels.shape, dtype=np.int64)
         for value, number in values.items():
             numbered[labels == value] = number

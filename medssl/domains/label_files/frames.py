@@ -109,7 +109,7 @@ def _nifti(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     from nibabel.filebasedimages import ImageFileError
 
     try:
-        array = np.asarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
+        array = np.asarray(nibabel.load(path).dataobj)
     except ImageFileError as err:
         raise ValueError("no NIfTI file") from err
     if array.ndim == 4 and array.shape[2] == 1:
