@@ -179,6 +179,8 @@ def compute(
     for arm, seed in cells:
         path = folder / "cells" / f"{arm}_{seed}_{split}.json"
         if path.exists():
+            if (before := json.loads(path.read_text())["overrides"]) != list(overrides):
+                raise SystemExit(f"{path}: computed with overrides {before}, now {list(overrides)}; choose another folder")
             continue
         begin = time.perf_counter()
         run = None

@@ -146,6 +146,8 @@ def compute(
         for arm in arms:
             path = folder / "cells" / f"{arm}_fold{fold}_seed{seed}.json"
             if path.exists():
+                if (before := json.loads(path.read_text())["overrides"]) != list(overrides):
+                    raise SystemExit(f"{path}: computed with overrides {before}, now {list(overrides)}; choose another folder")
                 continue
             clips = clips or Clips(shared, data, overrides)
             begin, run = time.perf_counter(), None

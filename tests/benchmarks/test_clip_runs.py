@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import echo_runs, lung_runs
+from benchmarks import echo_runs, echo_trials, lung_runs
+from medssl import api
 from medssl.evaluation.clips import HeadSettings
 from medssl.evaluation.scores import roc_auc
 
@@ -69,6 +70,27 @@ def test_echo_table__of_different_clips_is_refused() -> None:
         echo_runs.summarise(cells, draws=10)
 
 
+def test_echo_trials__rows_hold_scores_and_how_training_ended(tmp_path: Path) -> None:
+    cell = {**echo_cell("discovr", 0, 6, 0.8), "overrides": ["optim.lr=3e-4"]}
+    lines = [{"step": step, "loss": float(step), "video_spread": 0.5} for step in (50, 95, 100)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    row = echo_trials.result_of("slow", cell, tmp_path)
+    assert row["loss"] == 97.5 and row["steps"] == 100 and row["overrides"] == "optim.lr=3e-4"
+    assert row["ef_mae_pooled"] == pytest.approx(np.abs(np.subtract(cell["ef"], cell["predicted"]["pooled"])).mean())
+    assert "loss" not in echo_trials.result_of("random", cell, tmp_path / "none")
+
+
+def test_echo_trials__of_the_repository_fit_their_recipes() -> None:
+    trials = echo_trials.read_trials(echo_trials.TRIALS)
+    assert {trial["arm"] for trial in trials.values()} == set(echo_runs.ARMS)
+    for trial in trials.values():
+        if trial["arm"] in echo_runs.TRAINED:
+            api.load_recipe(echo_runs.TRAINED[trial["arm"]], ["data.index=none", "out=none", *trial.get("overrides", [])])
+    for arm, path in lung_runs.TRAINED.items():
+        lung, echo = (api.load_recipe(one, ["data.index=none", "out=none"]) for one in (path, echo_runs.TRAINED[arm]))
+        assert (lung.objective, lung.encoders, lung.optim, lung.train) == (echo.objective, echo.encoders, echo.optim, echo.train)
+
+
 @pytest.mark.slow
 def test_echo_runs__every_arm_and_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(echo_runs, "COHORT", {"patients": 12, "clips": 1, "seed": 0, "size": (64, 64), "seconds": 0.8})
@@ -90,6 +112,8 @@ def test_echo_runs__every_arm_and_nothing_twice(tmp_path: Path, monkeypatch: pyt
     assert len(trained) == 3 and {row["clips"] for row in content["rows"]} == {3}
     again = echo_runs.main([*given, "--split", "test", "--collect"])
     assert again["rows"] == content["rows"]
+    with pytest.raises(SystemExit, match="computed with overrides"):
+        echo_runs.main([*given[:6], "--split", "test"])
 
 
 def test_lung_folds__hold_patients_of_both_classes() -> None:
