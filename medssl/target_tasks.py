@@ -19,10 +19,12 @@ import torch
 
 from medssl import build, data_sources
 from medssl.api import evaluation_section, labelled_rows, load_recipe, refuse_pretraining_patients
+from medssl.archive.table import group_facts
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval, paired_bootstrap
 from medssl.evaluation.finetune_targets import Cases, Classifier, Images, TargetResult, finetune_targets, mean_auc
 from medssl.evaluation.label_curve import SCRATCH, Cell, plan
+from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import encode_classes, mae
 from medssl.recipe import FinetuneTargetsRecipe, SourceSection
 from medssl.sampling.items import Item
@@ -190,6 +192,12 @@ def labelled_cases(shelf: data_sources.Shelf, recipe: FinetuneTargetsRecipe) -> 
             )
     ids = np.arange(len(names))
     cases = Cases(ids, np.asarray(targets, dtype=np.float64), groups, np.array([splits[name] for name in names]), classes)
+    known = {row.series_id: row for row in shelf.rows}
+    cases = replace(
+        cases,
+        looks=[Look(known[name].spacing_mm, known[name].vendor) for name in names],
+        facts=[group_facts(known[name]) for name in names],
+    )
     return cases, dict(enumerate(names))
 
 

@@ -248,7 +248,9 @@ def group_facts(row: SeriesRow) -> dict[str, str]:
     found = {}
     for name in GROUP_COLUMNS:
         value = getattr(row, name)
-        found[name] = " ".join(value) if isinstance(value, tuple) else "" if value is None else f"{value:g}" if name.endswith("_t") else value
+        found[name] = (
+            " ".join(value) if isinstance(value, tuple) else "" if value is None else f"{value:g}" if name.endswith("_t") else value
+        )
     return {name: value or "unknown" for name, value in found.items()}
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from medssl.cli import show
+from medssl.errors import RequestError
 
 FORMS = (  # medssl.export.write.EXPORTS, which would import torch for --help
     *(
@@ -112,6 +113,8 @@ def report(
     """Draw one self-contained HTML page."""
     if (run / "series.parquet").is_file():
         path = _archive_report(run, out or run / "report.html", with_images, quiet=json)
+    elif any((run / name).is_file() for name in ("label_curve.json", "target_curve.json", "results.json")):
+        path = _clinical_report(run, out or run / "report.html", with_images)
     else:
         from medssl.report.page import report as draw
 
@@ -131,6 +134,33 @@ def _archive_report(archive: Path, out: Path, with_images: bool, *, quiet: bool)
         with show.progress("pictures", quiet=quiet) as update:
             pictures = draw_pictures(opened, on_progress=update)
     return archive_report(facts, out, pictures=pictures)
+
+
+def _clinical_report(folder: Path, out: Path, with_images: bool) -> Path:
+    """Draw the page of one fine-tuning: what `finetune` and `label-curve` left in a folder."""
+    import json
+
+    from medssl.evaluation.clinical import clinical_facts
+    from medssl.report.clinical_page import clinical_page, read_worst
+    from medssl.weights import write_atomic
+
+    if out.is_dir():
+        raise RequestError(f"{out}: is a folder; name the HTML file to write, for instance {out / 'report.html'}")
+    files = sorted(folder.glob("cells/*/results.json")) or [folder / "results.json"]
+    results = {file.parent: json.loads(file.read_text()) for file in files if file.is_file()}
+    if not results:
+        raise RequestError(
+            f"{folder}: no cell is done yet; run the same `medssl finetune` or `label-curve` again, it goes on where it stopped"
+        )
+    facts = clinical_facts(list(results.values()))
+    pictures, structures = None, []
+    if with_images:
+        chosen = (facts["arm"], facts["labels"], facts["seed"])
+        own = next(f for f, result in results.items() if (result["arm"], result["labels"], result["seed"]) == chosen)
+        pictures, structures = read_worst(own / "figures" / "worst.npz")
+    page = clinical_page(facts, pictures=pictures, structures=structures)
+    write_atomic(out, page.encode(), mode=0o600 if with_images else 0o644)
+    return out
 
 
 def _number(value: float | None) -> str:

@@ -39,7 +39,7 @@ from medssl.errors import RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.features import encode
 from medssl.evaluation.metrics import dice, hd95_mm, mean_score, volumes_ml
-from medssl.evaluation.outside import Look, TrainingRange, outside, training_range
+from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.volumes import (
     CaseReader,
     TrainingCrops,

@@ -76,14 +76,16 @@ def training_range(looks: Sequence[Look]) -> TrainingRange:
     out). Of few training cases that is about the largest distance, and of n exchangeable cases one test case in n + 1 lies above it by
     chance.
 
+    Voxel sizes are compared axis by axis; of images and volumes together they are not.
+
     Raises:
-        RequestError: There is no training case, or their voxel sizes have different numbers of axes.
+        RequestError: There is no training case.
     """
     if not looks:
         raise RequestError("training range: no training case; give one or more")
     sizes = [look.spacing_mm for look in looks if look.spacing_mm]
     if len({len(size) for size in sizes}) > 1:
-        raise RequestError("training range: voxel sizes of two and of three axes; give images of one kind")
+        sizes = []
     table = np.array(sizes, dtype=np.float64)
     features = _unit([look.feature for look in looks if look.feature is not None])
     limit = None
@@ -105,7 +107,7 @@ def outside(look: Look, span: TrainingRange) -> list[dict[str, str]]:
     """Return in what a case lies outside the range: `by` (spacing, vendor or knn) and `reason`, a sentence with the numbers."""
     found = []
     for axis, size in enumerate(look.spacing_mm or ()):
-        if not span.low_mm:
+        if axis >= len(span.low_mm):
             break
         low, high = span.low_mm[axis], span.high_mm[axis]
         if not low * (1 - TOLERANCE) <= size <= high * (1 + TOLERANCE):
@@ -116,7 +118,9 @@ def outside(look: Look, span: TrainingRange) -> list[dict[str, str]]:
     if look.feature is not None and span.limit is not None:
         away = distance(look.feature, span)
         if away > span.limit:
-            found.append({"by": "knn", "reason": f"distance {away:.3g} to the nearest training cases, among these up to {span.limit:.3g}"})
+            found.append(
+                {"by": "knn", "reason": f"distance {away:.3g} to the nearest training cases, among these up to {span.limit:.3g}"}
+            )
     return found
 
 

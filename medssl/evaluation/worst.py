@@ -46,7 +46,11 @@ class WorstCases:
         del self.kept[self.count :]
 
     def to_npz(self, structures: Mapping[int, str]) -> bytes:
-        """Return what is kept as .npz, worst first: `case`, `dice`, `structures`, `values`, and `<k>_<plane>_image`, `_label`, `_prediction`, `_spacing_mm`."""
+        """Return what is kept as .npz, worst first.
+
+        Arrays: `case`, `dice`, `structures`, `values`; and for case k and each plane `<k>_<plane>_image`, `_label`, `_prediction`,
+        `_spacing_mm`.
+        """
         arrays: dict[str, np.ndarray] = {
             "case": np.array([case for _, case, _ in self.kept]),
             "dice": np.array([score for score, _, _ in self.kept]),
