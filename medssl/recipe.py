@@ -255,9 +255,80 @@ class EvaluateRecipe(Node):
     out: str = "runs/evaluate"
 
 
-Recipe_ = PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | EvaluateRecipe
+class SuiteTask(Node):
+    """One column of the table of labels."""
+
+    column: str = Field(description="Column of the label")
+    task: Literal["regression", "classification"] = "classification"
+    classes: list[str] = Field(default_factory=list, description="Class names that may be published; others are called class_1 ...")
+
+
+class CurveSection(Node):
+    """Fine-tuning at several label budgets, beside the scratch twin."""
+
+    recipe: str | None = Field(None, description="Fine-tuning recipe (YAML); default: source and table of the suite")
+    overrides: list[str] = Field(default_factory=list, description="key=value changes of that recipe")
+    fractions: list[float] = Field(
+        default_factory=lambda: [0.01, 0.1, 1.0], min_length=1, description="Of the labelled training cases"
+    )
+    counts: list[int] = Field(default_factory=list, description="Numbers of labelled training cases instead of fractions")
+    seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of TargetSettings, where no recipe is named")
+
+
+class CorruptionSection(Node):
+    """What is done to test images."""
+
+    kinds: list[str] = Field(default_factory=lambda: ["noise", "blur", "contrast", "motion", "anisotropy"])
+    levels: list[int] = Field(default_factory=lambda: [1, 2, 3, 4, 5])
+
+
+class SuiteRecipe(Node):
+    """The nine-tier protocol on one labelled set, as far as it allows: frozen probes, fine-tuning, retrieval, robustness, subgroups, leakage."""
+
+    kind: Literal["suite"] = "suite"
+    source: SourceSection = Field(
+        description="Labelled series of all splits; views may be {}: size, spacing and normalisation then come from the weights"
+    )
+    table: str = Field(description="CSV of labels")
+    file_column: str = "file"
+    tasks: dict[str, SuiteTask] = Field(description="Public name of a task -> its column", min_length=1)
+    tiers: list[str] = Field(
+        default_factory=lambda: [
+            *("smoke", "frozen", "classification", "segmentation", "detection", "retrieval", "regression", "ood", "fairness")
+        ],
+        description="Tiers to run, in any order",
+    )
+    k: list[int] = Field(default_factory=lambda: [1, 5, 10, 20, 50], description="Neighbours")
+    shots: list[int] = Field(default_factory=lambda: [1, 5, 10, 25], description="Training cases per class of the few-label probe")
+    shot_seeds: int = Field(10, gt=0)
+    classification: CurveSection | None = None
+    segmentation: CurveSection | None = None
+    detection: CurveSection | None = None
+    regression: CurveSection | None = None
+    corruptions: CorruptionSection = CorruptionSection()
+    left_out: list[str] = Field(
+        default_factory=lambda: ["site", "vendor"], description="Columns of which each value is held out in turn"
+    )
+    subgroups: list[str] = Field(default_factory=lambda: ["sex", "age_band", "vendor", "site"])
+    leakage: list[str] = Field(default_factory=lambda: ["site", "sex", "vendor", "scanner_id"])
+    groups: dict[str, list[str]] = Field(
+        default_factory=dict, description="Column -> values that may be published; others are called group_1 ..."
+    )
+    draws: int = Field(2000, ge=10, description="Bootstrap draws")
+    seed: int = 0
+    batch: int = Field(4, gt=0)
+    out: str = "runs/suite"
+
+
+Recipe_ = PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | EvaluateRecipe | SuiteRecipe
 TARGET_TASKS = ("classification", "regression")
-KINDS: dict[str, type[Node]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "evaluate": EvaluateRecipe}
+KINDS: dict[str, type[Node]] = {
+    "pretrain": PretrainRecipe,
+    "finetune": FinetuneRecipe,
+    "evaluate": EvaluateRecipe,
+    "suite": SuiteRecipe,
+}
 
 
 class Recipe:
@@ -272,7 +343,7 @@ class Recipe:
             overrides: Dotted assignments such as `train.steps=100`; values are YAML.
 
         Returns:
-            A `PretrainRecipe`, `FinetuneRecipe`, `FinetuneTargetsRecipe` or `EvaluateRecipe`.
+            A `PretrainRecipe`, `FinetuneRecipe`, `FinetuneTargetsRecipe`, `EvaluateRecipe` or `SuiteRecipe`.
 
         Raises:
             RecipeError: With every fault found.

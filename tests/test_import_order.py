@@ -35,7 +35,20 @@ ARCHIVE_MAY_IMPORT = {
     "pixels": {"scanning"},
     "operations": {"headers", "pixels"},
 }
-TOP = {"recipe", "build", "data_sources", "correspondence", "target_tasks", "api", "cli", "demo", "doctor", "testing", "__main__"}
+TOP = {
+    "recipe",
+    "build",
+    "data_sources",
+    "correspondence",
+    "target_tasks",
+    "suite",
+    "api",
+    "cli",
+    "demo",
+    "doctor",
+    "testing",
+    "__main__",
+}
 
 
 def package_of(module: str) -> str:

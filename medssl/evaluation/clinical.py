@@ -33,11 +33,12 @@ MAIN = {"segmentation": "Dice", "classification": "AUC", "regression": "Mean abs
 Result = Mapping[str, Any]
 
 
-def clinical_facts(results: Sequence[Result]) -> dict[str, Any]:
+def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str, Any]:
     """Return what the page of fine-tuning results shows, as plain values.
 
     Args:
         results: Contents of `results.json` of the cells of one folder, all of one task.
+        draws: Bootstrap draws.
 
     Returns:
         `task`, `metric`, `arm`, `labels`, `seeds`, `headlines` (one per labels and arm), and one entry per question: `structures`,
@@ -60,7 +61,7 @@ def clinical_facts(results: Sequence[Result]) -> dict[str, Any]:
     first = arms[chosen][0]
     cells = {(int(result["labels"]), str(result["arm"])) for result in usable}
     headlines = [
-        _headline(task, [r for r in usable if (r["labels"], r["arm"]) == key])
+        _headline(task, [r for r in usable if (r["labels"], r["arm"]) == key], draws)
         for key in sorted(cells, key=lambda k: (-k[0], k[1] == SCRATCH))
     ]
     return {
@@ -72,12 +73,12 @@ def clinical_facts(results: Sequence[Result]) -> dict[str, Any]:
         "choice": first.get("choice"),
         "classes": list(first.get("classes") or []),
         "headlines": headlines,
-        "structures": _structures(arms) if task == "segmentation" else _why("the network gives no label map."),
-        "agreement": _agreement(task, {arm: runs[0] for arm, runs in arms.items()}),
+        "structures": _structures(arms, draws) if task == "segmentation" else _why("the network gives no label map."),
+        "agreement": _agreement(task, {arm: runs[0] for arm, runs in arms.items()}, draws),
         "sensitivity": _sensitivity(task, {arm: runs[0] for arm, runs in arms.items()}),
         "calibration": _calibration(task, {arm: runs[0] for arm, runs in arms.items()}),
         "worst": worst_cases(first),
-        "subgroups": subgroups(first),
+        "subgroups": subgroups(first, draws=draws),
         "outside": outside_facts(first),
     }
 
@@ -114,8 +115,10 @@ def _patients(cases: Sequence[Mapping[str, Any]]) -> list[str] | None:
     return None if None in found else [str(patient) for patient in found]
 
 
-def _interval(values: np.ndarray, patients: Sequence[str] | None, statistic: Statistic = np.mean) -> dict[str, float | None]:
-    value, low, high = bootstrap_interval(values, patients, statistic=statistic)
+def _interval(
+    values: np.ndarray, patients: Sequence[str] | None, draws: int, statistic: Statistic = np.mean
+) -> dict[str, float | None]:
+    value, low, high = bootstrap_interval(values, patients, statistic=statistic, draws=draws)
     return {"value": _finite(value), "low": _finite(low), "high": _finite(high)}
 
 
@@ -153,14 +156,14 @@ def _scores(task: str, results: Sequence[Result]) -> tuple[np.ndarray, list[str]
     return rows, _patients(cases), lambda x: float(np.mean([of_one(x[:, seed]) for seed in range(x.shape[1])]))
 
 
-def _headline(task: str, results: Sequence[Result]) -> dict[str, Any]:
+def _headline(task: str, results: Sequence[Result], draws: int) -> dict[str, Any]:
     values, patients, statistic = _scores(task, results)
     found: dict[str, Any] = {"labels": int(results[0]["labels"]), "arm": str(results[0]["arm"]), "seeds": len(results)}
     found |= {"n_cases": len(values), "n_patients": None if patients is None else len(set(patients))}
-    return found | (_interval(values, patients, statistic) if len(values) else {"value": None, "low": None, "high": None})
+    return found | (_interval(values, patients, draws, statistic) if len(values) else {"value": None, "low": None, "high": None})
 
 
-def _structures(arms: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
+def _structures(arms: Mapping[str, Sequence[Result]], draws: int) -> dict[str, Any]:
     """Return Dice and HD95 of each structure and arm; `not_found` counts cases whose label has it and whose prediction misses it wholly."""
     rows = []
     names = [str(name) for name in next(iter(arms.values()))[0]["structures"]]
@@ -179,13 +182,13 @@ def _structures(arms: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
                 values = np.array([np.mean(found) for found in by_case.values()])
                 groups = _patients([{"patient": patient[key]} for key in by_case])
                 empty = {"value": None, "low": None, "high": None}
-                row[metric] = (_interval(values, groups) if len(values) else empty) | {"n": len(values)}
+                row[metric] = (_interval(values, groups, draws) if len(values) else empty) | {"n": len(values)}
             row["not_found"] = sum(case["dice"].get(name) == 0 for case in results[0]["cases"])
             rows.append(row)
     return {"rows": rows}
 
 
-def _agreement(task: str, arms: Mapping[str, Result]) -> dict[str, Any]:
+def _agreement(task: str, arms: Mapping[str, Result], draws: int) -> dict[str, Any]:
     """Return Bland and Altman's numbers and the pairs behind them: volumes in ml, or the numbers that were to be found."""
     found = []
     for arm, result in arms.items():
@@ -196,9 +199,9 @@ def _agreement(task: str, arms: Mapping[str, Result]) -> dict[str, Any]:
                     for case in result["cases"]
                     if case.get("reference_ml")
                 ]
-                found += _pairs(str(name), "ml", arm, [p for p in pairs if p[0] is not None and p[1] is not None])
+                found += _pairs(str(name), "ml", arm, [p for p in pairs if p[0] is not None and p[1] is not None], draws)
         elif task == "regression":
-            found += _pairs("prediction", "", arm, [(case["target"], case["prediction"], case) for case in result["cases"]])
+            found += _pairs("prediction", "", arm, [(case["target"], case["prediction"], case) for case in result["cases"]], draws)
     if found:
         return {"rows": found}
     if task == "classification":
@@ -206,11 +209,13 @@ def _agreement(task: str, arms: Mapping[str, Result]) -> dict[str, Any]:
     return _why("no volumes were kept (results of an earlier medssl, or fewer than two test cases); fine-tune again.")
 
 
-def _pairs(what: str, unit: str, arm: str, pairs: Sequence[tuple[float, float, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def _pairs(
+    what: str, unit: str, arm: str, pairs: Sequence[tuple[float, float, Mapping[str, Any]]], draws: int
+) -> list[dict[str, Any]]:
     if len(pairs) < 2:
         return []
     reference, measured = ([float(pair[k]) for pair in pairs] for k in (0, 1))
-    numbers = asdict(bland_altman(reference, measured, _patients([pair[2] for pair in pairs])))
+    numbers = asdict(bland_altman(reference, measured, _patients([pair[2] for pair in pairs]), draws=draws))
     plain = {key: [_finite(v) for v in value] if isinstance(value, tuple) else value for key, value in numbers.items()}
     return [{"what": what, "unit": unit, "arm": arm, **plain, "reference": reference, "measured": measured}]
 
@@ -288,7 +293,7 @@ def failed(task: str, case: Mapping[str, Any], limit: float = math.inf) -> bool:
     return abs(float(case["prediction"]) - float(case["target"])) > limit
 
 
-def subgroups(result: Result) -> dict[str, Any]:
+def subgroups(result: Result, *, draws: int = 2000) -> dict[str, Any]:
     """Return score and failures by the values of every column that tells cases apart; small groups have a count and no number.
 
     Reference:
@@ -307,7 +312,7 @@ def subgroups(result: Result) -> dict[str, Any]:
         attribute = [str((case.get("facts") or {}).get(name) or "unknown") for case in cases]
         shown = attribute if name in OPEN_COLUMNS else numbered(attribute)
         metric = MAIN[task]
-        rows = subgroup_rows("", "", metric, values, shown, _patients(cases), statistic=statistic, positives=positives)
+        rows = subgroup_rows("", "", metric, values, shown, _patients(cases), statistic=statistic, positives=positives, draws=draws)
         for row in rows:
             inside = [case for case, group in zip(cases, shown) if group == row["group"]]
             row["failed"] = sum(failed(task, case, limit) for case in inside) if row["sufficient"] else None

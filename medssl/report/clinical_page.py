@@ -42,6 +42,14 @@ _NAMES = {
 }
 
 
+_NOT_ASKED = {
+    "segmentation": ("sensitivity", "calibration"),
+    "classification": ("structures", "agreement"),
+    "regression": ("structures", "sensitivity", "calibration"),
+}
+"""Questions that a task has no answer to: the last section says so in one line."""
+
+
 def clinical_page(
     facts: Facts, *, pictures: Mapping[str, Mapping[str, figures.Cut]] | None = None, structures: Sequence[str] = ()
 ) -> str:
@@ -52,12 +60,15 @@ def clinical_page(
         pictures: Case code -> plane -> slice with the maps `label` and `prediction`, of the worst cases; None shows no patient.
         structures: Names of the label values from 1, for pictures.
     """
-    sections = [
-        Section("glance", "At a glance", _glance(facts)),
-        *([Section("structures", "Structures", _structures(facts))] if facts["task"] == "segmentation" else []),
+    asked = [
+        Section("structures", "Structures", _structures(facts)),
         Section("agreement", "Volumes" if facts["task"] == "segmentation" else "Agreement", _agreement(facts)),
         Section("sensitivity", "Sensitivity at a fixed operating point", _sensitivity(facts)),
         Section("calibration", "Calibration", _calibration(facts)),
+    ]
+    sections = [
+        Section("glance", "At a glance", _glance(facts)),
+        *(part for part in asked if part.id not in _NOT_ASKED[facts["task"]]),
         Section("worst", "The ten worst cases", _worst(facts, pictures, structures)),
         Section("subgroups", "Failures by subgroup", _subgroups(facts)),
         Section("outside", "Cases outside the training range", _outside(facts)),
@@ -119,8 +130,16 @@ def headline(row: Mapping[str, Any], metric: str) -> str:
     who = f"{n} patient{'' if n == 1 else 's'}" if n is not None else f"{row['n_cases']} cases (patients not known)"
     if row["low"] is None or row["high"] is None:
         return f"{metric} {value}, no interval, {who}"
-    low, high, width = (_number(v, metric) for v in (row["low"], row["high"], row["high"] - row["low"]))
+    low, high, width = (_number(v, metric) for v in (row["low"], row["high"], width_of(row, metric)))
     return f"{metric} {value}, interval {low} to {high} (width {width}), {who}"
+
+
+def width_of(row: Mapping[str, Any], metric: str) -> float | None:
+    """Return the width of an interval, between its ends as they are written."""
+    if row["low"] is None or row["high"] is None:
+        return None
+    digits = 6 if metric == "Mean absolute error" else 2
+    return float(round(row["high"], digits) - round(row["low"], digits))
 
 
 def _number(value: float | None, metric: str) -> str:
@@ -137,9 +156,11 @@ def _glance(facts: Facts) -> str:
     how += " A wide interval means: with other patients of the same kind this number could have been any of these."
     parts = [f'<p class="main">{text(headline(main, metric))}</p><p class="how">{text(how)}</p>']
     low, high = span_of(_estimate(row) for row in rows)
+    if metric != "Mean absolute error":
+        low, high = max(low, 0.0), min(high, 1.0)
     cells = []
     for row in rows:
-        width = None if row["low"] is None else row["high"] - row["low"]
+        width = width_of(row, metric)
         kind = "scratch" if row["arm"] == "scratch" else "pretrained"
         cells.append(
             [
@@ -162,7 +183,9 @@ def _glance(facts: Facts) -> str:
 
 
 def _structures(facts: Facts) -> str:
-    cells = []
+    cells: list[list[str]] = []
+    if "why" in facts["structures"]:
+        return absent("Not shown:", text(facts["structures"]["why"]))
     for row in facts["structures"]["rows"]:
         dice, distance = row["dice"], row["hd95_mm"]
         cells.append(
@@ -198,7 +221,9 @@ def _agreement(facts: Facts) -> str:
     if "why" in found:
         return absent("Not shown:", text(found["why"]))
     cells, plots = [], []
-    for row in found["rows"]:
+    order = list(dict.fromkeys(row["what"] for row in found["rows"]))
+    arms = len({row["arm"] for row in found["rows"]})
+    for row in sorted(found["rows"], key=lambda row: order.index(row["what"])):
         unit = f" {row['unit']}" if row["unit"] else ""
         lines = [_three(row[key], unit) for key in ("bias", "lower", "upper")]
         grows = "–" if row["slope"][1] is None else "yes" if row["slope"][1] > 0 or row["slope"][2] < 0 else "not shown"
@@ -207,7 +232,9 @@ def _agreement(facts: Facts) -> str:
         title, colour = f"{what}, {_arm(row['arm'])}", 1 if row["arm"] == "scratch" else 0
         pairs = np.array(row["reference"], dtype=np.float64), np.array(row["measured"], dtype=np.float64)
         plots.append(clinical_figures.AgreementPlot(title, row["unit"], *pairs, row["bias"], row["lower"], row["upper"], colour))
-    light, dark = (clinical_figures.agreement_png(plots[:12], theme) for theme in (figures.LIGHT, figures.DARK))
+    light, dark = (
+        clinical_figures.agreement_png(plots[:12], theme, columns=2 if arms == 2 else 3) for theme in (figures.LIGHT, figures.DARK)
+    )
     left = f" The first 12 of {len(plots)} are drawn." if len(plots) > 12 else ""
     caption = (
         f"Bland-Altman: each point is one case, seed {text(facts['seed'])}. Solid: bias; dashed: limits of agreement; bands: their 95 % "
@@ -236,6 +263,11 @@ def _three(values: Sequence[float | None], unit: str) -> str:
     return f"{plain(value)}{unit} <small>({plain(low)} to {plain(high)})</small>"
 
 
+def _class(facts: Facts, k: int) -> str:
+    names = facts["classes"]
+    return str(names[k]).replace("_", " ") if k < len(names) else f"class {k + 1}"
+
+
 def _sensitivity(facts: Facts) -> str:
     found = facts["sensitivity"]
     if "why" in found:
@@ -246,7 +278,8 @@ def _sensitivity(facts: Facts) -> str:
     ]
     wanted = f"{100 * found['specificity']:.0f} %"
     caption = (
-        f"The threshold was fitted on validation cases alone, to a specificity of {wanted} there; on the test cases the specificity is what came "
+        f"The finding is {text(_class(facts, 1))}. The threshold was fitted on validation cases alone, to a specificity of {wanted} there; on the "
+        "test cases the specificity is what came "
         "of it, so read both lines together. Cases: those with the finding for sensitivity, those without for specificity."
     )
     return table(["", "network", "on test (95 % interval)", "cases"], cells, caption=caption)
@@ -287,8 +320,7 @@ def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, figures.Cut]] | Non
             far = ", ".join(f"{name.replace('_', ' ')} {decimal(v, 1)}" for name, v in row["hd95_mm"].items() if v is not None)
             cells.append([case, decimal(1 - row["bad"], 2), text(scores), text(far), text(flags) or "–"])
         elif task == "classification":
-            names = facts["classes"]
-            true, called = (str(names[row[key]]) if row[key] < len(names) else str(row[key]) for key in ("target", "called"))
+            true, called = (_class(facts, row[key]) for key in ("target", "called"))
             cells.append([case, decimal(row["p"], 3), text(true), text(called), text(flags) or "–"])
         else:
             cells.append([case, plain(row["bad"]), plain(row["target"]), plain(row["prediction"]), text(flags) or "–"])
@@ -381,12 +413,23 @@ def _outside(facts: Facts) -> str:
     return f"<p>{text(lead)}</p><p><b>{len(cells)} of {found['n']} test cases are flagged</b>: {text(counts)}.</p>{body}"
 
 
+def _not_asked(facts: Facts) -> str:
+    names = {
+        "sensitivity": "sensitivity at a fixed operating point",
+        "calibration": "calibration",
+        "agreement": "agreement of volumes",
+    }
+    left = [names[key] for key in _NOT_ASKED[facts["task"]] if key in names]
+    return f"Not on this page: {' and '.join(left)}; a network for {facts['task']} gives no answer to that." if left else ""
+
+
 def _caveats(facts: Facts, with_images: bool) -> str:
     said = [
         "Research only. Nothing here was tested for diagnosis, and no number here is a claim about patients elsewhere.",
         "Intervals describe chance among these test patients. They know nothing of other scanners, sites or readers.",
         f"Which state of the network was scored: {facts['choice']}." if facts.get("choice") else "",
         "A flag says that a case is unlike the training cases. No flag does not say that the prediction is right.",
+        _not_asked(facts),
         "Results are pseudonymised personal data unless their source was public or generated."
         + (" This page shows images of patients: keep it where those images may be." if with_images else ""),
     ]

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from medssl.evaluation.calibration import reliability
-from medssl.evaluation.finetune_targets import classification_rows
 
 SECRET = "St Elsewhere"
 
@@ -72,7 +71,14 @@ def classification(arm: str = "pretrained", seed: int = 0, n: int = 80, noise: f
         }
         for k in range(n)
     ]
-    rows = classification_rows(arm, chances, targets, patients, 0.7)
+    values = np.concatenate([targets[:, None], chances], axis=1).astype(np.float64)
+    called = p >= 0.7
+    rows = [
+        score_row(arm, "finetune", "brier", values, patients, statistic=brier, draws=50),
+        score_row(arm, "finetune", "ece", values, patients, statistic=expected_calibration_error, draws=50),
+        score_row(arm, "finetune", "sensitivity", called[targets == 1].astype(float), None, draws=50),
+        score_row(arm, "finetune", "specificity", 1 - called[targets == 0].astype(float), None, draws=50),
+    ]
     fitted = {"temperature": 1.3, "threshold": 0.7}
     facts = {
         "arm": arm,
