@@ -27,7 +27,16 @@ from medssl.evaluation.features import embed, probe_table
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_predict, linear_probe
 from medssl.evaluation.scores import METRICS
-from medssl.recipe import TARGET_TASKS, EvaluateRecipe, FinetuneTargetsRecipe, PretrainRecipe, ProbeSection, Recipe, SourceSection
+from medssl.recipe import (
+    TARGET_TASKS,
+    EvaluateRecipe,
+    FinetuneTargetsRecipe,
+    PretrainRecipe,
+    ProbeSection,
+    Recipe,
+    SourceSection,
+    SuiteRecipe,
+)
 from medssl.registry import lookup
 from medssl.sampling.items import Item, items_hash
 from medssl.sampling.items import write as write_items
@@ -619,7 +628,7 @@ def evaluation_cards(recipe: EvaluateRecipe, shelf: data_sources.Shelf) -> list[
     return [card_facts(card) for name, card in sorted(cards.cards.items()) if name in seen]
 
 
-def evaluation_section(recipe: EvaluateRecipe | FinetuneTargetsRecipe, manifest: Mapping[str, Any]) -> SourceSection:
+def evaluation_section(recipe: EvaluateRecipe | FinetuneTargetsRecipe | SuiteRecipe, manifest: Mapping[str, Any]) -> SourceSection:
     """Return the recipe's source with the views of the weights where the recipe names none.
 
     These are size, spacing and normalisation; for an encoder of clips also the kind, the frames and their rate.

@@ -42,6 +42,7 @@ TOP = {
     "correspondence",
     "target_tasks",
     "suite",
+    "suite_tiers",
     "api",
     "cli",
     "demo",

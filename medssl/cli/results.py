@@ -37,9 +37,14 @@ def evaluate(
     recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
     weights: Annotated[Path, typer.Option("--weights", help="Run folder or safetensors file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value changes.")] = None,
+    suite: Annotated[
+        bool, typer.Option("--suite", help="Run the tiers of a suite recipe (kind: suite); finished tiers are kept.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Probe frozen features with kNN and a linear probe, beside the controls."""
+    """Probe frozen features with kNN and a linear probe, beside the controls; with --suite the whole protocol."""
+    if suite:
+        return _suite(recipe, weights, overrides or [], json)
     from medssl import api
     from medssl.weights import card_lines
 
@@ -60,6 +65,27 @@ def evaluate(
     lines = [show.table(rows, ["features", "probe", "metric", "value", "95 % interval", "images", "by"])]
     lines += [f"weights pretrained on: {line}" for line in card_lines(done["data_cards"]["weights"]) or [NO_CARD]]
     lines += [f"evaluated on: {line}" for line in card_lines(done["data_cards"]["evaluation"])]
+    show.result(done, json, "\n".join(lines))
+
+
+def _suite(recipe: Path, weights: Path, overrides: Sequence[str], json: bool) -> None:
+    from medssl.suite import run_suite
+
+    def tier(name: str, done: int, total: int) -> None:
+        show.say(f"tier {done + 1}/{total}: {name}", json)
+
+    with show.progress("cache", quiet=json) as update:
+        done = run_suite(recipe, weights, overrides, on_cache=update, on_tier=tier)
+    rows = [
+        [row["model"], "-" if row["z"] is None else f"{row['z']:+.2f}", "-" if row["rank"] is None else f"{row['rank']:.1f}"]
+        + [row["tasks"], row["missing"]]
+        for row in done["aggregate"]
+    ]
+    lines = [show.table(rows, ["model", "mean z", "mean rank", "tasks", "missing"])]
+    lines += [
+        f"skipped: {s['tier']}: {' '.join(part for part in (s['task'], s['what']) if part)}: {s['why']}" for s in done["skipped"]
+    ]
+    lines.append(f"{len(done['rows'])} rows in {done['out']}: results.json, table.md, page.html")
     show.result(done, json, "\n".join(lines))
 
 

@@ -102,7 +102,7 @@ def overall(rows: Sequence[Row]) -> list[dict[str, Any]]:
     higher: dict[str, bool] = {}
     for row in rows:
         if row["main"] and row["subgroup"] is None and row["value"] is not None and row["model"] in MODELS:
-            name = f"{row['tier']}: {row['task']}"
+            name = f"{row['tier']}: {row['task']}, {row['setting']}"
             table.setdefault(name, {})[row["model"]] = row["value"]
             higher[name] = row["metric"] not in LOWER
     return aggregate(table, higher)

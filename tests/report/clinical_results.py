@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from medssl.evaluation.calibration import reliability
+from medssl.evaluation.calibration import brier, expected_calibration_error, reliability
+from medssl.evaluation.scores import score_row
 
 SECRET = "St Elsewhere"
 
