@@ -160,7 +160,9 @@ def load_recipe(recipe: Any, overrides: Sequence[str] = (), kind: str | None = N
         else:
             recipe = Recipe.load(path, overrides)
     if kind and recipe.kind != kind:
-        raise RequestError(f"this is a {recipe.kind} recipe; `medssl {kind}` needs one with kind: {kind}")
+        command = "evaluate --suite" if kind == "suite" else kind
+        hint = "; `medssl evaluate --suite` runs it" if recipe.kind == "suite" else ""
+        raise RequestError(f"this is a recipe of kind {recipe.kind}{hint}; `medssl {command}` needs one with kind: {kind}")
     build.check(recipe)
     return recipe
 

@@ -77,8 +77,13 @@ def _suite(recipe: Path, weights: Path, overrides: Sequence[str], json: bool) ->
     with show.progress("cache", quiet=json) as update:
         done = run_suite(recipe, weights, overrides, on_cache=update, on_tier=tier)
     rows = [
-        [row["model"], "-" if row["z"] is None else f"{row['z']:+.2f}", "-" if row["rank"] is None else f"{row['rank']:.1f}"]
-        + [row["tasks"], row["missing"]]
+        [
+            row["model"],
+            "-" if row["z"] is None else f"{row['z']:+.2f}",
+            "-" if row["rank"] is None else f"{row['rank']:.1f}",
+            row["tasks"],
+            row["missing"],
+        ]
         for row in done["aggregate"]
     ]
     lines = [show.table(rows, ["model", "mean z", "mean rank", "tasks", "missing"])]

@@ -99,7 +99,7 @@ def test_faults__come_before_anything_is_written(house: Path, phantom_archive: P
         suite.run_suite(load(house, phantom_archive, f"segmentation.recipe={tmp_path / 'no.yaml'}", out), house / "run")
     with pytest.raises(RequestError, match="has no column"):
         suite.run_suite(load(house, phantom_archive, "tasks.finding.column=fnding", out), house / "run")
-    with pytest.raises(RequestError, match="`medssl suite` needs|kind: suite"):
+    with pytest.raises(RequestError, match="`medssl evaluate --suite` needs one with kind: suite"):
         suite.run_suite(recipe_folder() / "demo" / "evaluate.yaml", house / "run", ["source.index=x", "table=y", "target=z"])
     assert not (tmp_path / "out").exists()
 
