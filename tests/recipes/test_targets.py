@@ -63,6 +63,7 @@ def test_classes__pretrained_beside_scratch_and_finished_cells_are_kept(
     assert "| 4 | pretrained | " in table and "| 4 | pretrained - scratch " in table
     cells = house / "out" / "cells"
     content = json.loads((cells / "pretrained_n4_s0" / "results.json").read_text())
+    assert {"sex", "vendor", "site"} <= set(content["cases"][0]["facts"]) and content["training_range"]["n"] == 4
     assert content["classes"] == ["absent", "present"] and len(content["cases"]) == summary["rows"][0]["n_test"]
     weights = load_file(cells / "pretrained_n4_s0" / "network.safetensors")
     assert {key.split(".")[0] for key in weights} == {"encoder", "head"}
