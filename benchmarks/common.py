@@ -170,16 +170,16 @@ def _cell(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def rounded(value: Any) -> Any:
-    """Return nested values with floats rounded to four significant digits, and NumPy scalars as numbers."""
+def rounded(value: Any, digits: int = 4) -> Any:
+    """Return nested values with floats rounded to a number of significant digits, and NumPy scalars as numbers."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
-        return float(f"{value:.4g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):
-        return {key: rounded(item) for key, item in value.items()}
+        return {key: rounded(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
+        return [rounded(item, digits) for item in value]
     return value
 
 

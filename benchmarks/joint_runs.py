@@ -5,7 +5,8 @@
     python -m benchmarks.joint_runs ../shared/data --folder runs/joint --collect
 
 Recipes name `runs/joint/data`, so start it where `runs/joint` lies. Every cell (arm and seed) is computed once and kept: kill the script and
-start it again to go on. `--collect` only gathers what is there into `benchmarks/results/joint.json` and prints the table.
+start it again to go on. `--collect` only gathers what is there into `benchmarks/results/joint.json`, prints the table and puts the scores of
+every cell beside it, in `benchmarks/results/joint/`; a cell that lies there is not computed again.
 
 Intervals are percentile bootstraps by image (MedMNIST names no patients) or by patient (hippocampus) of the mean over seeds; differences
 draw the same images for both arms. They hold for these weights: how much training itself varies shows in the spread over seeds.
@@ -102,13 +103,13 @@ def compute(
     held_out: set[str] | None = None
     for arm, seed in wanted:
         plan, out = PLANS[arm], folder / "cells" / f"{arm}_{seed}"
-        run = train(arm, seed, folder, overrides) if plan.trained else None
         if all((out / f"{task}_{split}.json").exists() for task in tasks):
             continue
+        run = train(arm, seed, folder, overrides) if plan.trained else None
         facts: dict[str, Any] = {}
         if run is not None:
             held_out = held_out if held_out is not None else held_out_hashes(shared)
-            facts["compared_items"] = check_apart(run, held_out)
+            facts = {"compared_items": check_apart(run, held_out), "pretraining": last_metrics(run)}
             found = load_arm(run)
         else:
             found = random_arm(plan.recipe, seed) if plan.recipe else None
@@ -211,28 +212,30 @@ def differences(values: Mapping[str, Mapping[str, float]], drawn: Mapping[str, M
     return rows
 
 
-def last_metrics(folder: Path) -> dict[str, Any]:
-    """Return, per run, its status, seconds per step and the mean of its metrics over the last tenth of the steps."""
-    found = {}
-    for arm, plan in PLANS.items():
-        for seed in plan.seeds if plan.trained else ():
-            run = folder / arm / str(seed)
-            if not (run / "metrics.jsonl").exists():
-                continue
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            last = max(line["step"] for line in lines)
-            tail = [line for line in lines if line["step"] > 0.9 * last]
-            names = sorted({name for line in tail for name in line if name not in ("step", "lr")})
-            means = {name: [line[name] for line in tail if line.get(name) is not None] for name in names}
-            facts = json.loads((run / "run.json").read_text())
-            found[f"{arm}_{seed}"] = {
-                "status": facts["status"],
-                "recipe_hash": facts["recipe_hash"],
-                "items": facts["items"],
-                "steps": last,
-                **{name: float(np.mean(v)) for name, v in means.items() if v},
-            }
-    return found
+def last_metrics(run: Path) -> dict[str, Any]:
+    """Return the status of a run, seconds per step, and the mean of its metrics over the last tenth of the steps."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = max(line["step"] for line in lines)
+    tail = [line for line in lines if line["step"] > 0.9 * last]
+    names = sorted({name for line in tail for name in line if name not in ("step", "lr")})
+    means = {name: [line[name] for line in tail if line.get(name) is not None] for name in names}
+    facts = json.loads((run / "run.json").read_text())
+    return {
+        "status": facts["status"],
+        "recipe_hash": facts["recipe_hash"],
+        "items": facts["items"],
+        "steps": last,
+        **{name: float(np.mean(v)) for name, v in means.items() if v},
+    }
+
+
+def copy_cells(source: Path, target: Path) -> None:
+    """Copy what `target` lacks of cells, with scores of six digits."""
+    for path in sorted(source.glob("*/*.json")):
+        copy = target / path.parent.name / path.name
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(copy, (json.dumps(rounded(json.loads(path.read_text()), 6)) + "\n").encode())
 
 
 def collect(folder: Path, split: str, out: Path, draws: int = DRAWS) -> dict[str, Any]:
@@ -240,13 +243,14 @@ def collect(folder: Path, split: str, out: Path, draws: int = DRAWS) -> dict[str
     name = "joint" if split == "test" else f"joint_{split}"
     summary = summarise(folder, split, draws)
     data = folder / "data" / "data.json"
+    cells = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("cells/*/facts.json"))}
     content = rounded(
         {
             "benchmark": name,
             "when": now(),
             "split": split,
             **summary,
-            "runs": last_metrics(folder),
+            "runs": cells,
             "data": json.loads(data.read_text()) if data.exists() else None,
             **{key: facts_of_machine()[key] for key in ("hardware", "versions", "git")},
         }
@@ -255,6 +259,7 @@ def collect(folder: Path, split: str, out: Path, draws: int = DRAWS) -> dict[str
     print(markdown([{**row, "interval": _span(row["interval"])} for row in content["differences"]]))
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())
+    copy_cells(folder / "cells", out / "joint")
     return dict(content)
 
 
@@ -278,6 +283,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
+    copy_cells(options.out / "joint", options.folder / "cells")
     if not options.collect:
         begin = time.perf_counter()
         wanted = [cell for cell in cells(options.seeds) if cell[0] in options.arms]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medssl.errors import RecipeError, RequestError, near
 from medssl.yaml_models import Node, fault, marked, parse_yaml, read_mapping, shipped_folder
@@ -231,6 +231,10 @@ class FinetuneTargetsRecipe(Node):
     table: str = Field(description="CSV of labels")
     file_column: str = "file"
     target: str = Field(description="Column of the label")
+    classes: list[str | int | float] = Field(
+        default_factory=list,
+        description="Names of the classes in their order, as in the column, when results may tell them; else they are class_1, class_2, ...",
+    )
     encoder: dict[str, Any] = Field(
         default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
     )
@@ -238,6 +242,13 @@ class FinetuneTargetsRecipe(Node):
     labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
     force: bool = Field(False, description="Fine-tune on other views than the weights were pretrained with; the result says so")
     out: str = "runs/finetune"
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _quoted(cls, given: Any) -> Any:
+        if isinstance(given, list) and any(isinstance(name, bool) for name in given):
+            raise ValueError('YAML reads yes, no, on and off as true and false; put class names in quotes: ["no", "yes"]')
+        return given
 
 
 class EvaluateRecipe(Node):
@@ -260,7 +271,9 @@ class SuiteTask(Node):
 
     column: str = Field(description="Column of the label")
     task: Literal["regression", "classification"] = "classification"
-    classes: list[str] = Field(default_factory=list, description="Class names that may be published; others are called class_1 ...")
+    classes: list[str | int | float] = Field(
+        default_factory=list, description="All classes, where their names may be published; else they are called class_1 ..."
+    )
 
 
 class CurveSection(Node):

@@ -30,7 +30,7 @@ from medssl.evaluation.aggregate import holm
 from medssl.evaluation.finetune_targets import Cases
 from medssl.evaluation.suite_rows import TIERS, skip
 from medssl.recipe import FinetuneTargetsRecipe, SuiteRecipe
-from medssl.suite_tiers import RUN, Bench, class_names
+from medssl.suite_tiers import RUN, Bench
 from medssl.training.run_folder import facts_of_machine, now
 from medssl.weights import load_part, private_folder, write_atomic, write_private
 
@@ -93,12 +93,10 @@ def open_bench(recipe: SuiteRecipe, weights: Path | str, on_cache: Any = None) -
             table=recipe.table,
             file_column=recipe.file_column,
             target=task.column,
-            **class_names(task),
+            classes=task.classes,
         )
-        cases, series = target_tasks.labelled_cases(shelf, one)
-        known = [str(c) for c in cases.classes]
-        unlisted = [c for c in known if c not in task.classes]
-        names[name] = (known, [c if c in task.classes else f"class_{unlisted.index(c) + 1}" for c in known])
+        cases, series, known = target_tasks.labelled_cases(shelf, one)
+        names[name] = (known, [str(public) for public in cases.classes])
         found[name] = (cases, series)
     everything = sorted({name for _, series in found.values() for name in series.values()})
     place = {name: k for k, name in enumerate(everything)}

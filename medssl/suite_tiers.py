@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -127,13 +126,6 @@ class Bench:
         others = sorted({value for value in values if value != "unknown" and value not in listed})
         return [v if v == "unknown" or v in listed else f"group_{others.index(v) + 1}" for v in values]
 
-    def without_names(self, message: str) -> str:
-        """Return a message with class names that may not be published replaced by those that may."""
-        for known, public in self.names.values():
-            for name, other in zip(known, public):
-                message = re.sub(rf"\b{re.escape(name)}\b", other, message)
-        return message
-
     def unseen(self, task: str) -> np.ndarray:
         """Return the rows of the validation and test cases of a task."""
         return np.flatnonzero(np.isin(self.tasks[task].split, ("val", "test")))
@@ -146,11 +138,6 @@ class Bench:
 
 def _word(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) and value else "unknown" if value in (None, "", ()) else str(value)
-
-
-def class_names(task: Any) -> dict[str, Any]:
-    """Return the class names that a fine-tuning may publish, where it has a key for them."""
-    return {"classes": list(task.classes)} if task.classes and "classes" in FinetuneTargetsRecipe.model_fields else {}
 
 
 def smoke(bench: Bench, _out: Path) -> Found:
@@ -320,7 +307,7 @@ def _own_recipe(bench: Bench, section: CurveSection, name: str) -> FinetuneTarge
     task = bench.recipe.tasks[name]
     return FinetuneTargetsRecipe(
         task=task.task, source=bench.recipe.source, table=bench.recipe.table, file_column=bench.recipe.file_column, target=task.column,
-        settings=section.settings, **class_names(task),
+        settings=section.settings, classes=task.classes,
     )  # fmt: skip
 
 
@@ -363,7 +350,7 @@ def _curve(
         counts = list(counts or _counts_of(section, recipe))
         summary = run_curve(recipe, bench.weights, counts=counts, seeds=section.seeds, twin=True)
     except RequestError as err:
-        return Found(skipped=[skip(task, "fine-tuning", bench.without_names(str(err)))])
+        return Found(skipped=[skip(task, "fine-tuning", str(err))])
     patients = _patients_of(folder)
     rows = []
     for entry in summary["rows"]:

@@ -3,11 +3,16 @@
 out/target_curve.json              what the cells have in common; a folder never mixes two settings
 out/cells/<arm>_n<labels>_s<seed>/ results.json (last: it says that the cell is done), network.safetensors with its manifest
 out/summary.json, out/table.md     rewritten after every cell
+out/private/classes.csv            what class_1, class_2, ... are called in the table, where the recipe does not name the classes
+
+A column of labels may hold anything, patients too; so its values reach no artefact and no error unless the recipe lists them.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +27,7 @@ from medssl.api import evaluation_section, labelled_rows, load_recipe, refuse_pr
 from medssl.archive.table import group_facts
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval, paired_bootstrap
-from medssl.evaluation.finetune_targets import Cases, Classifier, Images, TargetResult, finetune_targets, mean_auc
+from medssl.evaluation.finetune_targets import Cases, Classifier, Images, TargetResult, check, finetune_targets, mean_auc
 from medssl.evaluation.label_curve import SCRATCH, Cell, plan
 from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import encode_classes, mae
@@ -31,7 +36,7 @@ from medssl.sampling.items import Item
 from medssl.seeding import derive_seed
 from medssl.training.run_folder import facts_of_machine, now
 from medssl.types import DrawKey
-from medssl.weights import load_part, private_folder, save_part, write_atomic
+from medssl.weights import load_part, private_folder, save_part, write_atomic, write_private
 
 NAME = "source"
 OnCell = Callable[[int, int, Cell, dict[str, Any]], None]
@@ -141,18 +146,21 @@ def target_curve(
     section, forced = _section(recipe, manifest)
     settings = build.target_settings(recipe)
     shelf = data_sources.fill_shelf(NAME, section)
-    cases, series = labelled_cases(shelf, recipe)
+    cases, series, names = labelled_cases(shelf, recipe)
     arms = _arms(recipe, weights if pretrained else None, manifest, section, twin)
     leakage = "no weights" if not pretrained else refuse_pretraining_patients(weights, _scored(shelf, cases, series))  # type: ignore[arg-type]
     counts = [recipe.labels or len(cases.where("train"))] if counts is None else list(counts)
     out = Path(recipe.out)
+    check(cases, cases.where("train"))
     private_folder(out)
+    if names and not recipe.classes:
+        _keep_names(out, cases.classes, names)
     cells = plan(arms, counts, seeds)
     shared = {
         "kind": "finetune",
         "task": recipe.task,
         "target": recipe.target,
-        "classes": [str(name) for name in cases.classes],
+        "classes": list(cases.classes),
         "cases": _digest(cases, series),
         "settings": json.loads(json.dumps(asdict(replace(settings, device="")))),
         "views": section.views,
@@ -179,26 +187,42 @@ def target_curve(
     return summary
 
 
-def labelled_cases(shelf: data_sources.Shelf, recipe: FinetuneTargetsRecipe) -> tuple[Cases, dict[int, str]]:
-    """Return the labelled cases of a shelf, numbered in the order of their series ids, and number -> series_id."""
-    targets, names, groups = labelled_rows(shelf, recipe.table, recipe.file_column, recipe.target, recipe.task)
+def labelled_cases(shelf: data_sources.Shelf, recipe: FinetuneTargetsRecipe) -> tuple[Cases, dict[int, str], list[str]]:
+    """Return the labelled cases of a shelf, numbered in the order of their series ids, number -> series_id, and what the table calls the classes.
+
+    Raises:
+        RequestError: The column has one class, or a value that `classes` does not list.
+    """
+    targets, ids, groups = labelled_rows(shelf, recipe.table, recipe.file_column, recipe.target, recipe.task)
     splits = {row.series_id: row.split for row in shelf.rows}
-    classes: Sequence[Any] = ()
+    names: list[str] = []
     if recipe.task == "classification":
-        targets, classes = encode_classes(targets)
-        if len(classes) < 2:
+        names = [str(name) for name in recipe.classes] or encode_classes(targets)[1]
+        place = {name: number for number, name in enumerate(names)}
+        unlisted = sum(str(target) not in place for target in targets)
+        if unlisted:
             raise RequestError(
-                f"column {recipe.target}: {len(classes)} class among {len(targets)} labelled cases; it takes two or more"
+                f"column {recipe.target}: {unlisted} of {len(targets)} labelled cases have a value that classes does not list; "
+                "list it, or empty the cell of a case that is to be left out"
             )
-    ids = np.arange(len(names))
-    cases = Cases(ids, np.asarray(targets, dtype=np.float64), groups, np.array([splits[name] for name in names]), classes)
+        targets = np.array([place[str(target)] for target in targets])
+        found = len(set(targets.tolist()))
+        if found < 2:
+            raise RequestError(f"column {recipe.target}: {found} class among {len(targets)} labelled cases; it takes two or more")
+    public = names if recipe.classes else [f"class_{number}" for number in range(1, len(names) + 1)]
+    split = np.array([splits[name] for name in ids])
+    cases = Cases(np.arange(len(ids)), np.asarray(targets, dtype=np.float64), groups, split, public)
     known = {row.series_id: row for row in shelf.rows}
-    cases = replace(
-        cases,
-        looks=[Look(known[name].spacing_mm, known[name].vendor) for name in names],
-        facts=[group_facts(known[name]) for name in names],
-    )
-    return cases, dict(enumerate(names))
+    looks = [Look(known[name].spacing_mm, known[name].vendor) for name in ids]
+    cases = replace(cases, looks=looks, facts=[group_facts(known[name]) for name in ids])
+    return cases, dict(enumerate(ids)), names
+
+
+def _keep_names(out: Path, public: Sequence[Any], names: Sequence[str]) -> None:
+    """Write what the table calls the classes, for the owner alone."""
+    text = io.StringIO()
+    csv.writer(text).writerows([("class", "value"), *zip(public, names)])
+    write_private(out / "private" / "classes.csv", text.getvalue().encode())
 
 
 def _scored(shelf: data_sources.Shelf, cases: Cases, series: Mapping[int, str]) -> data_sources.Shelf:

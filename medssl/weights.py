@@ -11,7 +11,9 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +85,31 @@ def private_folder(folder: Path) -> None:
     """Make a folder that only its owner may enter; a folder that exists keeps its mode."""
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+@contextmanager
+def folder_aside(out: Path) -> Iterator[Path]:
+    """Give a new folder beside `out` that takes its name when the block ends well; else nothing is left behind.
+
+    Args:
+        out: Folder to be; must not exist, or be empty.
+
+    Raises:
+        StoreError: The disk is full or the folder cannot be written.
+    """
+    aside = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # of a killed process with this number
+        aside.mkdir()
+        yield aside
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    except OSError as err:
+        raise disk_error(err, out) from err
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def process_lives(pid: int) -> bool:

@@ -267,7 +267,8 @@ def check(cases: Cases, train: np.ndarray) -> None:
     absent = [str(name) for k, name in enumerate(cases.classes) if k not in there]
     if absent:
         raise RequestError(
-            f"class {', '.join(absent)} has no case among the {len(train)} training cases; give more labels, or leave the class out"
+            f"{', '.join(absent)} of {len(cases.classes)} classes: no case among the {len(train)} training cases; give more labels, or leave "
+            "it out. Classes that the recipe does not name are counted in the order of their sorted values"
         )
 
 

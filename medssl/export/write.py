@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +24,7 @@ from medssl.export import (
 from medssl.export.manifest import Weights, exported_manifest, read_weights, require_whole
 from medssl.export.slices import Adaptation, Inflation
 from medssl.export.verify import ExportReport, compare, features, require_equal, source_encoder
-from medssl.weights import disk_error, load_part, save_part
+from medssl.weights import folder_aside, load_part, save_part
 
 TRUNKS = {module.TARGET.to: module.TARGET for module in (torchvision, resnet, flexible_unet, retinanet)}
 EXPORTS = ("safetensors", "unetr", "segresnet", "swin-unetr", "monai-bundle", "nnunet", "timm", *TRUNKS, "joint", "aggregator")
@@ -84,18 +82,8 @@ def export_weights(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"export: {out} exists and is not an empty folder; choose another one, or remove it first")
     weights = read_weights(Path(weights_path), decoder=decoder, tag=tag)
-    aside = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
+    with folder_aside(out) as aside:
         report = _writer(to, out.name, asked)(aside, weights)
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
-    except OSError as err:
-        raise disk_error(err, out) from err
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return replace(report, files=tuple(out / path.relative_to(aside) for path in report.files))
 
 

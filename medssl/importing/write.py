@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from medssl.errors import RequestError, WeightsError, near
 from medssl.importing.files import read_tensors
 from medssl.importing.layouts import READERS, Asked, Converted, adapt_channels
 from medssl.registry import argument_faults, lookup
-from medssl.weights import disk_error, load_part, save_part, write_atomic
+from medssl.weights import folder_aside, load_part, save_part, write_atomic
 
 UNUSED = "norm_cross_attn"  # of MONAI's ViT, on no path; older files lack it
 INDICES = "relative_position_index"  # of MONAI's Swin, follows from the window
@@ -209,9 +207,8 @@ def _unknown(size: Sequence[int] | None, spacing: Sequence[float] | None, how: A
 
 def _write(out: Path, module: Any, parts: Sequence[str], facts: Mapping[str, Any]) -> tuple[Path, ...]:
     """Write `weights/` aside, read it back, and rename it into place."""
-    aside = out.parent / f".{out.name}.{os.getpid()}.tmp"
     files: list[Path] = []
-    try:
+    with folder_aside(out) as aside:
         (aside / "weights" / "last").mkdir(parents=True)
         for group in parts:
             part = module.part(group)
@@ -225,11 +222,4 @@ def _write(out: Path, module: Any, parts: Sequence[str], facts: Mapping[str, Any
             files += [path, path.with_suffix(".json")]
         index = aside / "weights" / "index.json"
         write_atomic(index, json.dumps({"default": "encoder", "parts": list(parts)}).encode())
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
-    except OSError as err:
-        raise disk_error(err, out) from err
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return tuple(out / path.relative_to(aside) for path in [*files, index])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from medssl.errors import RequestError
+from medssl.weights import folder_aside
 
 
 def write_whole(out: Path, record: str, parameters: Mapping[str, Any], write: Callable[[Path], None], *, what: str) -> Path:
@@ -29,19 +28,11 @@ def write_whole(out: Path, record: str, parameters: Mapping[str, Any], write: Ca
         if _written_with(out / record) == parameters:
             return out
         raise RequestError(f"{out}: holds something else than this {what}; choose a new folder or remove it")
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "images").mkdir(parents=True)
-    (aside / "labels").mkdir()
-    try:
+    with folder_aside(out) as aside:
+        (aside / "images").mkdir()
+        (aside / "labels").mkdir()
         write(aside)
         (aside / record).write_text(json.dumps(parameters, indent=1) + "\n")
-        if out.exists():
-            out.rmdir()
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -79,7 +80,7 @@ def read_crop(
     )  # fmt: skip
 
 
-class StoreSource:
+class StoreSource(ABC):
     """Items of one domain in one store: what every kind of source shares.
 
     A kind adds `read(key)`, what the sampler draws for a key as a list of fetched items with `id` and `key`, and `views(fetched, device)`.
@@ -113,9 +114,9 @@ class StoreSource:
     def __len__(self) -> int:
         return len(self.series)
 
+    @abstractmethod
     def read(self, key: DrawKey) -> list[Any]:
         """Draw and read what a key means."""
-        raise NotImplementedError
 
     def fetch(self, keys: list[DrawKey]) -> list[Any]:
         """Draw and read a micro-batch; runs in any thread and touches no device."""

@@ -187,11 +187,18 @@ def test_cells__are_trained_probed_and_kept(toy: tuple[Path, Path], monkeypatch:
     summary = joint_runs.summarise(root, draws=20)
     values = {row["arm"]: row["value"] for row in summary["rows"]}
     assert set(values) == {"joint", "random", "raw"} and values["raw"] == 1  # brightness is the label
-    assert joint_runs.last_metrics(root)["joint_0"]["status"] == "finished"
+    facts = json.loads((root / "cells" / "joint_0" / "facts.json").read_text())
+    assert facts["pretraining"]["status"] == "finished" and facts["compared_items"] == 10
     kept = root / "cells" / "joint_0" / "breastmnist_test.json"
     before = kept.stat().st_mtime_ns
     joint_runs.compute(shared, root, joint_runs.cells(), split="test", tasks=["breastmnist"])
     assert kept.stat().st_mtime_ns == before
+    joint_runs.copy_cells(root / "cells", root / "kept")
+    joint_runs.copy_cells(root / "kept", root / "elsewhere" / "cells")
+    monkeypatch.setattr(joint_runs, "train", None)  # cells that are there are not trained again
+    joint_runs.compute(shared, root / "elsewhere", joint_runs.cells(), split="test", tasks=["breastmnist"])
+    again = joint_runs.summarise(root / "elsewhere", draws=20)
+    assert {row["arm"]: row["value"] for row in again["rows"]} == values
 
 
 def held_out(shared: Path) -> set[str]:

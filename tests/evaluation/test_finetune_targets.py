@@ -226,7 +226,7 @@ def test_cases_that_cannot_work__are_refused() -> None:
     cases = make_cases()
     with pytest.raises(RequestError, match="no labelled case is marked test"):
         run(replace(cases, split=np.where(cases.split == "test", "train", cases.split)))
-    with pytest.raises(RequestError, match=r"class c2 has no case among the \d+ training cases; give more labels"):
+    with pytest.raises(RequestError, match=r"c2 of 3 classes: no case among the \d+ training cases; give more labels"):
         run(replace(cases, split=np.where((cases.targets == 2) & (cases.split == "train"), "val", cases.split)))
     with pytest.raises(RequestError, match="patience needs validation cases"):
         run(replace(cases, split=np.where(cases.split == "val", "train", cases.split)), replace(QUICK, patience=3))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medssl.domains.volume_files import read_label, read_volume
-from medssl.errors import RequestError
+from medssl.errors import RequestError, StoreError
 from medssl.evaluation.cohort import Cohort
 from medssl.phantoms import ORGAN_NAMES, make_cohort
 from medssl.phantoms import cohort as cohort_module
@@ -184,7 +184,7 @@ def test_make_cohort__failure_leaves_nothing_behind(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cohort_module, "write_nifti", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StoreError, match="the disk is full while writing cohort"):
         make_cohort(tmp_path / "cohort", patients=3, size=SIZE)
     assert list(tmp_path.iterdir()) == []
 

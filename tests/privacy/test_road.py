@@ -506,6 +506,16 @@ def long_road(house: House) -> list[Step]:
     asked = [f"source.index={archive}", "k=[3]", "--weights", out / "run"]
     tuned = ["settings.steps=2", "settings.warmup_steps=1", "settings.val_every=0", "settings.crop=[32, 32, 32]"]
     tuned += ["settings.spacing_mm=[4, 4, 4]", "labels=2", "--weights", out / "run"]
+    classes = [
+        f"source.index={archive}",
+        f"table={data / 'persons.csv'}",
+        "settings.steps=2",
+        "settings.warmup_steps=1",
+        "settings.augment={}",
+    ]
+    classes += ["source.views={size: [16, 16, 8], spacing_mm: 4.0, normalize: zscore}", "settings.val_every=0"]
+    classes += ["encoder={name: segresnet3d, init_filters: 8, blocks_down: [1, 1, 1], blocks_up: [1, 1]}"]
+    of_classes = ["finetune", recipe_folder() / "finetune" / "classification_mri.yaml", *classes]
     workers = {"medssl.archive.scanning.sweep:PROCESSES_ABOVE": 0, "medssl.archive.scanning.sweep:BATCH": 40}
     return [
         step("index", data / house.sources.name, "--splits", data / "split.csv", "--modality", "MR", "--out", archive),
@@ -525,6 +535,11 @@ def long_road(house: House) -> list[Step]:
         step("finetune", tune, f"cohort.path={data}", f"out={out / 'none'}", *tuned, status=2),
         step("finetune", tune, f"cohort.path={data / 'no_header.csv'}", f"out={out / 'none'}", *tuned, status=2),
         step("finetune", tune, f"cohort.path={data / 'by_patient.json'}", f"out={out / 'none'}", *tuned, status=2),
+        step(*of_classes, "target=person", f"out={out / 'classes'}"),  # the names of the classes are those of people
+        step(*of_classes, "target=file", f"out={out / 'none'}", status=2),
+        step(*of_classes, "target=person", "classes=[a, b]", f"out={out / 'none'}", status=2),
+        step(*of_classes, "target=person", "task=regression", f"out={out / 'none'}", status=2),
+        step("import", data / "no_header.csv", "--as", "vit3d", "--out", out / "none", status=2),
         step("export", out / "run", "--to", "segresnet", "--out", out / "segresnet"),
         step("export", out / "run", "--to", "monai-bundle", "--out", out / "bundle"),
         step("report", out, "--out", out / "report.html"),
@@ -551,6 +566,9 @@ def test_whole_road__says_and_leaves_nothing(tmp_path: Path) -> None:
     for path in (grids / "labels").iterdir():  # label maps on another grid than their images
         shutil.copy(house.data / "cohort" / "images" / path.name, path)
         path.write_bytes(planted.zipped(planted.nifti_bytes(7), path.name))
+    lines = [line.split(",")[0] for line in (house.data / "split.csv").read_text().splitlines()[1:]]
+    persons = [f"{name},{('MRN83641957', 'Quillfeather^Zebediah')[k // 4 % 2]}" for k, name in enumerate(lines)]
+    (house.data / "persons.csv").write_text("\n".join(["file,person", *persons]))
     (house.data / "by_patient.json").write_text(json.dumps({"Quillfeather": {"MRN83641957": "1957-03-12"}}))
     planted.write_cines(house.cines)
     first, *rest = long_road(house)

@@ -33,6 +33,7 @@ LONG = {
     "smoke/mae_cnn_resenc3d_mri",
     "smoke/mae_cnn_swin3d_mri",
     "smoke/relative_speed_video_vit_ultrasound",
+    "smoke/alice_segresnet3d_mri",
     "smoke/alice_segresnet3d_mri_pairs",
 }
 

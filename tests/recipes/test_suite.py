@@ -43,11 +43,47 @@ def load(house: Path, archive: Path, *changes: str) -> Any:
     return Recipe.load(recipe_folder() / SMOKE, [*given, *changes])
 
 
-def test_all_tiers__run_or_say_why(house: Path, phantom_archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load(house, phantom_archive)
+QUICK = ("tiers=[frozen, segmentation, retrieval, fairness]", "k=[1]", "draws=20")
+
+
+def test_tiers__are_kept_and_say_no_name_that_is_private(
+    house: Path, phantom_archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load(house, phantom_archive, *QUICK)
     seen: list[str] = []
     done = suite.run_suite(recipe, house / "run", on_tier=lambda tier, k, n: seen.append(tier))
-    out = house / "out"
+    out, rows = house / "out", done["rows"]
+    assert seen == ["frozen", "segmentation", "retrieval", "fairness"] and {path.stem for path in (out / "tiers").iterdir()} == set(
+        seen
+    )
+    assert {row["model"] for row in rows if row["tier"] == "frozen"} == {"weights", *CONTROLS}
+    assert done["leakage_check"] == "no patient of this evaluation was pretrained on"
+    groups = [row for row in rows if row["tier"] == "fairness" and row["setting"] == "by ward"]
+    assert groups and all(row["value"] is None for row in groups)  # fewer than fifty
+    assert {row["subgroup"] for row in groups} <= {"group_1", "group_2"}
+    public = [path for path in (out / "results.json", out / "table.md", out / "page.html", *(out / "tiers").iterdir())]
+    for path in public:
+        text = path.read_text()
+        assert not any(name in text for name in (*WARDS, "rare disease")), path.name
+    private = json.loads((out / "private" / "classes.json").read_text())
+    assert private == {"finding": {"class_1": "present", "class_2": "rare disease"}, "organ": {}}
+    assert set(json.loads((out / "private" / "fairness.json").read_text())["groups"]["ward"].values()) == set(WARDS)
+    monkeypatch.setattr(suite, "RUN", {})
+    (out / "tiers" / "frozen.json").rename(out / "tiers" / "kept")
+    with pytest.raises(KeyError):  # only what is missing runs again
+        suite.run_suite(recipe, house / "run")
+    (out / "tiers" / "kept").rename(out / "tiers" / "frozen.json")
+    assert suite.run_suite(recipe, house / "run")["rows"] == rows
+    with pytest.raises(RequestError, match="tiers computed with other settings"):
+        suite.run_suite(load(house, phantom_archive, *QUICK, "shots=[1]"), house / "run")
+
+
+@pytest.mark.slow
+def test_all_tiers__run_or_say_why(house: Path, phantom_archive: Path) -> None:
+    recipe = load(house, phantom_archive, f"out={house / 'whole'}")
+    seen: list[str] = []
+    done = suite.run_suite(recipe, house / "run", on_tier=lambda tier, k, n: seen.append(tier))
+    out = house / "whole"
     assert seen == list(TIERS) and {path.stem for path in (out / "tiers").iterdir()} == set(TIERS)
     rows = done["rows"]
     keys = {"task", "tier", "metric", "value", "low", "high", "n", "patients", "seeds", "subgroup", "model"}
@@ -65,28 +101,8 @@ def test_all_tiers__run_or_say_why(house: Path, phantom_archive: Path, monkeypat
     assert {row["model"] for row in done["aggregate"]} == {"weights", "scratch", *CONTROLS}
     twin = next(row for row in done["aggregate"] if row["model"] == "scratch")
     assert twin["missing"] > 0 and len(done["comparisons"]) == 6
-
-    groups = [row for row in rows if row["tier"] == "fairness" and row["setting"] == "by ward"]
-    assert groups and all(row["value"] is None for row in groups)  # fewer than fifty
-    assert {row["subgroup"] for row in groups} <= {"group_1", "group_2"}
-    public = [path for path in (out / "results.json", out / "table.md", out / "page.html", *(out / "tiers").iterdir())]
-    for path in public:
-        text = path.read_text()
-        assert not any(name in text for name in (*WARDS, "rare disease")), path.name
-    private = json.loads((out / "private" / "classes.json").read_text())
-    assert private == {"finding": {"class_1": "rare disease", "present": "present"}, "organ": {}}
-    assert set(json.loads((out / "private" / "fairness.json").read_text())["groups"]["ward"].values()) == set(WARDS)
     table = (out / "table.md").read_text()
     assert "| model | mean z |" in table and "for comparison: 4 labels, auroc" in table and "- skipped: " in table
-
-    monkeypatch.setattr(suite, "RUN", {})
-    (out / "tiers" / "smoke.json").rename(out / "tiers" / "kept")
-    with pytest.raises(KeyError):  # only what is missing runs again
-        suite.run_suite(recipe, house / "run")
-    (out / "tiers" / "kept").rename(out / "tiers" / "smoke.json")
-    assert suite.run_suite(recipe, house / "run")["rows"] == rows
-    with pytest.raises(RequestError, match="tiers computed with other settings"):
-        suite.run_suite(load(house, phantom_archive, "shots=[1]"), house / "run")
 
 
 def test_faults__come_before_anything_is_written(house: Path, phantom_archive: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from medssl import api, target_tasks
-from medssl.errors import LeakageError, RequestError
+from medssl.errors import LeakageError, MedsslError, RequestError
 from medssl.recipe import Recipe, recipe_folder
 
 SHORT = [
@@ -64,7 +64,11 @@ def test_classes__pretrained_beside_scratch_and_finished_cells_are_kept(
     cells = house / "out" / "cells"
     content = json.loads((cells / "pretrained_n4_s0" / "results.json").read_text())
     assert {"sex", "vendor", "site"} <= set(content["cases"][0]["facts"]) and content["training_range"]["n"] == 4
-    assert content["classes"] == ["absent", "present"] and len(content["cases"]) == summary["rows"][0]["n_test"]
+    assert content["classes"] == ["class_1", "class_2"] and len(content["cases"]) == summary["rows"][0]["n_test"]
+    kept = house / "out" / "private" / "classes.csv"
+    assert kept.read_text().split() == ["class,value", "class_1,absent", "class_2,present"] and kept.stat().st_mode & 0o777 == 0o600
+    public = [path for path in (house / "out").rglob("*") if path.is_file() and path != kept]
+    assert not [path for path in public if b"absent" in path.read_bytes() or b'present"' in path.read_bytes()]
     weights = load_file(cells / "pretrained_n4_s0" / "network.safetensors")
     assert {key.split(".")[0] for key in weights} == {"encoder", "head"}
     trained = load_file(house / "run" / "weights" / "last" / "encoder.safetensors")
@@ -75,6 +79,35 @@ def test_classes__pretrained_beside_scratch_and_finished_cells_are_kept(
     assert api.label_curve(recipe, house / "run", counts=[4], seeds=[0, 1])["rows"] == summary["rows"]
     with pytest.raises(RequestError, match="cells computed with other settings; cells of one folder share"):
         api.label_curve(load(house, phantom_archive, "settings.lr=0.1"), house / "run", counts=[4], seeds=[0])
+
+
+def test_classes_of_the_recipe__are_named_in_its_order(house: Path, phantom_archive: Path) -> None:
+    out = house / "named"
+    recipe = load(house, phantom_archive, "classes=[present, absent]", f"out={out}")
+    shared = api.finetune(recipe, house / "run")["shared"]
+    assert shared["classes"] == ["present", "absent"] and not (out / "private").exists()
+    (cell,) = (out / "cells").iterdir()
+    manifest = json.loads((cell / "network.json").read_text())
+    assert manifest["head"]["classes"] == ["present", "absent"]
+    first = json.loads((cell / "results.json").read_text())["cases"]
+    turned = api.finetune(load(house, phantom_archive, "classes=[absent, present]", f"out={house / 'turned'}"), house / "run")
+    assert turned["shared"]["classes"] == ["absent", "present"]
+    (cell,) = (house / "turned" / "cells").iterdir()
+    second = json.loads((cell / "results.json").read_text())["cases"]
+    assert [1 - case["target"] for case in first] == [case["target"] for case in second]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("classes=[present, other]", r"column finding: \d+ of \d+ labelled cases have a value that classes does not list; list it"),
+        ("classes=[no, yes]", "YAML reads yes, no, on and off as true and false; put class names in quotes"),
+    ],
+)
+def test_classes_that_do_not_fit__are_refused(house: Path, phantom_archive: Path, given: str, message: str) -> None:
+    with pytest.raises(MedsslError, match=message):
+        api.finetune(load(house, phantom_archive, given, f"out={house / 'none'}"), house / "run")
+    assert not (house / "none").exists()
 
 
 def test_numbers__from_scratch_with_the_encoder_of_the_recipe(house: Path, phantom_archive: Path) -> None:

@@ -310,6 +310,22 @@ def read_features(path: Path) -> Features:
     )
 
 
+def read_shape(path: Path) -> tuple[int, int, str]:
+    """Return how many features a file holds, how wide they are, and what made them as far as it says ("" when it does not).
+
+    Raises:
+        StoreError: It cannot be opened or holds no features.
+    """
+    h5py = _h5py()
+    try:
+        with h5py.File(path, "r") as file:
+            shape = file["features"].shape
+            maker = str(_plain(file.attrs).get("encoder") or "")
+    except (OSError, KeyError) as err:
+        raise StoreError(f"{path}: {type(err).__name__}; a finished HDF5 file with `features` is needed; write it again") from err
+    return int(np.prod(shape[:-1])), int(shape[-1]), maker
+
+
 def _size_level0(attrs: Mapping[str, Any], size: float | None) -> float | None:
     stated = _number(attrs, "patch_size_level0")
     if stated is not None or size is None:
