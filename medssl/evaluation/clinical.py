@@ -28,7 +28,7 @@ WORST = 10
 FAILED_DICE = 0.5
 OPEN_COLUMNS = ("sex", "age_band", "vendor", "field_strength_t", "contrast_state", "kernel_class", "body_region", "view")
 """Columns with closed vocabularies, whose values may be shown; groups of others are numbered."""
-MAIN = {"segmentation": "Dice", "classification": "AUC", "regression": "Mean absolute error"}
+MAIN = {"segmentation": "Dice", "classification": "AUC", "regression": "Mean absolute error", "detection": "mAP"}
 
 Result = Mapping[str, Any]
 
@@ -77,9 +77,13 @@ def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str,
         "agreement": _agreement(task, {arm: runs[0] for arm, runs in arms.items()}, draws),
         "sensitivity": _sensitivity(task, {arm: runs[0] for arm, runs in arms.items()}),
         "calibration": _calibration(task, {arm: runs[0] for arm, runs in arms.items()}),
-        "worst": worst_cases(first),
-        "subgroups": subgroups(first, draws=draws),
-        "outside": outside_facts(first),
+        "worst": worst_cases(first) if task != "detection" else _why("boxes of a case are not summed up to one number yet."),
+        "subgroups": subgroups(first, draws=draws)
+        if task != "detection"
+        else _why("results of detection do not tell patients apart yet."),
+        "outside": outside_facts(first)
+        if task != "detection"
+        else _why("detection does not compare test with training cases yet."),
     }
 
 
@@ -157,10 +161,21 @@ def _scores(task: str, results: Sequence[Result]) -> tuple[np.ndarray, list[str]
 
 
 def _headline(task: str, results: Sequence[Result], draws: int) -> dict[str, Any]:
+    if task == "detection":
+        return _given_headline(results)
     values, patients, statistic = _scores(task, results)
     found: dict[str, Any] = {"labels": int(results[0]["labels"]), "arm": str(results[0]["arm"]), "seeds": len(results)}
     found |= {"n_cases": len(values), "n_patients": None if patients is None else len(set(patients))}
     return found | (_interval(values, patients, draws, statistic) if len(values) else {"value": None, "low": None, "high": None})
+
+
+def _given_headline(results: Sequence[Result]) -> dict[str, Any]:
+    """Return the main score of the first seed as its cell has it: boxes are matched there."""
+    first = results[0]
+    row = next((row for row in first["rows"] if row["metric"].startswith("map")), first["rows"][0])
+    known = {"labels": int(first["labels"]), "arm": str(first["arm"]), "seeds": 1}
+    counts = {"n_cases": row["n_images"], "n_patients": row["n_patients"]}
+    return {**known, **counts, **{key: row[key] for key in ("value", "low", "high")}}
 
 
 def _structures(arms: Mapping[str, Sequence[Result]], draws: int) -> dict[str, Any]:
@@ -221,6 +236,8 @@ def _pairs(
 
 
 def _sensitivity(task: str, arms: Mapping[str, Result]) -> dict[str, Any]:
+    if task == "detection":
+        return _froc(arms)
     if task != "classification":
         return _why("an operating point is a matter of classes and of findings; this network gives neither.")
     if len(next(iter(arms.values())).get("classes") or []) != 2:
@@ -234,6 +251,24 @@ def _sensitivity(task: str, arms: Mapping[str, Result]) -> dict[str, Any]:
         return _why("no validation case was there to fit a threshold on; mark some cases as val.")
     threshold = {arm: (result.get("fitted") or {}).get("threshold") for arm, result in arms.items()}
     return {"rows": rows, "specificity": SPECIFICITY, "threshold": threshold}
+
+
+def _froc(arms: Mapping[str, Result]) -> dict[str, Any]:
+    """Return sensitivities at fixed numbers of false positives per image, and their mean with its interval."""
+    found = {arm: row for arm, result in arms.items() for row in result["rows"] if row["metric"] == "froc" and row.get("at")}
+    if not found:
+        return _why("the results hold no FROC.")
+    rows = [
+        {
+            "arm": arm,
+            "at": dict(row["at"]),
+            **{key: row[key] for key in ("value", "low", "high")},
+            "n": row["n_images"],
+            "n_boxes": row.get("n_boxes"),
+        }
+        for arm, row in found.items()
+    ]
+    return {"froc": rows, "overlap": next(iter(found.values())).get("overlap")}
 
 
 def _calibration(task: str, arms: Mapping[str, Result]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ _NOT_ASKED = {
     "segmentation": ("sensitivity", "calibration"),
     "classification": ("structures", "agreement"),
     "regression": ("structures", "sensitivity", "calibration"),
+    "detection": ("structures", "agreement", "calibration"),
 }
 """Questions that a task has no answer to: the last section says so in one line."""
 
@@ -263,6 +264,26 @@ def _three(values: Sequence[float | None], unit: str) -> str:
     return f"{plain(value)}{unit} <small>({plain(low)} to {plain(high)})</small>"
 
 
+def _froc(found: Mapping[str, Any]) -> str:
+    rates = list(found["froc"][0]["at"])
+    cells = [
+        [
+            text(_arm(row["arm"])),
+            *(decimal(row["at"].get(rate), 2) for rate in rates),
+            written(_estimate(row)),
+            plain(row["n"]),
+            plain(row["n_boxes"]),
+        ]
+        for row in found["froc"]
+    ]
+    head = ["network", *(f"at {text(rate)}" for rate in rates), "mean (95 % interval)", "images", "objects"]
+    caption = (
+        "Share of objects found at so many false positives per image, and its mean over these rates. An object counts as found from an overlap of "
+        f"{plain(found['overlap'])}. Only the mean has an interval."
+    )
+    return table(head, cells, caption=caption)
+
+
 def _class(facts: Facts, k: int) -> str:
     names = facts["classes"]
     return str(names[k]).replace("_", " ") if k < len(names) else f"class {k + 1}"
@@ -272,6 +293,8 @@ def _sensitivity(facts: Facts) -> str:
     found = facts["sensitivity"]
     if "why" in found:
         return absent("Not shown:", text(found["why"]))
+    if "froc" in found:
+        return _froc(found)
     cells = [
         [f"{text(_NAMES.get(row['metric'], row['metric']))}", text(_arm(row["arm"])), written(_estimate(row)), plain(row["n"])]
         for row in found["rows"]
@@ -311,6 +334,8 @@ def _calibration(facts: Facts) -> str:
 
 def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, figures.Cut]] | None, structures: Sequence[str]) -> str:
     found, task = facts["worst"], facts["task"]
+    if "why" in found:
+        return absent("Not shown:", text(found["why"]))
     cells = []
     for place, row in enumerate(found["rows"], start=1):
         flags = "; ".join(row["outside"])

@@ -93,6 +93,24 @@ def classification(arm: str = "pretrained", seed: int = 0, n: int = 80, noise: f
     return {**facts, "rows": rows, "fitted": fitted, "reliability": reliability(chances, targets), "training_range": span}
 
 
+def detection(arm: str = "pretrained") -> dict[str, Any]:
+    """Rows as detection leaves them."""
+    score = {
+        "name": arm,
+        "probe": "finetune",
+        "class": None,
+        "low": 0.5,
+        "high": 0.7,
+        "n_images": 30,
+        "n_patients": 28,
+        "n_boxes": 90,
+    }
+    rows = [{**score, "metric": "map_10_50", "value": 0.6}, {**score, "metric": "froc", "value": 0.65, "overlap": 0.1}]
+    rows[1]["at"] = {"0.125": 0.4, "1": 0.7, "8": 0.9}
+    cases = [{"series_id": "ab" * 16, "patient_id": "p", "real": [], "found": []}]
+    return {"arm": arm, "seed": 0, "labels": 9, "task": "detection", "classes": ["class_1"], "cases": cases, "rows": rows}
+
+
 def regression(arm: str = "pretrained", n: int = 30) -> dict[str, Any]:
     """Numbers that are found 10 too high."""
     rng = np.random.default_rng(5)

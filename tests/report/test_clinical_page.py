@@ -15,7 +15,7 @@ from medssl.evaluation.clinical import clinical_facts
 from medssl.evaluation.worst import WorstCases, slices
 from medssl.report.clinical_page import clinical_page, headline, read_worst
 from tests.cli.test_bad_input import medssl
-from tests.report.clinical_results import SECRET, classification, regression, segmentation
+from tests.report.clinical_results import SECRET, classification, detection, regression, segmentation
 from tests.report.test_page import Outline, write_json
 
 
@@ -67,6 +67,12 @@ def test_classification__says_on_what_the_threshold_was_fitted() -> None:
 def test_what_is_missing__is_said() -> None:
     said = words(clinical_page(clinical_facts([regression()], draws=50)))
     assert "earlier medssl" in said and "nothing is known of the patients and scanners" in said
+
+
+def test_detection__shows_sensitivity_at_fixed_false_positives() -> None:
+    said = words(clinical_page(clinical_facts([detection(), detection("scratch")], draws=50)))
+    assert "mAP 0.60, interval 0.50 to 0.70 (width 0.20), 28 patients" in said
+    assert "at 0.125" in said and "0.90" in said and "false positives per image" in said and "not summed up" in said
 
 
 def test_worst_cases__are_kept_as_slices_and_read_again(tmp_path: Path) -> None:
