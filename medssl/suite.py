@@ -153,11 +153,12 @@ def run_tier(tier: str, bench: Bench, out: Path) -> dict[str, Any]:
         write_private(out / "private" / f"{tier}.json", json.dumps(done.private, indent=1).encode())
     if not done.rows and not done.skipped:
         done.skipped.append(skip("", "the tier", "no task of the recipe is of its kind"))
-    content = {"tier": tier, "rows": done.rows, "skipped": done.skipped, "p_values": done.p_values}
+    content: dict[str, Any] = {"tier": tier, "rows": done.rows, "skipped": done.skipped, "p_values": done.p_values}
     content |= {"seconds": time.perf_counter() - began, "when": now()}
-    content = json.loads(json.dumps(content, default=float))
-    write_atomic(path, json.dumps(content, indent=1, allow_nan=False).encode())
-    return content
+    text = json.dumps(content, indent=1, allow_nan=False, default=float)
+    write_atomic(path, text.encode())
+    kept: dict[str, Any] = json.loads(text)
+    return kept
 
 
 def write_results(out: Path, found: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -> dict[str, Any]:

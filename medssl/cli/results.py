@@ -184,7 +184,8 @@ def _clinical_report(folder: Path, out: Path, with_images: bool) -> Path:
             f"{folder}: no cell is done yet; run the same `medssl finetune` or `label-curve` again, it goes on where it stopped"
         )
     facts = clinical_facts(list(results.values()))
-    pictures, structures = None, []
+    pictures = None
+    structures: list[str] = []
     if with_images:
         chosen = (facts["arm"], facts["labels"], facts["seed"])
         own = next(f for f, result in results.items() if (result["arm"], result["labels"], result["seed"]) == chosen)

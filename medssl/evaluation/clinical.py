@@ -229,8 +229,8 @@ def _pairs(
 ) -> list[dict[str, Any]]:
     if len(pairs) < 2:
         return []
-    reference, measured = ([float(pair[k]) for pair in pairs] for k in (0, 1))
-    numbers = asdict(bland_altman(reference, measured, _patients([pair[2] for pair in pairs]), draws=draws))
+    reference, measured = [float(one) for one, _, _ in pairs], [float(other) for _, other, _ in pairs]
+    numbers = asdict(bland_altman(reference, measured, _patients([case for _, _, case in pairs]), draws=draws))
     plain = {key: [_finite(v) for v in value] if isinstance(value, tuple) else value for key, value in numbers.items()}
     return [{"what": what, "unit": unit, "arm": arm, **plain, "reference": reference, "measured": measured}]
 
@@ -384,7 +384,7 @@ def outside_facts(result: Result) -> dict[str, Any]:
     """Return how many test cases lie outside the training range and in what, and which ones."""
     if any(case.get("outside") is None for case in result["cases"]):
         return _why("these results are of an earlier medssl, which did not compare test with training cases; fine-tune again.")
-    flagged = [
+    flagged: list[dict[str, Any]] = [
         {"case": code_of(case, place), "flags": [dict(flag) for flag in case["outside"]]}
         for place, case in enumerate(result["cases"])
         if case["outside"]

@@ -77,7 +77,7 @@ def tables(rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str]
                 twin = [r for r in rows if r["task"] == task and r["model"] == TWIN and r["main"] and r["tier"] != tier]
                 about = {(r["tier"], r["setting"], r["metric"]) for r in twin}
                 again = [r for r in rows if r["task"] == task and (r["tier"], r["setting"], r["metric"]) in about]
-                lines += [{**line, "what": f"for comparison: {line['what']}"} for line in _lines(again)]
+                lines += [{**line, "what": f"for comparison, fine-tuned: {line['what']}"} for line in _lines(again)]
             models = [*MODELS, *sorted({row["model"] for row in own if row["task"] == task} - set(MODELS))]
             parts.append({"task": task, "models": models, "lines": lines})
         found.append({"tier": tier, "title": title, "tables": parts, "skipped": [dict(s) for s in skipped.get(tier, ())]})

@@ -260,8 +260,14 @@ def _three(values: Sequence[float | None], unit: str) -> str:
     if value is None:
         return "–"
     if low is None:
-        return f"{plain(value)}{unit}"
-    return f"{plain(value)}{unit} <small>({plain(low)} to {plain(high)})</small>"
+        return f"{measured(value)}{unit}"
+    return f"{measured(value)}{unit} <small>({measured(low)} to {measured(high)})</small>"
+
+
+def measured(value: float | None) -> str:
+    """Return a measurement with as many decimals as its size bears."""
+    size = abs(value or 0.0)
+    return decimal(value, 0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 4)
 
 
 def _froc(found: Mapping[str, Any]) -> str:
@@ -410,7 +416,9 @@ def _outside(facts: Facts) -> str:
     said = []
     if span.get("spacing_mm"):
         low, high = span["spacing_mm"]
-        said.append("voxel size " + " × ".join(f"{a:.3g}" if a == b else f"{a:.3g} to {b:.3g}" for a, b in zip(low, high)) + " mm")
+        said.append(
+            "voxel size " + " × ".join(f"{a:.3g}" if a == b else f"({a:.3g} to {b:.3g})" for a, b in zip(low, high)) + " mm"
+        )
     said.append(f"vendors {', '.join(span['vendors'])}" if span.get("vendors") else "vendors not known")
     if span.get("knn_limit") is not None:
         said.append(

@@ -9,7 +9,8 @@ from medssl.report.elements import Section, decimal, plain, table, text, whole_p
 from medssl.report.headline import Estimate
 
 _STYLE = """
-td .best{font-weight:600}
+table.numbers tbody th{min-width:200px}
+td small{display:block}
 ul.skipped{color:var(--soft);font-size:14px;margin:4px 0 0;padding-left:20px}
 .insufficient{color:var(--soft);font-style:italic}
 """
@@ -21,6 +22,7 @@ _MODELS = {
     "intensity_statistics": "intensity statistics",
     "chance": "chance",
 }
+_WORDS = {"auroc": "AUC", "r2": "R²", "mae": "mean absolute error"}
 _SHOWN = 12  # lines of a table that are open at once
 
 
@@ -89,7 +91,8 @@ def _tier(tier: Mapping[str, Any]) -> str:
 
 
 def _line(line: Mapping[str, Any], models: Sequence[str]) -> list[str]:
-    cells = [text(str(line["what"]).replace("_", " "))]
+    words = [_WORDS.get(word, word) for word in str(line["what"]).split(", ")]
+    cells = [text(", ".join(words).replace("_", " "))]
     for model in models:
         cell = line["cells"].get(model)
         if cell is None:
@@ -97,7 +100,11 @@ def _line(line: Mapping[str, Any], models: Sequence[str]) -> list[str]:
         elif cell["value"] is None:
             cells.append('<span class="insufficient">insufficient</span>')
         elif cell["low"] is None or cell["high"] is None:
-            cells.append(decimal(cell["value"]))
+            cells.append(
+                decimal(cell["value"])
+                if abs(cell["value"]) >= 0.001 or cell["value"] == 0
+                else plain(float(f"{cell['value']:.1g}"))
+            )
         else:
             cells.append(written(Estimate(cell["value"], cell["low"], cell["high"])))
     return [*cells, plain(line["n"]), plain(line["patients"]), plain(line["seeds"])]

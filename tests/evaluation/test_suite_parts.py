@@ -108,7 +108,7 @@ def test_tables__have_controls_and_twin_even_where_they_did_not_run() -> None:
     found = {tier["tier"]: tier for tier in tables(rows, {"detection": [skip("", "mAP", "no recipe")]})}
     (frozen,) = found["frozen"]["tables"]
     assert frozen["models"] == ["weights", "scratch", "random_init", "raw_pixels", "intensity_statistics"]
-    assert [line["what"] for line in frozen["lines"]] == ["logistic, auroc", "for comparison: 20 labels, auroc"]
+    assert [line["what"] for line in frozen["lines"]] == ["logistic, auroc", "for comparison, fine-tuned: 20 labels, auroc"]
     assert frozen["lines"][1]["cells"]["scratch"]["value"] == 0.8
     assert found["detection"]["skipped"] == [{"task": "", "what": "mAP", "why": "no recipe"}]
     totals = {row["model"]: row for row in overall(rows)}

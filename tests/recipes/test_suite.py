@@ -102,7 +102,7 @@ def test_all_tiers__run_or_say_why(house: Path, phantom_archive: Path) -> None:
     twin = next(row for row in done["aggregate"] if row["model"] == "scratch")
     assert twin["missing"] > 0 and len(done["comparisons"]) == 6
     table = (out / "table.md").read_text()
-    assert "| model | mean z |" in table and "for comparison: 4 labels, auroc" in table and "- skipped: " in table
+    assert "| model | mean z |" in table and "for comparison, fine-tuned: 4 labels, auroc" in table and "- skipped: " in table
 
 
 def test_faults__come_before_anything_is_written(house: Path, phantom_archive: Path, tmp_path: Path) -> None:
