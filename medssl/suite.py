@@ -187,6 +187,28 @@ def write_results(out: Path, found: Mapping[str, Mapping[str, Any]], shared: Map
     return result
 
 
+def draw_page(folder: Path, out: Path) -> Path:
+    """Draw the page of a suite again from its `results.json`; it shows no patient.
+
+    Raises:
+        RequestError: The suite is not finished, or `out` is a folder.
+    """
+    from medssl.report.suite_page import suite_page
+
+    if out.is_dir():
+        raise RequestError(f"{out}: is a folder; name the HTML file to write, for instance {out / 'report.html'}")
+    if not (folder / "results.json").is_file():
+        raise RequestError(
+            f"{folder}: the suite is not finished; run the same `medssl evaluate --suite` again, it goes on where it stopped"
+        )
+    result = json.loads((folder / "results.json").read_text())
+    skipped: dict[str, list[dict[str, str]]] = {}
+    for entry in result["skipped"]:
+        skipped.setdefault(entry["tier"], []).append(entry)
+    write_atomic(out, suite_page({**result, "tables": suite_rows.tables(result["rows"], skipped)}).encode())
+    return out
+
+
 def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Say which differences to controls are there, all tested together (Holm, 5 %)."""
     rejected = holm([1.0 if row["p"] is None else row["p"] for row in rows]) if rows else []

@@ -144,6 +144,10 @@ def report(
     """Draw one self-contained HTML page."""
     if (run / "series.parquet").is_file():
         path = _archive_report(run, out or run / "report.html", with_images, quiet=json)
+    elif (run / "suite.json").is_file():
+        from medssl.suite import draw_page
+
+        path = draw_page(run, out or run / "report.html")
     elif any((run / name).is_file() for name in ("label_curve.json", "target_curve.json", "results.json")):
         path = _clinical_report(run, out or run / "report.html", with_images)
     else:

@@ -42,6 +42,7 @@ _NAMES = {
 }
 
 
+_OPEN, _PICTURED = 6, 3  # plots and pictures that are not folded away
 _NOT_ASKED = {
     "segmentation": ("sensitivity", "calibration"),
     "classification": ("structures", "agreement"),
@@ -233,26 +234,28 @@ def _agreement(facts: Facts) -> str:
         title, colour = f"{what}, {_arm(row['arm'])}", 1 if row["arm"] == "scratch" else 0
         pairs = np.array(row["reference"], dtype=np.float64), np.array(row["measured"], dtype=np.float64)
         plots.append(clinical_figures.AgreementPlot(title, row["unit"], *pairs, row["bias"], row["lower"], row["upper"], colour))
-    light, dark = (
-        clinical_figures.agreement_png(plots[:12], theme, columns=2 if arms == 2 else 3) for theme in (figures.LIGHT, figures.DARK)
-    )
+    columns = 2 if arms == 2 else 3
+    open_, more = plots[:_OPEN], plots[_OPEN:12]
     left = f" The first 12 of {len(plots)} are drawn." if len(plots) > 12 else ""
     caption = (
         f"Bland-Altman: each point is one case, seed {text(facts['seed'])}. Solid: bias; dashed: limits of agreement; bands: their 95 % "
         f"intervals.{left}"
     )
-    picture = image(
-        light,
-        "Difference between network and reference over their mean, with bias and limits of agreement",
-        dark=dark,
-        caption=caption,
-    )
+    picture = _plots(open_, columns, caption)
+    if more:
+        picture += f"<details><summary>{len(more)} further plots</summary>{_plots(more, columns, '')}</details>"
     head = ["what", "network", "bias", "lower limit", "upper limit", "error grows with size", "cases"]
     caption = (
         "Bias: mean of network minus reference. Between the limits of agreement lie about 95 % of the differences. Brackets: 95 % intervals. "
         "Where the error grows with size, one pair of limits does not hold for small and large alike."
     )
     return table(head, cells, caption=caption) + picture
+
+
+def _plots(plots: Sequence[clinical_figures.AgreementPlot], columns: int, caption: str) -> str:
+    light, dark = (clinical_figures.agreement_png(plots, theme, columns=columns) for theme in (figures.LIGHT, figures.DARK))
+    alt = f"Difference between network and reference over their mean, with bias and limits of agreement: {', '.join(p.title for p in plots)}"
+    return image(light, alt, dark=dark, caption=caption)
 
 
 def _three(values: Sequence[float | None], unit: str) -> str:
@@ -371,11 +374,16 @@ def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, figures.Cut]] | Non
         return parts[0] + absent(
             "Left out:", "images. This page was made without them, so that it can be shared; <code>--with-images</code> adds them."
         )
+    drawn = []
     for row in found["rows"]:
         if cuts := pictures.get(row["case"]):
             said = f"{row['case']}: mean Dice {decimal(1 - row['bad'], 2)}. Slices in which label and prediction differ most."
             png = figures.segmentation_png(cuts, [name.replace("_", " ") for name in structures])
-            parts.append(image(png, f"Label and prediction of {row['case']} in three planes", caption=text(said)))
+            drawn.append(image(png, f"Label and prediction of {row['case']} in three planes", caption=text(said)))
+    parts += drawn[:_PICTURED]
+    if drawn[_PICTURED:]:
+        rest = drawn[_PICTURED:]
+        parts.append(f"<details><summary>Pictures of {len(rest)} further cases</summary>{''.join(rest)}</details>")
     if len(parts) == 1:
         parts.append(
             absent("No figures/worst.npz was found.", "<code>medssl finetune</code> writes one where settings.figures is above 0.")
