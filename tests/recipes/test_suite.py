@@ -13,6 +13,7 @@ from medssl import api, suite
 from medssl.errors import LeakageError, RecipeError, RequestError
 from medssl.evaluation.suite_rows import CONTROLS, TIERS
 from medssl.recipe import Recipe, recipe_folder
+from tests.cli.test_bad_input import medssl
 
 WARDS = ("Elsewhere Ward", "Nowhere Ward")
 SMOKE = "smoke/suite_mri.yaml"
@@ -47,7 +48,7 @@ QUICK = ("tiers=[frozen, segmentation, retrieval, fairness]", "k=[1]", "draws=20
 
 
 def test_tiers__are_kept_and_say_no_name_that_is_private(
-    house: Path, phantom_archive: Path, monkeypatch: pytest.MonkeyPatch
+    house: Path, phantom_archive: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = load(house, phantom_archive, *QUICK)
     seen: list[str] = []
@@ -74,6 +75,15 @@ def test_tiers__are_kept_and_say_no_name_that_is_private(
         suite.run_suite(recipe, house / "run")
     (out / "tiers" / "kept").rename(out / "tiers" / "frozen.json")
     assert suite.run_suite(recipe, house / "run")["rows"] == rows
+    status, stdout, stderr = medssl(
+        capsys, "evaluate", recipe_folder() / SMOKE, "--suite", "--weights", house / "run", f"source.index={phantom_archive}",
+        f"table={house / 'labels.csv'}", f"out={out}", *QUICK,
+    )  # fmt: skip
+    assert status == 0 and "mean z" in stdout and "skipped: segmentation: label curves of Dice" in stdout, stderr
+    assert medssl(capsys, "report", out, "--out", house / "again.html")[0] == 0
+    assert (house / "again.html").read_text() == (out / "page.html").read_text()
+    status, _, stderr = medssl(capsys, "evaluate", recipe_folder() / SMOKE, "--weights", house / "run", "source.index=x", "table=y")
+    assert status == 2 and "`medssl evaluate --suite` runs it" in stderr
     with pytest.raises(RequestError, match="tiers computed with other settings"):
         suite.run_suite(load(house, phantom_archive, *QUICK, "shots=[1]"), house / "run")
 
