@@ -16,14 +16,16 @@ from medssl.data_sources import make_views, select_rows, source_faults, specs, v
 from medssl.errors import LeakageError, RecipeError, RequestError, near
 from medssl.recipe import (
     Component,
-    EvaluateRecipe,
+    EvaluateBase,
+    EvaluateSegmentationRecipe,
     FinetuneBoxesRecipe,
     FinetuneRecipe,
     FinetuneTargetsRecipe,
     OptimSection,
     PretrainRecipe,
+    SuiteRecipe,
 )
-from medssl.registry import ENCODERS, component_faults, lookup
+from medssl.registry import ENCODERS, argument_faults, component_faults, lookup
 from medssl.seeding import derive_seed
 from medssl.training.loop import LoopSettings, Stage
 from medssl.training.optim import OptimSettings
@@ -153,20 +155,61 @@ def _source_path(recipe: PretrainRecipe, name: str) -> str:
     return "data" if list(recipe.sources) == ["main"] else f"sources.{name}"
 
 
-def check(recipe: PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | FinetuneBoxesRecipe | EvaluateRecipe) -> None:
+def check(
+    recipe: PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | FinetuneBoxesRecipe | EvaluateBase | SuiteRecipe,
+) -> None:
     """Raise RecipeError with every fault of a recipe; nothing has been read or written yet."""
     if isinstance(recipe, PretrainRecipe):
         faults = pretrain_faults(recipe)
-    elif isinstance(recipe, EvaluateRecipe):
-        faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
+    elif isinstance(recipe, EvaluateBase):
+        faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards}) + head_faults(recipe)
     elif isinstance(recipe, FinetuneTargetsRecipe):
         faults = target_faults(recipe)
     elif isinstance(recipe, FinetuneBoxesRecipe):
         faults = box_faults(recipe)
+    elif isinstance(recipe, SuiteRecipe):
+        faults = suite_faults(recipe)
     else:
         faults = finetune_faults(recipe)
     if faults:
         raise RecipeError(faults)
+
+
+def head_faults(recipe: EvaluateBase) -> list[str]:
+    """Check structures and settings of the head that draws them."""
+    if not isinstance(recipe, EvaluateSegmentationRecipe):
+        return []
+    from medssl.evaluation.clips import HeadSettings
+
+    faults = argument_faults("head", HeadSettings, recipe.head)
+    faults += [
+        f"structures.{name}: {value}; accepted: 1 or more, 0 is background"
+        for name, value in recipe.structures.items()
+        if value < 1
+    ]
+    if len(set(recipe.structures.values())) < len(recipe.structures):
+        faults.append(f"structures: two names share a value in {recipe.structures}; give each structure its own")
+    return faults
+
+
+def suite_faults(recipe: SuiteRecipe) -> list[str]:
+    """Check the source, the tiers and the corruptions of a suite."""
+    from medssl.evaluation.corruptions import LEVELS, STRENGTHS
+    from medssl.evaluation.suite_rows import TIERS
+
+    faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
+    for path, given, known in (
+        ("tiers", recipe.tiers, list(TIERS)),
+        ("corruptions.kinds", recipe.corruptions.kinds, list(STRENGTHS)),
+    ):
+        faults += [
+            f'{path}: "{name}" is unknown{near(name, known)}; accepted: {", ".join(known)}' for name in given if name not in known
+        ]
+    faults += [f"corruptions.levels: {n}; accepted: 1 to {LEVELS}" for n in recipe.corruptions.levels if not 1 <= n <= LEVELS]
+    for name, section in (("segmentation", recipe.segmentation), ("detection", recipe.detection)):
+        if section is not None and section.recipe is None:
+            faults.append(f"{name}.recipe: required; the fine-tuning recipe of that task")
+    return faults
 
 
 def finetune_faults(recipe: FinetuneRecipe) -> list[str]:

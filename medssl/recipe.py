@@ -288,25 +288,142 @@ class FinetuneBoxesRecipe(Node):
         return self
 
 
-class EvaluateRecipe(Node):
-    """Frozen probes of weights on a labelled table, beside their controls."""
+class EvaluateBase(Node):
+    """What every evaluation of weights says."""
 
     kind: Literal["evaluate"] = "evaluate"
     source: SourceSection = Field(description="views may be {}: size, spacing and normalisation then come from the weights")
-    table: str
+    table: str = Field(description="CSV of labels")
     file_column: str = "file"
-    target: str
-    task: Literal["regression", "classification"] = "regression"
-    k: list[int] = Field(default_factory=lambda: [1, 5, 20])
     seed: int = 0
     batch: int = Field(4, gt=0)
     out: str = "runs/evaluate"
 
 
-Recipe_ = PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | FinetuneBoxesRecipe | EvaluateRecipe
+class EvaluateRecipe(EvaluateBase):
+    """Frozen probes of weights on a labelled table, beside their controls."""
+
+    target: str
+    task: Literal["regression", "classification"] = "regression"
+    k: list[int] = Field(default_factory=lambda: [1, 5, 20])
+
+
+class EvaluatePhaseRecipe(EvaluateBase):
+    """End diastole and end systole, found in frozen features of the steps of a clip."""
+
+    task: Literal["phase"]
+    ed: str = Field("ed_frames", description="Column with the frames of end diastole, separated by spaces")
+    es: str = Field("es_frames", description="Column with those of end systole")
+    unit: Literal["frames", "ms"] = Field("frames", description="Frames count from 0; ms from the first frame")
+    folds: int = Field(5, ge=2, description="Folds of patients")
+
+
+class EvaluateSegmentationRecipe(EvaluateBase):
+    """Structures of single frames, drawn by a head on frozen tokens."""
+
+    task: Literal["segmentation"]
+    target: str = Field("label", description="Column that names the label file of a clip, or its folder of pictures")
+    labels: str = Field(description="Folder of the label files")
+    structures: dict[str, int] = Field(min_length=1, description="Name -> value in the label files; other values are background")
+    labelled: Literal["all", "drawn"] = Field("all", description="drawn: only frames on which something is drawn count as labelled")
+    frames: int = Field(4, gt=0, description="Labelled frames that are used of each clip, spread over it")
+    head: dict[str, Any] = Field(default_factory=dict, description="Fields of HeadSettings")
+
+
+class EvaluateAnomalyRecipe(EvaluateBase):
+    """How far clips are from normal ones, in frozen features."""
+
+    task: Literal["anomaly"]
+    target: str = Field(description="Column that says what is normal")
+    normal: list[str | int] = Field(min_length=1, description="Values of that column that are normal; all others are not")
+    k: list[int] = Field(default_factory=lambda: [5], min_length=1, description="Neighbours")
+
+
+class SuiteTask(Node):
+    """One column of the table of labels."""
+
+    column: str = Field(description="Column of the label")
+    task: Literal["regression", "classification"] = "classification"
+    classes: list[str | int | float] = Field(
+        default_factory=list, description="All classes, where their names may be published; else they are called class_1 ..."
+    )
+
+
+class CurveSection(Node):
+    """Fine-tuning at several label budgets, beside the scratch twin."""
+
+    recipe: str | None = Field(None, description="Fine-tuning recipe (YAML); default: source and table of the suite")
+    overrides: list[str] = Field(default_factory=list, description="key=value changes of that recipe")
+    fractions: list[float] = Field(
+        default_factory=lambda: [0.01, 0.1, 1.0], min_length=1, description="Of the labelled training cases"
+    )
+    counts: list[int] = Field(default_factory=list, description="Numbers of labelled training cases instead of fractions")
+    seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of TargetSettings, where no recipe is named")
+
+
+class CorruptionSection(Node):
+    """What is done to test images."""
+
+    kinds: list[str] = Field(default_factory=lambda: ["noise", "blur", "contrast", "motion", "anisotropy"])
+    levels: list[int] = Field(default_factory=lambda: [1, 2, 3, 4, 5])
+
+
+class SuiteRecipe(Node):
+    """The nine-tier protocol on one labelled set, as far as it allows: frozen probes, fine-tuning, retrieval, robustness, subgroups, leakage."""
+
+    kind: Literal["suite"] = "suite"
+    source: SourceSection = Field(
+        description="Labelled series of all splits; views may be {}: size, spacing and normalisation then come from the weights"
+    )
+    table: str = Field(description="CSV of labels")
+    file_column: str = "file"
+    tasks: dict[str, SuiteTask] = Field(description="Public name of a task -> its column", min_length=1)
+    tiers: list[str] = Field(
+        default_factory=lambda: [
+            *("smoke", "frozen", "classification", "segmentation", "detection", "retrieval", "regression", "ood", "fairness")
+        ],
+        description="Tiers to run, in any order",
+    )
+    k: list[int] = Field(default_factory=lambda: [1, 5, 10, 20, 50], description="Neighbours")
+    shots: list[int] = Field(default_factory=lambda: [1, 5, 10, 25], description="Training cases per class of the few-label probe")
+    shot_seeds: int = Field(10, gt=0)
+    classification: CurveSection | None = None
+    segmentation: CurveSection | None = None
+    detection: CurveSection | None = None
+    regression: CurveSection | None = None
+    corruptions: CorruptionSection = CorruptionSection()
+    left_out: list[str] = Field(
+        default_factory=lambda: ["site", "vendor"], description="Columns of which each value is held out in turn"
+    )
+    subgroups: list[str] = Field(default_factory=lambda: ["sex", "age_band", "vendor", "site"])
+    leakage: list[str] = Field(default_factory=lambda: ["site", "sex", "vendor", "scanner_id"])
+    groups: dict[str, list[str]] = Field(
+        default_factory=dict, description="Column -> values that may be published; others are called group_1 ..."
+    )
+    draws: int = Field(2000, ge=10, description="Bootstrap draws")
+    seed: int = 0
+    batch: int = Field(4, gt=0)
+    out: str = "runs/suite"
+
+
+Recipe_ = PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | FinetuneBoxesRecipe | EvaluateBase | SuiteRecipe
 TARGET_TASKS = ("classification", "regression")
-FINETUNE_TASKS: dict[str, type[Node]] = {**dict.fromkeys(TARGET_TASKS, FinetuneTargetsRecipe), "detection": FinetuneBoxesRecipe}
-KINDS: dict[str, type[Node]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "evaluate": EvaluateRecipe}
+KINDS: dict[str, type[Node]] = {
+    "pretrain": PretrainRecipe,
+    "finetune": FinetuneRecipe,
+    "evaluate": EvaluateRecipe,
+    "suite": SuiteRecipe,
+}
+BY_TASK: dict[str, dict[str, type[Node]]] = {
+    "finetune": {**dict.fromkeys(TARGET_TASKS, FinetuneTargetsRecipe), "detection": FinetuneBoxesRecipe},
+    "evaluate": {
+        "phase": EvaluatePhaseRecipe,
+        "segmentation": EvaluateSegmentationRecipe,
+        "anomaly": EvaluateAnomalyRecipe,
+    },
+}
+"""Kind -> task -> the recipe of that task, where it is another than that of the kind."""
 
 
 class Recipe:
@@ -321,7 +438,7 @@ class Recipe:
             overrides: Dotted assignments such as `train.steps=100`; values are YAML.
 
         Returns:
-            A `PretrainRecipe`, `FinetuneRecipe`, `FinetuneTargetsRecipe`, `FinetuneBoxesRecipe` or `EvaluateRecipe`.
+            A recipe of `KINDS`, or of `BY_TASK` where the task has its own.
 
         Raises:
             RecipeError: With every fault found.
@@ -334,13 +451,15 @@ class Recipe:
         kind = raw.get("kind", "pretrain")
         if kind not in KINDS:
             raise RecipeError([f'kind: "{kind}" is unknown{near(str(kind), KINDS)}; accepted: {", ".join(KINDS)}'])
-        node = FINETUNE_TASKS.get(str(raw.get("task")), FinetuneRecipe) if kind == "finetune" else KINDS[kind]
+        node = BY_TASK.get(kind, {}).get(str(raw.get("task")), KINDS[kind])
         faults = [f"{path}: required; give {path}=VALUE on the command line or in the recipe" for path in marked(raw)]
         try:
             recipe = node.model_validate(raw)
         except ValidationError as err:
             short = tuple(SHORT_FORMS) if kind == "pretrain" else ()
             found = [fault(node, error, short_keys=short) for error in err.errors()]
+            if node is EvaluateRecipe:
+                found = [_with_tasks(sentence) for sentence in found]
             raise RecipeError(faults + [as_written(sentence, raw) for sentence in found]) from None
         if faults:
             raise RecipeError(faults)
@@ -356,6 +475,11 @@ class Recipe:
         """Return a digest of everything but the output folder."""
         content = {key: value for key, value in recipe.model_dump(mode="json").items() if key != "out"}
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _with_tasks(sentence: str) -> str:
+    """Name the tasks that have recipes of their own where a task is unknown."""
+    return f"{sentence}; further tasks: {', '.join(BY_TASK['evaluate'])}" if sentence.startswith("task:") else sentence
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:

@@ -24,10 +24,12 @@ import torch
 
 from medssl import build, data_sources
 from medssl.api import evaluation_section, labelled_rows, load_recipe, refuse_pretraining_patients
+from medssl.archive.table import group_facts
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval, paired_bootstrap
 from medssl.evaluation.finetune_targets import Cases, Classifier, Images, TargetResult, check, finetune_targets, mean_auc
 from medssl.evaluation.label_curve import SCRATCH, Cell, plan
+from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import encode_classes, mae
 from medssl.recipe import FinetuneBoxesRecipe, FinetuneTargetsRecipe, SourceSection
 from medssl.sampling.items import Item
@@ -211,6 +213,9 @@ def labelled_cases(shelf: data_sources.Shelf, recipe: FinetuneTargetsRecipe) -> 
     public = names if recipe.classes else [f"class_{number}" for number in range(1, len(names) + 1)]
     split = np.array([splits[name] for name in ids])
     cases = Cases(np.arange(len(ids)), np.asarray(targets, dtype=np.float64), groups, split, public)
+    known = {row.series_id: row for row in shelf.rows}
+    looks = [Look(known[name].spacing_mm, known[name].vendor) for name in ids]
+    cases = replace(cases, looks=looks, facts=[group_facts(known[name]) for name in ids])
     return cases, dict(enumerate(ids)), names
 
 

@@ -507,14 +507,6 @@ def long_road(house: House) -> list[Step]:
     asked = [f"source.index={archive}", "k=[3]", "--weights", out / "run"]
     tuned = ["settings.steps=2", "settings.warmup_steps=1", "settings.val_every=0", "settings.crop=[32, 32, 32]"]
     tuned += ["settings.spacing_mm=[4, 4, 4]", "labels=2", "--weights", out / "run"]
-    boxes = [
-        recipe_folder() / "finetune" / "detection_hippocampus.yaml",
-        "cohort.card=null",
-        "views={size: [32, 32, 32]}",
-        "labels=2",
-    ]
-    boxes += ["settings.steps=2", "settings.warmup_steps=1", "settings.detector={strides: [4], width: 8}", "--weights", out / "run"]
-    smears = [recipe_folder() / "finetune" / "detection_bccd.yaml", f"source.index={archive}", "source.card=null"]
     classes = [
         f"source.index={archive}",
         f"table={data / 'persons.csv'}",
@@ -525,6 +517,14 @@ def long_road(house: House) -> list[Step]:
     classes += ["source.views={size: [16, 16, 8], spacing_mm: 4.0, normalize: zscore}", "settings.val_every=0"]
     classes += ["encoder={name: segresnet3d, init_filters: 8, blocks_down: [1, 1, 1], blocks_up: [1, 1]}"]
     of_classes = ["finetune", recipe_folder() / "finetune" / "classification_mri.yaml", *classes]
+    boxes = [
+        recipe_folder() / "finetune" / "detection_hippocampus.yaml",
+        "cohort.card=null",
+        "views={size: [32, 32, 32]}",
+        "labels=2",
+    ]
+    boxes += ["settings.steps=2", "settings.warmup_steps=1", "settings.detector={strides: [4], width: 8}", "--weights", out / "run"]
+    smears = [recipe_folder() / "finetune" / "detection_bccd.yaml", f"source.index={archive}", "source.card=null"]
     workers = {"medssl.archive.scanning.sweep:PROCESSES_ABOVE": 0, "medssl.archive.scanning.sweep:BATCH": 40}
     return [
         step("index", data / house.sources.name, "--splits", data / "split.csv", "--modality", "MR", "--out", archive),
