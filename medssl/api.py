@@ -31,6 +31,7 @@ from medssl.recipe import (
     TARGET_TASKS,
     EvaluateBase,
     EvaluateRecipe,
+    FinetuneBagsRecipe,
     FinetuneBoxesRecipe,
     FinetuneTargetsRecipe,
     PretrainRecipe,
@@ -726,7 +727,7 @@ def finetune(
     """Fine-tune for segmentation, classes, numbers or boxes, and the matched scratch twin when asked.
 
     Args:
-        recipe: YAML path, `FinetuneRecipe`, `FinetuneTargetsRecipe` or `FinetuneBoxesRecipe`.
+        recipe: YAML path, `FinetuneRecipe`, `FinetuneTargetsRecipe`, `FinetuneBagsRecipe` or `FinetuneBoxesRecipe`.
         weights: Run folder or safetensors file; None or "scratch" trains from scratch.
         overrides: `key=value` assignments.
         seed: Seed of start weights and draws.
@@ -767,6 +768,11 @@ def label_curve(
     from medssl.evaluation.finetune import open_weights
 
     recipe = load_recipe(recipe, overrides, kind="finetune")
+    if isinstance(recipe, FinetuneBagsRecipe):
+        from medssl.bag_tasks import bag_curve, refuse_weights
+
+        refuse_weights(weights)
+        return bag_curve(recipe, counts=counts, seeds=seeds, on_cell=on_cell, on_step=on_step)
     if recipe.task in TARGET_TASKS:
         from medssl.target_tasks import target_curve
 

@@ -2,6 +2,7 @@
 
 out/                               as `target_tasks` leaves it; cases are called slide0001, ... in the order of the table
 out/private/slides.csv             what these are called in the table
+out/private/classes.csv            as of `target_tasks`
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from medssl.evaluation.bags import BagBatches, BagEncoder, LabelledBags, labelle
 from medssl.evaluation.finetune_targets import check, finetune_targets
 from medssl.evaluation.label_curve import plan
 from medssl.recipe import FinetuneBagsRecipe
-from medssl.target_tasks import OnCell, OnStep, claim, read_cell, summarise, write_cell, write_summary
+from medssl.target_tasks import OnCell, OnStep, claim, keep_names, read_cell, summarise, write_cell, write_summary
 from medssl.weights import private_folder, write_private
 
 ARM = "features"
@@ -63,7 +64,9 @@ def bag_curve(
     out = Path(recipe.out)
     private_folder(out)
     names = {number: f"slide{number + 1:04d}" for number in found.files}
-    _keep_names(out, found, names)
+    _keep_slides(out, found, names)
+    if found.values and not recipe.classes:
+        keep_names(out, cases.classes, found.values)
     cells = plan({ARM: None}, counts, seeds)
     shared = {
         "kind": "finetune",
@@ -90,6 +93,7 @@ def bag_curve(
                 pretrained=True, arm=ARM, on_step=on_step,
             )  # fmt: skip
             facts = {"encoder": {"name": "bag", "args": {"dim": found.dim}}, "views": shared["views"], "made_by": found.made_by}
+            facts |= {"axis_order": "none: features", "channels": found.dim}
             content = write_cell(folder, result, network, facts, cases, names)
         summary = write_summary(out, cells, shared, summarise)
         if on_cell is not None:
@@ -97,7 +101,7 @@ def bag_curve(
     return summary
 
 
-def _keep_names(out: Path, found: LabelledBags, names: dict[int, str]) -> None:
+def _keep_slides(out: Path, found: LabelledBags, names: dict[int, str]) -> None:
     text = io.StringIO()
     csv.writer(text).writerows([("case", "file"), *((name, found.files[number].name) for number, name in names.items())])
     write_private(out / "private" / "slides.csv", text.getvalue().encode())

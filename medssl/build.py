@@ -18,6 +18,7 @@ from medssl.recipe import (
     Component,
     EvaluateBase,
     EvaluateSegmentationRecipe,
+    FinetuneBagsRecipe,
     FinetuneBoxesRecipe,
     FinetuneRecipe,
     FinetuneTargetsRecipe,
@@ -156,7 +157,13 @@ def _source_path(recipe: PretrainRecipe, name: str) -> str:
 
 
 def check(
-    recipe: PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | FinetuneBoxesRecipe | EvaluateBase | SuiteRecipe,
+    recipe: PretrainRecipe
+    | FinetuneRecipe
+    | FinetuneTargetsRecipe
+    | FinetuneBagsRecipe
+    | FinetuneBoxesRecipe
+    | EvaluateBase
+    | SuiteRecipe,
 ) -> None:
     """Raise RecipeError with every fault of a recipe; nothing has been read or written yet."""
     if isinstance(recipe, PretrainRecipe):
@@ -167,6 +174,8 @@ def check(
         faults = target_faults(recipe)
     elif isinstance(recipe, FinetuneBoxesRecipe):
         faults = box_faults(recipe)
+    elif isinstance(recipe, FinetuneBagsRecipe):
+        faults = bag_faults(recipe)
     elif isinstance(recipe, SuiteRecipe):
         faults = suite_faults(recipe)
     else:
@@ -235,6 +244,20 @@ def target_faults(recipe: FinetuneTargetsRecipe) -> list[str]:
     return faults
 
 
+def bag_faults(recipe: FinetuneBagsRecipe) -> list[str]:
+    """Check the settings of a recipe for bags; of those that are for images only the defaults are accepted."""
+    try:
+        settings = target_settings(recipe)
+    except RequestError as err:
+        return [f"settings: {err}"]
+    given = {"augment": bool(settings.augment), "flips": bool(settings.flips), "freeze_steps": settings.freeze_steps > 0}
+    return [
+        f"settings.{name}: bags hold features, there are no images or encoder to change; leave it out"
+        for name, set_ in given.items()
+        if set_
+    ]
+
+
 def box_faults(recipe: FinetuneBoxesRecipe) -> list[str]:
     """Check source or cohort, and the settings, of a recipe for boxes."""
     views: Mapping[str, Any] = recipe.views
@@ -270,7 +293,7 @@ def box_settings(recipe: FinetuneBoxesRecipe) -> Any:
     return settings_of(BoxSettings, {"device": "cuda" if torch.cuda.is_available() else "cpu", **recipe.settings})
 
 
-def target_settings(recipe: FinetuneTargetsRecipe) -> Any:
+def target_settings(recipe: FinetuneTargetsRecipe | FinetuneBagsRecipe) -> Any:
     """Return the `TargetSettings` of a recipe."""
     from medssl.evaluation.finetune_targets import TargetSettings
 

@@ -220,6 +220,13 @@ class FinetuneRecipe(Node):
     out: str = "runs/finetune"
 
 
+def quoted(names: Any) -> Any:
+    """Refuse class names that YAML has turned into true and false."""
+    if isinstance(names, list) and any(isinstance(name, bool) for name in names):
+        raise ValueError('YAML reads yes, no, on and off as true and false; put class names in quotes: ["no", "yes"]')
+    return names
+
+
 class FinetuneTargetsRecipe(Node):
     """Fine-tuning of an encoder for one label per case, a class or a number, with its matched scratch twin."""
 
@@ -246,9 +253,41 @@ class FinetuneTargetsRecipe(Node):
     @field_validator("classes", mode="before")
     @classmethod
     def _quoted(cls, given: Any) -> Any:
-        if isinstance(given, list) and any(isinstance(name, bool) for name in given):
-            raise ValueError('YAML reads yes, no, on and off as true and false; put class names in quotes: ["no", "yes"]')
-        return given
+        return quoted(given)
+
+
+class BagsSection(Node):
+    """Features of the tiles of slides, made before."""
+
+    folder: str = Field(
+        description="Holds one .h5 per slide, as medssl, TRIDENT and CLAM write them; named like the slide in the table"
+    )
+    tokens: int = Field(1024, gt=0, description="Most tiles of a slide in a training step; all are shown when it is scored")
+    split_column: str = Field("split", description="Column of the table with train, val or test")
+    patient_column: str = Field("patient", description="Column that tells patients apart; without it intervals are by slide")
+
+
+class FinetuneBagsRecipe(Node):
+    """A head on bags of tile features, for one label per slide, a class or a number."""
+
+    kind: Literal["finetune"] = "finetune"
+    task: Literal["classification", "regression"]
+    bags: BagsSection
+    table: str = Field(description="CSV of slides: file, label, split, patient")
+    file_column: str = "file"
+    target: str = Field(description="Column of the label")
+    classes: list[str | int | float] = Field(
+        default_factory=list,
+        description="Names of the classes in their order, as in the column, when results may tell them; else they are class_1, class_2, ...",
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of TargetSettings")
+    labels: int | None = Field(None, gt=0, description="Use only the first n training slides in few-label order")
+    out: str = "runs/finetune"
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _quoted(cls, given: Any) -> Any:
+        return quoted(given)
 
 
 class BoxesSection(Node):
@@ -407,7 +446,9 @@ class SuiteRecipe(Node):
     out: str = "runs/suite"
 
 
-Recipe_ = PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | FinetuneBoxesRecipe | EvaluateBase | SuiteRecipe
+Recipe_ = (
+    PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | FinetuneBagsRecipe | FinetuneBoxesRecipe | EvaluateBase | SuiteRecipe
+)
 TARGET_TASKS = ("classification", "regression")
 KINDS: dict[str, type[Node]] = {
     "pretrain": PretrainRecipe,
@@ -452,6 +493,8 @@ class Recipe:
         if kind not in KINDS:
             raise RecipeError([f'kind: "{kind}" is unknown{near(str(kind), KINDS)}; accepted: {", ".join(KINDS)}'])
         node = BY_TASK.get(kind, {}).get(str(raw.get("task")), KINDS[kind])
+        if node is FinetuneTargetsRecipe and "bags" in raw:
+            node = FinetuneBagsRecipe
         faults = [f"{path}: required; give {path}=VALUE on the command line or in the recipe" for path in marked(raw)]
         try:
             recipe = node.model_validate(raw)

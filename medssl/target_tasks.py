@@ -181,7 +181,7 @@ def target_curve(
                 arm.build(cell.seed), batches, cases, settings, labels=cell.labels, seed=cell.seed,
                 pretrained=arm.weights is not None, arm=cell.arm, on_step=on_step,
             )  # fmt: skip
-            content = _write_cell(folder, result, network, arm, section, cases, series)
+            content = write_cell(folder, result, network, _facts(network, arm, section), cases, series)
         summary = write_summary(out, cells, shared, summarise)
         if on_cell is not None:
             on_cell(number, len(cells), cell, content)
@@ -323,33 +323,37 @@ def read_cell(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def _write_cell(
-    folder: Path,
-    result: TargetResult,
-    network: Classifier,
-    arm: Arm,
-    section: SourceSection,
-    cases: Cases,
-    series: Mapping[int, str],
+def write_cell(
+    folder: Path, result: TargetResult, network: Classifier, facts: Mapping[str, Any], cases: Cases, names: Mapping[int, str]
 ) -> dict[str, Any]:
+    """Write network and results of a cell; the results come last and say that it is done.
+
+    Args:
+        folder: Of the cell.
+        result: Its results.
+        network: The state that was scored.
+        facts: What the manifest says of encoder, views and weights.
+        cases: The cases.
+        names: Number of a case -> what results call it.
+    """
     row_of = {int(number): row for row, number in enumerate(cases.ids)}
     content = asdict(result)
     for case in content["cases"]:
         number = case.pop("id")
-        case["series_id"] = series[number]
+        case["series_id"] = names[number]
         case["patient_id"] = None if cases.groups is None else cases.groups[row_of[number]]
     content |= {"when": now(), **{key: facts_of_machine()[key] for key in ("hardware", "versions", "git")}}
     content = json.loads(json.dumps(content, default=str))
-    manifest = {
-        "encoder": arm.encoder,
-        "head": {"name": result.settings["head"], "classes": content["classes"], "fitted": result.fitted},
-        "task": result.task,
-        "views": section.views,
-        "pretrained": arm.hash,
-    }
-    save_part(folder, "network", network.state_dict(), manifest)
+    head = {"name": result.settings["head"], "classes": content["classes"], "fitted": result.fitted}
+    save_part(folder, "network", network.state_dict(), {"library": "medssl", **facts, "head": head, "task": result.task})
     write_atomic(folder / "results.json", json.dumps(content, indent=1, allow_nan=False).encode())
     return dict(content)
+
+
+def _facts(network: Classifier, arm: Arm, section: SourceSection) -> dict[str, Any]:
+    axes = {"image": "HW", "clip": "THW"}.get(str(section.views.get("kind", "volume")), "XYZ-RAS")
+    channels = getattr(network.encoder, "in_channels", 1)
+    return {"encoder": arm.encoder, "views": section.views, "pretrained": arm.hash, "axis_order": axes, "channels": channels}
 
 
 def write_summary(

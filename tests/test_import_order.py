@@ -42,6 +42,7 @@ TOP = {
     "correspondence",
     "target_tasks",
     "membership",
+    "bag_tasks",
     "box_tasks",
     "clip_tasks",
     "suite",

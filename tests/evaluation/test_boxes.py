@@ -88,7 +88,7 @@ def test_box_beyond_its_picture__is_clipped_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("a.png,cel,1,1,5,5,0", r'line 2: a class that boxes\.classes does not list; listed are cell, clump'),
+        ("a.png,cel,1,1,5,5,0", r"line 2: a class that boxes\.classes does not list; listed are cell, clump"),
         ("a.png,,1,1,5,5,0", "line 2: a box without a class"),
         (",cell,1,1,5,5,0", "line 2: no image"),
         ("a.png,cell,1,one,5,5,0", "line 2: an edge is not a number"),
