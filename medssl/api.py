@@ -27,7 +27,19 @@ from medssl.evaluation.features import embed, probe_table
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_predict, linear_probe
 from medssl.evaluation.scores import METRICS
-from medssl.recipe import TARGET_TASKS, EvaluateRecipe, FinetuneTargetsRecipe, PretrainRecipe, ProbeSection, Recipe, SourceSection
+from medssl.recipe import (
+    TARGET_TASKS,
+    EvaluateBase,
+    EvaluateRecipe,
+    FinetuneBagsRecipe,
+    FinetuneBoxesRecipe,
+    FinetuneTargetsRecipe,
+    PretrainRecipe,
+    ProbeSection,
+    Recipe,
+    SourceSection,
+    SuiteRecipe,
+)
 from medssl.registry import lookup
 from medssl.sampling.items import Item, items_hash
 from medssl.sampling.items import write as write_items
@@ -151,7 +163,9 @@ def load_recipe(recipe: Any, overrides: Sequence[str] = (), kind: str | None = N
         else:
             recipe = Recipe.load(path, overrides)
     if kind and recipe.kind != kind:
-        raise RequestError(f"this is a {recipe.kind} recipe; `medssl {kind}` needs one with kind: {kind}")
+        command = "evaluate --suite" if kind == "suite" else kind
+        hint = "; `medssl evaluate --suite` runs it" if recipe.kind == "suite" else ""
+        raise RequestError(f"this is a recipe of kind {recipe.kind}{hint}; `medssl {command}` needs one with kind: {kind}")
     build.check(recipe)
     return recipe
 
@@ -163,7 +177,7 @@ def cache(recipe: Any, overrides: Sequence[str] = (), on_progress: Progress | No
         Per source: written, present, failed {series_id: (reason, message)}, store.
     """
     recipe = load_recipe(recipe, overrides)
-    sources = {"source": recipe.source} if isinstance(recipe, EvaluateRecipe) else getattr(recipe, "sources", {})
+    sources = {"source": recipe.source} if isinstance(recipe, EvaluateBase) else getattr(recipe, "sources", {})
     if not sources:
         raise RequestError("this recipe needs no store: fine-tuning reads its cohort directly")
     result = {}
@@ -563,7 +577,7 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
     """Probe frozen features of weights on a labelled table, beside the controls.
 
     Args:
-        recipe: YAML path or `EvaluateRecipe`.
+        recipe: YAML path or loaded recipe; its task may be one of `clip_tasks`.
         weights: Run folder or safetensors file.
         overrides: `key=value` assignments.
         on_cache: Progress of filling the store.
@@ -572,6 +586,10 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
         What `evaluate.json` in `out` holds: `rows` {name, probe, metric, value, low, high, n_images, n_patients, by}, and the facts.
     """
     recipe = load_recipe(recipe, overrides, kind="evaluate")
+    if not isinstance(recipe, EvaluateRecipe):
+        from medssl.clip_tasks import evaluate_clips
+
+        return evaluate_clips(recipe, weights, on_cache)
     started = time.perf_counter()
     encoder = build.load_encoder(weights)
     _, manifest = load_part(weights)
@@ -591,20 +609,8 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
     for k in recipe.k[1:]:
         for name, values in {"encoder": features, **controls}.items():
             rows += knn_probe(values, targets, groups, task=recipe.task, name=name, k=k, seed=recipe.seed)
-    result = {
-        "kind": "evaluate",
-        "target": recipe.target,
-        "task": recipe.task,
-        "seed": recipe.seed,
-        "weights_hash": manifest["weights_hash"],
-        "leakage_check": leakage,
-        "data_cards": {"weights": manifest.get("data_cards", []), "evaluation": evaluation_cards(recipe, shelf)},
-        "rows": rows,
-        "seconds": time.perf_counter() - started,
-        **facts_of_machine(),
-    }
-    private_folder(Path(recipe.out))
-    write_atomic(Path(recipe.out) / "evaluate.json", json.dumps(result, indent=1).encode())
+    seconds = time.perf_counter() - started
+    result = write_evaluation(recipe, manifest, leakage, shelf, {"target": recipe.target, "rows": rows, "seconds": seconds})
     if recipe.task == "regression":
         predicted = linear_predict(features, targets, groups, task="regression", seed=recipe.seed)
         private_folder(Path(recipe.out) / "figures")
@@ -612,14 +618,35 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
     return result
 
 
-def evaluation_cards(recipe: EvaluateRecipe, shelf: data_sources.Shelf) -> list[dict[str, str]]:
+def write_evaluation(
+    recipe: Any, manifest: Mapping[str, Any], leakage: str, shelf: data_sources.Shelf, found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write `evaluate.json` into the `out` of a recipe and return it: what was found, and the facts of weights and data."""
+    result = {
+        "kind": "evaluate",
+        "task": recipe.task,
+        "seed": recipe.seed,
+        "weights_hash": manifest["weights_hash"],
+        "leakage_check": leakage,
+        "data_cards": {"weights": manifest.get("data_cards", []), "evaluation": evaluation_cards(recipe, shelf)},
+        **found,
+        **facts_of_machine(),
+    }
+    private_folder(Path(recipe.out))
+    write_atomic(Path(recipe.out) / "evaluate.json", json.dumps(result, indent=1).encode())
+    return result
+
+
+def evaluation_cards(recipe: EvaluateBase, shelf: data_sources.Shelf) -> list[dict[str, str]]:
     """Return the facts of the cards that evaluated series are of."""
     cards = assign(shelf.archive, recipe.source.cards, shelf.name)
     seen = {cards.of_series.get(row.series_id) for row in shelf.rows}
     return [card_facts(card) for name, card in sorted(cards.cards.items()) if name in seen]
 
 
-def evaluation_section(recipe: EvaluateRecipe | FinetuneTargetsRecipe, manifest: Mapping[str, Any]) -> SourceSection:
+def evaluation_section(
+    recipe: EvaluateBase | FinetuneTargetsRecipe | FinetuneBoxesRecipe | SuiteRecipe, manifest: Mapping[str, Any]
+) -> SourceSection:
     """Return the recipe's source with the views of the weights where the recipe names none.
 
     These are size, spacing and normalisation; for an encoder of clips also the kind, the frames and their rate.
@@ -627,6 +654,7 @@ def evaluation_section(recipe: EvaluateRecipe | FinetuneTargetsRecipe, manifest:
     Raises:
         RequestError: Clips are asked for, and the encoder takes none; or neither recipe nor weights say size and normalisation.
     """
+    assert recipe.source is not None
     given = recipe.source.views
     encoder = manifest["encoder"]
     clips = getattr(lookup("encoder", encoder["name"]), "takes_clips", False)
@@ -696,10 +724,10 @@ def finetune(
     twin: bool = False,
     on_step: StepProgress | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune for segmentation, classes or numbers, and the matched scratch twin when asked.
+    """Fine-tune for segmentation, classes, numbers or boxes, and the matched scratch twin when asked.
 
     Args:
-        recipe: YAML path, `FinetuneRecipe` or `FinetuneTargetsRecipe`.
+        recipe: YAML path, `FinetuneRecipe`, `FinetuneTargetsRecipe`, `FinetuneBagsRecipe` or `FinetuneBoxesRecipe`.
         weights: Run folder or safetensors file; None or "scratch" trains from scratch.
         overrides: `key=value` assignments.
         seed: Seed of start weights and draws.
@@ -740,10 +768,19 @@ def label_curve(
     from medssl.evaluation.finetune import open_weights
 
     recipe = load_recipe(recipe, overrides, kind="finetune")
+    if isinstance(recipe, FinetuneBagsRecipe):
+        from medssl.bag_tasks import bag_curve, refuse_weights
+
+        refuse_weights(weights)
+        return bag_curve(recipe, counts=counts, seeds=seeds, on_cell=on_cell, on_step=on_step)
     if recipe.task in TARGET_TASKS:
         from medssl.target_tasks import target_curve
 
         return target_curve(recipe, weights, counts=counts, seeds=seeds, twin=twin, on_cell=on_cell, on_step=on_step)
+    if recipe.task == "detection":
+        from medssl.box_tasks import box_curve
+
+        return box_curve(recipe, weights, counts=counts, seeds=seeds, twin=twin, on_cell=on_cell, on_step=on_step)
     settings = build.finetune_settings(recipe)
     cohort = Cohort.load(recipe.cohort.path)
     if recipe.cohort.card is not None:

@@ -14,8 +14,19 @@ from medssl.cards.named import SourceCards, assign, card_facts, card_notes, inde
 from medssl.cards.schema import Card
 from medssl.data_sources import make_views, select_rows, source_faults, specs, view_faults
 from medssl.errors import LeakageError, RecipeError, RequestError, near
-from medssl.recipe import Component, EvaluateRecipe, FinetuneRecipe, FinetuneTargetsRecipe, OptimSection, PretrainRecipe
-from medssl.registry import ENCODERS, component_faults, lookup
+from medssl.recipe import (
+    Component,
+    EvaluateBase,
+    EvaluateSegmentationRecipe,
+    FinetuneBagsRecipe,
+    FinetuneBoxesRecipe,
+    FinetuneRecipe,
+    FinetuneTargetsRecipe,
+    OptimSection,
+    PretrainRecipe,
+    SuiteRecipe,
+)
+from medssl.registry import ENCODERS, argument_faults, component_faults, lookup
 from medssl.seeding import derive_seed
 from medssl.training.loop import LoopSettings, Stage
 from medssl.training.optim import OptimSettings
@@ -145,18 +156,69 @@ def _source_path(recipe: PretrainRecipe, name: str) -> str:
     return "data" if list(recipe.sources) == ["main"] else f"sources.{name}"
 
 
-def check(recipe: PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | EvaluateRecipe) -> None:
+def check(
+    recipe: PretrainRecipe
+    | FinetuneRecipe
+    | FinetuneTargetsRecipe
+    | FinetuneBagsRecipe
+    | FinetuneBoxesRecipe
+    | EvaluateBase
+    | SuiteRecipe,
+) -> None:
     """Raise RecipeError with every fault of a recipe; nothing has been read or written yet."""
     if isinstance(recipe, PretrainRecipe):
         faults = pretrain_faults(recipe)
-    elif isinstance(recipe, EvaluateRecipe):
-        faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
+    elif isinstance(recipe, EvaluateBase):
+        faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards}) + head_faults(recipe)
     elif isinstance(recipe, FinetuneTargetsRecipe):
         faults = target_faults(recipe)
+    elif isinstance(recipe, FinetuneBoxesRecipe):
+        faults = box_faults(recipe)
+    elif isinstance(recipe, FinetuneBagsRecipe):
+        faults = bag_faults(recipe)
+    elif isinstance(recipe, SuiteRecipe):
+        faults = suite_faults(recipe)
     else:
         faults = finetune_faults(recipe)
     if faults:
         raise RecipeError(faults)
+
+
+def head_faults(recipe: EvaluateBase) -> list[str]:
+    """Check structures and settings of the head that draws them."""
+    if not isinstance(recipe, EvaluateSegmentationRecipe):
+        return []
+    from medssl.evaluation.clips import HeadSettings
+
+    faults = argument_faults("head", HeadSettings, recipe.head)
+    faults += [
+        f"structures.{name}: {value}; accepted: 1 or more, 0 is background"
+        for name, value in recipe.structures.items()
+        if value < 1
+    ]
+    if len(set(recipe.structures.values())) < len(recipe.structures):
+        faults.append(f"structures: two names share a value in {recipe.structures}; give each structure its own")
+    return faults
+
+
+def suite_faults(recipe: SuiteRecipe) -> list[str]:
+    """Check the source, the tiers and the corruptions of a suite."""
+    from medssl.evaluation.corruptions import LEVELS, STRENGTHS
+    from medssl.evaluation.suite_rows import TIERS
+
+    faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
+    for path, given, known in (
+        ("tiers", recipe.tiers, list(TIERS)),
+        ("corruptions.kinds", recipe.corruptions.kinds, list(STRENGTHS)),
+    ):
+        faults += [
+            f'{path}: "{name}" is unknown{near(name, known)}; accepted: {", ".join(known)}' for name in given if name not in known
+        ]
+    faults += [f"corruptions.levels: {n}; accepted: 1 to {LEVELS}" for n in recipe.corruptions.levels if not 1 <= n <= LEVELS]
+    for name, section in (("segmentation", recipe.segmentation), ("detection", recipe.detection)):
+        if section is not None and section.recipe is None:
+            faults.append(f"{name}.recipe: required; the fine-tuning recipe of that task")
+    return faults
 
 
 def finetune_faults(recipe: FinetuneRecipe) -> list[str]:
@@ -182,7 +244,56 @@ def target_faults(recipe: FinetuneTargetsRecipe) -> list[str]:
     return faults
 
 
-def target_settings(recipe: FinetuneTargetsRecipe) -> Any:
+def bag_faults(recipe: FinetuneBagsRecipe) -> list[str]:
+    """Check the settings of a recipe for bags; of those that are for images only the defaults are accepted."""
+    try:
+        settings = target_settings(recipe)
+    except RequestError as err:
+        return [f"settings: {err}"]
+    given = {"augment": bool(settings.augment), "flips": bool(settings.flips), "freeze_steps": settings.freeze_steps > 0}
+    return [
+        f"settings.{name}: bags hold features, there are no images or encoder to change; leave it out"
+        for name, set_ in given.items()
+        if set_
+    ]
+
+
+def box_faults(recipe: FinetuneBoxesRecipe) -> list[str]:
+    """Check source or cohort, and the settings, of a recipe for boxes."""
+    views: Mapping[str, Any] = recipe.views
+    if recipe.source is not None:
+        path, views = "source.views", recipe.source.views
+        faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
+        if not faults and views.get("kind") != "image":
+            faults.append(
+                "source.views.kind: detection in an index is for pictures: kind: image; volumes come from a cohort with label maps"
+            )
+    else:
+        assert recipe.cohort is not None
+        path = "views"
+        faults = card_faults({"cohort.card": [recipe.cohort.card]}) if recipe.cohort.card else []
+        faults += component_faults("cohort.domain", "domain", recipe.cohort.domain) + view_faults("views", {"size": 16, **views})
+        if not faults and views.get("kind", "volume") != "volume":
+            faults.append("views.kind: a cohort holds volumes; leave it out")
+    try:
+        settings = box_settings(recipe)
+    except RequestError as err:
+        return [*faults, f"settings: {err}"]
+    if not faults:
+        wrong = view_faults(path, {"size": 16, **views, **settings.augment})
+        faults += [sentence.replace(path, "settings.augment", 1) for sentence in wrong]
+    return faults
+
+
+def box_settings(recipe: FinetuneBoxesRecipe) -> Any:
+    """Return the `BoxSettings` of a recipe."""
+    from medssl.evaluation.finetune_boxes import BoxSettings
+    from medssl.evaluation.settings import settings_of
+
+    return settings_of(BoxSettings, {"device": "cuda" if torch.cuda.is_available() else "cpu", **recipe.settings})
+
+
+def target_settings(recipe: FinetuneTargetsRecipe | FinetuneBagsRecipe) -> Any:
     """Return the `TargetSettings` of a recipe."""
     from medssl.evaluation.finetune_targets import TargetSettings
 

@@ -17,7 +17,7 @@ from medssl.matching.base import Matches, MatchVolume, body_mask, checked_points
 from medssl.matching.embedding import EmbeddingMatcher
 from medssl.matching.network import MatcherNetwork
 from medssl.matching.store import EmbeddingReader, open_folder, write_embedding
-from medssl.recipe import EvaluateRecipe, SourceSection
+from medssl.recipe import EvaluateBase, SourceSection
 from medssl.registry import DOMAINS, MATCHERS, lookup
 from medssl.store.manifest import store_key
 from medssl.store.reader import StoreReader
@@ -105,7 +105,7 @@ def _volume_sources(recipe: Any, overrides: Sequence[str]) -> dict[str, SourceSe
     from medssl.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides) if isinstance(recipe, str | Path) else recipe
-    sources = {"source": loaded.source} if isinstance(loaded, EvaluateRecipe) else dict(getattr(loaded, "sources", {}))
+    sources = {"source": loaded.source} if isinstance(loaded, EvaluateBase) else dict(getattr(loaded, "sources", {}))
     found = {name: section for name, section in sources.items() if "volume" in data_sources.view_kind(section.views).items}
     if not found:
         raise RequestError(

@@ -220,6 +220,13 @@ class FinetuneRecipe(Node):
     out: str = "runs/finetune"
 
 
+def quoted(names: Any) -> Any:
+    """Refuse class names that YAML has turned into true and false."""
+    if isinstance(names, list) and any(isinstance(name, bool) for name in names):
+        raise ValueError('YAML reads yes, no, on and off as true and false; put class names in quotes: ["no", "yes"]')
+    return names
+
+
 class FinetuneTargetsRecipe(Node):
     """Fine-tuning of an encoder for one label per case, a class or a number, with its matched scratch twin."""
 
@@ -246,29 +253,218 @@ class FinetuneTargetsRecipe(Node):
     @field_validator("classes", mode="before")
     @classmethod
     def _quoted(cls, given: Any) -> Any:
-        if isinstance(given, list) and any(isinstance(name, bool) for name in given):
-            raise ValueError('YAML reads yes, no, on and off as true and false; put class names in quotes: ["no", "yes"]')
-        return given
+        return quoted(given)
 
 
-class EvaluateRecipe(Node):
-    """Frozen probes of weights on a labelled table, beside their controls."""
+class BagsSection(Node):
+    """Features of the tiles of slides, made before."""
+
+    folder: str = Field(
+        description="Holds one .h5 per slide, as medssl, TRIDENT and CLAM write them; named like the slide in the table"
+    )
+    tokens: int = Field(1024, gt=0, description="Most tiles of a slide in a training step; all are shown when it is scored")
+    split_column: str = Field("split", description="Column of the table with train, val or test")
+    patient_column: str = Field("patient", description="Column that tells patients apart; without it intervals are by slide")
+
+
+class FinetuneBagsRecipe(Node):
+    """A head on bags of tile features, for one label per slide, a class or a number."""
+
+    kind: Literal["finetune"] = "finetune"
+    task: Literal["classification", "regression"]
+    bags: BagsSection
+    table: str = Field(description="CSV of slides: file, label, split, patient")
+    file_column: str = "file"
+    target: str = Field(description="Column of the label")
+    classes: list[str | int | float] = Field(
+        default_factory=list,
+        description="Names of the classes in their order, as in the column, when results may tell them; else they are class_1, class_2, ...",
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of TargetSettings")
+    labels: int | None = Field(None, gt=0, description="Use only the first n training slides in few-label order")
+    out: str = "runs/finetune"
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _quoted(cls, given: Any) -> Any:
+        return quoted(given)
+
+
+class BoxesSection(Node):
+    """Boxes of pictures."""
+
+    path: str = Field(description="COCO .json, folder of Pascal VOC .xml, or .csv (image, class, xmin, ymin, xmax, ymax)")
+    classes: list[str] | None = Field(None, description="Names of the classes; those that the file has, sorted, when left out")
+    drop_empty: bool = Field(False, description="Leave boxes without an area out and count them, instead of refusing the file")
+
+
+class FinetuneBoxesRecipe(Node):
+    """Fine-tuning of an encoder to find boxes, with its matched scratch twin: pictures of an index, or volumes of a labelled cohort."""
+
+    kind: Literal["finetune"] = "finetune"
+    task: Literal["detection"]
+    source: SourceSection | None = Field(
+        None, description="Pictures of all splits; views: {kind: image, size: [H, W], normalize: ...}"
+    )
+    boxes: BoxesSection | None = Field(None, description="Boxes of the pictures of `source`")
+    cohort: CohortSection | None = Field(None, description="Volumes with label maps, of which boxes are made")
+    views: dict[str, Any] = Field(default_factory=dict, description="Of a cohort: size (crop and window), normalize, spacing_mm")
+    encoder: dict[str, Any] = Field(
+        default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of BoxSettings")
+    labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
+    force: bool = Field(False, description="Fine-tune on other views than the weights were pretrained with; the result says so")
+    out: str = "runs/finetune"
+
+    @model_validator(mode="after")
+    def _one_road(self) -> FinetuneBoxesRecipe:
+        pictures, volumes = self.source is not None and self.boxes is not None, self.cohort is not None
+        if pictures == volumes or (volumes and (self.source or self.boxes)) or (pictures and self.views):
+            raise ValueError(
+                "task detection takes source and boxes (pictures of an index), or cohort and views (volumes with label maps)"
+            )
+        return self
+
+
+class EvaluateBase(Node):
+    """What every evaluation of weights says."""
 
     kind: Literal["evaluate"] = "evaluate"
     source: SourceSection = Field(description="views may be {}: size, spacing and normalisation then come from the weights")
-    table: str
+    table: str = Field(description="CSV of labels")
     file_column: str = "file"
-    target: str
-    task: Literal["regression", "classification"] = "regression"
-    k: list[int] = Field(default_factory=lambda: [1, 5, 20])
     seed: int = 0
     batch: int = Field(4, gt=0)
     out: str = "runs/evaluate"
 
 
-Recipe_ = PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | EvaluateRecipe
+class EvaluateRecipe(EvaluateBase):
+    """Frozen probes of weights on a labelled table, beside their controls."""
+
+    target: str
+    task: Literal["regression", "classification"] = "regression"
+    k: list[int] = Field(default_factory=lambda: [1, 5, 20])
+
+
+class EvaluatePhaseRecipe(EvaluateBase):
+    """End diastole and end systole, found in frozen features of the steps of a clip."""
+
+    task: Literal["phase"]
+    ed: str = Field("ed_frames", description="Column with the frames of end diastole, separated by spaces")
+    es: str = Field("es_frames", description="Column with those of end systole")
+    unit: Literal["frames", "ms"] = Field("frames", description="Frames count from 0; ms from the first frame")
+    folds: int = Field(5, ge=2, description="Folds of patients")
+
+
+class EvaluateSegmentationRecipe(EvaluateBase):
+    """Structures of single frames, drawn by a head on frozen tokens."""
+
+    task: Literal["segmentation"]
+    target: str = Field("label", description="Column that names the label file of a clip, or its folder of pictures")
+    labels: str = Field(description="Folder of the label files")
+    structures: dict[str, int] = Field(min_length=1, description="Name -> value in the label files; other values are background")
+    labelled: Literal["all", "drawn"] = Field("all", description="drawn: only frames on which something is drawn count as labelled")
+    frames: int = Field(4, gt=0, description="Labelled frames that are used of each clip, spread over it")
+    head: dict[str, Any] = Field(default_factory=dict, description="Fields of HeadSettings")
+
+
+class EvaluateAnomalyRecipe(EvaluateBase):
+    """How far clips are from normal ones, in frozen features."""
+
+    task: Literal["anomaly"]
+    target: str = Field(description="Column that says what is normal")
+    normal: list[str | int] = Field(min_length=1, description="Values of that column that are normal; all others are not")
+    k: list[int] = Field(default_factory=lambda: [5], min_length=1, description="Neighbours")
+
+
+class SuiteTask(Node):
+    """One column of the table of labels."""
+
+    column: str = Field(description="Column of the label")
+    task: Literal["regression", "classification"] = "classification"
+    classes: list[str | int | float] = Field(
+        default_factory=list, description="All classes, where their names may be published; else they are called class_1 ..."
+    )
+
+
+class CurveSection(Node):
+    """Fine-tuning at several label budgets, beside the scratch twin."""
+
+    recipe: str | None = Field(None, description="Fine-tuning recipe (YAML); default: source and table of the suite")
+    overrides: list[str] = Field(default_factory=list, description="key=value changes of that recipe")
+    fractions: list[float] = Field(
+        default_factory=lambda: [0.01, 0.1, 1.0], min_length=1, description="Of the labelled training cases"
+    )
+    counts: list[int] = Field(default_factory=list, description="Numbers of labelled training cases instead of fractions")
+    seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
+    settings: dict[str, Any] = Field(default_factory=dict, description="Fields of TargetSettings, where no recipe is named")
+
+
+class CorruptionSection(Node):
+    """What is done to test images."""
+
+    kinds: list[str] = Field(default_factory=lambda: ["noise", "blur", "contrast", "motion", "anisotropy"])
+    levels: list[int] = Field(default_factory=lambda: [1, 2, 3, 4, 5])
+
+
+class SuiteRecipe(Node):
+    """The nine-tier protocol on one labelled set, as far as it allows: frozen probes, fine-tuning, retrieval, robustness, subgroups, leakage."""
+
+    kind: Literal["suite"] = "suite"
+    source: SourceSection = Field(
+        description="Labelled series of all splits; views may be {}: size, spacing and normalisation then come from the weights"
+    )
+    table: str = Field(description="CSV of labels")
+    file_column: str = "file"
+    tasks: dict[str, SuiteTask] = Field(description="Public name of a task -> its column", min_length=1)
+    tiers: list[str] = Field(
+        default_factory=lambda: [
+            *("smoke", "frozen", "classification", "segmentation", "detection", "retrieval", "regression", "ood", "fairness")
+        ],
+        description="Tiers to run, in any order",
+    )
+    k: list[int] = Field(default_factory=lambda: [1, 5, 10, 20, 50], description="Neighbours")
+    shots: list[int] = Field(default_factory=lambda: [1, 5, 10, 25], description="Training cases per class of the few-label probe")
+    shot_seeds: int = Field(10, gt=0)
+    classification: CurveSection | None = None
+    segmentation: CurveSection | None = None
+    detection: CurveSection | None = None
+    regression: CurveSection | None = None
+    corruptions: CorruptionSection = CorruptionSection()
+    left_out: list[str] = Field(
+        default_factory=lambda: ["site", "vendor"], description="Columns of which each value is held out in turn"
+    )
+    subgroups: list[str] = Field(default_factory=lambda: ["sex", "age_band", "vendor", "site"])
+    leakage: list[str] = Field(default_factory=lambda: ["site", "sex", "vendor", "scanner_id"])
+    groups: dict[str, list[str]] = Field(
+        default_factory=dict, description="Column -> values that may be published; others are called group_1 ..."
+    )
+    draws: int = Field(2000, ge=10, description="Bootstrap draws")
+    seed: int = 0
+    batch: int = Field(4, gt=0)
+    out: str = "runs/suite"
+
+
+Recipe_ = (
+    PretrainRecipe | FinetuneRecipe | FinetuneTargetsRecipe | FinetuneBagsRecipe | FinetuneBoxesRecipe | EvaluateBase | SuiteRecipe
+)
 TARGET_TASKS = ("classification", "regression")
-KINDS: dict[str, type[Node]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "evaluate": EvaluateRecipe}
+KINDS: dict[str, type[Node]] = {
+    "pretrain": PretrainRecipe,
+    "finetune": FinetuneRecipe,
+    "evaluate": EvaluateRecipe,
+    "suite": SuiteRecipe,
+}
+BY_TASK: dict[str, dict[str, type[Node]]] = {
+    "finetune": {**dict.fromkeys(TARGET_TASKS, FinetuneTargetsRecipe), "detection": FinetuneBoxesRecipe},
+    "evaluate": {
+        "phase": EvaluatePhaseRecipe,
+        "segmentation": EvaluateSegmentationRecipe,
+        "anomaly": EvaluateAnomalyRecipe,
+    },
+}
+"""Kind -> task -> the recipe of that task, where it is another than that of the kind."""
 
 
 class Recipe:
@@ -283,7 +479,7 @@ class Recipe:
             overrides: Dotted assignments such as `train.steps=100`; values are YAML.
 
         Returns:
-            A `PretrainRecipe`, `FinetuneRecipe`, `FinetuneTargetsRecipe` or `EvaluateRecipe`.
+            A recipe of `KINDS`, or of `BY_TASK` where the task has its own.
 
         Raises:
             RecipeError: With every fault found.
@@ -296,13 +492,17 @@ class Recipe:
         kind = raw.get("kind", "pretrain")
         if kind not in KINDS:
             raise RecipeError([f'kind: "{kind}" is unknown{near(str(kind), KINDS)}; accepted: {", ".join(KINDS)}'])
-        node = FinetuneTargetsRecipe if kind == "finetune" and raw.get("task") in TARGET_TASKS else KINDS[kind]
+        node = BY_TASK.get(kind, {}).get(str(raw.get("task")), KINDS[kind])
+        if node is FinetuneTargetsRecipe and "bags" in raw:
+            node = FinetuneBagsRecipe
         faults = [f"{path}: required; give {path}=VALUE on the command line or in the recipe" for path in marked(raw)]
         try:
             recipe = node.model_validate(raw)
         except ValidationError as err:
             short = tuple(SHORT_FORMS) if kind == "pretrain" else ()
             found = [fault(node, error, short_keys=short) for error in err.errors()]
+            if node is EvaluateRecipe:
+                found = [_with_tasks(sentence) for sentence in found]
             raise RecipeError(faults + [as_written(sentence, raw) for sentence in found]) from None
         if faults:
             raise RecipeError(faults)
@@ -318,6 +518,11 @@ class Recipe:
         """Return a digest of everything but the output folder."""
         content = {key: value for key, value in recipe.model_dump(mode="json").items() if key != "out"}
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _with_tasks(sentence: str) -> str:
+    """Name the tasks that have recipes of their own where a task is unknown."""
+    return f"{sentence}; further tasks: {', '.join(BY_TASK['evaluate'])}" if sentence.startswith("task:") else sentence
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:

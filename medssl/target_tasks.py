@@ -24,12 +24,14 @@ import torch
 
 from medssl import build, data_sources
 from medssl.api import evaluation_section, labelled_rows, load_recipe, refuse_pretraining_patients
+from medssl.archive.table import group_facts
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval, paired_bootstrap
 from medssl.evaluation.finetune_targets import Cases, Classifier, Images, TargetResult, check, finetune_targets, mean_auc
 from medssl.evaluation.label_curve import SCRATCH, Cell, plan
+from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import encode_classes, mae
-from medssl.recipe import FinetuneTargetsRecipe, SourceSection
+from medssl.recipe import FinetuneBoxesRecipe, FinetuneTargetsRecipe, SourceSection
 from medssl.sampling.items import Item
 from medssl.seeding import derive_seed
 from medssl.training.run_folder import facts_of_machine, now
@@ -37,6 +39,7 @@ from medssl.types import DrawKey
 from medssl.weights import load_part, private_folder, save_part, write_atomic, write_private
 
 NAME = "source"
+SourceRecipe = FinetuneTargetsRecipe | FinetuneBoxesRecipe
 OnCell = Callable[[int, int, Cell, dict[str, Any]], None]
 OnStep = Callable[[int, int, Mapping[str, float]], None]
 
@@ -141,18 +144,18 @@ def target_curve(
         raise RequestError("this recipe is of no target task; set task: classification or regression")
     pretrained = weights is not None and str(weights) != SCRATCH
     manifest = load_part(weights)[1] if pretrained else None  # type: ignore[arg-type]
-    section, forced = _section(recipe, manifest)
+    section, forced = section_of(recipe, manifest)
     settings = build.target_settings(recipe)
     shelf = data_sources.fill_shelf(NAME, section)
     cases, series, names = labelled_cases(shelf, recipe)
-    arms = _arms(recipe, weights if pretrained else None, manifest, section, twin)
+    arms = arms_of(recipe, weights if pretrained else None, manifest, section, twin)
     leakage = "no weights" if not pretrained else refuse_pretraining_patients(weights, _scored(shelf, cases, series))  # type: ignore[arg-type]
     counts = [recipe.labels or len(cases.where("train"))] if counts is None else list(counts)
     out = Path(recipe.out)
     check(cases, cases.where("train"))
     private_folder(out)
     if names and not recipe.classes:
-        _keep_names(out, cases.classes, names)
+        keep_names(out, cases.classes, names)
     cells = plan(arms, counts, seeds)
     shared = {
         "kind": "finetune",
@@ -167,7 +170,7 @@ def target_curve(
         "leakage_check": leakage,
         "forced": forced,
     }
-    _claim(out, shared)
+    claim(out, shared)
     batches = SourceBatches(shelf, section, settings.augment, series, settings.batch, torch.device(settings.device))
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name
@@ -178,8 +181,8 @@ def target_curve(
                 arm.build(cell.seed), batches, cases, settings, labels=cell.labels, seed=cell.seed,
                 pretrained=arm.weights is not None, arm=cell.arm, on_step=on_step,
             )  # fmt: skip
-            content = _write_cell(folder, result, network, arm, section, cases, series)
-        summary = write_summary(out, cells, shared)
+            content = write_cell(folder, result, network, _facts(network, arm, section), cases, series)
+        summary = write_summary(out, cells, shared, summarise)
         if on_cell is not None:
             on_cell(number, len(cells), cell, content)
     return summary
@@ -210,10 +213,13 @@ def labelled_cases(shelf: data_sources.Shelf, recipe: FinetuneTargetsRecipe) -> 
     public = names if recipe.classes else [f"class_{number}" for number in range(1, len(names) + 1)]
     split = np.array([splits[name] for name in ids])
     cases = Cases(np.arange(len(ids)), np.asarray(targets, dtype=np.float64), groups, split, public)
+    known = {row.series_id: row for row in shelf.rows}
+    looks = [Look(known[name].spacing_mm, known[name].vendor) for name in ids]
+    cases = replace(cases, looks=looks, facts=[group_facts(known[name]) for name in ids])
     return cases, dict(enumerate(ids)), names
 
 
-def _keep_names(out: Path, public: Sequence[Any], names: Sequence[str]) -> None:
+def keep_names(out: Path, public: Sequence[Any], names: Sequence[str]) -> None:
     """Write what the table calls the classes, for the owner alone."""
     text = io.StringIO()
     csv.writer(text).writerows([("class", "value"), *zip(public, names)])
@@ -226,12 +232,13 @@ def _scored(shelf: data_sources.Shelf, cases: Cases, series: Mapping[int, str]) 
     return replace(shelf, rows=[row for row in shelf.rows if row.series_id in kept])
 
 
-def _section(recipe: FinetuneTargetsRecipe, manifest: Mapping[str, Any] | None) -> tuple[SourceSection, list[str]]:
+def section_of(recipe: SourceRecipe, manifest: Mapping[str, Any] | None) -> tuple[SourceSection, list[str]]:
     """Return the source with the views of the weights, and how it differs from them where that was forced.
 
     Raises:
         RequestError: Views differ from those of the weights and nobody forced it, or there are none.
     """
+    assert recipe.source is not None
     if manifest is None:
         if "size" not in recipe.source.views:
             raise RequestError(
@@ -255,13 +262,18 @@ def _section(recipe: FinetuneTargetsRecipe, manifest: Mapping[str, Any] | None) 
     return section, differ
 
 
-def _arms(
-    recipe: FinetuneTargetsRecipe,
+def arms_of(
+    recipe: SourceRecipe,
     weights: Path | str | None,
     manifest: Mapping[str, Any] | None,
     section: SourceSection,
     twin: bool,
 ) -> dict[str, Arm]:
+    """Return the arms by name: `pretrained` where there are weights, and `scratch`.
+
+    Raises:
+        RequestError: There are no weights, and the recipe names no encoder.
+    """
     if manifest is None or weights is None:
         if not recipe.encoder:
             raise RequestError(
@@ -281,7 +293,7 @@ def _digest(cases: Cases, series: Mapping[int, str]) -> str:
     return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
 
 
-def _claim(out: Path, shared: Mapping[str, Any]) -> None:
+def claim(out: Path, shared: Mapping[str, Any]) -> None:
     """Write what the cells of a folder have in common, or check it against what is there.
 
     Raises:
@@ -311,39 +323,45 @@ def read_cell(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def _write_cell(
-    folder: Path,
-    result: TargetResult,
-    network: Classifier,
-    arm: Arm,
-    section: SourceSection,
-    cases: Cases,
-    series: Mapping[int, str],
+def write_cell(
+    folder: Path, result: TargetResult, network: Classifier, facts: Mapping[str, Any], cases: Cases, names: Mapping[int, str]
 ) -> dict[str, Any]:
+    """Write network and results of a cell; the results come last and say that it is done.
+
+    Args:
+        folder: Of the cell.
+        result: Its results.
+        network: The state that was scored.
+        facts: What the manifest says of encoder, views and weights.
+        cases: The cases.
+        names: Number of a case -> what results call it.
+    """
     row_of = {int(number): row for row, number in enumerate(cases.ids)}
     content = asdict(result)
     for case in content["cases"]:
         number = case.pop("id")
-        case["series_id"] = series[number]
+        case["series_id"] = names[number]
         case["patient_id"] = None if cases.groups is None else cases.groups[row_of[number]]
     content |= {"when": now(), **{key: facts_of_machine()[key] for key in ("hardware", "versions", "git")}}
     content = json.loads(json.dumps(content, default=str))
-    manifest = {
-        "encoder": arm.encoder,
-        "head": {"name": result.settings["head"], "classes": content["classes"], "fitted": result.fitted},
-        "task": result.task,
-        "views": section.views,
-        "pretrained": arm.hash,
-    }
-    save_part(folder, "network", network.state_dict(), manifest)
+    head = {"name": result.settings["head"], "classes": content["classes"], "fitted": result.fitted}
+    save_part(folder, "network", network.state_dict(), {"library": "medssl", **facts, "head": head, "task": result.task})
     write_atomic(folder / "results.json", json.dumps(content, indent=1, allow_nan=False).encode())
     return dict(content)
 
 
-def write_summary(out: Path, cells: Sequence[Cell], shared: Mapping[str, Any]) -> dict[str, Any]:
-    """Summarise the finished cells of a plan into `summary.json` and `table.md`."""
+def _facts(network: Classifier, arm: Arm, section: SourceSection) -> dict[str, Any]:
+    axes = {"image": "HW", "clip": "THW"}.get(str(section.views.get("kind", "volume")), "XYZ-RAS")
+    channels = getattr(network.encoder, "in_channels", 1)
+    return {"encoder": arm.encoder, "views": section.views, "pretrained": arm.hash, "axis_order": axes, "channels": channels}
+
+
+def write_summary(
+    out: Path, cells: Sequence[Cell], shared: Mapping[str, Any], summarised: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Summarise the finished cells of a plan, by `summarised`, into `summary.json` and `table.md`."""
     done = [content for cell in cells if (content := read_cell(out / "cells" / cell.name)) is not None]
-    summary = summarise(done)
+    summary = summarised(done)
     summary["cells"] = {"planned": len(cells), "done": len(done)}
     summary["shared"] = dict(shared)
     write_atomic(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())

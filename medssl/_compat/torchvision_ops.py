@@ -50,6 +50,21 @@ def ensure() -> bool:
     return True
 
 
+def monai_detection() -> Any:
+    """Import MONAI's detector module in working order and return it.
+
+    `import monai` imports it too, and where that came before `ensure()` it holds two names from torchvision that raise when touched: they
+    are put right. Can go together with `ensure`.
+    """
+    ensure()
+    from monai.apps.detection.networks import retinanet_detector
+    from torchvision.models.detection import _utils
+
+    for name in ("Matcher", "BalancedPositiveNegativeSampler"):
+        setattr(retinanet_detector, name, getattr(_utils, name))
+    return retinanet_detector
+
+
 def nms(dets: Any, scores: Any, iou_threshold: float) -> Any:
     """Greedy non-maximum suppression in plain torch, equal to torchvision's kernel.
 

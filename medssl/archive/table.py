@@ -239,6 +239,21 @@ class SeriesRow:
     reason: str | None = None
 
 
+GROUP_COLUMNS = ("sex", "age_band", "vendor", "site", "field_strength_t", "contrast_state", "kernel_class", "body_region", "view")
+"""Columns that results are told apart by; all but `site` are closed vocabularies."""
+
+
+def group_facts(row: SeriesRow) -> dict[str, str]:
+    """Return the columns of a row by which results are told apart; `unknown` is a value."""
+    found = {}
+    for name in GROUP_COLUMNS:
+        value = getattr(row, name)
+        found[name] = (
+            " ".join(value) if isinstance(value, tuple) else "" if value is None else f"{value:g}" if name.endswith("_t") else value
+        )
+    return {name: value or "unknown" for name, value in found.items()}
+
+
 _TYPES = {
     "str": "VARCHAR",
     "int": "BIGINT",

@@ -70,7 +70,7 @@ def recipe_validate(
 
 
 @recipe_app.command("schema")
-def recipe_schema(kind: Annotated[str, typer.Argument(help="pretrain, finetune or evaluate.")] = "pretrain") -> None:
+def recipe_schema(kind: Annotated[str, typer.Argument(help="pretrain, finetune, evaluate or suite.")] = "pretrain") -> None:
     """Print the JSON Schema of a kind of recipe, for completion in editors."""
     import json as json_module
 

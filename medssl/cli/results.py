@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from medssl.cli import show
+from medssl.errors import RequestError
 
 FORMS = (  # medssl.export.write.EXPORTS, which would import torch for --help
     *(
@@ -36,9 +37,14 @@ def evaluate(
     recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
     weights: Annotated[Path, typer.Option("--weights", help="Run folder or safetensors file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value changes.")] = None,
+    suite: Annotated[
+        bool, typer.Option("--suite", help="Run the tiers of a suite recipe (kind: suite); finished tiers are kept.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Probe frozen features with kNN and a linear probe, beside the controls."""
+    """Probe frozen features with kNN and a linear probe, beside the controls; with --suite the whole protocol."""
+    if suite:
+        return _suite(recipe, weights, overrides or [], json)
     from medssl import api
     from medssl.weights import card_lines
 
@@ -59,6 +65,32 @@ def evaluate(
     lines = [show.table(rows, ["features", "probe", "metric", "value", "95 % interval", "images", "by"])]
     lines += [f"weights pretrained on: {line}" for line in card_lines(done["data_cards"]["weights"]) or [NO_CARD]]
     lines += [f"evaluated on: {line}" for line in card_lines(done["data_cards"]["evaluation"])]
+    show.result(done, json, "\n".join(lines))
+
+
+def _suite(recipe: Path, weights: Path, overrides: Sequence[str], json: bool) -> None:
+    from medssl.suite import run_suite
+
+    def tier(name: str, done: int, total: int) -> None:
+        show.say(f"tier {done + 1}/{total}: {name}", json)
+
+    with show.progress("cache", quiet=json) as update:
+        done = run_suite(recipe, weights, overrides, on_cache=update, on_tier=tier)
+    rows = [
+        [
+            row["model"],
+            "-" if row["z"] is None else f"{row['z']:+.2f}",
+            "-" if row["rank"] is None else f"{row['rank']:.1f}",
+            row["tasks"],
+            row["missing"],
+        ]
+        for row in done["aggregate"]
+    ]
+    lines = [show.table(rows, ["model", "mean z", "mean rank", "tasks", "missing"])]
+    lines += [
+        f"skipped: {s['tier']}: {' '.join(part for part in (s['task'], s['what']) if part)}: {s['why']}" for s in done["skipped"]
+    ]
+    lines.append(f"{len(done['rows'])} rows in {done['out']}: results.json, table.md, page.html")
     show.result(done, json, "\n".join(lines))
 
 
@@ -139,6 +171,12 @@ def report(
     """Draw one self-contained HTML page."""
     if (run / "series.parquet").is_file():
         path = _archive_report(run, out or run / "report.html", with_images, quiet=json)
+    elif (run / "suite.json").is_file():
+        from medssl.suite import draw_page
+
+        path = draw_page(run, out or run / "report.html")
+    elif any((run / name).is_file() for name in ("label_curve.json", "target_curve.json", "results.json")):
+        path = _clinical_report(run, out or run / "report.html", with_images)
     else:
         from medssl.report.page import report as draw
 
@@ -158,6 +196,34 @@ def _archive_report(archive: Path, out: Path, with_images: bool, *, quiet: bool)
         with show.progress("pictures", quiet=quiet) as update:
             pictures = draw_pictures(opened, on_progress=update)
     return archive_report(facts, out, pictures=pictures)
+
+
+def _clinical_report(folder: Path, out: Path, with_images: bool) -> Path:
+    """Draw the page of one fine-tuning: what `finetune` and `label-curve` left in a folder."""
+    import json
+
+    from medssl.evaluation.clinical import clinical_facts
+    from medssl.report.clinical_page import clinical_page, read_worst
+    from medssl.weights import write_atomic
+
+    if out.is_dir():
+        raise RequestError(f"{out}: is a folder; name the HTML file to write, for instance {out / 'report.html'}")
+    files = sorted(folder.glob("cells/*/results.json")) or [folder / "results.json"]
+    results = {file.parent: json.loads(file.read_text()) for file in files if file.is_file()}
+    if not results:
+        raise RequestError(
+            f"{folder}: no cell is done yet; run the same `medssl finetune` or `label-curve` again, it goes on where it stopped"
+        )
+    facts = clinical_facts(list(results.values()))
+    pictures = None
+    structures: list[str] = []
+    if with_images:
+        chosen = (facts["arm"], facts["labels"], facts["seed"])
+        own = next(f for f, result in results.items() if (result["arm"], result["labels"], result["seed"]) == chosen)
+        pictures, structures = read_worst(own / "figures" / "worst.npz")
+    page = clinical_page(facts, pictures=pictures, structures=structures)
+    write_atomic(out, page.encode(), mode=0o600 if with_images else 0o644)
+    return out
 
 
 def _number(value: float | None) -> str:

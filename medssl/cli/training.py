@@ -55,7 +55,7 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Seed of start weights and draws.")] = 0,
     json: Json = False,
 ) -> None:
-    """Fine-tune on a labelled cohort: a MONAI segmentation network, or an encoder for classes or numbers (`task` of the recipe)."""
+    """Fine-tune on a labelled cohort: a MONAI segmentation network, or an encoder for classes, numbers or boxes (`task` of the recipe)."""
     from medssl import api
 
     with show.progress("finetune", quiet=json) as update:

@@ -24,6 +24,8 @@ from medssl.errors import ImageError
 
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
+LEAST = 2
+"""Frames that a damaged cine must have before the damage."""
 
 
 @dataclass
@@ -52,7 +54,13 @@ class PlanarPixels:
 
 
 def read_planar_dicom(
-    path: Path, part: Mapping[str, Any] | None = None, *, modalities: Sequence[str], domain: str, voi: bool = False
+    path: Path,
+    part: Mapping[str, Any] | None = None,
+    *,
+    modalities: Sequence[str],
+    domain: str,
+    voi: bool = False,
+    prefix: bool = False,
 ) -> PlanarPixels:
     """Read frames of one DICOM file.
 
@@ -62,6 +70,8 @@ def read_planar_dicom(
         modalities: DICOM modalities that the domain takes; a file that states none is taken.
         domain: Name of the domain, for messages.
         voi: Apply the VOI LUT or window; frames become float64.
+        prefix: Where a file of several frames is cut short, or a frame cannot be decoded, use the frames before, at least two, and flag
+            `prefix_only`.
 
     Raises:
         ImageError: `no_domain`, `no_decoder`, `truncated`, `unreadable`, `unsupported_pixels`, `photometric`, `not_image`.
@@ -70,7 +80,7 @@ def read_planar_dicom(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's warnings quote values of the header
         try:
-            return _read(path, part, modalities, domain, voi)
+            return _read(path, part, modalities, domain, voi, prefix)
         except ImageError:
             raise
         except MemoryError as err:
@@ -83,7 +93,9 @@ def read_planar_dicom(
             ) from err
 
 
-def _read(path: Path, part: Mapping[str, Any] | None, modalities: Sequence[str], domain: str, voi: bool) -> PlanarPixels:
+def _read(
+    path: Path, part: Mapping[str, Any] | None, modalities: Sequence[str], domain: str, voi: bool, prefix: bool
+) -> PlanarPixels:
     header = _open(path)
     modality = modality_of({"modality": text(header, "Modality") or "unknown", "sop_class_uid": text(header, "SOPClassUID")})
     if modality != "unknown" and modality not in modalities:
@@ -107,13 +119,20 @@ def _read(path: Path, part: Mapping[str, Any] | None, modalities: Sequence[str],
     syntax = str(header.file_meta.TransferSyntaxUID)
     stated = rows * columns * samples * n_frames * (allocated // 8)
     stated = stated * 2 // 3 if photometric == "YBR_FULL_422" else stated
-    if syntax in UNCOMPRESSED and len(header.PixelData) < stated:
-        raise ImageError("truncated", "fewer bytes than pixels; copy the file again from its source")
     pixels = PlanarPixels(np.empty(0), header, n_frames, modality)
+    if syntax in UNCOMPRESSED and len(header.PixelData) < stated:
+        there = len(header.PixelData) * n_frames // stated
+        indices = [index for index in indices if index < there]
+        if not prefix or len(indices) < LEAST:
+            raise ImageError("truncated", "fewer bytes than pixels; copy the file again from its source")
+        header.NumberOfFrames = there
+        pixels.flags.append("prefix_only")
     if text(header, "LossyImageCompression") == "01" or syntax_name(syntax) in LOSSY_SYNTAXES:
         pixels.flags.append("lossy")
-    words = _decode(path, header, syntax, indices)
-    if words.shape[:3] != (len(indices), rows, columns):
+    words = _decode(path, header, syntax, indices, prefix)
+    if len(words) < len(indices):
+        pixels.flags.append("prefix_only")
+    if words.shape[1:3] != (rows, columns) or len(words) > len(indices):
         raise ImageError("unreadable", "frames decode to another size than the header states; copy the file again")
     if photometric == "PALETTE COLOR":
         pixels.frames = _palette(words, header).transpose(0, 3, 1, 2)
@@ -141,8 +160,8 @@ def _open(path: Path) -> Any:
     return header
 
 
-def _decode(path: Path, header: Any, syntax: str, indices: list[int]) -> np.ndarray:
-    """Return (T, H, W) or (T, H, W, 3) stored words; YBR becomes RGB."""
+def _decode(path: Path, header: Any, syntax: str, indices: list[int], prefix: bool) -> np.ndarray:
+    """Return (T, H, W) or (T, H, W, 3) stored words; YBR becomes RGB. With `prefix`, those before the first damaged frame."""
     from pydicom.pixels import get_decoder
     from pydicom.uid import UID
 
@@ -155,16 +174,21 @@ def _decode(path: Path, header: Any, syntax: str, indices: list[int]) -> np.ndar
     if by == "itk":
         return _decode_itk(path, header, indices)
     decoder = get_decoder(UID(syntax))
-    frames = None
-    for k, (frame, _) in enumerate(decoder.iter_array(header, indices=indices, correct_unused_bits=False)):
-        if frames is None:
-            frames = np.empty((len(indices), *frame.shape), dtype=frame.dtype)
-        frames[k] = frame
-        if k + 1 == len(indices):
-            break
-    if frames is None or k + 1 < len(indices):
+    frames, done = None, 0
+    try:
+        for frame, _ in decoder.iter_array(header, indices=indices, correct_unused_bits=False):
+            if frames is None:
+                frames = np.empty((len(indices), *frame.shape), dtype=frame.dtype)
+            frames[done] = frame
+            done += 1
+            if done == len(indices):
+                break
+    except Exception:  # decoders raise many classes on damaged frames
+        if not prefix or done < LEAST:
+            raise
+    if frames is None or (done < len(indices) and not (prefix and done >= LEAST)):
         raise ImageError("truncated", "fewer frames than the header states; copy the file again from its source")
-    return frames
+    return frames[:done]
 
 
 def _decode_itk(path: Path, header: Any, indices: list[int]) -> np.ndarray:

@@ -138,7 +138,7 @@ def _read(path: Path, part: Mapping[str, Any] | None) -> tuple[RawPlanar, list[R
 
 
 def _dicom(path: Path, part: Mapping[str, Any] | None) -> tuple[RawPlanar, list[Region]]:
-    pixels = read_planar_dicom(path, part, modalities=MODALITIES, domain="ultrasound")
+    pixels = read_planar_dicom(path, part, modalities=MODALITIES, domain="ultrasound", prefix=True)
     header = read_planar_header(path)
     array, flags = narrow(pixels.frames)
     raw = RawPlanar(array, kind="clip", valid=pixels.valid, modality="US", flags=[*pixels.flags, *flags])
@@ -152,7 +152,7 @@ def _dicom(path: Path, part: Mapping[str, Any] | None) -> tuple[RawPlanar, list[
                 times[index]
                 for start, stop in (part or {"frames": [[0, pixels.n_frames]]})["frames"]
                 for index in range(start, stop)
-            ]
+            ][: len(array)]  # a damaged cine has fewer than its header says
             raw.frame_times_ms = tuple(float(f"{time - chosen[0]:.9g}") for time in chosen)
     if (rate := heart_rate(header)) is not None:
         raw.facts["heart_rate"] = rate

@@ -91,6 +91,7 @@ class LabelledBags:
         files: Id -> feature file.
         dim: Width of the features.
         made_by: Name of the tiles' encoder as the files state it, or "".
+        values: What the table calls the classes, in their order; empty for numbers.
         without_features: Labelled rows that have no file, or an empty one.
     """
 
@@ -98,6 +99,7 @@ class LabelledBags:
     files: dict[int, Path]
     dim: int
     made_by: str
+    values: list[str]
     without_features: int
 
 
@@ -119,7 +121,7 @@ def labelled_bags(
         table: CSV with a header. Without `patient_column` patients are unknown and intervals are by slide.
         task: `classification` or `regression`.
         target: Column of the label; rows where it is empty are left out.
-        classes: The values of `target` in their order; empty for numbers.
+        classes: The values of `target` in their order, which are then told; without them classes are the sorted values, `class_1`, ...
         file_column: Column with the name of the slide.
         split_column: Column with train, val or test.
         patient_column: Column that tells patients apart.
@@ -129,13 +131,16 @@ def labelled_bags(
             are not of one kind.
     """
     rows = _rows(table, [file_column, split_column, target])
+    values = list(classes)
+    if task == "classification" and not values:
+        values = sorted({row[target] for row in rows if row[target] not in ("", None)})
     faults = []
     kept: list[tuple[Path, float, str, str]] = []
     absent = 0
     for line, row in enumerate(rows, start=2):
         if row[target] in ("", None):
             continue
-        value = _value(row[target], task, classes)
+        value = _value(row[target], task, values)
         if value is None or row[split_column] not in SPLITS:
             faults.append(f"row {line}: " + ("split is not train, val or test" if value is not None else _unread(target, task)))
             continue
@@ -159,15 +164,10 @@ def labelled_bags(
     groups = [numbers[patient] for *_, patient in kept] if known else None
     if groups is not None:
         _refuse_two_sides(groups, [split for _, _, split, _ in kept], table)
-    public = list(classes)
-    cases = Cases(
-        np.arange(len(kept)),
-        np.array([value for _, value, *_ in kept]),
-        groups,
-        np.array([split for _, _, split, _ in kept]),
-        public,
-    )
-    return LabelledBags(cases, {k: file for k, (file, *_) in enumerate(kept)}, dim, made_by, absent + len(empty))
+    public = list(classes) or [f"class_{number}" for number in range(1, len(values) + 1)]
+    targets, splits = np.array([value for _, value, *_ in kept]), np.array([split for _, _, split, _ in kept])
+    cases = Cases(np.arange(len(kept)), targets, groups, splits, public)
+    return LabelledBags(cases, {k: file for k, (file, *_) in enumerate(kept)}, dim, made_by, values, absent + len(empty))
 
 
 def _rows(table: Path, wanted: Sequence[str]) -> list[dict[str, str]]:

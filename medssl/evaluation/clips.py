@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.errors import RequestError
+from medssl.evaluation.controls import small_images
 from medssl.evaluation.features import encode, evaluation_mode
 from medssl.evaluation.linear_probe import fit_linear
 from medssl.evaluation.metrics import dice
 from medssl.evaluation.scores import check_features, group_indices, patient_folds, roc_auc, score_row
-from medssl.layers.tokens import unflatten_tokens
+from medssl.layers.tokens import patchify, unflatten_tokens, valid_tokens
 from medssl.seeding import derive_seed
-from medssl.types import ClipBatch
+from medssl.types import ClipBatch, EncoderOutput
 
 IGNORED = -1
 """Label of pixels that count for nothing: outside the sector, or of a frame without a label."""
@@ -96,6 +97,28 @@ def step_means(tokens: Tensor, valid: Tensor) -> Tensor:
     """
     weight = valid[..., None].to(tokens.dtype)
     return (tokens * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3))
+
+
+class PixelTokens(nn.Module):
+    """Pixels in the place of an encoder, the control of every probe of clips: tokens are the pixels they stand for, `pooled` is the clip made small.
+
+    Args:
+        patch: (frames, rows, columns) of a token.
+        size: Cells per axis of the small clip.
+        share: Share of a token's pixels that must be valid, as in `video_vit`.
+    """
+
+    def __init__(self, patch: Sequence[int], *, size: int = 8, share: float = 0.25) -> None:
+        super().__init__()
+        self.patch, self.size, self.share = tuple(patch), size, share
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # says device and kind, as an encoder's weights do
+
+    def forward_features(self, video: Tensor, valid: Tensor) -> EncoderOutput:
+        """Return tokens (B, N, C * frames * rows * columns) of clips (B, C, T, H, W), zero where not valid, (B, T, H, W) bool."""
+        shown = video.masked_fill(~valid[:, None], 0.0)
+        real = valid_tokens(valid, self.patch, self.share)
+        grid = tuple(n // p for n, p in zip(video.shape[2:], self.patch))
+        return EncoderOutput(tokens=patchify(shown, self.patch) * real[..., None], grid=grid, pooled=small_images(video, self.size))
 
 
 # The phase of the heart

@@ -93,6 +93,7 @@ class Case:
         part: What of these files the image is, as `Archive.part` gives it.
         series_id: Series of the index.
         values: What was attached to the series: column to value.
+        facts: What the index says of person and scanner; empty where the case is of no index.
     """
 
     id: str
@@ -109,6 +110,7 @@ class Case:
     part: Mapping[str, Any] | None = None
     series_id: str = ""
     values: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def maps(self) -> tuple[Path, ...]:
@@ -330,6 +332,7 @@ def _read_query(path: Path) -> _Table:
                 part=series.part,
                 series_id=series.series_id,
                 values=series.values,
+                facts=series.facts,
             ),
             {},
         )

@@ -9,6 +9,7 @@ encoder.
     out/curve.jsonl                  one line per log point: step, loss, learning rates, validation Dice
     out/network.safetensors, .json   the last state, under the stock network's keys
     out/figures/segmentation.npz     slices, labels and predictions of a few test cases
+    out/figures/worst.npz            the slices of the worst test cases where prediction and label differ most
     out/predictions/<case>.nii.gz    optional, on the grid of the image, axes in the order of its file
     out/private/predictions/<case>.dcm   optional, DICOM-SEG on the slices of the series: holds the patient's identity
     out/labels.json                  what the label readers counted: overlaps, voxels outside, ties of raters ...; only where something was
@@ -33,9 +34,13 @@ from torch import Tensor, nn
 
 from medssl.domains.label_files.base import Grid
 from medssl.domains.label_files.write import check_source, in_file_axes, need_highdicom, write_dicom_seg
+from medssl.encoders.loading import load_into
 from medssl.errors import RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.cohort import Case, Cohort
-from medssl.evaluation.metrics import dice, hd95_mm, mean_score
+from medssl.evaluation.features import encode
+from medssl.evaluation.metrics import dice, hd95_mm, mean_score, volumes_ml
+from medssl.evaluation.outside import Look, outside, training_range
+from medssl.evaluation.settings import refuse_settings, settings_of
 from medssl.evaluation.volumes import (
     CaseReader,
     TrainingCrops,
@@ -46,6 +51,7 @@ from medssl.evaluation.volumes import (
     labelled_classes,
     whole_image,
 )
+from medssl.evaluation.worst import WorstCases
 from medssl.networks.segmentation import LoadReport, encoder_parameters, library_of, load_pretrained, set_head_prior
 from medssl.registry import lookup
 from medssl.seeding import counter_rng, derive_seed
@@ -165,8 +171,7 @@ class FinetuneSettings:
             )
             if not good
         ]
-        if faults:
-            raise RequestError("fine-tuning settings: " + "; ".join(faults) + "; correct these and run again")
+        refuse_settings(faults)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneSettings:
@@ -175,14 +180,7 @@ class FinetuneSettings:
         Raises:
             RequestError: A key is unknown.
         """
-        from medssl.errors import near
-
-        known = [f.name for f in fields(cls)]
-        unknown = [f"{key}{near(key, known)}" for key in values if key not in known]
-        if unknown:
-            raise RequestError(f"fine-tuning settings: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
+        return settings_of(cls, values)
 
 
 @dataclass(frozen=True)
@@ -202,12 +200,20 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class CaseScore:
-    """Scores of one test case, per structure name; None where the structure is in neither map."""
+    """Scores of one test case, per structure name; None where the structure is in neither map, or not labelled (volumes).
+
+    Volumes in ml are of the prediction (`volume_ml`) and of the label map (`reference_ml`). `outside` says in what the case lies outside
+    the training range (`evaluation.outside`); None where nobody looked. `facts` are those of its series in the index.
+    """
 
     id: str
     patient: str
     dice: dict[str, float | None]
     hd95_mm: dict[str, float | None]
+    volume_ml: dict[str, float | None] = field(default_factory=dict)
+    reference_ml: dict[str, float | None] = field(default_factory=dict)
+    outside: list[dict[str, str]] | None = None
+    facts: dict[str, str] = field(default_factory=dict)
 
     @property
     def mean_dice(self) -> float:
@@ -230,6 +236,7 @@ class FinetuneResult:
         choice: Which state was scored and which labels chose it.
         seconds: Wall time of training, and per step (median).
         settings: Settings used.
+        training_range: What the training cases span, see `outside.TrainingRange.facts`; empty in results of earlier versions.
     """
 
     arm: str
@@ -242,6 +249,7 @@ class FinetuneResult:
     choice: str
     seconds: dict[str, float]
     settings: dict[str, Any]
+    training_range: dict[str, Any] = field(default_factory=dict)
 
     def mean(self, metric: str = "dice") -> dict[str, float]:
         """Return the mean of `dice` or `hd95_mm` per structure over the test cases that have it."""
@@ -263,7 +271,7 @@ class FinetuneResult:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> FinetuneResult:
         """Read what `to_json` made."""
-        values = {f.name: content[f.name] for f in fields(cls)}
+        values = {f.name: content[f.name] for f in fields(cls) if f.name in content}
         values["cases"] = [CaseScore(**case) for case in values["cases"]]
         return cls(**values)
 
@@ -347,8 +355,11 @@ def finetune(
     log.info("fine-tuning on %d volumes, %d steps", len(train_cases), settings.steps)
     out = Path(out)
     write_atomic(out / "curve.jsonl", b"")  # a folder that cannot be written says so now, not after the last step
+    encoder = start_encoder(settings, weights, seed).to(device)
+    span = training_range([look_at(encoder, reader(case), case, settings) for case in train_cases])
     curve, seconds = _train(run, train_cases, cohort.split("val")[: settings.val_cases], out, weights is not None, on_step)
-    scores = _test(run, test_cases, out)
+    flags = {case.id: outside(look_at(encoder, reader(case), case, settings), span) for case in test_cases}
+    scores = [replace(score, outside=flags[score.id]) for score in _test(run, test_cases, out)]
     result = FinetuneResult(
         arm=arm or ("scratch" if weights is None else "pretrained"),
         labels=len(train_cases),
@@ -360,6 +371,7 @@ def finetune(
         choice="last state; validation labels chose nothing",
         seconds=seconds,
         settings=asdict(settings),
+        training_range=span.facts(),
     )
     _write(run, result, out, weights, data_cards(cohort, weights))
     write_label_counts(out, reader, cohort)
@@ -409,6 +421,41 @@ def build_network(settings: FinetuneSettings, *, n_classes: int, seed: int) -> n
             encoder=settings.encoder, out_channels=n_classes, image_size=settings.crop, **settings.network_args
         )
     return network
+
+
+def start_encoder(settings: FinetuneSettings, weights: Pretrained | None, seed: int) -> Any:
+    """Return the encoder as it is before the first step, in eval mode: what cases are compared by.
+
+    A fine-tuned one has been fitted to the training cases, so that every other case would look far away.
+    """
+    assert settings.encoder is not None
+    args = dict(settings.encoder.get("args") or {})
+    if "image_size" in args:
+        args["image_size"] = settings.crop
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "finetune", "look"))
+        encoder = lookup("encoder", settings.encoder["name"])(**args)
+    if weights is not None:
+        load_into(encoder, weights.state, {"part": "encoder", **weights.manifest})
+    return encoder.eval()
+
+
+@torch.no_grad()
+def look_at(encoder: Any, volume: Volume, case: Case, settings: FinetuneSettings) -> Look:
+    """Return voxel size, vendor and encoder feature of a case: the mean over the middle crop, as the network sees it."""
+    device = next(encoder.parameters()).device
+    image, padding = whole_image(volume, settings.normalize, settings.spacing_mm, device)
+    for axis, size in enumerate(settings.crop, start=2):
+        spare = image.shape[axis] - size
+        if spare > 0:
+            image = image.narrow(axis, spare // 2, size)
+        elif spare < 0:
+            before = torch.full_like(image.narrow(axis, 0, 1), padding).repeat_interleave(-spare // 2, dim=axis)
+            after = torch.full_like(image.narrow(axis, 0, 1), padding).repeat_interleave(-spare - (-spare // 2), dim=axis)
+            image = torch.cat([before, image, after], dim=axis)
+    channels = encoder.config()["args"].get("in_channels", 1)
+    feature = encode(encoder, image.expand(-1, channels, -1, -1, -1)).pooled[0].float().cpu().numpy()
+    return Look(tuple(volume.spacing_mm), case.facts.get("vendor"), feature)
 
 
 def load(network: nn.Module, weights: Pretrained) -> LoadReport:
@@ -699,7 +746,7 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
 
     A structure that a case does not label has no score there, as one that is in neither map.
     """
-    scores, pictures = [], []
+    scores, pictures, worst = [], [], WorstCases()
     for number, case in enumerate(cases):
         volume = run.reader(case)
         known_values(volume, run.structures, case)
@@ -713,8 +760,13 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
                 patient=case.patient_id,
                 dice={name: _plain(overlap.get(value, math.nan)) for value, name in run.structures.items()},
                 hd95_mm={name: _plain(distance.get(value, math.nan)) for value, name in run.structures.items()},
+                volume_ml={run.structures[k]: ml for k, ml in volumes_ml(sure, scored, volume.affine).items()},
+                reference_ml={run.structures[k]: ml for k, ml in volumes_ml(label, scored, volume.affine).items()},
+                facts=dict(case.facts),
             )
         )
+        if run.settings.figures:
+            worst.show(case.id, scores[-1].mean_dice, volume.image[0], label, sure, volume.spacing_mm)
         if number < run.settings.figures:
             pictures.append((volume, found, scores[-1].mean_dice))
         if run.settings.predictions:
@@ -724,6 +776,8 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
     write_case_names(out / "private" / "cases.csv", cases)
     if pictures:
         write_figures(out / "figures" / "segmentation.npz", pictures, run.structures)
+    if worst.kept:
+        write_atomic(out / "figures" / "worst.npz", worst.to_npz(run.structures))
     return scores
 
 

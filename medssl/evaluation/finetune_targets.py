@@ -14,7 +14,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medssl.errors import RequestError, TrainingStopped, near
+from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.calibration import calibration_rows, fit_temperature, reliability, softmax, threshold_at_specificity
 from medssl.evaluation.features import encode
+from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.scores import Task, balanced_accuracy, mae, r2, roc_auc, score_row
+from medssl.evaluation.settings import refuse_settings, settings_of
 from medssl.networks.classification import LinearHead, build_head
 from medssl.seeding import counter_rng, derive_seed
 from medssl.types import ClipBatch, Stack
@@ -102,8 +104,7 @@ class TargetSettings:
             ),
         )
         wrong = [f"{name}: {getattr(self, name)!r}; {accepted}" for name, good, accepted in checks if not good]
-        if wrong:
-            raise RequestError("fine-tuning settings: " + "; ".join(wrong) + "; correct these and run again")
+        refuse_settings(wrong)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TargetSettings:
@@ -112,12 +113,7 @@ class TargetSettings:
         Raises:
             RequestError: A key is unknown.
         """
-        known = [f.name for f in fields(cls)]
-        unknown = [f"{key}{near(key, known)}" for key in values if key not in known]
-        if unknown:
-            raise RequestError(f"fine-tuning settings: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
+        return settings_of(cls, values)
 
 
 @dataclass(frozen=True)
@@ -130,6 +126,8 @@ class Cases:
         groups: Patient of each case, or None.
         split: (N,) `train`, `val` or `test`.
         classes: Names; empty for numbers.
+        looks: Voxel size and vendor of each case where they are known, or empty.
+        facts: What the index says of person and scanner of each case, or empty.
     """
 
     ids: np.ndarray
@@ -137,6 +135,8 @@ class Cases:
     groups: Sequence[str] | None
     split: np.ndarray
     classes: Sequence[Any] = ()
+    looks: Sequence[Look] = ()
+    facts: Sequence[Mapping[str, str]] = ()
 
     @property
     def task(self) -> Task:
@@ -150,6 +150,35 @@ class Cases:
     def patients(self, rows: np.ndarray) -> list[str] | None:
         """Return the patients of rows, or None when they are unknown."""
         return None if self.groups is None else [str(self.groups[int(row)]) for row in rows]
+
+
+class Schedule(Protocol):
+    """What learning rates depend on."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        ...
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled weight decay."""
+        ...
+
+    @property
+    def layer_decay(self) -> float:
+        """Factor from block to block of a pretrained encoder."""
+        ...
+
+    @property
+    def encoder_lr_scale(self) -> float:
+        """Factor on the learning rate of a pretrained encoder."""
+        ...
 
 
 class Batches(Protocol):
@@ -175,13 +204,14 @@ class TargetResult:
         task: `classification` or `regression`.
         classes: Names of the classes.
         rows: Scores on the test cases, as in `scores.score_row`.
-        cases: One dictionary per test case: id, target, and `probability` (K,) or `prediction`.
+        cases: One dictionary per test case: id, target, `probability` (K,) or `prediction`, `outside` (see `evaluation.outside`), `facts`.
         reliability: Bins of the reliability plot of the test cases.
         fitted: `temperature` and `threshold` (of two classes), as fitted on validation cases; null where there were none.
         curve: What was logged.
         choice: Which state was scored, and which labels chose it.
         seconds: Of training, and per step (median).
         settings: Settings used.
+        training_range: What the training cases span, see `outside.TrainingRange.facts`.
     """
 
     arm: str
@@ -197,6 +227,7 @@ class TargetResult:
     choice: str
     seconds: dict[str, float]
     settings: dict[str, Any]
+    training_range: dict[str, Any] = field(default_factory=dict)
 
 
 class Classifier(nn.Module):
@@ -285,7 +316,7 @@ def layer_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
     return scales
 
 
-def learning_rate(step: int, settings: TargetSettings, freeze: int) -> tuple[float, float]:
+def learning_rate(step: int, settings: Schedule, freeze: int) -> tuple[float, float]:
     """Return the factors on the learning rates of encoder and head: warm-up and cosine; the encoder has 0 first, then both start anew."""
     rise = max(1, settings.warmup_steps)
     if step < freeze:
@@ -298,16 +329,22 @@ def learning_rate(step: int, settings: TargetSettings, freeze: int) -> tuple[flo
     return factor, factor
 
 
-def parameter_groups(network: Classifier, settings: TargetSettings, pretrained: bool) -> list[dict[str, Any]]:
-    """Return AdamW groups, by part, factor and decay (none on norms and biases)."""
-    scales = layer_scales(network.encoder, settings.layer_decay if pretrained else 1.0)
+def parameter_groups(network: nn.Module, settings: Schedule, pretrained: bool, encoder: str = "encoder") -> list[dict[str, Any]]:
+    """Return AdamW groups, by part, factor and decay (none on norms and biases).
+
+    Args:
+        network: Has an encoder somewhere inside.
+        settings: See there.
+        pretrained: Whether the encoder is.
+        encoder: Where it is, in dotted names.
+    """
+    scales = layer_scales(network.get_submodule(encoder), settings.layer_decay if pretrained else 1.0)
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        part, _, rest = name.partition(".")
-        inside = part == "encoder"
-        scale = scales[rest] * (settings.encoder_lr_scale if pretrained else 1.0) if inside else 1.0
+        inside = name.startswith(f"{encoder}.")
+        scale = scales[name[len(encoder) + 1 :]] * (settings.encoder_lr_scale if pretrained else 1.0) if inside else 1.0
         groups.setdefault((inside, scale, parameter.ndim > 1), []).append(parameter)
     return [
         {"params": members, "encoder": inside, "scale": scale, "weight_decay": settings.weight_decay if decays else 0.0}
@@ -372,6 +409,7 @@ def finetune_targets(
         raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
     network = _network(encoder, cases, settings, seed)
     learner = _Learner(network, batches, cases, settings, train, seed, pretrained)
+    learner.look()
     curve, choice, seconds = learner.train(on_step)
     return learner.score(arm, curve, choice, seconds), network.eval()
 
@@ -405,6 +443,18 @@ class _Learner:
         self.spread = float(cases.targets[train].std()) if cases.task == "regression" else 1.0
         weights = class_weights(settings, cases.targets[train], len(cases.classes)) if cases.task == "classification" else None
         self.weights = None if weights is None else weights.to(self.device)
+
+    def look(self) -> None:
+        """Compare the test cases with the training cases by the encoder as it is before the first step: it is not fitted to these yet."""
+
+        def looks(rows: np.ndarray) -> list[Look]:
+            known = [self.cases.looks[int(row)] if self.cases.looks else Look() for row in rows]
+            features = self.features(self.cases.ids[rows]).cpu().numpy()
+            return [replace(look, feature=feature) for look, feature in zip(known, features, strict=True)]
+
+        span = training_range(looks(self.rows))
+        self.span = span.facts()
+        self.outside = [outside(look, span) for look in looks(self.cases.where("test"))]
 
     def targets(self, ids: Sequence[int]) -> np.ndarray:
         found: np.ndarray = self.cases.targets[[self.row_of[int(number)] for number in ids]]
@@ -543,12 +593,14 @@ class _Learner:
             bins = reliability(chances, targets.astype(int))
             values = [{"probability": [float(v) for v in row]} for row in chances]
         facts = [
-            {"id": int(cases.ids[row]), "target": float(cases.targets[row]), **value}
-            for row, value in zip(rows, values, strict=True)
+            {"id": int(cases.ids[row]), "target": float(cases.targets[row]), **value, "outside": flags}
+            | ({"facts": dict(cases.facts[int(row)])} if cases.facts else {})
+            for row, value, flags in zip(rows, values, self.outside, strict=True)
         ]
         return TargetResult(
             arm=arm, labels=len(self.rows), seed=self.seed, task=cases.task, classes=list(cases.classes), rows=table, cases=facts,
             reliability=bins, fitted=fitted, curve=curve, choice=choice, seconds=seconds, settings=asdict(self.settings),
+            training_range=self.span,
         )  # fmt: skip
 
 

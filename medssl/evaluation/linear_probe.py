@@ -45,9 +45,14 @@ class LinearModel:
     alpha: float
     task: Task
 
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """Return (N, K) values (K = 1), or logits of classes."""
+        found: np.ndarray = (np.asarray(features, dtype=np.float64) - self.mean) / self.scale @ self.weight + self.bias
+        return found
+
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Return (N,) values, or class indices."""
-        scores: np.ndarray = (np.asarray(features, dtype=np.float64) - self.mean) / self.scale @ self.weight + self.bias
+        scores = self.scores(features)
         predicted: np.ndarray = scores[:, 0] if self.task == "regression" else scores.argmax(axis=1)
         return predicted
 
@@ -205,6 +210,37 @@ def fit_linear(
     best = max(range(len(alphas)), key=lambda i: (merits[i], -i))
     # the path down to the chosen penalty, because logistic fits start from the one before
     return _fit_path(features, targets, task, alphas[: best + 1], classes)[-1]
+
+
+def fit_on_validation(
+    features: np.ndarray,
+    targets: np.ndarray,
+    val_features: np.ndarray,
+    val_targets: np.ndarray,
+    *,
+    task: Task,
+    classes: int | None = None,
+) -> LinearModel:
+    """Fit on training images, the penalty chosen on validation images; see `fit_linear` for what is best and who wins a tie.
+
+    Args:
+        features: (N, E) of training images.
+        targets: (N,) values, or class indices.
+        val_features: (M, E) of validation images, of other patients.
+        val_targets: (M,).
+        task: `regression` or `classification`.
+        classes: Number of classes; None takes the largest index among the training images + 1.
+
+    Raises:
+        RequestError: Unusable features.
+    """
+    targets, val_targets = np.asarray(targets), np.asarray(val_targets)
+    features, val_features = check_features(features, targets, None), np.asarray(val_features, dtype=np.float64)
+    classes = 1 if task == "regression" else classes or int(targets.max()) + 1
+    alphas = RIDGE_ALPHAS if task == "regression" else LOGISTIC_ALPHAS
+    path = _fit_path(features, targets, task, alphas, classes)
+    merits = [_merit(np.stack([val_targets, model.predict(val_features)], axis=1), task) for model in path]
+    return path[max(range(len(path)), key=lambda i: (merits[i], -i))]
 
 
 def linear_predict(

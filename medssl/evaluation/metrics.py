@@ -75,6 +75,12 @@ def hd95_mm(prediction: np.ndarray, label: np.ndarray, structures: Iterable[int]
     return scores
 
 
+def volumes_ml(label: np.ndarray, structures: Iterable[int], affine: np.ndarray) -> dict[int, float]:
+    """Return the volume of each structure of a label map (X, Y, Z) in ml, of voxels as large as the affine (4, 4) to mm says."""
+    voxel = abs(float(np.linalg.det(np.asarray(affine, dtype=np.float64)[:3, :3]))) / 1000
+    return {structure: float((label == structure).sum()) * voxel for structure in structures}
+
+
 def mean_score(scores: Mapping[int, float]) -> float:
     """Return the mean over the structures that have a score; NaN when none has."""
     values = [value for value in scores.values() if not np.isnan(value)]

@@ -17,7 +17,7 @@ import numpy as np
 
 from medssl.errors import RequestError
 from medssl.report import figures
-from medssl.report.page import _STYLE, Section, absent, image, table, text
+from medssl.report.elements import STYLE, Section, absent, image, table, text
 from medssl.weights import write_atomic
 
 MAX_CELLS = 16  # rows of a table before the rest is summed up
@@ -121,7 +121,7 @@ def render(facts: Mapping[str, Any], *, pictures: Sequence[Picture] | None = Non
     nav = " ".join(f'<a href="#{part.id}">{text(part.title)}</a>' for part in sections)
     body = "\n".join(f'<section id="{s.id}">\n<h2>{text(s.title)}</h2>\n{s.body}\n</section>' for s in sections)
     shows = "It shows images of patients." if pictures is not None else "It shows no images."
-    return _PAGE.format(style=_STYLE + _MORE_STYLE, nav=nav, body=body, privacy=f"Private: exact counts. {shows}")
+    return _PAGE.format(style=STYLE + _MORE_STYLE, nav=nav, body=body, privacy=f"Private: exact counts. {shows}")
 
 
 def count(value: Any) -> str:

@@ -49,3 +49,13 @@ def test_plain_import__fails() -> None:
             pytest.fail("the shim registered operators although torchvision loads: it must be a no-op here")
         pytest.skip("torchvision's own library loads on this machine: the shim does nothing")
     assert "torchvision::nms" in done.stderr
+
+
+def test_monai_detection__works_after_monai_was_imported_first() -> None:
+    """`import monai` takes torchvision's matcher at import; where torchvision fails then, MONAI's detector would raise at its first step."""
+    code = (
+        "import monai.networks.nets; from medssl._compat import torchvision_ops as t; m = t.monai_detection(); "
+        "print(isinstance(3, m.Matcher), isinstance(3, m.BalancedPositiveNegativeSampler))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False False", done.stderr[-2000:]

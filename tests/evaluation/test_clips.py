@@ -18,6 +18,7 @@ from medssl.evaluation.clips import (
     ClipFeatures,
     FrameHead,
     HeadSettings,
+    PixelTokens,
     anomaly_probe,
     anomaly_scores,
     embed_clips,
@@ -316,3 +317,16 @@ def test_step_means__by_a_plain_loop() -> None:
                 torch.testing.assert_close(found[b, t], torch.stack(chosen).mean(0))
             else:
                 assert torch.isnan(found[b, t]).all()
+
+
+def test_pixel_tokens__are_the_pixels_of_each_place_and_zero_where_not_valid() -> None:
+    video = torch.rand(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) + 1
+    valid = torch.ones(2, 4, 8, 8, dtype=torch.bool)
+    valid[0, 2:] = False
+    valid[1, :, :, 4:] = False
+    batch = ClipBatch(video, torch.tensor([[True, True, False, False], [True] * 4]), valid[:, :1].clone(), torch.zeros(2, 4))
+    found = embed_clips(PixelTokens((2, 4, 4)), [(batch, ["a", "b"])], tokens=True)
+    assert found.tokens is not None and found.tokens.shape == (2, 2, 2, 2, 32) and found.pooled.shape == (2, 512)
+    np.testing.assert_allclose(found.tokens[0, 0, 1, 0], video[0, 0, :2, 4:, :4].flatten())
+    assert not found.token_valid[0, 1].any() and found.token_valid[0, 0].all() and not found.token_valid[1, :, :, 1].any()
+    np.testing.assert_allclose(found.pooled[1].reshape(8, 8, 8)[0], video[1, 0, 0])

@@ -162,6 +162,14 @@ def test_folder__holds_what_the_report_and_the_loader_read(cohort: Cohort, tmp_p
     written = nibabel.load(out / "predictions" / f"{cohort.split('test')[0].id}.nii.gz")
     np.testing.assert_array_equal(np.asarray(written.dataobj), predict(network, volume, settings))
     np.testing.assert_allclose(written.affine, volume.affine)
+    first = content["cases"][0]
+    assert first["reference_ml"]["structure_1"] == pytest.approx(6**3 * 0.002)  # a box of 6 voxels, 1 x 1 x 2 mm each
+    assert first["volume_ml"]["structure_2"] == pytest.approx(float((np.asarray(written.dataobj) == 2).sum()) * 0.002)
+    assert first["outside"] == [] and content["training_range"]["knn_limit"] is None  # one training case says nothing of distances
+    assert content["training_range"]["spacing_mm"] == [[1, 1, 2], [1, 1, 2]]
+    with np.load(out / "figures" / "worst.npz") as arrays:
+        scores = {case.id: case.mean_dice for case in result.cases}
+        assert list(arrays["case"]) == sorted(scores, key=lambda name: scores[name]) and arrays["0_axial_label"].shape == (20, 18)
     names = out / "private" / "cases.csv"
     assert names.stat().st_mode & 0o777 == 0o600
     assert f"{cohort.split('test')[0].id},v4.nii.gz,v4" in names.read_text()
@@ -178,6 +186,18 @@ def test_test_labels__are_read_after_the_last_step(cohort: Cohort, tmp_path: Pat
     monkeypatch.setattr(CaseReader, "__call__", spy)
     finetune(cohort, SETTINGS, tmp_path, seed=0, on_step=lambda step, steps, values: order.append(f"step {step}/{steps}"))
     assert order.index("test") > order.index("step 3/3")
+
+
+def test_case_of_another_kind__is_flagged_outside_the_training_range(tmp_path: Path) -> None:
+    folder = write_cohort(tmp_path / "cohort", train=4, test=2)
+    image, label = tiny_volume(6)
+    write_nifti(folder / "images" / "v6.nii.gz", np.roll(image, 5, axis=0)[::-1] * -1, (1.0, 1.0, 5.0))
+    write_nifti(folder / "labels" / "v6.nii.gz", label, (1.0, 1.0, 5.0))
+    result = finetune(Cohort.load(folder), SETTINGS, tmp_path / "run", seed=0, weights=pretrained())
+    like, unlike = (case.outside or [] for case in result.cases)
+    assert "spacing" not in [flag["by"] for flag in like]
+    assert unlike[0] == {"by": "spacing", "reason": "voxel size 5 mm along axis 3, in training 2 mm"}
+    assert "knn" in [flag["by"] for flag in unlike] and result.training_range["n"] == 4
 
 
 def test_learning_rates__warm_up_freeze_and_decay() -> None:

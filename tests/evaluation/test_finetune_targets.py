@@ -23,6 +23,7 @@ from medssl.evaluation.finetune_targets import (
     learning_rate,
     mean_auc,
 )
+from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import roc_auc
 from medssl.types import EncoderOutput
 
@@ -189,6 +190,20 @@ def test_learning_rate__warms_up_again_after_the_frozen_steps() -> None:
     assert learning_rate(0, settings, 20) == (0.0, 0.1) and learning_rate(19, settings, 20) == (0.0, 1.0)
     assert learning_rate(20, settings, 20) == (0.1, 0.1) and learning_rate(29, settings, 20) == (1.0, 1.0)
     assert learning_rate(30, settings, 20)[0] == pytest.approx(1.0) and learning_rate(99, settings, 20)[0] < 0.001
+
+
+def test_cases_outside_the_training_range__are_flagged_by_the_encoder_before_it_learns() -> None:
+    cases = make_cases(classes=2)
+    test = cases.where("test")
+    odd = int(test[0])
+    looks = [Look((1.0, 1.0), "ge" if row == odd else "siemens") for row in range(len(cases.ids))]
+    facts = [{"sex": "F"}] * len(looks)
+    result, _ = run(replace(cases, looks=looks, facts=facts), replace(QUICK, steps=3))
+    assert [flag["by"] for flag in result.cases[0]["outside"]][:1] == ["vendor"] and result.cases[0]["facts"] == {"sex": "F"}
+    assert not any(flag["by"] == "vendor" for case in result.cases[1:] for flag in case["outside"])
+    assert result.training_range["n"] == result.labels and result.training_range["knn_limit"] > 0
+    plain, _ = run(cases, replace(QUICK, steps=3))
+    assert [case["probability"] for case in plain.cases] == [case["probability"] for case in result.cases]
 
 
 def test_class_weights__are_one_over_the_share() -> None:

@@ -174,6 +174,7 @@ def sources(house: House, n: int = 6) -> None:
     planted.write_archive(house.data, n)
     lines = (house.data / "split.csv").read_text().splitlines()
     tables = {
+        "empty_box.csv": "image,class,xmin,ymin,xmax,ymax\nQuillfeather_Zebediah_1.nii.gz,Thistlewaite,1,1,1,5\n",
         "no_header.csv": "\n".join(lines[1:]),
         "other_words.csv": "file,split\nQuillfeather.nii.gz,Zebediah Quillfeather\n",
         "two_splits.csv": "file,split\nQuillfeather.nii.gz,train\nQuillfeather.nii.gz,test\n",
@@ -516,6 +517,14 @@ def long_road(house: House) -> list[Step]:
     classes += ["source.views={size: [16, 16, 8], spacing_mm: 4.0, normalize: zscore}", "settings.val_every=0"]
     classes += ["encoder={name: segresnet3d, init_filters: 8, blocks_down: [1, 1, 1], blocks_up: [1, 1]}"]
     of_classes = ["finetune", recipe_folder() / "finetune" / "classification_mri.yaml", *classes]
+    boxes = [
+        recipe_folder() / "finetune" / "detection_hippocampus.yaml",
+        "cohort.card=null",
+        "views={size: [32, 32, 32]}",
+        "labels=2",
+    ]
+    boxes += ["settings.steps=2", "settings.warmup_steps=1", "settings.detector={strides: [4], width: 8}", "--weights", out / "run"]
+    smears = [recipe_folder() / "finetune" / "detection_bccd.yaml", f"source.index={archive}", "source.card=null"]
     workers = {"medssl.archive.scanning.sweep:PROCESSES_ABOVE": 0, "medssl.archive.scanning.sweep:BATCH": 40}
     return [
         step("index", data / house.sources.name, "--splits", data / "split.csv", "--modality", "MR", "--out", archive),
@@ -532,6 +541,12 @@ def long_road(house: House) -> list[Step]:
         step("evaluate", evaluate, f"table={data / 'split.csv'}", "target=patient", f"out={out / 'none'}", *asked, status=2),
         step("finetune", tune, f"cohort.path={data / 'cohort'}", f"out={out / 'finetune'}", *tuned, "--twin"),
         step("finetune", tune, f"cohort.path={data / 'grids'}", f"out={out / 'grids'}", *tuned, status=1),
+        step("finetune", *boxes, f"cohort.path={data / 'cohort'}", f"out={out / 'boxes'}", "--twin"),
+        step("finetune", *boxes, f"cohort.path={data / 'grids'}", f"out={out / 'none'}", status=1),
+        step(
+            "finetune", *smears, f"boxes.path={data / 'empty_box.csv'}", "boxes.drop_empty=false", f"out={out / 'none'}", status=2
+        ),
+        step("finetune", *smears, f"boxes.path={data / 'empty_box.csv'}", f"out={out / 'none'}", status=2),
         step("finetune", tune, f"cohort.path={data}", f"out={out / 'none'}", *tuned, status=2),
         step("finetune", tune, f"cohort.path={data / 'no_header.csv'}", f"out={out / 'none'}", *tuned, status=2),
         step("finetune", tune, f"cohort.path={data / 'by_patient.json'}", f"out={out / 'none'}", *tuned, status=2),

@@ -63,6 +63,7 @@ def test_classes__pretrained_beside_scratch_and_finished_cells_are_kept(
     assert "| 4 | pretrained | " in table and "| 4 | pretrained - scratch " in table
     cells = house / "out" / "cells"
     content = json.loads((cells / "pretrained_n4_s0" / "results.json").read_text())
+    assert {"sex", "vendor", "site"} <= set(content["cases"][0]["facts"]) and content["training_range"]["n"] == 4
     assert content["classes"] == ["class_1", "class_2"] and len(content["cases"]) == summary["rows"][0]["n_test"]
     kept = house / "out" / "private" / "classes.csv"
     assert kept.read_text().split() == ["class,value", "class_1,absent", "class_2,present"] and kept.stat().st_mode & 0o777 == 0o600

@@ -222,6 +222,8 @@ def _describe(piece: _Piece, flags: list[str]) -> dict[str, Any]:
     flags.extend(varying(headers) if piece.part is None else (f"varying_{name}" for name in group.varying if name in VARYING))
     if lossy:
         flags.append("lossy")
+    if any(header.get("prefix_only") for header in headers):
+        flags.append("prefix_only")
     if role == "source" and "DERIVED" in first.get("image_type", ()):
         flags.append("derived")
     if role == "screenshot":

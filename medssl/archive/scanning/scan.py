@@ -48,6 +48,8 @@ TAIL_BYTES = 4096
 WHOLE_BYTES = 64 << 20
 """Files that are not DICOM are hashed whole up to this size, larger ones at `SAMPLES` places."""
 SAMPLES = 16
+USABLE_FRAMES = 2
+"""Whole frames that an ultrasound cine cut short must have: its domain uses them, see `prefix_only`."""
 MAX_SIDECAR_BYTES = 1 << 20
 SCAN_COLUMNS = {
     "part": "INTEGER",
@@ -366,7 +368,11 @@ def _dicom(handle: Any, head: bytes, size: int) -> dict[str, Any]:
         bits = int(header.get("bits_allocated") or 0) * int(header.get("samples_per_pixel") or 1)
         frames = int(header.get("n_frames") or 1)
         expected = (int(header["rows"]) * int(header["columns"]) * frames * bits + 7) // 8
-        if min(header["pixel_length"], header["file_bytes"] - header["pixel_offset"]) < expected:
+        there = min(header["pixel_length"], header["file_bytes"] - header["pixel_offset"])
+        cine = modality_of(header) == "US" and frames > 1
+        if there < expected and cine and there * frames // expected >= USABLE_FRAMES:
+            header["prefix_only"] = True
+        elif there < expected:
             header["file_reason"] = "truncated"
     return header
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.archive.operations.labels import read_labels
-from medssl.archive.table import Archive
+from medssl.archive.table import Archive, group_facts
 from medssl.errors import RequestError
 
 SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".dcm", "")
@@ -26,6 +26,7 @@ class LabelledSeries:
         part: What of the files it is, see `Archive.part`.
         label: Label map; None where there is none.
         values: Attached values by column; empty where nothing is attached.
+        facts: What the index says of person and scanner, see `archive.table.group_facts`.
     """
 
     series_id: str
@@ -35,6 +36,7 @@ class LabelledSeries:
     part: Mapping[str, Any] | None = None
     label: Path | None = None
     values: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def select_labelled(index: Path, where: str | None, *, maps: Path | None = None,
                 part=archive.part(row.series_id),
                 label=label,
                 values=values.get(row.series_id, {}),
+                facts=group_facts(row),
             )
         )
     return Labelled(tuple(found), left_out)

@@ -1,0 +1,126 @@
+"""Fine-tuning a head on bags of tile features, one label a slide: the road around `evaluation.bags`.
+
+out/                               as `target_tasks` leaves it; cases are called slide0001, ... in the order of the table
+out/private/slides.csv             what these are called in the table
+out/private/classes.csv            as of `target_tasks`
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medssl import build
+from medssl.errors import RequestError
+from medssl.evaluation.bags import BagBatches, BagEncoder, LabelledBags, labelled_bags
+from medssl.evaluation.finetune_targets import check, finetune_targets
+from medssl.evaluation.label_curve import plan
+from medssl.recipe import FinetuneBagsRecipe
+from medssl.target_tasks import OnCell, OnStep, claim, keep_names, read_cell, summarise, write_cell, write_summary
+from medssl.weights import private_folder, write_private
+
+ARM = "features"
+
+
+def bag_curve(
+    recipe: FinetuneBagsRecipe,
+    *,
+    counts: Sequence[int] | None,
+    seeds: Sequence[int],
+    on_cell: OnCell | None = None,
+    on_step: OnStep | None = None,
+) -> dict[str, Any]:
+    """Compute the cells (labels x seed) that are missing, then summarise.
+
+    Args:
+        recipe: The recipe.
+        counts: Numbers of labelled training slides; None takes the recipe's `labels`, or all.
+        seeds: Seeds.
+        on_cell: Called with (cells done, cells in all, cell, its results) after each.
+        on_step: Progress within a cell.
+
+    Returns:
+        As `target_tasks.target_curve`; the only arm is `features`.
+
+    Raises:
+        RequestError: Table and features do not go together; nothing was trained.
+    """
+    settings = build.target_settings(recipe)
+    found = labelled_bags(
+        Path(recipe.bags.folder), Path(recipe.table), task=recipe.task, target=recipe.target, classes=[str(c) for c in recipe.classes],
+        file_column=recipe.file_column, split_column=recipe.bags.split_column, patient_column=recipe.bags.patient_column,
+    )  # fmt: skip
+    cases = found.cases
+    check(cases, cases.where("train"))
+    counts = [recipe.labels or len(cases.where("train"))] if counts is None else list(counts)
+    out = Path(recipe.out)
+    private_folder(out)
+    names = {number: f"slide{number + 1:04d}" for number in found.files}
+    _keep_slides(out, found, names)
+    if found.values and not recipe.classes:
+        keep_names(out, cases.classes, found.values)
+    cells = plan({ARM: None}, counts, seeds)
+    shared = {
+        "kind": "finetune",
+        "task": recipe.task,
+        "target": recipe.target,
+        "classes": list(cases.classes),
+        "cases": _digest(found),
+        "settings": json.loads(json.dumps(asdict(replace(settings, device="")))),
+        "views": {"kind": "bag", "tokens": recipe.bags.tokens},
+        "encoder": {"name": found.made_by or "not stated", "width": found.dim},
+        "weights": {ARM: None},
+        "without_features": found.without_features,
+        "leakage_check": "not possible: feature files do not say which slides their encoder was pretrained on",
+        "forced": [],
+    }
+    claim(out, shared)
+    batches = BagBatches(found.files, recipe.bags.tokens, torch.device(settings.device))
+    for number, cell in enumerate(cells, start=1):
+        folder = out / "cells" / cell.name
+        content = read_cell(folder)
+        if content is None:
+            result, network = finetune_targets(
+                BagEncoder(found.dim), batches, cases, settings, labels=cell.labels, seed=cell.seed,
+                pretrained=True, arm=ARM, on_step=on_step,
+            )  # fmt: skip
+            facts = {"encoder": {"name": "bag", "args": {"dim": found.dim}}, "views": shared["views"], "made_by": found.made_by}
+            facts |= {"axis_order": "none: features", "channels": found.dim}
+            content = write_cell(folder, result, network, facts, cases, names)
+        summary = write_summary(out, cells, shared, summarise)
+        if on_cell is not None:
+            on_cell(number, len(cells), cell, content)
+    return summary
+
+
+def _keep_slides(out: Path, found: LabelledBags, names: dict[int, str]) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows([("case", "file"), *((name, found.files[number].name) for number, name in names.items())])
+    write_private(out / "private" / "slides.csv", text.getvalue().encode())
+
+
+def _digest(found: LabelledBags) -> str:
+    """Tell one table from another, without the names of its slides."""
+    cases = found.cases
+    rows = [(float(target), str(split)) for target, split in zip(cases.targets, cases.split)]
+    return hashlib.blake2b(json.dumps([rows, cases.groups, found.dim]).encode(), digest_size=16).hexdigest()
+
+
+def refuse_weights(weights: Any) -> None:
+    """Refuse weights: the features were made by an encoder already.
+
+    Raises:
+        RequestError: There are weights.
+    """
+    if weights is not None and str(weights) != "scratch":
+        raise RequestError(
+            "bags hold features that an encoder made before; leave --weights out, and name what made them in the files"
+        )

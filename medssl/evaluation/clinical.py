@@ -1,0 +1,393 @@
+"""What a clinician asks of a fine-tuned network, from the results of its cells: numbers with intervals, never a name.
+
+Scores of cells with several seeds are means over seeds, patient by patient. What belongs to one network (volumes, thresholds, calibration,
+worst cases) is that of the first seed at the most labels. Cases go by their code: `case0007` of a cohort, or the first eight digits of
+the pseudonym of a series.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from medssl.errors import RequestError
+from medssl.evaluation.agreement import bland_altman
+from medssl.evaluation.bootstrap import Statistic, bootstrap_interval
+from medssl.evaluation.finetune_targets import SPECIFICITY, mean_auc
+from medssl.evaluation.label_curve import SCRATCH
+from medssl.evaluation.scores import mae
+from medssl.evaluation.subgroups import POSITIVES, SMALLEST, subgroup_rows
+
+WORST = 10
+FAILED_DICE = 0.5
+OPEN_COLUMNS = ("sex", "age_band", "vendor", "field_strength_t", "contrast_state", "kernel_class", "body_region", "view")
+"""Columns with closed vocabularies, whose values may be shown; groups of others are numbered."""
+MAIN = {"segmentation": "Dice", "classification": "AUC", "regression": "Mean absolute error", "detection": "mAP"}
+
+Result = Mapping[str, Any]
+
+
+def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str, Any]:
+    """Return what the page of fine-tuning results shows, as plain values.
+
+    Args:
+        results: Contents of `results.json` of the cells of one folder, all of one task.
+        draws: Bootstrap draws.
+
+    Returns:
+        `task`, `metric`, `arm`, `labels`, `seeds`, `headlines` (one per labels and arm), and one entry per question: `structures`,
+        `agreement`, `sensitivity`, `calibration`, `worst`, `subgroups`, `outside`. An entry that cannot be given is `{"why": sentence}`.
+
+    Raises:
+        RequestError: There is no result with test cases, or they are of several tasks.
+    """
+    usable = [result for result in results if result.get("cases")]
+    tasks = sorted({task_of(result) for result in usable})
+    if len(tasks) != 1 or tasks[0] not in MAIN:
+        found = ", ".join(tasks) or "none"
+        raise RequestError(
+            f"clinical report: results of the tasks {found}; it takes the folder of one fine-tuning for one of {', '.join(MAIN)}"
+        )
+    task = tasks[0]
+    most = max(int(result["labels"]) for result in usable)
+    arms = _arms([result for result in usable if result["labels"] == most])
+    chosen = next((arm for arm in arms if arm != SCRATCH), SCRATCH)
+    first = arms[chosen][0]
+    cells = {(int(result["labels"]), str(result["arm"])) for result in usable}
+    headlines = [
+        _headline(task, [r for r in usable if (r["labels"], r["arm"]) == key], draws)
+        for key in sorted(cells, key=lambda k: (-k[0], k[1] == SCRATCH))
+    ]
+    return {
+        "task": task,
+        "metric": MAIN[task],
+        "arm": chosen,
+        "labels": most,
+        "seed": first["seed"],
+        "choice": first.get("choice"),
+        "classes": list(first.get("classes") or []),
+        "headlines": headlines,
+        "structures": _structures(arms, draws) if task == "segmentation" else _why("the network gives no label map."),
+        "agreement": _agreement(task, {arm: runs[0] for arm, runs in arms.items()}, draws),
+        "sensitivity": _sensitivity(task, {arm: runs[0] for arm, runs in arms.items()}),
+        "calibration": _calibration(task, {arm: runs[0] for arm, runs in arms.items()}),
+        "worst": worst_cases(first) if task != "detection" else _why("boxes of a case are not summed up to one number yet."),
+        "subgroups": subgroups(first, draws=draws)
+        if task != "detection"
+        else _why("results of detection do not tell patients apart yet."),
+        "outside": outside_facts(first)
+        if task != "detection"
+        else _why("detection does not compare test with training cases yet."),
+    }
+
+
+def task_of(result: Result) -> str:
+    """Return the task of a result; segmentation says none."""
+    return str(result.get("task") or ("segmentation" if "structures" in result else "unknown"))
+
+
+def code_of(case: Mapping[str, Any], place: int) -> str:
+    """Return what a test case may be called: its code in the cohort, or the beginning of its pseudonym; else its place."""
+    name = str(case.get("id", ""))
+    if re.fullmatch(r"case\d+", name):
+        return name
+    series = str(case.get("series_id", ""))
+    return series[:8] if re.fullmatch(r"[0-9a-f]{16,}", series) else f"test case {place + 1}"
+
+
+def _arms(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return arm -> its results by seed, scratch last."""
+    found: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda r: (r["arm"] == SCRATCH, str(r["arm"]), r["seed"])):
+        found.setdefault(str(result["arm"]), []).append(result)
+    return found
+
+
+def _why(sentence: str) -> dict[str, Any]:
+    return {"why": sentence}
+
+
+def _patients(cases: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Return the patient of each case, or None when one is not known."""
+    found = [case.get("patient") or case.get("patient_id") for case in cases]
+    return None if None in found else [str(patient) for patient in found]
+
+
+def _interval(
+    values: np.ndarray, patients: Sequence[str] | None, draws: int, statistic: Statistic = np.mean
+) -> dict[str, float | None]:
+    value, low, high = bootstrap_interval(values, patients, statistic=statistic, draws=draws)
+    return {"value": _finite(value), "low": _finite(low), "high": _finite(high)}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _dice_of(case: Mapping[str, Any]) -> float | None:
+    values = [v for v in case["dice"].values() if v is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _scores(task: str, results: Sequence[Result]) -> tuple[np.ndarray, list[str] | None, Statistic]:
+    """Return what the main score is a statistic of, the patients, and the statistic; seeds stand side by side."""
+    if task == "segmentation":
+        by_case: dict[str, list[float]] = {}
+        patient: dict[str, Any] = {}
+        for result in results:
+            for case in result["cases"]:
+                if (dice := _dice_of(case)) is not None:
+                    by_case.setdefault(str(case["id"]), []).append(dice)
+                    patient[str(case["id"])] = case.get("patient")
+        values = np.array([np.mean(found) for found in by_case.values()])
+        return values, _patients([{"patient": patient[name]} for name in by_case]), np.mean
+    cases = results[0]["cases"]
+    order = [str(case["series_id"]) for case in cases]
+    columns = []
+    for result in results:
+        known = {str(case["series_id"]): case for case in result["cases"]}
+        if set(known) != set(order):
+            raise RequestError("clinical report: cells were scored on different test cases; remove the cells and run again")
+        columns.append([[known[n]["target"], *(known[n].get("probability") or [known[n]["prediction"]])] for n in order])
+    of_one: Statistic = mean_auc if task == "classification" else mae
+    rows: np.ndarray = np.array(columns, dtype=np.float64).transpose(1, 0, 2)
+    return rows, _patients(cases), lambda x: float(np.mean([of_one(x[:, seed]) for seed in range(x.shape[1])]))
+
+
+def _headline(task: str, results: Sequence[Result], draws: int) -> dict[str, Any]:
+    if task == "detection":
+        return _given_headline(results)
+    values, patients, statistic = _scores(task, results)
+    found: dict[str, Any] = {"labels": int(results[0]["labels"]), "arm": str(results[0]["arm"]), "seeds": len(results)}
+    found |= {"n_cases": len(values), "n_patients": None if patients is None else len(set(patients))}
+    return found | (_interval(values, patients, draws, statistic) if len(values) else {"value": None, "low": None, "high": None})
+
+
+def _given_headline(results: Sequence[Result]) -> dict[str, Any]:
+    """Return the main score of the first seed as its cell has it: boxes are matched there."""
+    first = results[0]
+    row = next((row for row in first["rows"] if row["metric"].startswith("map")), first["rows"][0])
+    known = {"labels": int(first["labels"]), "arm": str(first["arm"]), "seeds": 1}
+    counts = {"n_cases": row["n_images"], "n_patients": row["n_patients"]}
+    return {**known, **counts, **{key: row[key] for key in ("value", "low", "high")}}
+
+
+def _structures(arms: Mapping[str, Sequence[Result]], draws: int) -> dict[str, Any]:
+    """Return Dice and HD95 of each structure and arm; `not_found` counts cases whose label has it and whose prediction misses it wholly."""
+    rows = []
+    names = [str(name) for name in next(iter(arms.values()))[0]["structures"]]
+    for name in names:
+        for arm, results in arms.items():
+            row: dict[str, Any] = {"structure": name, "arm": arm}
+            for metric in ("dice", "hd95_mm"):
+                by_case: dict[str, list[float]] = {}
+                patient: dict[str, Any] = {}
+                for result in results:
+                    for case in result["cases"]:
+                        value = case[metric].get(name)
+                        if value is not None:
+                            by_case.setdefault(str(case["id"]), []).append(float(value))
+                            patient[str(case["id"])] = case.get("patient")
+                values = np.array([np.mean(found) for found in by_case.values()])
+                groups = _patients([{"patient": patient[key]} for key in by_case])
+                empty = {"value": None, "low": None, "high": None}
+                row[metric] = (_interval(values, groups, draws) if len(values) else empty) | {"n": len(values)}
+            row["not_found"] = sum(case["dice"].get(name) == 0 for case in results[0]["cases"])
+            rows.append(row)
+    return {"rows": rows}
+
+
+def _agreement(task: str, arms: Mapping[str, Result], draws: int) -> dict[str, Any]:
+    """Return Bland and Altman's numbers and the pairs behind them: volumes in ml, or the numbers that were to be found."""
+    found = []
+    for arm, result in arms.items():
+        if task == "segmentation":
+            for name in result["structures"]:
+                pairs = [
+                    (case["reference_ml"].get(name), case["volume_ml"].get(name), case)
+                    for case in result["cases"]
+                    if case.get("reference_ml")
+                ]
+                found += _pairs(str(name), "ml", arm, [p for p in pairs if p[0] is not None and p[1] is not None], draws)
+        elif task == "regression":
+            found += _pairs("prediction", "", arm, [(case["target"], case["prediction"], case) for case in result["cases"]], draws)
+    if found:
+        return {"rows": found}
+    if task == "classification":
+        return _why("classes are no measurement.")
+    return _why("no volumes were kept (results of an earlier medssl, or fewer than two test cases); fine-tune again.")
+
+
+def _pairs(
+    what: str, unit: str, arm: str, pairs: Sequence[tuple[float, float, Mapping[str, Any]]], draws: int
+) -> list[dict[str, Any]]:
+    if len(pairs) < 2:
+        return []
+    reference, measured = [float(one) for one, _, _ in pairs], [float(other) for _, other, _ in pairs]
+    numbers = asdict(bland_altman(reference, measured, _patients([case for _, _, case in pairs]), draws=draws))
+    plain = {key: [_finite(v) for v in value] if isinstance(value, tuple) else value for key, value in numbers.items()}
+    return [{"what": what, "unit": unit, "arm": arm, **plain, "reference": reference, "measured": measured}]
+
+
+def _sensitivity(task: str, arms: Mapping[str, Result]) -> dict[str, Any]:
+    if task == "detection":
+        return _froc(arms)
+    if task != "classification":
+        return _why("an operating point is a matter of classes and of findings; this network gives neither.")
+    if len(next(iter(arms.values())).get("classes") or []) != 2:
+        return _why("a threshold is fitted for two classes; here are more.")
+    rows = []
+    for arm, result in arms.items():
+        found = {row["metric"]: row for row in result["rows"] if row["metric"] in ("sensitivity", "specificity")}
+        for metric, row in found.items():
+            rows.append({"arm": arm, "metric": metric, **{key: row[key] for key in ("value", "low", "high")}, "n": row["n_images"]})
+    if not rows:
+        return _why("no validation case was there to fit a threshold on; mark some cases as val.")
+    threshold = {arm: (result.get("fitted") or {}).get("threshold") for arm, result in arms.items()}
+    return {"rows": rows, "specificity": SPECIFICITY, "threshold": threshold}
+
+
+def _froc(arms: Mapping[str, Result]) -> dict[str, Any]:
+    """Return sensitivities at fixed numbers of false positives per image, and their mean with its interval."""
+    found = {arm: row for arm, result in arms.items() for row in result["rows"] if row["metric"] == "froc" and row.get("at")}
+    if not found:
+        return _why("the results hold no FROC.")
+    rows = [
+        {
+            "arm": arm,
+            "at": dict(row["at"]),
+            **{key: row[key] for key in ("value", "low", "high")},
+            "n": row["n_images"],
+            "n_boxes": row.get("n_boxes"),
+        }
+        for arm, row in found.items()
+    ]
+    return {"froc": rows, "overlap": next(iter(found.values())).get("overlap")}
+
+
+def _calibration(task: str, arms: Mapping[str, Result]) -> dict[str, Any]:
+    if task != "classification":
+        return _why("the network states no probability of a finding for a case.")
+    rows, bins = [], {}
+    for arm, result in arms.items():
+        for row in result["rows"]:
+            if row["metric"] in ("brier", "ece"):
+                rows.append({"arm": arm, "metric": row["metric"], **{key: row[key] for key in ("value", "low", "high")}})
+        bins[arm] = result.get("reliability") or []
+    temperature = {arm: (result.get("fitted") or {}).get("temperature") for arm, result in arms.items()}
+    return {"rows": rows, "bins": bins, "temperature": temperature, "n": len(next(iter(arms.values()))["cases"])}
+
+
+def badness(task: str, case: Mapping[str, Any]) -> float | None:
+    """Return how bad a case is: 1 - Dice, -ln p of the true class, or the absolute error; None without a score."""
+    if task == "segmentation":
+        dice = _dice_of(case)
+        return None if dice is None else 1 - dice
+    if task == "classification":
+        return -math.log(max(float(case["probability"][int(case["target"])]), 1e-12))
+    return abs(float(case["prediction"]) - float(case["target"]))
+
+
+def worst_cases(result: Result, count: int = WORST) -> dict[str, Any]:
+    """Return the worst test cases by code, worst first, with what is known of them."""
+    task, rows = task_of(result), []
+    for place, case in enumerate(result["cases"]):
+        bad = badness(task, case)
+        if bad is None:
+            continue
+        row: dict[str, Any] = {
+            "case": code_of(case, place),
+            "bad": bad,
+            "outside": [f["reason"] for f in case.get("outside") or []],
+        }
+        if task == "segmentation":
+            row |= {"dice": dict(case["dice"]), "hd95_mm": dict(case["hd95_mm"])}
+        elif task == "classification":
+            chances = case["probability"]
+            row |= {"target": int(case["target"]), "called": int(np.argmax(chances)), "p": float(chances[int(case["target"])])}
+        else:
+            row |= {"target": float(case["target"]), "prediction": float(case["prediction"])}
+        rows.append(row)
+    rows.sort(key=lambda row: -float(row["bad"]))
+    return {"rows": rows[:count], "n": len(rows)}
+
+
+def failed(task: str, case: Mapping[str, Any], limit: float = math.inf) -> bool:
+    """Say whether a case failed: mean Dice below 0.5 or a structure missed wholly; the wrong class; an error above a limit."""
+    if task == "segmentation":
+        dice = _dice_of(case)
+        return dice is not None and (dice < FAILED_DICE or 0 in case["dice"].values())
+    if task == "classification":
+        return int(np.argmax(case["probability"])) != int(case["target"])
+    return abs(float(case["prediction"]) - float(case["target"])) > limit
+
+
+def subgroups(result: Result, *, draws: int = 2000) -> dict[str, Any]:
+    """Return score and failures by the values of every column that tells cases apart; small groups have a count and no number.
+
+    Reference:
+        The rule of the smallest group: card evaluation-protocols, section B.
+    """
+    task = task_of(result)
+    cases = [case for case in result["cases"] if task != "segmentation" or _dice_of(case) is not None]
+    columns = [name for name in (cases[0].get("facts") or {} if cases else {}) if any(_known(case, name) for case in cases)]
+    if not columns:
+        return _why("nothing is known of the patients and scanners of these cases; a cohort that is a query of an index brings it.")
+    values, statistic, positives = _grouped(task, cases)
+    errors = [badness(task, case) or 0.0 for case in cases]
+    limit = float(np.quantile(errors, 0.9)) if task == "regression" else math.inf
+    tables = {}
+    for name in columns:
+        attribute = [str((case.get("facts") or {}).get(name) or "unknown") for case in cases]
+        shown = attribute if name in OPEN_COLUMNS else numbered(attribute)
+        metric = MAIN[task]
+        rows = subgroup_rows("", "", metric, values, shown, _patients(cases), statistic=statistic, positives=positives, draws=draws)
+        for row in rows:
+            inside = [case for case, group in zip(cases, shown) if group == row["group"]]
+            row["failed"] = sum(failed(task, case, limit) for case in inside) if row["sufficient"] else None
+        keys = ("group", "value", "low", "high", "n_images", "n_patients", "sufficient", "failed")
+        tables[name] = [{key: row[key] for key in keys} for row in rows]
+    how = {
+        "segmentation": f"mean Dice below {FAILED_DICE}, or a structure missed wholly",
+        "classification": "the most likely class was the wrong one",
+        "regression": f"an error above {limit:.3g}, which one in ten of all test cases has",
+    }[task]
+    return {"tables": tables, "failure": how, "smallest": [SMALLEST, POSITIVES]}
+
+
+def _known(case: Mapping[str, Any], name: str) -> bool:
+    return (case.get("facts") or {}).get(name) not in (None, "", "unknown")
+
+
+def _grouped(task: str, cases: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, Statistic, list[bool] | None]:
+    if task == "segmentation":
+        return np.array([_dice_of(case) for case in cases], dtype=np.float64), np.mean, None
+    rows = np.array([[case["target"], *(case.get("probability") or [case["prediction"]])] for case in cases], dtype=np.float64)
+    if task == "regression":
+        return rows, mae, None
+    return rows, mean_auc, [bool(row[0] == 1) for row in rows] if rows.shape[1] == 3 else None
+
+
+def numbered(values: Sequence[str]) -> list[str]:
+    """Return `group_1` ... for the values in their order; `unknown` stays."""
+    names = sorted({value for value in values if value != "unknown"})
+    return [value if value == "unknown" else f"group_{names.index(value) + 1}" for value in values]
+
+
+def outside_facts(result: Result) -> dict[str, Any]:
+    """Return how many test cases lie outside the training range and in what, and which ones."""
+    if any(case.get("outside") is None for case in result["cases"]):
+        return _why("these results are of an earlier medssl, which did not compare test with training cases; fine-tune again.")
+    flagged: list[dict[str, Any]] = [
+        {"case": code_of(case, place), "flags": [dict(flag) for flag in case["outside"]]}
+        for place, case in enumerate(result["cases"])
+        if case["outside"]
+    ]
+    counts = Counter(by for row in flagged for by in {flag["by"] for flag in row["flags"]})
+    return {"rows": flagged, "n": len(result["cases"]), "counts": dict(counts), "range": dict(result.get("training_range") or {})}

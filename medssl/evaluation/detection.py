@@ -1,0 +1,287 @@
+"""Scores of found boxes: average precision over overlaps, and FROC; images and volumes, with intervals by patient.
+
+**Matching.** Within an image and a class, found boxes are taken from the best score down. Each takes the free real box that it overlaps most,
+if that is at least the threshold, and is right; else it is wrong. A found box that only meets a box marked `ignore` (difficult, uncertain)
+is neither, and a missed one of these is not missed.
+
+**Ties.** Found boxes of equal score are taken together: no order among them changes precision or recall. **Empty images** have no real box,
+and everything found there is wrong. A class without a real box has no score, and is left out of means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from medssl.errors import RequestError
+from medssl.evaluation.bootstrap import Statistic, bootstrap_interval
+
+OVERLAPS = tuple(round(0.1 + 0.05 * k, 2) for k in range(9))
+"""0.1 to 0.5 in steps of 0.05: a box that is roughly right helps in medicine, and thin objects never reach 0.75."""
+RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
+"""False positives per image at which FROC is read (LUNA16)."""
+RECALLS = np.linspace(0, 1, 101)
+
+
+@dataclass(frozen=True)
+class ImageBoxes:
+    """What is in an image, and what was found there. Boxes are (N, 2 D): low corner, then high corner.
+
+    Args:
+        boxes: Real boxes.
+        labels: (N,) their classes, from 0.
+        ignore: (N,) bool, boxes that count neither way.
+        found: (M, 2 D) found boxes.
+        found_labels: (M,).
+        scores: (M,) higher is surer.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    ignore: np.ndarray
+    found: np.ndarray
+    found_labels: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Matches:
+    """All found boxes of a class over some images, best first.
+
+    Args:
+        scores: (M,) falling.
+        image: (M,) place of the image.
+        right: (T, M) per overlap threshold: 1 right, 0 wrong, -1 neither.
+        real: (I,) boxes to be found in every image.
+        overlaps: (T,) thresholds.
+    """
+
+    scores: np.ndarray
+    image: np.ndarray
+    right: np.ndarray
+    real: np.ndarray
+    overlaps: tuple[float, ...]
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the overlap (intersection over union) of boxes (N, 2 D) and (M, 2 D): (N, M), 0 where both are empty."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    dims = a.shape[1] // 2
+    low = np.maximum(a[:, None, :dims], b[None, :, :dims])
+    high = np.minimum(a[:, None, dims:], b[None, :, dims:])
+    shared = np.clip(high - low, 0, None).prod(axis=2)
+    size_a, size_b = ((x[:, dims:] - x[:, :dims]).prod(axis=1) for x in (a, b))
+    union = size_a[:, None] + size_b[None] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)  # type: ignore[no-any-return]
+
+
+def match_image(image: ImageBoxes, label: int, overlaps: Sequence[float]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Match what was found of one class in one image.
+
+    Args:
+        image: See there.
+        label: The class.
+        overlaps: T thresholds.
+
+    Returns:
+        Scores (M,) falling, outcomes (T, M) as in `Matches`, and the number of boxes to be found.
+    """
+    real, hidden = ((image.labels == label) & flag for flag in (~image.ignore, image.ignore))
+    mine = np.flatnonzero(image.found_labels == label)
+    mine = mine[np.argsort(-image.scores[mine], kind="stable")]
+    dims = image.boxes.shape[1]
+    found = image.found[mine].reshape(-1, dims)
+    with_real, with_hidden = box_iou(found, image.boxes[real]), box_iou(found, image.boxes[hidden])
+    right = np.zeros((len(overlaps), len(mine)), dtype=np.int8)
+    for row, threshold in enumerate(overlaps):
+        free = np.ones(int(real.sum()), dtype=bool)
+        for k in range(len(mine)):
+            values = np.where(free, with_real[k], -1.0)
+            if len(values) and values.max() >= threshold:
+                free[int(values.argmax())] = False
+                right[row, k] = 1
+            elif with_hidden.shape[1] and with_hidden[k].max() >= threshold:
+                right[row, k] = -1
+    return image.scores[mine].astype(np.float64), right, int(real.sum())
+
+
+def match(images: Sequence[ImageBoxes], label: int, overlaps: Sequence[float] = OVERLAPS) -> Matches:
+    """Match what was found of one class in some images."""
+    parts = [match_image(image, label, overlaps) for image in images]
+    scores = np.concatenate([scores for scores, _, _ in parts]) if parts else np.zeros(0)
+    right = np.concatenate([right for _, right, _ in parts], axis=1) if parts else np.zeros((len(overlaps), 0), dtype=np.int8)
+    places = np.repeat(np.arange(len(parts)), [len(scores) for scores, _, _ in parts])
+    order = np.argsort(-scores, kind="stable")
+    real = np.array([n for _, _, n in parts], dtype=np.int64)
+    return Matches(scores[order], places[order], right[:, order], real, tuple(float(t) for t in overlaps))
+
+
+def together(matches: Sequence[Matches]) -> Matches:
+    """Return the matches of several classes as those of one: what FROC over all classes is read from."""
+    scores = np.concatenate([m.scores for m in matches])
+    order = np.argsort(-scores, kind="stable")
+    image = np.concatenate([m.image for m in matches])[order]
+    right = np.concatenate([m.right for m in matches], axis=1)[:, order]
+    return Matches(scores[order], image, right, np.sum([m.real for m in matches], axis=0), matches[0].overlaps)
+
+
+def _counts(matches: Matches, times: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return right and wrong boxes (T, G) down to every distinct score, and boxes to be found, images counted `times`."""
+    weights = np.ones(len(matches.real)) if times is None else np.asarray(times, dtype=np.float64)
+    each = weights[matches.image]
+    ends = np.flatnonzero(np.append(matches.scores[1:] < matches.scores[:-1], True)) if len(matches.scores) else np.zeros(0, int)
+    right = np.cumsum((matches.right == 1) * each, axis=1)[:, ends]
+    wrong = np.cumsum((matches.right == 0) * each, axis=1)[:, ends]
+    return right, wrong, float((weights * matches.real).sum())
+
+
+def average_precision(matches: Matches, times: np.ndarray | None = None) -> np.ndarray:
+    """Return the mean precision at 101 recalls per overlap threshold, (T,); NaN where there is nothing to be found.
+
+    The precision at a recall is the highest at this or any higher one; 0 where the recall is not reached.
+
+    Args:
+        matches: Of one class.
+        times: (I,) how often each image counts, as a bootstrap draw has it; None counts each once.
+
+    Reference:
+        Lin et al. 2014, "Microsoft COCO", and its evaluation code; Everingham et al. 2010 for the interpolation.
+    """
+    right, wrong, real = _counts(matches, times)
+    if real == 0:
+        return np.full(len(matches.overlaps), np.nan)
+    if not right.shape[1]:
+        return np.zeros(len(matches.overlaps))
+    recall = right / real
+    precision = np.divide(right, right + wrong, out=np.zeros_like(right), where=right + wrong > 0)
+    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    found = np.zeros(len(right))
+    for row in range(len(right)):
+        place = np.searchsorted(recall[row], RECALLS - 1e-12)
+        reached = place < recall.shape[1]
+        found[row] = best[row, place[reached]].sum() / len(RECALLS)
+    return found
+
+
+def mean_average_precision(matches: Sequence[Matches], times: np.ndarray | None = None) -> float:
+    """Return the mean over classes with boxes of their mean average precision over thresholds; NaN where no class has any.
+
+    Args:
+        matches: One per class.
+        times: As in `average_precision`.
+    """
+    values = [float(average_precision(m, times).mean()) for m in matches]
+    values = [v for v in values if not math.isnan(v)]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def froc(matches: Matches, times: np.ndarray | None = None, rates: Sequence[float] = RATES) -> np.ndarray:
+    """Return the sensitivity at each rate of false positives per image, (T, R): the highest that a score threshold reaches within it.
+
+    No interpolation: between two thresholds nothing can be had.
+
+    Args:
+        matches: Of one class, or of several (`together`).
+        times: As in `average_precision`.
+        rates: False positives per image.
+
+    Reference:
+        Setio et al. 2017, "Validation, comparison, and combination of algorithms for automatic detection of pulmonary nodules" (LUNA16).
+    """
+    right, wrong, real = _counts(matches, times)
+    images = float(len(matches.real) if times is None else times.sum())
+    if real == 0:
+        return np.full((len(matches.overlaps), len(rates)), np.nan)
+    found = np.zeros((len(right), len(rates)))
+    for row in range(len(right)):
+        for column, rate in enumerate(rates):
+            allowed = int(np.searchsorted(wrong[row], rate * images + 1e-9, side="right"))
+            found[row, column] = right[row, allowed - 1] / real if allowed else 0.0
+    return found
+
+
+def mean_sensitivity(matches: Matches, times: np.ndarray | None = None) -> float:
+    """Return the mean of `froc` over rates and thresholds: the score of LUNA16."""
+    return float(froc(matches, times).mean())
+
+
+def match_classes(images: Sequence[ImageBoxes], n_classes: int, overlaps: Sequence[float] = OVERLAPS) -> list[Matches]:
+    """Match every class.
+
+    Raises:
+        RequestError: There is no image.
+    """
+    if not images:
+        raise RequestError("detection scores: no image; score one or more")
+    return [match(images, label, overlaps) for label in range(n_classes)]
+
+
+def pick(matches: Matches, overlap: float) -> Matches:
+    """Return the matches at one threshold alone."""
+    row = matches.overlaps.index(overlap)
+    return Matches(matches.scores, matches.image, matches.right[row : row + 1], matches.real, (overlap,))
+
+
+def over_images(score: Any, n: int) -> Statistic:
+    """Return a statistic for `bootstrap_interval` over rows that are places of images: `score(times)` of how often each was drawn."""
+    return lambda rows: float(score(np.bincount(np.asarray(rows, dtype=np.int64), minlength=n)))
+
+
+def detection_rows(
+    name: str,
+    images: Sequence[ImageBoxes],
+    classes: Sequence[str],
+    groups: Sequence[str] | None,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+    froc_overlap: float = 0.1,
+) -> list[dict[str, Any]]:
+    """Return mAP over 0.1 to 0.5, mAP at 0.5, each class's AP, and FROC, with intervals.
+
+    Args:
+        name: Of the detector.
+        images: All test images, empty ones too.
+        classes: Names of the classes.
+        groups: Patient of each image, or None.
+        draws: Bootstrap draws.
+        seed: Of the bootstrap.
+        froc_overlap: Overlap from which a box counts as found in FROC; one of `OVERLAPS`.
+
+    Returns:
+        JSON-able rows {name, probe, metric, class, value, low, high, n_images, n_patients, by, n_boxes}; the first is the main score.
+        Values are None where a class has no box. FROC over all classes has `at`: rate -> sensitivity.
+    """
+    matches = match_classes(images, len(classes))
+    half = [pick(m, 0.5) for m in matches]
+    pooled = together([pick(m, froc_overlap) for m in matches])
+    real = [int(m.real.sum()) for m in matches]
+    asked: list[tuple[str, str | None, Any, int]] = [
+        ("map_10_50", None, lambda times: mean_average_precision(matches, times), sum(real)),
+        ("map_50", None, lambda times: mean_average_precision(half, times), sum(real)),
+    ]
+    for k, own in enumerate(classes):
+        asked.append(("ap_10_50", own, lambda times, k=k: average_precision(matches[k], times).mean(), real[k]))
+        asked.append(("ap_50", own, lambda times, k=k: average_precision(half[k], times).mean(), real[k]))
+    asked.append(("froc", None, lambda times: mean_sensitivity(pooled, times), sum(real)))
+    places = np.arange(len(images), dtype=np.float64)
+    rows = []
+    for metric, label, score, boxes in asked:
+        value, low, high = bootstrap_interval(places, groups, draws=draws, seed=seed, statistic=over_images(score, len(images)))
+        row: dict[str, Any] = {
+            "name": name, "probe": "finetune", "metric": metric, "class": label, "value": _plain(value), "low": _plain(low),
+            "high": _plain(high), "n_images": len(images), "n_patients": None if groups is None else len(set(groups)),
+            "by": "by image" if groups is None else "by patient", "n_boxes": boxes,
+        }  # fmt: skip
+        if metric == "froc":
+            row |= {"overlap": froc_overlap, "at": {f"{rate:g}": _plain(v) for rate, v in zip(RATES, froc(pooled)[0])}}
+        rows.append(row)
+    return rows
+
+
+def _plain(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

@@ -1,0 +1,450 @@
+"""Fine-tuning an encoder to find boxes in pictures and volumes, pretrained or from scratch, all else equal.
+
+A run is a function of (cases, settings, labels, seed, weights), as in `finetune_targets`: both arms see the same cases in the same order
+with the same augmentation, and start from the same pyramid and heads. Where pictures come from is the caller's business (`BoxBatches`).
+
+The state that is scored is the last one, or with `patience` the best on validation cases, which then have chosen it; the result says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medssl.errors import RequestError, TrainingStopped
+from medssl.evaluation.detection import ImageBoxes, detection_rows, match_classes, mean_average_precision
+from medssl.evaluation.finetune_targets import learning_rate, parameter_groups
+from medssl.evaluation.settings import refuse_settings, settings_of
+from medssl.networks.detection import DetectorSettings, build_detector, detect, detector_faults, losses_of
+from medssl.seeding import counter_rng, derive_seed
+
+ENCODER = "feature_extractor.encoder"
+
+
+@dataclass(frozen=True)
+class BoxSettings:
+    """Everything that a run depends on besides cases, labels, seed and weights.
+
+    Args:
+        detector: Fields of `DetectorSettings`.
+        steps: Optimiser steps.
+        batch: Pictures or crops per step.
+        lr: Peak learning rate of pyramid and heads (AdamW).
+        encoder_lr_scale: Factor on it for a pretrained encoder; the scratch twin always has 1.
+        layer_decay: Factor from block to block, counted from the head, for a pretrained encoder; the scratch twin has 1.
+        freeze_steps: First steps in which a pretrained encoder does not learn. 0 for the scratch twin.
+        weight_decay: Decoupled weight decay, not applied to norms and biases.
+        clip: Largest gradient norm.
+        warmup_steps: Steps of linear warm-up; cosine decay to 0 follows.
+        box_weight: Weight of the loss of edges beside that of classes.
+        val_every: Steps between scores on validation cases; 0 has none.
+        patience: Validations without a better one after which training stops; the best state is then scored. None scores the last one.
+        overlap: Of windows, where a volume is larger than the training crop.
+        split: Of label maps: whether every connected part of a structure is an object (lesions), or the structure is one (organs).
+        min_voxels: Of label maps: smaller parts are left out and counted.
+        foreground: Of volumes: share of crops centred on an object.
+        augment: Geometric and intensity operations of the views, in training only.
+        device: Torch device.
+    """
+
+    detector: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 500
+    batch: int = 4
+    lr: float = 1e-3
+    encoder_lr_scale: float = 1.0
+    layer_decay: float = 1.0
+    freeze_steps: int = 0
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    warmup_steps: int = 50
+    box_weight: float = 1.0
+    val_every: int = 0
+    patience: int | None = None
+    overlap: float = 0.5
+    split: bool = True
+    min_voxels: int = 1
+    foreground: float = 0.67
+    augment: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("steps", self.steps >= 1, "1 or more"),
+            ("batch", self.batch >= 1, "1 or more"),
+            ("lr", self.lr > 0, "above 0"),
+            ("encoder_lr_scale", self.encoder_lr_scale >= 0, "0 or more"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "above 0, at most 1"),
+            ("freeze_steps", 0 <= self.freeze_steps <= self.steps, "0 to steps"),
+            ("warmup_steps", 0 <= self.warmup_steps < self.steps, "0 to below steps"),
+            ("box_weight", self.box_weight > 0, "above 0"),
+            ("val_every", self.val_every >= 0, "0 or more"),
+            ("patience", self.patience is None or (self.patience >= 1 and self.val_every > 0), "1 or more, with val_every above 0"),
+            ("overlap", 0 <= self.overlap < 1, "0 to below 1"),
+            ("min_voxels", self.min_voxels >= 1, "1 or more"),
+            ("foreground", 0 <= self.foreground <= 1, "0 to 1"),
+        )
+        faults = [f"{name}: {getattr(self, name)!r}; {accepted}" for name, good, accepted in checks if not good]
+        refuse_settings(faults + [f"detector.{fault}" for fault in detector_faults(self.network)])
+
+    @property
+    def network(self) -> DetectorSettings:
+        """The settings of the detector."""
+        return settings_of(DetectorSettings, self.detector)
+
+
+@dataclass(frozen=True)
+class BoxCases:
+    """Labelled cases.
+
+    Args:
+        ids: (N,) int64.
+        split: (N,) `train`, `val` or `test`.
+        groups: Patient of each case, or None.
+        classes: Names of the classes.
+        present: (N, K) boxes of every class in each case, without those that count neither way.
+        ranks: (N,) place in a few-label order of the cohort's own, from 1, NaN for none; None draws one by seed.
+    """
+
+    ids: np.ndarray
+    split: np.ndarray
+    groups: Sequence[str] | None
+    classes: Sequence[str]
+    present: np.ndarray
+    ranks: np.ndarray | None = None
+
+    def where(self, split: str) -> np.ndarray:
+        """Return the rows of a split."""
+        return np.flatnonzero(self.split == split)
+
+    def patients(self, rows: np.ndarray) -> list[str] | None:
+        """Return the patients of rows, or None when they are unknown."""
+        return None if self.groups is None else [str(self.groups[int(row)]) for row in rows]
+
+
+@dataclass(frozen=True)
+class WholeCase:
+    """A whole case as the network sees it, and what is in it.
+
+    Args:
+        image: (1, C, *size).
+        scale: (D,) pixels of the case per pixel of the image.
+        offset: (D,) where the image begins in the case, in pixels of the case.
+        boxes: (N, 2 D) in pixels of the case.
+        labels: (N,).
+        ignore: (N,).
+        padding: Value of the image where there is nothing.
+    """
+
+    image: Tensor
+    scale: np.ndarray
+    offset: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    ignore: np.ndarray
+    padding: float = 0.0
+
+
+class BoxBatches(Protocol):
+    """Where pictures and their boxes come from.
+
+    Attributes:
+        size: Of the training images.
+    """
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Size of the training images."""
+        ...
+
+    def training(self, ids: Sequence[int], step: int, seed: int, batch: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Return augmented images (B, C, *size) and {boxes, labels, ignore} of each; equal arguments give equal images."""
+        ...
+
+    def whole(self, number: int) -> WholeCase:
+        """Return a case without augmentation."""
+        ...
+
+
+@dataclass(frozen=True)
+class BoxResult:
+    """What a run leaves, as in `results.json`.
+
+    Args:
+        arm: Name of the weights, or `scratch`.
+        labels: Training cases used.
+        seed: Seed.
+        task: `detection`.
+        classes: Names of the classes.
+        rows: Scores on the test cases, see `detection.detection_rows`.
+        cases: One dictionary per test case: id, `real` [[box, label, ignore]], `found` [[box, label, score]], in pixels of the case.
+        curve: What was logged.
+        choice: Which state was scored, and which labels chose it.
+        seconds: Of training, and per step (median).
+        settings: Settings used.
+    """
+
+    arm: str
+    labels: int
+    seed: int
+    task: str
+    classes: list[str]
+    rows: list[dict[str, Any]]
+    cases: list[dict[str, Any]]
+    curve: list[dict[str, Any]]
+    choice: str
+    seconds: dict[str, float]
+    settings: dict[str, Any]
+
+
+def few_label_order(cases: BoxCases, seed: int) -> np.ndarray:
+    """Return the rows of the training cases: the cohort's own order, or one drawn by seed that begins with all classes.
+
+    Patients stay together. Of the drawn order the first patients are the first that have the rarest class, then the next rarest not yet
+    seen, so that few cases have an object of each.
+
+    Args:
+        cases: The cases.
+        seed: Another seed draws other patients first.
+    """
+    rows = cases.where("train")
+    if cases.ranks is not None and np.isfinite(cases.ranks[rows]).any():
+        return rows[np.argsort(np.nan_to_num(cases.ranks[rows], nan=np.inf), kind="stable")]
+    patients = cases.patients(rows) or [str(cases.ids[row]) for row in rows]
+    names = sorted(set(patients))
+    shuffled = [names[int(k)] for k in counter_rng(seed, "few labels", "boxes").permutation(len(names))]
+    of_patient = {name: [int(row) for row, patient in zip(rows, patients) if patient == name] for name in names}
+    has = {name: cases.present[members].sum(axis=0) > 0 for name, members in of_patient.items()}
+    first: list[str] = []
+    for k in np.argsort(cases.present[rows].sum(axis=0), kind="stable"):
+        if any(has[name][k] for name in first):
+            continue
+        first += [name for name in shuffled if has[name][k]][:1]
+    order = first + [name for name in shuffled if name not in first]
+    return np.array([row for name in order for row in of_patient[name]], dtype=np.int64)
+
+
+def training_rows(cases: BoxCases, labels: int | None, seed: int) -> np.ndarray:
+    """Return the rows of the first training cases, after checking that they can be learnt from, and the test cases scored.
+
+    Raises:
+        RequestError: There are fewer, a split is empty, a class has no box among them, or no test case has a box.
+    """
+    train = few_label_order(cases, seed)[:labels]
+    if labels is not None and len(train) < labels:
+        raise RequestError(f"{labels} labels are asked for, and {len(train)} training cases have boxes; ask for fewer")
+    for split, rows in (("train", train), ("test", cases.where("test"))):
+        if not len(rows):
+            raise RequestError(f"no case with boxes is marked {split}; mark some, and run again")
+    absent = [name for name, n in zip(cases.classes, cases.present[train].sum(axis=0)) if n == 0]
+    if absent or not len(cases.classes):
+        raise RequestError(
+            f"class {', '.join(absent) or '(none at all)'} has no box among the {len(train)} training cases; give more labels, or leave "
+            "the class out"
+        )
+    if not cases.present[cases.where("test")].any():
+        raise RequestError("no test case has a box, so nothing can be scored; mark other cases as test")
+    return train
+
+
+def finetune_boxes(
+    encoder: nn.Module,
+    batches: BoxBatches,
+    cases: BoxCases,
+    settings: BoxSettings,
+    *,
+    labels: int | None = None,
+    seed: int = 0,
+    pretrained: bool,
+    arm: str,
+    on_step: Callable[[int, int, Mapping[str, float]], None] | None = None,
+) -> tuple[BoxResult, nn.Module]:
+    """Train on the first labelled cases and score all test cases.
+
+    Args:
+        encoder: With its start weights; it is trained in place.
+        batches: Where pictures come from.
+        cases: All labelled cases.
+        settings: See there.
+        labels: Training cases, in `few_label_order` of the seed; None takes all.
+        seed: Seed of pyramid, heads, order and augmentation.
+        pretrained: Whether the encoder is; the scratch twin has no layer decay, no factor and no frozen steps.
+        arm: Name in the results.
+        on_step: Called with (step, steps, values) now and then.
+
+    Returns:
+        The result, and MONAI's RetinaNet in eval mode with the state that was scored.
+
+    Raises:
+        RequestError: Cases, settings and encoder do not go together; nothing was trained.
+        TrainingStopped: The loss stopped being a number.
+    """
+    train = training_rows(cases, labels, seed)
+    if settings.patience is not None and not len(cases.where("val")):
+        raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "finetune", "head"))
+        detector = build_detector(encoder, len(cases.classes), batches.size, settings.network).to(settings.device)
+    learner = _Learner(detector, batches, cases, settings, train, seed, pretrained)
+    curve, choice, seconds = learner.train(on_step)
+    result = learner.score(arm, curve, choice, seconds)
+    network: nn.Module = detector.network
+    return result, network.eval()
+
+
+class _Learner:
+    """The moving parts of a run."""
+
+    def __init__(
+        self,
+        detector: Any,
+        batches: BoxBatches,
+        cases: BoxCases,
+        settings: BoxSettings,
+        train: np.ndarray,
+        seed: int,
+        pretrained: bool,
+    ) -> None:
+        self.detector, self.batches, self.cases, self.settings = detector, batches, cases, settings
+        self.rows, self.seed, self.pretrained = train, seed, pretrained
+
+    def train(
+        self, on_step: Callable[[int, int, Mapping[str, float]], None] | None
+    ) -> tuple[list[dict[str, Any]], str, dict[str, float]]:
+        """Run all steps, or until validation stops; leave the network with the state to be scored."""
+        settings, network = self.settings, self.detector.network
+        freeze = settings.freeze_steps if self.pretrained else 0
+        optimizer = torch.optim.AdamW(parameter_groups(network, settings, self.pretrained, ENCODER), lr=settings.lr)
+        ids = [int(number) for number in self.cases.ids[self.rows]]
+        best: tuple[float, int, dict[str, Tensor]] | None = None
+        curve: list[dict[str, Any]] = []
+        losses: list[dict[str, float]] = []
+        times: list[float] = []
+        waited, start = 0, time.perf_counter()
+        log_every = settings.val_every or max(1, settings.steps // 10)
+        self.detector.train()
+        for step in range(settings.steps):
+            began = time.perf_counter()
+            encoder_factor, factor = learning_rate(step, settings, freeze)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * group["scale"] * (encoder_factor if group["encoder"] else factor)
+            losses.append(self.step(ids, step, optimizer))
+            times.append(time.perf_counter() - began)
+            done = step + 1
+            if done % log_every and done != settings.steps:
+                continue
+            line: dict[str, Any] = {"step": done, "lr": settings.lr * factor}
+            line |= {name: float(np.mean([row[name] for row in losses])) for name in losses[0]}
+            losses.clear()
+            merit = self.merit() if settings.val_every else None
+            if merit is not None:
+                line["val"] = merit
+            curve.append(line)
+            if on_step is not None:
+                on_step(done, settings.steps, {"loss": line["loss"]})
+            if settings.patience is not None and merit is not None:
+                if best is None or merit > best[0]:
+                    best, waited = (merit, done, copy.deepcopy(network.state_dict())), 0
+                else:
+                    waited += 1
+                if waited >= settings.patience:
+                    break
+        seconds = {"train": time.perf_counter() - start, "per_step": float(np.median(times))}
+        if best is None:
+            return curve, "last state; validation labels chose nothing", seconds
+        network.load_state_dict(best[2])
+        return curve, f"step {best[1]}, the best of {len(self.cases.where('val'))} validation cases", seconds
+
+    def step(self, ids: Sequence[int], step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Take one step and return its losses; the sampling of hard background depends on (seed, step)."""
+        settings = self.settings
+        images, targets = self.batches.training(ids, step, self.seed, settings.batch)
+        with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(self.seed, "finetune", "step", step))
+            parts = losses_of(self.detector, images, targets)
+        loss = parts["classification"] + settings.box_weight * parts["box_regression"]
+        values = {"loss": float(loss.detach()), **{name: float(part.detach()) for name, part in parts.items()}}
+        if not math.isfinite(values["loss"]):
+            raise TrainingStopped(
+                f"fine-tuning: the loss is {values['loss']} at step {step}; it must stay a number; lower lr (now {settings.lr}), or "
+                "lengthen warmup_steps"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.detector.network.parameters(), settings.clip)
+        optimizer.step()
+        return values
+
+    def look(self, rows: np.ndarray) -> list[ImageBoxes]:
+        """Return what is in the cases of rows, and what the network finds, in pixels of the cases."""
+        self.detector.eval()
+        found = [self.find(self.batches.whole(int(number))) for number in self.cases.ids[rows]]
+        self.detector.train()
+        return found
+
+    def find(self, case: WholeCase) -> ImageBoxes:
+        """Look at a whole case, through windows of the training size where it is larger."""
+        size = self.batches.size
+        image = padded(case.image, [max(n, s) for n, s in zip(case.image.shape[2:], size)], case.padding)
+        wanted = [-(-n // d) * d for n, d in zip(image.shape[2:], self.detector.size_divisible)]
+        found = detect(self.detector, padded(image, wanted, case.padding), window=size, overlap=self.settings.overlap)[0]
+        scale, offset = np.tile(case.scale, 2), np.tile(case.offset, 2)
+        boxes = found["boxes"].double().cpu().numpy() * scale + offset
+        return ImageBoxes(
+            case.boxes, case.labels, case.ignore, boxes, found["labels"].cpu().numpy(), found["scores"].double().cpu().numpy()
+        )
+
+    def merit(self) -> float | None:
+        """Return the mAP on validation cases; None without such cases, or boxes in them."""
+        rows = self.cases.where("val")
+        if not len(rows):
+            return None
+        value = mean_average_precision(match_classes(self.look(rows), len(self.cases.classes)))
+        return None if math.isnan(value) else value
+
+    def score(self, arm: str, curve: list[dict[str, Any]], choice: str, seconds: dict[str, float]) -> BoxResult:
+        """Score the test cases."""
+        rows = self.cases.where("test")
+        images = self.look(rows)
+        table = detection_rows(arm, images, self.cases.classes, self.cases.patients(rows))
+        facts = [{"id": int(self.cases.ids[row]), **plain_boxes(one)} for row, one in zip(rows, images, strict=True)]
+        return BoxResult(
+            arm=arm, labels=len(self.rows), seed=self.seed, task="detection", classes=list(self.cases.classes), rows=table, cases=facts,
+            curve=curve, choice=choice, seconds=seconds, settings=asdict(self.settings),
+        )  # fmt: skip
+
+
+def padded(image: Tensor, size: Sequence[int], value: float) -> Tensor:
+    """Return an image (1, C, *n) of at least a size, padded behind its end along every axis."""
+    missing = [max(0, want - have) for want, have in zip(size, image.shape[2:])]
+    if not any(missing):
+        return image
+    return functional.pad(image, [v for m in reversed(missing) for v in (0, m)], value=value)
+
+
+def plain_boxes(image: ImageBoxes) -> dict[str, list[Any]]:
+    """Return boxes for JSON, `real` and `found`; hundredths of a pixel are kept."""
+    real = zip(image.boxes.round(2).tolist(), image.labels.tolist(), image.ignore.tolist())
+    found = zip(image.found.round(2).tolist(), image.found_labels.tolist(), image.scores.tolist())
+    return {"real": [list(row) for row in real], "found": [list(row) for row in found]}
+
+
+def image_boxes(case: Mapping[str, Any]) -> ImageBoxes:
+    """Read what `plain_boxes` made."""
+    dims = len((case["real"] or case["found"] or [[[0.0] * 4]])[0][0])
+
+    def columns(rows: Sequence[Sequence[Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        boxes = np.array([row[0] for row in rows], dtype=np.float64).reshape(-1, dims)
+        return boxes, np.array([row[1] for row in rows], dtype=np.int64), np.array([row[2] for row in rows])
+
+    boxes, labels, ignore = columns(case["real"])
+    found, found_labels, scores = columns(case["found"])
+    return ImageBoxes(boxes, labels, ignore.astype(bool), found, found_labels, scores.astype(np.float64))

@@ -1,0 +1,161 @@
+"""The rows of a suite: one number each, with its interval; tables of models side by side, and what was skipped and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from medssl.evaluation.aggregate import aggregate
+
+WEIGHTS, TWIN = "weights", "scratch"
+CONTROLS = ("random_init", "raw_pixels", "intensity_statistics")
+MODELS = (WEIGHTS, TWIN, *CONTROLS)
+LOWER = ("mae", "brier", "ece", "hd95_mm", "alignment", "uniformity", "reidentified", "leakage")
+"""Metrics of which less is better."""
+TIERS = {
+    "smoke": "Smoke: rank of features, uniformity, alignment, neighbours",
+    "frozen": "Frozen: neighbours, logistic probe, few labels",
+    "classification": "Fine-tuned: label curves of classes",
+    "segmentation": "Segmentation",
+    "detection": "Detection",
+    "retrieval": "Retrieval, other patients only",
+    "regression": "Numbers",
+    "ood": "Other sites, other scanners, corrupted images",
+    "fairness": "Subgroups, and what features leak",
+}
+"""The nine tiers, in the order of the card evaluation-protocols, section D."""
+
+Row = dict[str, Any]
+
+
+def row_of(
+    score: Mapping[str, Any],
+    tier: str,
+    task: str,
+    setting: str,
+    *,
+    seeds: int = 1,
+    subgroup: str | None = None,
+    main: bool = False,
+) -> Row:
+    """Return a row of the suite from one of `scores.score_row`; `main` rows are what models are aggregated by."""
+    model = WEIGHTS if score["name"] in ("encoder", "pretrained") else str(score["name"])
+    return {
+        "task": task,
+        "tier": tier,
+        "setting": setting,
+        "metric": score["metric"],
+        "model": model,
+        "subgroup": subgroup,
+        "value": score["value"],
+        "low": score["low"],
+        "high": score["high"],
+        "n": score["n_images"],
+        "patients": score["n_patients"],
+        "seeds": seeds,
+        "main": main,
+    }
+
+
+def skip(task: str, what: str, why: str) -> dict[str, str]:
+    """Return an entry of what was left out."""
+    return {"task": task, "what": what, "why": why}
+
+
+def tables(rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str]]]) -> list[dict[str, Any]]:
+    """Return one entry per tier: its tables (one per task, models side by side, controls and scratch twin in each) and what was skipped.
+
+    A frozen table has the fine-tuned score of the same task below it, where there is one: the scratch twin has no other.
+    """
+    found = []
+    for tier, title in TIERS.items():
+        own = [row for row in rows if row["tier"] == tier]
+        parts = []
+        for task in dict.fromkeys(row["task"] for row in own):
+            lines = _lines([row for row in own if row["task"] == task])
+            if tier not in ("classification", "segmentation", "detection"):
+                twin = [r for r in rows if r["task"] == task and r["model"] == TWIN and r["main"] and r["tier"] != tier]
+                about = {(r["tier"], r["setting"], r["metric"]) for r in twin}
+                again = [r for r in rows if r["task"] == task and (r["tier"], r["setting"], r["metric"]) in about]
+                lines += [{**line, "what": f"for comparison, fine-tuned: {line['what']}"} for line in _lines(again)]
+            models = [*MODELS, *sorted({row["model"] for row in own if row["task"] == task} - set(MODELS))]
+            parts.append({"task": task, "models": models, "lines": lines})
+        found.append({"tier": tier, "title": title, "tables": parts, "skipped": [dict(s) for s in skipped.get(tier, ())]})
+    return found
+
+
+def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    lines: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["setting"], row["metric"], row["subgroup"] or "")
+        words = [part for part in (row["setting"], row["metric"], row["subgroup"] or "") if part]
+        line = lines.setdefault(
+            key, {"what": ", ".join(words), "n": row["n"], "patients": row["patients"], "seeds": row["seeds"], "cells": {}}
+        )
+        line["cells"][row["model"]] = {name: row[name] for name in ("value", "low", "high")}
+    return list(lines.values())
+
+
+def overall(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return mean z-score and mean rank of each model over the main rows, with tasks that it has and misses (see `aggregate`)."""
+    table: dict[str, dict[str, float]] = {}
+    higher: dict[str, bool] = {}
+    for row in rows:
+        if row["main"] and row["subgroup"] is None and row["value"] is not None and row["model"] in MODELS:
+            name = f"{row['tier']}: {row['task']}, {row['setting']}"
+            table.setdefault(name, {})[row["model"]] = row["value"]
+            higher[name] = row["metric"] not in LOWER
+    return aggregate(table, higher)
+
+
+def markdown(
+    tiers: Sequence[Mapping[str, Any]], totals: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]
+) -> str:
+    """Render tables, aggregate and comparisons as Markdown."""
+    lines = [
+        "# Evaluation suite",
+        "",
+        "Research only. Brackets: 95 % interval by patient. A dash: not run, see below each table.",
+        "",
+    ]
+    lines += ["## Over all tasks", "", "| model | mean z | mean rank | tasks | missing |", "|---|---|---|---|---|"]
+    for row in totals:
+        lines.append(f"| {row['model']} | {_signed(row['z'])} | {_plain(row['rank'], 1)} | {row['tasks']} | {row['missing']} |")
+    if comparisons:
+        lines += ["", "| weights against | task | difference (95 % interval) | after Holm |", "|---|---|---|---|"]
+    for row in comparisons:
+        lines.append(f"| {row['against']} | {row['task']} | {_cell(row)} | {row['verdict']} |")
+    for tier in tiers:
+        lines += ["", f"## {tier['title']}", ""]
+        for part in tier["tables"]:
+            models = part["models"]
+            lines += [
+                f"**{part['task']}**",
+                "",
+                f"| score | {' | '.join(models)} | n | patients | seeds |",
+                "|---" * (len(models) + 4) + "|",
+            ]
+            for line in part["lines"]:
+                cells = " | ".join(_cell(line["cells"][m]) if m in line["cells"] else "-" for m in models)
+                lines.append(f"| {line['what']} | {cells} | {line['n']} | {_plain(line['patients'], 0)} | {line['seeds']} |")
+            lines.append("")
+        lines += [f"- skipped: {s['task'] + ', ' if s['task'] else ''}{s['what']}: {s['why']}" for s in tier["skipped"]]
+        if not tier["tables"] and not tier["skipped"]:
+            lines.append("- not run: the recipe leaves this tier out (key tiers)")
+    return "\n".join(lines)
+
+
+def _cell(cell: Mapping[str, Any]) -> str:
+    if cell["value"] is None:
+        return "insufficient"
+    if cell["low"] is None or cell["high"] is None:
+        return f"{cell['value']:.3f}"
+    return f"{cell['value']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})"
+
+
+def _plain(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"

@@ -1,0 +1,86 @@
+"""What the clinical page says, from made-up results of which the answers are known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from medssl.errors import RequestError
+from medssl.evaluation.clinical import clinical_facts, code_of, numbered
+from tests.report.clinical_results import SECRET, classification, regression, segmentation
+
+
+def test_segmentation__headline_is_the_mean_over_patients_and_seeds() -> None:
+    runs = [segmentation(seed=s, shift=0.01 * s) for s in (0, 1)]
+    facts = clinical_facts([*runs, segmentation("scratch", shift=-0.1), segmentation(labels=5, shift=-0.2)], draws=100)
+    assert (facts["task"], facts["arm"], facts["labels"], facts["seed"]) == ("segmentation", "pretrained", 20, 0)
+    main = facts["headlines"][0]
+    wanted = np.mean([np.mean(list(case["dice"].values())) for run in runs for case in run["cases"]])
+    assert main["value"] == pytest.approx(wanted) and main["low"] < wanted < main["high"]
+    assert (main["seeds"], main["n_patients"]) == (2, 60)
+    assert [(row["labels"], row["arm"]) for row in facts["headlines"]] == [(20, "pretrained"), (20, "scratch"), (5, "pretrained")]
+
+
+def test_segmentation__structures_misses_and_volumes() -> None:
+    facts = clinical_facts([segmentation()], draws=100)
+    rows = {row["structure"]: row for row in facts["structures"]["rows"]}
+    assert rows["spleen"]["not_found"] == 1 and rows["liver"]["not_found"] == 0 and rows["liver"]["dice"]["n"] == 60
+    liver = next(row for row in facts["agreement"]["rows"] if row["what"] == "liver")
+    away = np.array(liver["measured"]) - np.array(liver["reference"])
+    assert liver["bias"][0] == pytest.approx(away.mean()) and liver["bias"][1] < away.mean() < liver["bias"][2]
+    assert liver["upper"][0] == pytest.approx(away.mean() + 1.96 * away.std(ddof=1), rel=1e-3)
+
+
+def test_worst_cases__are_by_code_and_worst_first() -> None:
+    facts = clinical_facts([segmentation()], draws=100)
+    rows = facts["worst"]["rows"]
+    assert [row["case"] for row in rows[:2]] == ["case0004", "case0006"] and len(rows) == 10
+    assert rows[0]["outside"] == ["voxel size 5 mm along axis 3, in training 1 to 2 mm"]
+    assert code_of({"id": "DOE_JANE_7"}, 6) == "test case 7" and code_of({"series_id": "0f" * 16}, 0) == "0f0f0f0f"
+
+
+def test_subgroups__small_ones_have_no_number_and_sites_no_name() -> None:
+    facts = clinical_facts([segmentation(n=80)], draws=100)
+    tables = facts["subgroups"]["tables"]
+    sexes = {row["group"]: row for row in tables["sex"]}
+    assert sexes["F"]["sufficient"] and sexes["F"]["failed"] == 1 and sexes["F"]["value"] is not None
+    assert (
+        not sexes["M"]["sufficient"]
+        and sexes["M"]["failed"] is None
+        and sexes["M"]["value"] is None
+        and sexes["M"]["n_images"] == 27
+    )
+    assert "age_band" not in tables  # nothing is known there
+    assert [row["group"] for row in tables["site"]] == ["group_1"]
+    assert SECRET not in json.dumps(facts)
+    assert numbered(["b", "unknown", "a"]) == ["group_2", "unknown", "group_1"]
+
+
+def test_classification__operating_point_and_calibration_are_those_of_the_cells() -> None:
+    first = classification()
+    facts = clinical_facts([first, classification(seed=1), classification("scratch", noise=4.0)], draws=100)
+    rows = {(row["arm"], row["metric"]): row["value"] for row in facts["sensitivity"]["rows"]}
+    assert rows["pretrained", "sensitivity"] == next(row["value"] for row in first["rows"] if row["metric"] == "sensitivity")
+    assert {(row["arm"], row["metric"]) for row in facts["calibration"]["rows"]} >= {("pretrained", "ece"), ("scratch", "brier")}
+    assert facts["headlines"][0]["value"] > facts["headlines"][1]["value"]  # scratch is noisier
+    assert facts["calibration"]["temperature"] == {"pretrained": 1.3, "scratch": 1.3}
+    worst = facts["worst"]["rows"][0]
+    assert worst["target"] != worst["called"] and len(worst["case"]) == 8
+    groups = {row["group"]: row["sufficient"] for row in facts["subgroups"]["tables"]["sex"]}
+    assert groups == {"F": True, "M": False}
+
+
+def test_regression__bias_is_seen_and_what_is_missing_says_why() -> None:
+    facts = clinical_facts([regression()], draws=100)
+    assert facts["agreement"]["rows"][0]["bias"][0] == pytest.approx(10, abs=1)
+    assert "earlier medssl" in facts["outside"]["why"] and "nothing is known" in facts["subgroups"]["why"]
+    assert "why" in facts["sensitivity"] and "why" in facts["calibration"]
+
+
+def test_results_of_several_tasks__are_refused() -> None:
+    with pytest.raises(RequestError, match="results of the tasks regression, segmentation"):
+        clinical_facts([regression(), segmentation()], draws=100)
+    with pytest.raises(RequestError, match="tasks none"):
+        clinical_facts([], draws=100)

@@ -1,0 +1,135 @@
+"""Fine-tuning for boxes on toy images and volumes: it learns, it is repeatable, the twin differs in weights alone, bad cases are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from medssl.errors import RequestError, TrainingStopped
+from medssl.evaluation.detection import match_classes, mean_average_precision
+from medssl.evaluation.finetune_boxes import BoxSettings, few_label_order, finetune_boxes, image_boxes, padded
+from medssl.evaluation.settings import settings_of
+from tests.evaluation.toy_boxes import Squares, Toy
+
+DETECTOR = {"strides": (4, 8), "width": 16, "anchor_scale": 2.0}
+QUICK = BoxSettings(detector=DETECTOR, steps=4, batch=4, lr=3e-3, warmup_steps=1)
+
+
+def run(squares: Squares, settings: BoxSettings = QUICK, **how: Any) -> Any:
+    options: dict[str, Any] = {"pretrained": False, "arm": "toy", **how}
+    encoder = options.pop("encoder", None) or Toy(len(squares.size))
+    cases = options.pop("cases", None) or squares.box_cases()
+    return finetune_boxes(encoder, squares, cases, settings, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dims", "least"), [(2, 0.8), (3, 0.5)])
+def test_squares__are_learnt(dims: int, least: float) -> None:
+    squares = Squares(72, dims=dims)
+    untrained, _ = run(squares, replace(QUICK, steps=1, warmup_steps=0, lr=1e-9))
+    result, network = run(squares, replace(QUICK, steps=150, batch=8, warmup_steps=10, lr=2e-3))
+    assert result.rows[0]["metric"] == "map_10_50" and result.rows[0]["value"] > least and not network.training
+    assert untrained.rows[0]["value"] < 0.1
+    assert result.rows[0]["low"] < result.rows[0]["value"] and result.rows[0]["by"] == "by patient"
+    again = mean_average_precision(match_classes([image_boxes(case) for case in result.cases], 2))
+    assert again == pytest.approx(result.rows[0]["value"], abs=0.01)
+
+
+def test_equal_seeds__give_equal_runs_and_another_seed_another() -> None:
+    squares = Squares(18)
+    for loss in ("focal", "bce"):  # the second draws its background
+        settings = replace(QUICK, detector={**DETECTOR, "class_loss": loss})
+        first, second, other = (run(squares, settings, seed=seed)[0] for seed in (3, 3, 4))
+        assert first.curve == second.curve and first.cases == second.cases and first.curve != other.curve
+
+
+def test_twin__sees_the_same_cases_and_starts_from_the_same_head() -> None:
+    squares = Squares(18)
+    seen, heads = [], []
+    for pretrained, encoder in ((True, Toy(seed=1)), (False, Toy(seed=2))):
+        squares.asked = []
+        _, network = run(squares, replace(QUICK, lr=1e-12), pretrained=pretrained, encoder=encoder)
+        seen.append(squares.asked)
+        heads.append({k: v for k, v in network.state_dict().items() if "encoder" not in k})
+    assert seen[0] == seen[1]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(heads[0].values(), heads[1].values()))
+
+
+def test_frozen_encoder__stays_as_it_was_and_its_twin_moves() -> None:
+    before = Toy().state_dict()
+    for pretrained in (True, False):
+        encoder = Toy()
+        run(Squares(18), replace(QUICK, freeze_steps=4), encoder=encoder, pretrained=pretrained)
+        same = all(torch.equal(a, b) for a, b in zip(before.values(), encoder.state_dict().values()))
+        assert same == pretrained
+
+
+def test_patience__scores_the_best_state_and_says_who_chose_it() -> None:
+    result, _ = run(Squares(18), replace(QUICK, steps=6, val_every=2, patience=1))
+    assert result.choice.endswith("the best of 3 validation cases") and "val" in result.curve[0]
+    cases = Squares(18).box_cases()
+    cases = replace(cases, split=np.where(cases.split == "val", "train", cases.split))
+    with pytest.raises(RequestError, match="no labelled case is marked val"):
+        run(Squares(18), replace(QUICK, val_every=2, patience=1), cases=cases)
+
+
+def test_few_label_order__begins_with_all_classes_and_keeps_patients_together() -> None:
+    squares = Squares(60)
+    cases = squares.box_cases()
+    orders = [few_label_order(cases, seed) for seed in range(5)]
+    assert sorted(orders[0]) == sorted(cases.where("train")) and len({tuple(order) for order in orders}) == 5
+    for order in orders:
+        patients = cases.patients(order) or []
+        assert len(set(patients)) == sum(a != b for a, b in zip(patients, [None, *patients]))
+        assert (cases.present[order[:4]].sum(axis=0) > 0).all()  # two patients of two images each
+    ranked = replace(cases, ranks=np.where(cases.ids == 7, 1.0, np.nan))
+    assert few_label_order(ranked, 0)[0] == 7
+
+
+def test_bad_cases__are_refused_before_training() -> None:
+    squares = Squares(18)
+    cases = squares.box_cases()
+    gone = cases.present.copy()
+    gone[cases.split == "train", 1] = 0
+    with pytest.raises(RequestError, match="class dark has no box among the 9 training cases"):
+        run(squares, cases=replace(cases, present=gone))
+    with pytest.raises(RequestError, match="no case with boxes is marked test"):
+        run(squares, cases=replace(cases, split=np.full(18, "train")))
+    with pytest.raises(RequestError, match="no test case has a box"):
+        run(squares, cases=replace(cases, present=np.where((cases.split == "test")[:, None], 0, cases.present)))
+    with pytest.raises(RequestError, match="99 labels are asked for, and 9 training cases have boxes"):
+        run(squares, labels=99)
+
+
+def test_loss_that_is_no_number__stops() -> None:
+    squares = Squares(18)
+    image = squares.cases[1][0]
+    image[:] = 1e30
+    with pytest.raises((TrainingStopped, ValueError)):
+        run(squares, replace(QUICK, lr=1e6, steps=20))
+
+
+def test_settings__are_checked_together() -> None:
+    with pytest.raises(RequestError, match=r'unknown key stepps \(did you mean "steps"\?\)'):
+        settings_of(BoxSettings, {"stepps": 3})
+    with pytest.raises(
+        RequestError, match=r"steps: 0; 1 or more; warmup_steps: 0; 0 to below steps; detector\.nms: 2; between 0 and 1"
+    ):
+        settings_of(BoxSettings, {"steps": 0, "warmup_steps": 0, "detector": {"nms": 2}})
+    with pytest.raises(RequestError, match=r'unknown key strids \(did you mean "strides"\?\)'):
+        settings_of(BoxSettings, {"detector": {"strids": [4]}})
+
+
+def test_padding__is_behind_the_end() -> None:
+    image = torch.ones(1, 1, 3, 4)
+    out = padded(image, (4, 6), -2.0)
+    assert (
+        out.shape == (1, 1, 4, 6)
+        and (out[0, 0, :3, :4] == 1).all()
+        and (out[0, 0, 3] == -2).all()
+        and (out[0, 0, :, 4:] == -2).all()
+    )

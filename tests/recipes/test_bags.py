@@ -1,0 +1,62 @@
+"""The road of bags: from a folder of features and a table to results in which nobody is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medssl import api
+from medssl.errors import MedsslError
+from medssl.recipe import FinetuneBagsRecipe, Recipe, recipe_folder
+from medssl.weights import load_part
+from tests.evaluation.test_bags import write_slides
+
+pytest.importorskip("h5py", reason="extra wsi")
+SHORT = ("settings.steps=3", "settings.batch=4", "settings.warmup_steps=1", "settings.val_every=2", "settings.patience=null")
+
+
+def load(root: Path, *changes: str) -> Any:
+    given = [f"bags.folder={root / 'features'}", f"table={root / 'slides.csv'}", "target=tumour", f"out={root / 'out'}", *SHORT]
+    return Recipe.load(recipe_folder() / "finetune" / "classification_slides.yaml", [*given, *changes])
+
+
+def test_slides__are_learnt_from_and_nobody_is_named(tmp_path: Path) -> None:
+    root = write_slides(tmp_path, 16)
+    recipe = load(root)
+    assert isinstance(recipe, FinetuneBagsRecipe)
+    summary = api.label_curve(recipe, None, counts=[8], seeds=[0, 1])
+    (row,) = summary["rows"]
+    assert row["arm"] == "features" and row["n_test"] == 4 and row["metric"] == "auroc" and summary["differences"] == []
+    shared = summary["shared"]
+    assert shared["encoder"] == {"name": "means", "width": 16} and shared["without_features"] == 0
+    assert shared["leakage_check"].startswith("not possible") and shared["classes"] == ["class_1", "class_2"]
+    cell = root / "out" / "cells" / "features_n8_s0"
+    state, manifest = load_part(cell / "network.safetensors")
+    assert manifest["made_by"] == "means" and all(key.startswith("head.") for key in state)
+    assert json.loads((cell / "results.json").read_text())["cases"][0]["series_id"].startswith("slide")
+    kept = {path.name: path for path in (root / "out" / "private").iterdir()}
+    assert set(kept) == {"classes.csv", "slides.csv"} and "Quillfeather_00.h5" in kept["slides.csv"].read_text()
+    public = [path for path in (root / "out").rglob("*") if path.is_file() and path.parent.name != "private"]
+    assert public and not [path for path in public if b"Quillfeather" in path.read_bytes() or b"MRN" in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("change", "weights", "message"),
+    [
+        ("settings.augment={noise_std: 0.1}", None, "settings.augment: bags hold features"),
+        ("classes=[no, yes]", None, "put class names in quotes"),
+        ("target=nothing", None, "has no column nothing"),
+        ("bags.folder=nowhere", None, "none of the 16 rows of slides.csv has a feature file"),
+        ("labels=8", "runs/somewhere", "bags hold features that an encoder made before; leave --weights out"),
+    ],
+)
+def test_bad_requests__are_refused_before_anything_is_written(
+    tmp_path: Path, change: str, weights: str | None, message: str
+) -> None:
+    root = write_slides(tmp_path, 16)
+    with pytest.raises(MedsslError, match=message):
+        api.finetune(load(root, change), weights)
+    assert not (root / "out").exists()

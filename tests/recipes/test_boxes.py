@@ -1,0 +1,248 @@
+"""Fine-tuning for boxes as `medssl finetune` does it: pictures of an index, volumes of a cohort, kept cells, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from medssl import api, box_tasks, build
+from medssl.archive.index import index
+from medssl.box_tasks import PictureBatches, in_view
+from medssl.errors import RecipeError, RequestError
+from medssl.evaluation.detection import box_iou
+from medssl.networks.detection import DetectorSettings, build_detector
+from medssl.recipe import Recipe, recipe_folder
+from medssl.weights import load_part, save_part
+
+QUICK = ["settings.steps=2", "settings.batch=2", "settings.warmup_steps=1", "settings.detector={strides: [8, 16], width: 8}"]
+CELLS = {"index": "", "where": "split is not null", "domain": "microscopy"}
+
+
+@pytest.fixture(scope="module")
+def smears(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve colour pictures of 60 x 80 with a red square each, a blue one in every second, none in the last, and their boxes."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("smears")
+    (root / "images").mkdir()
+    lines, splits = ["image,class,xmin,ymin,xmax,ymax"], ["file,split,patient"]
+    for number in range(12):
+        rng = np.random.default_rng(number)
+        picture = rng.integers(150, 170, (60, 80, 3)).astype(np.uint8)
+        top, left = int(rng.integers(0, 40)), int(rng.integers(0, 20))
+        if number < 11:
+            picture[top : top + 20, left : left + 16, 1:] = 20
+            lines.append(f"cell_{number}.png,red,{left},{top},{left + 16},{top + 20}")
+        else:
+            lines.append(f"cell_{number}.png,,,,,")
+        if number % 2 == 0:
+            picture[5:17, 50:70, :2] = 20
+            lines.append(f"cell_{number}.png,blue,50,5,70,17")
+        Image.fromarray(picture).save(root / "images" / f"cell_{number}.png")
+        splits.append(f"cell_{number}.png,{('train', 'train', 'test', 'val')[number % 4]},P{number}")
+    (root / "boxes.csv").write_text("\n".join(lines) + "\n")
+    (root / "split.csv").write_text("\n".join(splits) + "\n")
+    assert index([root / "images"], root / "index", splits=root / "split.csv", modality="GM").n_series == 12
+    return root
+
+
+def pictures(root: Path, out: str, *changes: str) -> Any:
+    given = [
+        f"source={{index: {root / 'index'}, where: split is not null, domain: microscopy}}",
+        "source.views={kind: image, size: [32, 64], normalize: {window: [0, 255]}, channels: keep}",
+        f"boxes={{path: {root / 'boxes.csv'}}}",
+        "encoder={name: image2d, model: resnet10t, in_channels: 3}",
+        f"out={root / out}",
+        *QUICK,
+    ]
+    return Recipe.load(recipe_folder() / "finetune" / "detection_bccd.yaml", [*given, *changes])
+
+
+def encoder_weights(folder: Path, name: str, args: dict[str, Any], **facts: Any) -> Path:
+    encoder = build.build_encoder({"name": name, "args": args})
+    part = encoder.part("encoder")
+    state = {k: v for k, v in encoder.net.state_dict().items() if k.startswith(part.keys)}
+    return save_part(folder, "encoder", state, {**part.manifest, **facts})
+
+
+def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"image_size": [32, 32], "intensity": {"normalize": {"window": [0, 255]}}}
+    weights = encoder_weights(smears / "weights", "image2d", {"model": "resnet10t", "in_channels": 3}, **facts)
+    recipe = pictures(smears, "out", "encoder={}")
+    summary = api.label_curve(recipe, weights, counts=[4], seeds=[0, 1])
+    assert [(row["labels"], row["arm"], row["metric"]) for row in summary["rows"]] == [
+        (4, "pretrained", "map_10_50"),
+        (4, "scratch", "map_10_50"),
+    ]
+    assert [(row["labels"], row["arm"], row["seeds"]) for row in summary["differences"]] == [(4, "pretrained", [0, 1])]
+    assert summary["shared"]["classes"] == ["class_1", "class_2"] and summary["shared"]["views"]["size"] == [32, 64]
+    assert summary["shared"]["boxes"] == {"dropped_empty": 0, "pictures": 12, "boxes": 17, "clipped": 0, "ignored": 0}
+    assert "| 4 | pretrained - scratch " in (smears / "out" / "table.md").read_text()
+    cell = smears / "out" / "cells" / "pretrained_n4_s0"
+    content = json.loads((cell / "results.json").read_text())
+    assert len(content["cases"]) == 3 and {"series_id", "patient_id", "real", "found"} == set(content["cases"][0])
+    assert {key.split(".")[0] for key in load_file(cell / "network.safetensors")} == {
+        "feature_extractor",
+        "classification_head",
+        "regression_head",
+    }
+    part, manifest = load_part(cell / "network.safetensors")
+    rebuilt = build_detector(
+        build.build_encoder(manifest["encoder"]),
+        len(manifest["classes"]),
+        manifest["image_size"],
+        DetectorSettings(**manifest["detector"]),
+    )
+    rebuilt.network.load_state_dict(part)
+    assert (smears / "out" / "private" / "classes.csv").read_text().split() == ["class,value", "class_1,blue", "class_2,red"]
+    assert "cell_" not in "".join(path.read_text() for path in (smears / "out").rglob("*.json"))
+    monkeypatch.setattr(box_tasks, "finetune_boxes", None)
+    assert api.label_curve(recipe, weights, counts=[4], seeds=[0, 1])["rows"] == summary["rows"]
+    with pytest.raises(RequestError, match="cells computed with other settings"):
+        api.label_curve(pictures(smears, "out", "encoder={}", "settings.lr=0.1"), weights, counts=[4], seeds=[0])
+    grey = pictures(smears, "grey", "encoder={}", "source.views.channels=mean")
+    with pytest.raises(RequestError, match="have 1 channels, the encoder takes 3"):
+        api.label_curve(grey, weights, counts=[4], seeds=[0])
+    other = pictures(smears, "other", "encoder={}", "source.views.normalize=zscore")
+    with pytest.raises(RequestError, match=r"source\.views: normalize is zscore, the weights were pretrained with"):
+        api.finetune(other, weights)
+    assert not (smears / "grey").exists() and not (smears / "other").exists()
+
+
+def batches(smears: Path, **augment: Any) -> PictureBatches:
+    recipe = pictures(smears, "none")
+    return box_tasks._pictures(recipe, recipe.source, box_tasks.BoxSettings(augment=augment), None).batches  # type: ignore[return-value]
+
+
+def coloured(image: np.ndarray, dark: int) -> np.ndarray:
+    """The box of the pixels that are dark in a channel and bright in another."""
+    from medssl.evaluation.volume_boxes import extent
+
+    bright = 0 if dark == 1 else 2
+    return extent((image[dark] < 0.3) & (image[bright] > 0.45))
+
+
+@pytest.mark.parametrize("augment", [{}, {"flip": (0.5, 0.5)}, {"area": (0.7, 1.0), "aspect": (0.8, 1.25), "flip": (0.5, 0.5)}])
+def test_boxes__follow_the_views(smears: Path, augment: dict[str, Any]) -> None:
+    """What the view shows in colour is where its box is, mirrored, cut and stretched."""
+    source = batches(smears, **augment)
+    seen = 0
+    for step in range(6):
+        images, targets = source.training(list(range(11)), step, 0, 4)
+        for image, target in zip(images.numpy(), targets):
+            for box, label in zip(target["boxes"].numpy(), target["labels"].tolist()):
+                found = coloured(image, 1 if label == 1 else 0)
+                assert box_iou(box[None], found[None])[0, 0] > 0.65
+                seen += 1
+    assert seen > 20
+
+
+def test_whole_pictures__lead_back_to_the_boxes(smears: Path) -> None:
+    source = batches(smears)
+    for number in (0, 1, 2):
+        case = source.whole(number)
+        found = coloured(case.image[0].numpy(), 1) * np.tile(case.scale, 2) + np.tile(case.offset, 2)
+        real = case.boxes[case.labels == 1]
+        assert box_iou(found[None], real).max() > 0.8
+
+
+def test_turned_views__hold_the_whole_box() -> None:
+    """A quarter turn: rows become columns."""
+    shown = np.array([[0.5, 0.0, 0.5], [0.0, -0.5, 0.5]])  # row from x, column from -y
+    turned = in_view(np.array([[10.0, 20, 30, 60]]), shown, (100, 200), (50, 50))
+    assert turned[0] == pytest.approx([50 - 60 / 4, 10 / 2, 50 - 20 / 4, 30 / 2])
+
+
+def test_boxes_that_cannot_be_used__are_refused_before_anything_is_written(smears: Path) -> None:
+    lines = (smears / "boxes.csv").read_text().splitlines()
+    (smears / "empty_box.csv").write_text("\n".join([*lines, "cell_3.png,red,4,4,4,9"]))
+    with pytest.raises(RequestError, match=f"line {len(lines) + 1}: a box without an area"):
+        api.finetune(pictures(smears, "no", f"boxes.path={smears / 'empty_box.csv'}"), None)
+    with pytest.raises(RequestError, match=r"a class that boxes\.classes does not list"):
+        api.finetune(pictures(smears, "no", "boxes.classes=[red]"), None)
+    with pytest.raises(RequestError, match="class green has no box among the 6 training cases"):
+        api.finetune(pictures(smears, "no", "boxes.classes=[red, blue, green]"), None)
+    (smears / "others.csv").write_text("image,class,xmin,ymin,xmax,ymax\nelsewhere.png,red,1,1,5,5\n")
+    with pytest.raises(RequestError, match=r"none of the 12 selected pictures is listed in others\.csv"):
+        api.finetune(pictures(smears, "no", f"boxes.path={smears / 'others.csv'}"), None)
+    with pytest.raises(RequestError, match="7 labels are asked for, and 6 training cases have boxes"):
+        api.finetune(pictures(smears, "no", "labels=7"), None)
+    assert not (smears / "no").exists()
+
+
+def test_recipes_with_faults__say_which_key(smears: Path) -> None:
+    for changes, message in (
+        (["cohort={path: x}"], "source and boxes"),
+        (["source.views.kind=stack", "source.views.slices=3"], r"source\.views\.kind: detection in an index is for pictures"),
+        (["settings.augment={flipp: 1}"], r'settings\.augment\.flipp: unknown key \(did you mean "flip"\?\)'),
+        (["settings.stepps=1"], r'settings: .*unknown key stepps \(did you mean "steps"\?\)'),
+        (["boxes.drop=true"], r"boxes\.drop: unknown key"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            build.check(pictures(smears, "no", *changes))
+
+
+def volumes(root: Path, out: str, *changes: str) -> Any:
+    given = [
+        f"cohort={{path: {root}, domain: mri}}",
+        "views={size: [32, 32, 16], normalize: zscore, spacing_mm: 6.0}",
+        "encoder={name: segresnet3d, init_filters: 8, blocks_down: [1, 1, 1], blocks_up: [1, 1]}",
+        "settings.steps=2",
+        "settings.batch=2",
+        "settings.warmup_steps=1",
+        "settings.detector={strides: [4], width: 8}",
+        f"out={root.parent / out}",
+        "labels=6",
+    ]
+    return Recipe.load(recipe_folder() / "finetune" / "detection_hippocampus.yaml", [*given, *changes])
+
+
+@pytest.fixture(scope="module")
+def cohort(phantom_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("volumes") / "cohort"
+    shutil.copytree(phantom_archive.parent / "cohort", root)
+    return root
+
+
+def test_volumes__from_label_maps_pretrained_beside_scratch(cohort: Path) -> None:
+    args = {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
+    facts = {"image_size": [32, 32, 16], "intensity": {"normalize": "zscore"}}
+    weights = encoder_weights(cohort.parent / "weights", "segresnet3d", args, **facts)
+    summary = api.finetune(volumes(cohort, "out", "encoder={}"), weights, twin=True)
+    assert [row["arm"] for row in summary["rows"]] == ["pretrained", "scratch"] and summary["shared"]["boxes"]["boxes"] > 0
+    content = json.loads(
+        (cohort.parent / "out" / "cells" / f"scratch_n{summary['rows'][0]['labels']}_s0" / "results.json").read_text()
+    )
+    assert content["cases"][0]["case"].startswith("case0") and content["cases"][0]["patient_id"].startswith("patient0")
+    assert len(content["cases"][0]["real"][0][0]) == 6
+
+
+def test_boxes_of_crops__are_those_of_the_parts(cohort: Path) -> None:
+    recipe = volumes(cohort, "none", "views.spacing_mm=null", "views.size=[64, 48, 32]")
+    settings = build.box_settings(recipe)
+    section, _ = box_tasks._section(recipe, None)
+    road = box_tasks._volumes(recipe, section, settings, None)
+    assert isinstance(road.batches, box_tasks.VolumeBatches)
+    ids = [int(n) for n in road.cases.ids]
+    first = road.batches.training(ids, 3, 0, 2)
+    again = road.batches.training(ids, 3, 0, 2)
+    assert (first[0] == again[0]).all() and first[0].shape == (2, 1, 64, 48, 32)
+    for target in first[1]:
+        assert len(target["boxes"]) and (target["boxes"][:, 3:] > target["boxes"][:, :3]).all()
+        assert float(target["boxes"].max()) <= 64
+    whole = road.batches.whole(ids[0])
+    assert (whole.scale == 1).all() and len(whole.boxes) == len(whole.labels)
+
+
+def test_cohort_without_listed_structures__has_those_of_its_training_maps(cohort: Path, tmp_path: Path) -> None:
+    root = tmp_path / "cohort"
+    shutil.copytree(cohort, root)
+    (root / "dataset.json").unlink()
+    summary = api.finetune(volumes(root, "out", "labels=3"), None)
+    assert all(name.startswith("structure_") for name in summary["shared"]["classes"])

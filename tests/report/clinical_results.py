@@ -1,0 +1,127 @@
+"""Results of fine-tunings as cells leave them, made up: what the clinical page is drawn from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from medssl.evaluation.calibration import brier, expected_calibration_error, reliability
+from medssl.evaluation.scores import score_row
+
+SECRET = "St Elsewhere"
+
+
+def segmentation(arm: str = "pretrained", seed: int = 0, labels: int = 20, n: int = 60, shift: float = 0.0) -> dict[str, Any]:
+    """Two structures; case 3 is bad and outside the range, case 5 misses a structure."""
+    rng = np.random.default_rng(7)
+    cases = []
+    for k in range(n):
+        dice = {"liver": float(0.9 + 0.02 * rng.normal() + shift), "spleen": float(0.8 + 0.03 * rng.normal() + shift)}
+        ml = {"liver": float(1500 + 200 * rng.normal()), "spleen": float(200 + 40 * rng.normal())}
+        if k == 3:
+            dice = {"liver": 0.2, "spleen": 0.1}
+        if k == 5:
+            dice["spleen"] = 0.0
+        flags = [{"by": "spacing", "reason": "voxel size 5 mm along axis 3, in training 1 to 2 mm"}] if k == 3 else []
+        cases.append(
+            {
+                "id": f"case{k + 1:04d}",
+                "patient": f"patient{k + 1:04d}",
+                "dice": dice,
+                "hd95_mm": {name: 20 * (1 - value) + 1 for name, value in dice.items()},
+                "reference_ml": ml,
+                "volume_ml": {name: value * (1.02 + 0.03 * float(rng.normal())) for name, value in ml.items()},
+                "outside": flags,
+                "facts": {"sex": "F" if k % 3 else "M", "age_band": "unknown", "vendor": "ge", "site": SECRET},
+            }
+        )
+    span = {
+        "n": labels,
+        "spacing_mm": [[1, 1, 1], [1, 1, 2]],
+        "vendors": ["ge"],
+        "knn_limit": 0.02,
+        "neighbours": 5,
+        "quantile": 0.99,
+    }
+    facts = {"arm": arm, "seed": seed, "labels": labels, "structures": ["liver", "spleen"], "cases": cases, "curve": []}
+    return {
+        **facts,
+        "training_range": span,
+        "choice": "last state; validation labels chose nothing",
+        "settings": {"network": "segresnet"},
+    }
+
+
+def classification(arm: str = "pretrained", seed: int = 0, n: int = 80, noise: float = 1.0, labels: int = 40) -> dict[str, Any]:
+    """Two classes, half and half, the seed moving scores a little."""
+    rng = np.random.default_rng(3)
+    targets = np.arange(n) % 2
+    logits = 2.5 * (targets - 0.5) + noise * rng.normal(size=n) + 0.1 * np.random.default_rng(seed).normal(size=n)
+    p = 1 / (1 + np.exp(-logits))
+    chances = np.stack([1 - p, p], axis=1)
+    patients = [f"{k:032x}" for k in range(n)]
+    cases = [
+        {
+            "series_id": f"{k + 16**8:032x}"[::-1],
+            "patient_id": patients[k],
+            "target": float(targets[k]),
+            "probability": chances[k].tolist(),
+            "outside": [],
+            "facts": {"sex": "F" if k % 8 else "M", "site": SECRET},
+        }
+        for k in range(n)
+    ]
+    values = np.concatenate([targets[:, None], chances], axis=1).astype(np.float64)
+    called = p >= 0.7
+    rows = [
+        score_row(arm, "finetune", "brier", values, patients, statistic=brier, draws=50),
+        score_row(arm, "finetune", "ece", values, patients, statistic=expected_calibration_error, draws=50),
+        score_row(arm, "finetune", "sensitivity", called[targets == 1].astype(float), None, draws=50),
+        score_row(arm, "finetune", "specificity", 1 - called[targets == 0].astype(float), None, draws=50),
+    ]
+    fitted = {"temperature": 1.3, "threshold": 0.7}
+    facts = {
+        "arm": arm,
+        "seed": seed,
+        "labels": labels,
+        "task": "classification",
+        "classes": ["class_1", "class_2"],
+        "cases": cases,
+    }
+    span = {"n": labels, "spacing_mm": None, "vendors": [], "knn_limit": 0.02, "neighbours": 5, "quantile": 0.99}
+    return {**facts, "rows": rows, "fitted": fitted, "reliability": reliability(chances, targets), "training_range": span}
+
+
+def detection(arm: str = "pretrained") -> dict[str, Any]:
+    """Rows as detection leaves them."""
+    score = {
+        "name": arm,
+        "probe": "finetune",
+        "class": None,
+        "low": 0.5,
+        "high": 0.7,
+        "n_images": 30,
+        "n_patients": 28,
+        "n_boxes": 90,
+    }
+    rows = [{**score, "metric": "map_10_50", "value": 0.6}, {**score, "metric": "froc", "value": 0.65, "overlap": 0.1}]
+    rows[1]["at"] = {"0.125": 0.4, "1": 0.7, "8": 0.9}
+    cases = [{"series_id": "ab" * 16, "patient_id": "p", "real": [], "found": []}]
+    return {"arm": arm, "seed": 0, "labels": 9, "task": "detection", "classes": ["class_1"], "cases": cases, "rows": rows}
+
+
+def regression(arm: str = "pretrained", n: int = 30) -> dict[str, Any]:
+    """Numbers that are found 10 too high."""
+    rng = np.random.default_rng(5)
+    truth = 50 + 10 * rng.normal(size=n)
+    cases = [
+        {
+            "series_id": f"{k + 16**9:032x}"[::-1],
+            "patient_id": str(k),
+            "target": float(t),
+            "prediction": float(t + 10 + rng.normal()),
+        }
+        for k, t in enumerate(truth)
+    ]
+    return {"arm": arm, "seed": 0, "labels": 9, "task": "regression", "classes": [], "cases": cases, "rows": [], "fitted": {}}

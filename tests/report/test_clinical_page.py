@@ -1,0 +1,124 @@
+"""The clinical page: what comes first, that nothing on it is a name, and that it stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medssl.errors import RequestError
+from medssl.evaluation.clinical import clinical_facts
+from medssl.evaluation.worst import WorstCases, slices
+from medssl.report.clinical_page import clinical_page, headline, read_worst
+from tests.cli.test_bad_input import medssl
+from tests.report.clinical_results import SECRET, classification, detection, regression, segmentation
+from tests.report.test_page import Outline, write_json
+
+
+def outline_of(page: str) -> Outline:
+    outline = Outline()
+    outline.feed(page)
+    assert outline.open == []
+    return outline
+
+
+def words(page: str) -> str:
+    return "".join(outline_of(page).words)
+
+
+def test_headline__says_the_width_before_the_patients() -> None:
+    row = {"value": 0.8412, "low": 0.8011, "high": 0.8712, "n_patients": 50, "n_cases": 52}
+    assert headline(row, "Dice") == "Dice 0.84, interval 0.80 to 0.87 (width 0.07), 50 patients"
+    assert headline({**row, "low": None, "n_patients": 1}, "AUC") == "AUC 0.84, no interval, 1 patient"
+    assert "52 cases (patients not known)" in headline({**row, "n_patients": None}, "Dice")
+
+
+def test_segmentation__every_question_has_its_section() -> None:
+    page = clinical_page(clinical_facts([segmentation(), segmentation("scratch", shift=-0.1)], draws=50))
+    outline = outline_of(page)
+    assert outline.titles == [
+        "At a glance",
+        "Structures",
+        "Volumes",
+        "The ten worst cases",
+        "Failures by subgroup",
+        "Cases outside the training range",
+        "Before you use this",
+    ]
+    said = words(page)
+    assert "case0004" in said and "insufficient" in said and "1 of 60 test cases are flagged" in said
+    assert "voxel size 5 mm along axis 3, in training 1 to 2 mm" in said
+    assert "Research only" in said and "Bland-Altman" in said
+    assert SECRET not in page
+    stripped = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+    assert not re.search(r"https?:|//[a-z]|<script|@import|url\(", stripped) and "default-src 'none'" in page
+
+
+def test_classification__says_on_what_the_threshold_was_fitted() -> None:
+    said = words(clinical_page(clinical_facts([classification()], draws=50)))
+    assert "fitted on validation cases only" in said and "specificity of 95 %" in said and "The finding is class 2" in said
+    assert "Reliability" in said and "Structures" not in said
+
+
+def test_what_is_missing__is_said() -> None:
+    said = words(clinical_page(clinical_facts([regression()], draws=50)))
+    assert "earlier medssl" in said and "nothing is known of the patients and scanners" in said
+
+
+def test_detection__shows_sensitivity_at_fixed_false_positives() -> None:
+    said = words(clinical_page(clinical_facts([detection(), detection("scratch")], draws=50)))
+    assert "mAP 0.60, interval 0.50 to 0.70 (width 0.20), 28 patients" in said
+    assert "at 0.125" in said and "0.90" in said and "false positives per image" in said and "not summed up" in said
+
+
+def test_worst_cases__are_kept_as_slices_and_read_again(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    label = np.zeros((20, 18, 16), np.int16)
+    label[5:9, 5:9, 5:9] = 2
+    kept = WorstCases(count=2)
+    for place, score in enumerate((0.9, 0.2, float("nan"), 0.5, 0.7)):
+        found = np.roll(label, place, axis=0)
+        kept.show(f"case{place:04d}", score, rng.normal(size=label.shape), label, found, (1.0, 1.0, 2.0))
+    assert [case for _, case, _ in kept.kept] == ["case0001", "case0003"]
+    (tmp_path / "worst.npz").write_bytes(kept.to_npz({2: "liver"}))
+    pictures, structures = read_worst(tmp_path / "worst.npz")
+    assert list(pictures) == ["case0001", "case0003"] and structures == ["liver"]
+    cut = pictures["case0001"]["axial"]
+    assert cut.image.shape == (20, 18) and cut.maps["label"].max() == 1 and cut.spacing_mm == (1.0, 1.0)
+    assert read_worst(tmp_path / "none.npz") == ({}, [])
+
+
+def test_slice__is_where_prediction_and_label_differ_most() -> None:
+    label, found = np.zeros((12, 10, 8), np.int16), np.zeros((12, 10, 8), np.int16)
+    label[2:10, 2:8, 2:6] = 1
+    found[:] = label
+    found[:, :, 4] = 0
+    found[2, 2, 2] = 0
+    parts = slices(np.zeros(label.shape), label, found, (1, 1, 1))
+    assert parts["axial_prediction"].sum() == 0 and parts["axial_label"].sum() == 48
+
+
+def test_command__draws_the_clinical_page_of_a_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "finetune"
+    for result in (segmentation(n=6), segmentation("scratch", n=6)):
+        write_json(folder / "cells" / f"{result['arm']}_n20_s0" / "results.json", result)
+    write_json(folder / "label_curve.json", {})
+    status, stdout, stderr = medssl(capsys, "report", folder, "--json")
+    assert status == 0, stderr
+    page = Path(json.loads(stdout)["report"])
+    assert page == folder / "report.html" and stat.S_IMODE(page.stat().st_mode) == 0o644
+    assert "Segmentation: what to expect of this network" in page.read_text()
+    assert medssl(capsys, "report", folder, "--with-images", "--out", tmp_path / "private.html")[0] == 0
+    assert stat.S_IMODE((tmp_path / "private.html").stat().st_mode) == 0o600
+    write_json(tmp_path / "empty" / "label_curve.json", {})
+    status, _, stderr = medssl(capsys, "report", tmp_path / "empty")
+    assert status == 2 and "no cell is done yet" in stderr
+
+
+def test_facts__of_no_results_are_refused() -> None:
+    with pytest.raises(RequestError, match="it takes the folder of one fine-tuning"):
+        clinical_facts([])
