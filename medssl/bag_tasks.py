@@ -21,10 +21,10 @@ import torch
 from medssl import build
 from medssl.errors import RequestError
 from medssl.evaluation.bags import BagBatches, BagEncoder, LabelledBags, labelled_bags
-from medssl.evaluation.finetune_targets import check, finetune_targets
+from medssl.evaluation.finetune_targets import finetune_targets
 from medssl.evaluation.label_curve import plan
 from medssl.recipe import FinetuneBagsRecipe
-from medssl.target_tasks import OnCell, OnStep, claim, keep_names, read_cell, summarise, write_cell, write_summary
+from medssl.target_tasks import OnCell, OnStep, claim, deals, fewest, keep_names, read_cell, summarise, write_cell, write_summary
 from medssl.weights import private_folder, write_private
 
 ARM = "features"
@@ -59,19 +59,20 @@ def bag_curve(
         file_column=recipe.file_column, split_column=recipe.bags.split_column, patient_column=recipe.bags.patient_column,
     )  # fmt: skip
     cases = found.cases
-    check(cases, cases.where("train"))
-    counts = [recipe.labels or len(cases.where("train"))] if counts is None else list(counts)
+    dealt = deals(cases, recipe.folds, seeds)
+    counts = [recipe.labels or fewest(dealt)] if counts is None else list(counts)
     out = Path(recipe.out)
     private_folder(out)
     names = {number: f"slide{number + 1:04d}" for number in found.files}
     _keep_slides(out, found, names)
     if found.values and not recipe.classes:
         keep_names(out, cases.classes, found.values)
-    cells = plan({ARM: None}, counts, seeds)
+    cells = plan({ARM: None}, counts, seeds, recipe.folds)
     shared = {
         "kind": "finetune",
         "task": recipe.task,
         "target": recipe.target,
+        "folds": recipe.folds,
         "classes": list(cases.classes),
         "cases": _digest(found),
         "settings": json.loads(json.dumps(asdict(replace(settings, device="")))),
@@ -85,16 +86,15 @@ def bag_curve(
     claim(out, shared)
     batches = BagBatches(found.files, recipe.bags.tokens, torch.device(settings.device))
     for number, cell in enumerate(cells, start=1):
-        folder = out / "cells" / cell.name
-        content = read_cell(folder)
+        content = read_cell(out / "cells" / cell.name)
         if content is None:
             result, network = finetune_targets(
-                BagEncoder(found.dim), batches, cases, settings, labels=cell.labels, seed=cell.seed,
+                BagEncoder(found.dim), batches, dealt[cell.seed, cell.fold], settings, labels=cell.labels, seed=cell.seed,
                 pretrained=True, arm=ARM, on_step=on_step,
             )  # fmt: skip
             facts = {"encoder": {"name": "bag", "args": {"dim": found.dim}}, "views": shared["views"], "made_by": found.made_by}
             facts |= {"axis_order": "none: features", "channels": found.dim}
-            content = write_cell(folder, result, network, facts, cases, names)
+            content = write_cell(out, cell, result, network, facts, cases, names)
         summary = write_summary(out, cells, shared, summarise)
         if on_cell is not None:
             on_cell(number, len(cells), cell, content)

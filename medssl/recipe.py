@@ -246,6 +246,11 @@ class FinetuneTargetsRecipe(Node):
         default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of TargetSettings")
+    folds: int | None = Field(
+        None,
+        ge=3,
+        description="Deal all labelled patients into so many folds, each tested once, instead of the given splits; every seed deals anew",
+    )
     labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
     force: bool = Field(False, description="Fine-tune on other views than the weights were pretrained with; the result says so")
     out: str = "runs/finetune"
@@ -281,6 +286,11 @@ class FinetuneBagsRecipe(Node):
         description="Names of the classes in their order, as in the column, when results may tell them; else they are class_1, class_2, ...",
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of TargetSettings")
+    folds: int | None = Field(
+        None,
+        ge=3,
+        description="Deal all labelled patients into so many folds, each tested once, instead of the given splits; every seed deals anew",
+    )
     labels: int | None = Field(None, gt=0, description="Use only the first n training slides in few-label order")
     out: str = "runs/finetune"
 

@@ -27,7 +27,7 @@ from medssl.api import evaluation_section, labelled_rows, load_recipe, refuse_pr
 from medssl.archive.table import group_facts
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval, paired_bootstrap
-from medssl.evaluation.finetune_targets import Cases, Classifier, Images, TargetResult, check, finetune_targets, mean_auc
+from medssl.evaluation.finetune_targets import Cases, Classifier, Images, TargetResult, check, deal, finetune_targets, mean_auc
 from medssl.evaluation.label_curve import SCRATCH, Cell, plan
 from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import encode_classes, mae
@@ -149,18 +149,20 @@ def target_curve(
     shelf = data_sources.fill_shelf(NAME, section)
     cases, series, names = labelled_cases(shelf, recipe)
     arms = arms_of(recipe, weights if pretrained else None, manifest, section, twin)
-    leakage = "no weights" if not pretrained else refuse_pretraining_patients(weights, _scored(shelf, cases, series))  # type: ignore[arg-type]
-    counts = [recipe.labels or len(cases.where("train"))] if counts is None else list(counts)
+    dealt = deals(cases, recipe.folds, seeds)
+    scored = shelf if recipe.folds else _scored(shelf, cases, series)
+    leakage = "no weights" if not pretrained else refuse_pretraining_patients(weights, scored)  # type: ignore[arg-type]
+    counts = [recipe.labels or fewest(dealt)] if counts is None else list(counts)
     out = Path(recipe.out)
-    check(cases, cases.where("train"))
     private_folder(out)
     if names and not recipe.classes:
         keep_names(out, cases.classes, names)
-    cells = plan(arms, counts, seeds)
+    cells = plan(arms, counts, seeds, recipe.folds)
     shared = {
         "kind": "finetune",
         "task": recipe.task,
         "target": recipe.target,
+        "folds": recipe.folds,
         "classes": list(cases.classes),
         "cases": _digest(cases, series),
         "settings": json.loads(json.dumps(asdict(replace(settings, device="")))),
@@ -173,19 +175,39 @@ def target_curve(
     claim(out, shared)
     batches = SourceBatches(shelf, section, settings.augment, series, settings.batch, torch.device(settings.device))
     for number, cell in enumerate(cells, start=1):
-        folder = out / "cells" / cell.name
-        content = read_cell(folder)
+        content = read_cell(out / "cells" / cell.name)
         if content is None:
             arm = arms[cell.arm]
+            own = dealt[cell.seed, cell.fold]
             result, network = finetune_targets(
-                arm.build(cell.seed), batches, cases, settings, labels=cell.labels, seed=cell.seed,
+                arm.build(cell.seed), batches, own, settings, labels=cell.labels, seed=cell.seed,
                 pretrained=arm.weights is not None, arm=cell.arm, on_step=on_step,
             )  # fmt: skip
-            content = write_cell(folder, result, network, _facts(network, arm, section), cases, series)
+            content = write_cell(out, cell, result, network, _facts(network, arm, section), cases, series)
         summary = write_summary(out, cells, shared, summarise)
         if on_cell is not None:
             on_cell(number, len(cells), cell, content)
     return summary
+
+
+def deals(cases: Cases, folds: int | None, seeds: Sequence[int]) -> dict[tuple[int, int | None], Cases]:
+    """Return (seed, fold) -> the cases with the splits of that cell, each checked; (seed, None) where the splits are given.
+
+    Raises:
+        RequestError: A split cannot be learnt from or scored.
+    """
+    if folds is None:
+        check(cases, cases.where("train"))
+        return {(seed, None): cases for seed in seeds}
+    found: dict[tuple[int, int | None], Cases] = {(seed, k): deal(cases, folds, seed, k) for seed in seeds for k in range(folds)}
+    for one in found.values():
+        check(one, one.where("train"))
+    return found
+
+
+def fewest(dealt: Mapping[Any, Cases]) -> int:
+    """Return how many training cases every cell has at least."""
+    return min(len(cases.where("train")) for cases in dealt.values())
 
 
 def labelled_cases(shelf: data_sources.Shelf, recipe: FinetuneTargetsRecipe) -> tuple[Cases, dict[int, str], list[str]]:
@@ -324,20 +346,28 @@ def read_cell(folder: Path) -> dict[str, Any] | None:
 
 
 def write_cell(
-    folder: Path, result: TargetResult, network: Classifier, facts: Mapping[str, Any], cases: Cases, names: Mapping[int, str]
+    out: Path,
+    cell: Cell,
+    result: TargetResult,
+    network: Classifier,
+    facts: Mapping[str, Any],
+    cases: Cases,
+    names: Mapping[int, str],
 ) -> dict[str, Any]:
     """Write network and results of a cell; the results come last and say that it is done.
 
     Args:
-        folder: Of the cell.
+        out: Folder of all cells.
+        cell: The cell.
         result: Its results.
         network: The state that was scored.
         facts: What the manifest says of encoder, views and weights.
         cases: The cases.
         names: Number of a case -> what results call it.
     """
+    folder = out / "cells" / cell.name
     row_of = {int(number): row for row, number in enumerate(cases.ids)}
-    content = asdict(result)
+    content = {**asdict(result), "fold": cell.fold}
     for case in content["cases"]:
         number = case.pop("id")
         case["series_id"] = names[number]
@@ -377,6 +407,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     if not results:
         return {"metric": "", "rows": [], "differences": []}
+    results = pool_folds(results)
     classes = results[0]["task"] == "classification"
     metric, statistic = ("auroc", _mean_of_seeds(mean_auc)) if classes else ("mae", _mean_of_seeds(mae))
     rows, differences = [], []
@@ -411,6 +442,31 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 | {"low": _finite(low), "high": _finite(high), "better": "higher" if classes else "lower"}
             )
     return {"metric": metric, "rows": rows, "differences": differences}
+
+
+def pool_folds(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return one result per arm, labels and seed: the tested cases of all its folds together, and the mean of the folds' scores.
+
+    Folds that are not finished leave their arm's seed out, so that no table mixes other patients.
+    """
+    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for result in results:
+        grouped.setdefault((result["arm"], result["labels"], result["seed"]), []).append(result)
+    if all(result.get("fold") is None for result in results):
+        return list(results)
+    whole = max(len(group) for group in grouped.values())
+    return [_pooled(group) for group in grouped.values() if len(group) == whole]
+
+
+def _pooled(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    values: dict[str, list[float]] = {}
+    for result in group:
+        for row in result["rows"]:
+            if row["value"] is not None:
+                values.setdefault(row["metric"], []).append(row["value"])
+    rows = [{"metric": metric, "value": float(np.mean(found))} for metric, found in values.items()]
+    seconds = {"train": float(np.mean([result["seconds"]["train"] for result in group]))}
+    return {**group[0], "cases": [case for result in group for case in result["cases"]], "rows": rows, "seconds": seconds}
 
 
 def score_table(runs: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, list[str] | None]:

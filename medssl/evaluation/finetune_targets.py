@@ -26,7 +26,7 @@ from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.calibration import calibration_rows, fit_temperature, reliability, softmax, threshold_at_specificity
 from medssl.evaluation.features import encode
 from medssl.evaluation.outside import Look, outside, training_range
-from medssl.evaluation.scores import Task, balanced_accuracy, mae, r2, roc_auc, score_row
+from medssl.evaluation.scores import Task, balanced_accuracy, mae, patient_folds, r2, roc_auc, score_row
 from medssl.evaluation.settings import refuse_settings, settings_of
 from medssl.networks.classification import LinearHead, build_head
 from medssl.seeding import counter_rng, derive_seed
@@ -270,6 +270,25 @@ def few_label_order(cases: Cases, seed: int) -> np.ndarray:
     begin = sorted(first.values())
     rest = sorted(set(placed) - set(begin))
     return np.array([row for _, _, name in [*begin, *rest] for row in of_patient[name]], dtype=np.int64)
+
+
+def deal(cases: Cases, folds: int, seed: int, fold: int) -> Cases:
+    """Return the cases with other splits: one fold of patients is tested, the next validates, the others train.
+
+    Args:
+        cases: The cases; their own splits are set aside.
+        folds: Number of folds, 3 or more.
+        seed: Another seed deals the patients anew.
+        fold: The fold that is tested.
+
+    Raises:
+        RequestError: There are fewer patients than folds.
+    """
+    number = patient_folds(cases.targets, cases.groups, folds=folds, seed=seed)
+    if number.max() + 1 < folds:
+        raise RequestError(f"folds: {folds}, and the labelled cases are of {number.max() + 1} patients; ask for fewer folds")
+    split = np.where(number == fold, "test", np.where(number == (fold + 1) % folds, "val", "train"))
+    return replace(cases, split=split)
 
 
 def check(cases: Cases, train: np.ndarray) -> None:

@@ -40,16 +40,17 @@ TRANSFER_SETTINGS = ("encoder_lr_scale", "freeze_steps", "transfer")  # change n
 
 @dataclass(frozen=True)
 class Cell:
-    """One fine-tuning run of the curve."""
+    """One fine-tuning run of the curve; `fold` is the tested fold of patients, None where the splits are given."""
 
     arm: str
     labels: int
     seed: int
+    fold: int | None = None
 
     @property
     def name(self) -> str:
         """Folder name."""
-        return f"{self.arm}_n{self.labels}_s{self.seed}"
+        return f"{self.arm}_n{self.labels}_s{self.seed}" + ("" if self.fold is None else f"_f{self.fold}")
 
 
 def label_curve(
@@ -111,8 +112,8 @@ def label_curve(
     return write_summary(out, cells)
 
 
-def plan(arms: Mapping[str, Any], counts: Sequence[int], seeds: Sequence[int]) -> list[Cell]:
-    """Return the cells, seeds outermost, so that an interrupted curve has whole pairs of early seeds.
+def plan(arms: Mapping[str, Any], counts: Sequence[int], seeds: Sequence[int], folds: int | None = None) -> list[Cell]:
+    """Return the cells, seeds outermost, so that an interrupted curve has whole pairs of early seeds; with `folds` one cell per tested fold.
 
     Raises:
         RequestError: There is nothing to do, something is named twice, or an arm's name cannot be a folder.
@@ -124,7 +125,8 @@ def plan(arms: Mapping[str, Any], counts: Sequence[int], seeds: Sequence[int]) -
     bad = [arm for arm in arms if not re.fullmatch(r"[A-Za-z0-9.-]+", arm)]
     if bad:
         raise RequestError(f'label curve: arm "{bad[0]}"; letters, digits, dots and hyphens; rename it')
-    return [Cell(arm, count, seed) for seed in seeds for count in counts for arm in arms]
+    tested = [None] if folds is None else list(range(folds))
+    return [Cell(arm, count, seed, fold) for seed in seeds for count in counts for fold in tested for arm in arms]
 
 
 def refuse_chosen(arms: Mapping[str, Pretrained | None]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from medssl import api
 from medssl.errors import MedsslError
 from medssl.recipe import FinetuneBagsRecipe, Recipe, recipe_folder
+from medssl.target_tasks import summarise
 from medssl.weights import load_part
 from tests.evaluation.test_bags import write_slides
 
@@ -60,3 +61,37 @@ def test_bad_requests__are_refused_before_anything_is_written(
     with pytest.raises(MedsslError, match=message):
         api.finetune(load(root, change), weights)
     assert not (root / "out").exists()
+
+
+def test_folds__test_every_patient_once_a_seed(tmp_path: Path) -> None:
+    root = write_slides(tmp_path, 16)
+    summary = api.label_curve(load(root, "folds=4"), None, counts=None, seeds=[0, 1])
+    (row,) = summary["rows"]
+    assert row["n_test"] == 16 and row["seeds"] == [0, 1] and summary["cells"] == {"planned": 8, "done": 8} and row["labels"] == 8
+    tested: dict[int, list[str]] = {0: [], 1: []}
+    for path in sorted((root / "out" / "cells").glob("*/results.json")):
+        content = json.loads(path.read_text())
+        names = [case["series_id"] for case in content["cases"]]
+        assert len(names) == 4 and len({case["patient_id"] for case in content["cases"]}) == 2
+        tested[content["seed"]] += names
+    assert all(len(names) == len(set(names)) == 16 for names in tested.values())
+    with pytest.raises(MedsslError, match="folds: 12, and the labelled cases are of 8 patients"):
+        api.finetune(load(root, "folds=12", f"out={root / 'none'}"), None)
+    with pytest.raises(MedsslError, match="cells computed with other folds"):
+        api.finetune(load(root), None)
+
+
+def test_unfinished_folds__are_in_no_table() -> None:
+    def cell(arm: str, fold: int, target: float) -> dict[str, Any]:
+        cases = [
+            {"series_id": f"{fold}{k}", "patient_id": f"p{fold}{k}", "target": k, "probability": [1 - target * k, target * k]}
+            for k in (0, 1)
+        ]
+        facts = {"arm": arm, "labels": 4, "seed": 0, "fold": fold, "task": "classification"}
+        return {**facts, "cases": cases, "rows": [{"metric": "auroc", "value": target}], "seconds": {"train": 1.0}}
+
+    both = [cell(arm, fold, target) for arm, target in (("pretrained", 0.9), ("scratch", 0.8)) for fold in (0, 1, 2)]
+    summary = summarise(both)
+    assert [row["n_test"] for row in summary["rows"]] == [6, 6] and summary["differences"][0]["difference"] == 0
+    assert summary["rows"][1]["scores"] == {"auroc": pytest.approx(0.8)}
+    assert [row["arm"] for row in summarise(both[:-1])["rows"]] == ["pretrained"]
