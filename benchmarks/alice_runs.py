@@ -31,6 +31,7 @@ from medssl.evaluation.bootstrap import paired_bootstrap
 from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.finetune import FinetuneResult, open_weights
 from medssl.evaluation.label_curve import label_curve, markdown, read_cell, score_table, summarise
+from medssl.leakage import refuse_pretraining_images
 from medssl.training.run_folder import facts_of_machine, now
 from medssl.weights import private_folder, write_atomic
 
@@ -77,7 +78,7 @@ def curve(folder: Path, runs: Mapping[str, Path], counts: Sequence[int], seeds: 
     cohort = Cohort.load(recipe.cohort.path)
     arms: dict[str, Any] = {}
     for arm, run in runs.items():
-        api.refuse_pretraining_images(run, cohort)
+        refuse_pretraining_images(run, cohort)
         arms[arm] = open_weights(run, transfer=settings.transfer)
     arms["scratch"] = None
     out = folder / "curve"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl import build, data_sources
-from medssl.api import load_recipe, refuse_pretraining_images, refuse_pretraining_patients
+from medssl.build import load_recipe
 from medssl.cards.named import card_facts
 from medssl.cards.schema import find_card, load_card
 from medssl.errors import RequestError
@@ -42,6 +42,7 @@ from medssl.evaluation.finetune_boxes import (
 from medssl.evaluation.label_curve import SCRATCH, Cell, folder_key, plan
 from medssl.evaluation.volume_boxes import VolumeBoxes, extent, volume_boxes
 from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, known_values, structure_points, whole_image
+from medssl.leakage import refuse_pretraining_images, refuse_pretraining_patients
 from medssl.recipe import FinetuneBoxesRecipe, SourceSection
 from medssl.sampling.items import Item
 from medssl.seeding import counter_rng

@@ -24,6 +24,7 @@ from medssl.recipe import (
     FinetuneTargetsRecipe,
     OptimSection,
     PretrainRecipe,
+    Recipe,
     SuiteRecipe,
 )
 from medssl.registry import ENCODERS, argument_faults, component_faults, lookup
@@ -154,6 +155,32 @@ def pair_faults(recipe: PretrainRecipe) -> list[str]:
 
 def _source_path(recipe: PretrainRecipe, name: str) -> str:
     return "data" if list(recipe.sources) == ["main"] else f"sources.{name}"
+
+
+def load_recipe(recipe: Any, overrides: Sequence[str] = (), kind: str | None = None) -> Any:
+    """Return a validated recipe from a path, a run folder, or a recipe object.
+
+    Args:
+        recipe: YAML path, run folder (its resolved recipe), or a loaded recipe.
+        overrides: `key=value` assignments; only for paths.
+        kind: Kind that the caller needs.
+
+    Raises:
+        RecipeError: The recipe has faults.
+        RequestError: It is of another kind.
+    """
+    if isinstance(recipe, str | Path):
+        path = Path(recipe)
+        if path.is_dir():  # a run folder is itself, wherever it was moved to
+            recipe = Recipe.load(path / "recipe.yaml", [*overrides, f"out={path}"])
+        else:
+            recipe = Recipe.load(path, overrides)
+    if kind and recipe.kind != kind:
+        command = "evaluate --suite" if kind == "suite" else kind
+        hint = "; `medssl evaluate --suite` runs it" if recipe.kind == "suite" else ""
+        raise RequestError(f"this is a recipe of kind {recipe.kind}{hint}; `medssl {command}` needs one with kind: {kind}")
+    check(recipe)
+    return recipe
 
 
 def check(

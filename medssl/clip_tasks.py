@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from medssl import api, build, data_sources
+from medssl import build, data_sources, probe_tasks
 from medssl.domains.label_files.frames import FrameLabels, find_frame_labels, read_frame_labels
 from medssl.errors import RequestError
 from medssl.evaluation.clips import (
@@ -32,6 +32,7 @@ from medssl.evaluation.clips import (
 )
 from medssl.evaluation.controls import control_features, random_init
 from medssl.evaluation.features import embed
+from medssl.leakage import refuse_pretraining_patients
 from medssl.recipe import EvaluateAnomalyRecipe, EvaluateBase, EvaluatePhaseRecipe, EvaluateSegmentationRecipe, SourceSection
 from medssl.sampling.clips import PickedFrames, known_times
 from medssl.types import ClipBatch, DrawKey
@@ -133,7 +134,7 @@ class Bench:
 
 
 def evaluate_clips(recipe: EvaluateBase, weights: Path | str, on_cache: Progress | None = None) -> dict[str, Any]:
-    """Ask weights of clips what the recipe's task asks, beside the controls; see `api.evaluate`.
+    """Ask weights of clips what the recipe's task asks, beside the controls; see `probe_tasks.evaluate`.
 
     Raises:
         RequestError: Recipe, table, labels and weights do not go together; nothing was written to `out`.
@@ -143,14 +144,14 @@ def evaluate_clips(recipe: EvaluateBase, weights: Path | str, on_cache: Progress
     _check_paths(recipe)
     encoder = build.load_encoder(weights)
     _, manifest = load_part(weights)
-    section = api.evaluation_section(recipe, manifest)
+    section = probe_tasks.evaluation_section(recipe, manifest)
     if section.views.get("kind") != "clip":
         raise RequestError(
             f"task {recipe.task}: asked of clips, and the weights are of encoder {manifest['encoder']['name']}, shown "  # type: ignore[attr-defined]
             f"{section.views.get('kind', 'volume')}s; give weights of video_vit"
         )
     shelf = data_sources.fill_shelf("source", section, on_progress=on_cache)
-    leakage = api.refuse_pretraining_patients(weights, shelf)
+    leakage = refuse_pretraining_patients(weights, shelf)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench = Bench(encoder.to(device), manifest, section, shelf)
     if isinstance(recipe, EvaluatePhaseRecipe):
@@ -160,7 +161,9 @@ def evaluate_clips(recipe: EvaluateBase, weights: Path | str, on_cache: Progress
     else:
         assert isinstance(recipe, EvaluateAnomalyRecipe)
         rows, facts = anomaly(recipe, bench)
-    return api.write_evaluation(recipe, manifest, leakage, shelf, {**facts, "rows": rows, "seconds": time.perf_counter() - started})
+    return probe_tasks.write_evaluation(
+        recipe, manifest, leakage, shelf, {**facts, "rows": rows, "seconds": time.perf_counter() - started}
+    )
 
 
 def _some(series: Sequence[str], count: int = 3) -> str:
@@ -415,7 +418,9 @@ def anomaly(recipe: EvaluateAnomalyRecipe, bench: Bench) -> tuple[Rows, Facts]:
     """Score the mean distance of clips to the nearest normal clips of other patients; see `evaluation.clips.anomaly_probe`."""
     if wrong := [k for k in recipe.k if k < 1]:
         raise RequestError(f"k is {wrong[0]}; accepted: 1 or more neighbours")
-    texts, series, groups = api.labelled_rows(bench.shelf, recipe.table, recipe.file_column, recipe.target, "classification")
+    texts, series, groups = probe_tasks.labelled_rows(
+        bench.shelf, recipe.table, recipe.file_column, recipe.target, "classification"
+    )
     normal_words = [str(word) for word in recipe.normal]
     absent = [word for word in normal_words if word not in set(texts.tolist())]
     if absent:

@@ -23,12 +23,14 @@ from typing import Any
 import numpy as np
 
 from medssl import data_sources, target_tasks
-from medssl.api import evaluation_section, load_recipe, refuse_pretraining_patients
+from medssl.build import load_recipe
 from medssl.errors import RequestError
 from medssl.evaluation import suite_rows
 from medssl.evaluation.aggregate import holm
 from medssl.evaluation.finetune_targets import Cases
 from medssl.evaluation.suite_rows import TIERS, skip
+from medssl.leakage import refuse_pretraining_patients
+from medssl.probe_tasks import evaluation_section
 from medssl.recipe import FinetuneTargetsRecipe, SuiteRecipe
 from medssl.suite_tiers import RUN, Bench
 from medssl.training.run_folder import facts_of_machine, now

@@ -23,14 +23,16 @@ import numpy as np
 import torch
 
 from medssl import build, data_sources
-from medssl.api import evaluation_section, labelled_rows, load_recipe, refuse_pretraining_patients
 from medssl.archive.table import group_facts
+from medssl.build import load_recipe
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval, paired_bootstrap
 from medssl.evaluation.finetune_targets import Cases, Classifier, Images, TargetResult, check, deal, finetune_targets, mean_auc
 from medssl.evaluation.label_curve import SCRATCH, Cell, plan
 from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import encode_classes, mae
+from medssl.leakage import refuse_pretraining_patients
+from medssl.probe_tasks import evaluation_section, labelled_rows
 from medssl.recipe import FinetuneBoxesRecipe, FinetuneTargetsRecipe, SourceSection
 from medssl.sampling.items import Item
 from medssl.seeding import derive_seed

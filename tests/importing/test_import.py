@@ -402,7 +402,7 @@ def test_command__prints_what_matched_and_writes_a_run_like_folder(tmp_path: Pat
 def test_evaluation__asks_for_what_imported_weights_do_not_say() -> None:
     from types import SimpleNamespace
 
-    from medssl.api import evaluation_section
+    from medssl.probe_tasks import evaluation_section
 
     manifest = {
         "encoder": {"name": "swin3d", "args": {"in_channels": 1}},

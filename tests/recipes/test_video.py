@@ -17,6 +17,7 @@ from medssl.archive.index import index
 from medssl.errors import RecipeError, RequestError
 from medssl.evaluation.scores import r2
 from medssl.phantoms.echo import make_echo_cohort
+from medssl.probe_tasks import evaluation_section
 from medssl.recipe import Recipe, recipe_folder
 from medssl.report.clip_figures import read_clips, read_regression
 from medssl.report.collect import collect
@@ -116,7 +117,7 @@ def test_evaluate__takes_kind_frames_and_rate_from_the_weights(echo: Path) -> No
     manifest = json.loads((echo / "run" / "weights" / "last" / "encoder.json").read_text())
 
     def views(*changes: str) -> dict[str, Any]:
-        return dict(api.evaluation_section(evaluate_recipe(echo, *changes), manifest).views)
+        return dict(evaluation_section(evaluate_recipe(echo, *changes), manifest).views)
 
     shown = {"kind": "clip", "size": [32, 32], "normalize": "zscore", "channels": "mean"}
     assert views() == {**shown, "frames": 8, "fps": 12.5}
@@ -126,10 +127,10 @@ def test_evaluate__takes_kind_frames_and_rate_from_the_weights(echo: Path) -> No
     assert views("source.views={kind: clip, clip_seconds: 0.5, frames: 4}") == {**shown, "clip_seconds": 0.5, "frames": 4}
     assert views("source.views={kind: image}") == {"kind": "image", "size": [32, 32], "normalize": "zscore"}
     colour = {**manifest, "encoder": {**manifest["encoder"], "args": {**manifest["encoder"]["args"], "in_channels": 3}}}
-    assert api.evaluation_section(evaluate_recipe(echo), colour).views["channels"] == "keep"
+    assert evaluation_section(evaluate_recipe(echo), colour).views["channels"] == "keep"
     other = {**manifest, "encoder": {"name": "image2d", "args": {}}}
     with pytest.raises(RequestError, match="encoder image2d, which takes no clips; choose kind: image or stack"):
-        api.evaluation_section(evaluate_recipe(echo, "source.views={kind: clip}"), other)
+        evaluation_section(evaluate_recipe(echo, "source.views={kind: clip}"), other)
 
 
 def test_evaluate__clips_of_other_patients_beside_the_controls(echo: Path) -> None:
