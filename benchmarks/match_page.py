@@ -20,8 +20,8 @@ from benchmarks.match_accuracy import Patient, draw_pairs, phantom_archive, read
 from medssl.correspondence import grid_points, on_voxels
 from medssl.evaluation.cohort import Cohort
 from medssl.matching.embedding import EmbeddingMatcher
+from medssl.report.elements import PAGE, STYLE, image
 from medssl.report.match_figure import matches_png, middle_point
-from medssl.report.page import _PAGE, _STYLE, image
 from medssl.weights import write_atomic
 
 
@@ -80,7 +80,7 @@ def page(matcher: EmbeddingMatcher, patients: Sequence[Patient], *, pairs: int, 
         f'<section id="{name}"><h2>{heading}</h2><p>{below}</p>{"".join(figures)}</section>'
         for (name, heading, below), figures in zip(parts, (matches, maps))
     )
-    return _PAGE.format(subject=": matched points across patients", style=_STYLE, nav=nav, body=body, privacy=privacy)
+    return PAGE.format(subject=": matched points across patients", style=STYLE, nav=nav, body=body, privacy=privacy)
 
 
 def main(argv: list[str] | None = None) -> Path:

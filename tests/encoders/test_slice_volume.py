@@ -189,7 +189,7 @@ def test_padding__is_not_looked_at() -> None:
     stacks.requires_grad_()
     z_mm = torch.arange(5.0)[None]
     output = encoder.forward_features(stacks, valid=valid, z_mm=z_mm, kind="clip")
-    output.pooled.sum().backward()
+    output.pooled[:, 0].sum().backward()  # not the whole sum, which the last norm holds at a constant
     assert stacks.grad is not None and (stacks.grad[0, 2] == 0).all() and (stacks.grad[0, [0, 1, 3, 4]] != 0).any()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
     assert all(buffer.isfinite().all() for buffer in encoder.buffers())

@@ -16,11 +16,11 @@ import torch
 
 from medssl import api, build
 from medssl.errors import RecipeError
-from medssl.recipe import shipped
+from medssl.recipe import read_yaml, shipped
 from medssl.yaml_models import read_mapping
 
 LEDGER = Path(__file__).with_name("golden.json")
-SMOKE = {name: path for name, path in shipped().items() if name.startswith("smoke/")}
+SMOKE = {name: path for name, path in shipped().items() if name.startswith("smoke/") and read_yaml(path)["kind"] == "pretrain"}
 USUAL = (1e-3, 2e-2)
 ROUGH = {
     "smoke/anatomical_embedding_segresnet3d_mri": (1e-3, 0.15),
