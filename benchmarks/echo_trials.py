@@ -75,13 +75,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise SystemExit(f"no trial {', '.join(unknown)} in {options.trials}; it has {', '.join(trials)}")
     data = prepare(options.folder / "data")
     rows: list[dict[str, Any]] = []
-    content: dict[str, Any] = {}
     for name in options.only or trials:
         arm, folder = trials[name]["arm"], options.folder / "trials" / name
         compute(data, folder, [(arm, 0)], split="val", overrides=[*trials[name].get("overrides", []), *options.overrides])
-        cell = json.loads((folder / "cells" / f"{arm}_0_val.json").read_text())
-        rows.append(result_of(name, cell, folder / f"{arm}_0"))
-        content = _write(rows, options.out)
+    for name in trials:  # all that were ever tried here, whatever was asked for now
+        arm, folder = trials[name]["arm"], options.folder / "trials" / name
+        path = folder / "cells" / f"{arm}_0_val.json"
+        if path.exists():
+            rows.append(result_of(name, json.loads(path.read_text()), folder / f"{arm}_0"))
+    content = _write(rows, options.out)
     print(markdown(content["rows"]))
     return content
 

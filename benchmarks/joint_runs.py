@@ -6,7 +6,8 @@
 
 Recipes name `runs/joint/data`, so start it where `runs/joint` lies. Every cell (arm and seed) is computed once and kept: kill the script and
 start it again to go on. `--collect` only gathers what is there into `benchmarks/results/joint.json`, prints the table and puts the scores of
-every cell beside it, in `benchmarks/results/joint/`; a cell that lies there is not computed again.
+every cell beside it, in `benchmarks/results/joint/`. `--restore` takes the cells that lie there as computed, so that another machine goes on;
+that is for runs without overrides.
 
 Intervals are percentile bootstraps by image (MedMNIST names no patients) or by patient (hippocampus) of the mean over seeds; differences
 draw the same images for both arms. They hold for these weights: how much training itself varies shows in the spread over seeds.
@@ -229,11 +230,11 @@ def last_metrics(run: Path) -> dict[str, Any]:
     }
 
 
-def copy_cells(source: Path, target: Path) -> None:
-    """Copy what `target` lacks of cells, with scores of six digits."""
+def copy_cells(source: Path, target: Path, again: bool = False) -> None:
+    """Copy what `target` lacks of cells, or everything `again`, with scores of six digits."""
     for path in sorted(source.glob("*/*.json")):
         copy = target / path.parent.name / path.name
-        if not copy.exists():
+        if again or not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(copy, (json.dumps(rounded(json.loads(path.read_text()), 6)) + "\n").encode())
 
@@ -259,7 +260,7 @@ def collect(folder: Path, split: str, out: Path, draws: int = DRAWS) -> dict[str
     print(markdown([{**row, "interval": _span(row["interval"])} for row in content["differences"]]))
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())
-    copy_cells(folder / "cells", out / "joint")
+    copy_cells(folder / "cells", out / "joint", again=True)
     return dict(content)
 
 
@@ -280,10 +281,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--overrides", nargs="*", default=[], help="changes to all recipes, for trials")
     parser.add_argument("--collect", action="store_true")
+    parser.add_argument("--restore", action="store_true", help="take the cells in OUT/joint as computed")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    copy_cells(options.out / "joint", options.folder / "cells")
+    if options.restore:
+        if options.overrides:
+            parser.error("--restore takes cells of the committed recipes; leave --overrides out")
+        copy_cells(options.out / "joint", options.folder / "cells")
     if not options.collect:
         begin = time.perf_counter()
         wanted = [cell for cell in cells(options.seeds) if cell[0] in options.arms]

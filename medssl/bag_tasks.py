@@ -20,11 +20,23 @@ import torch
 
 from medssl import build
 from medssl.errors import RequestError
-from medssl.evaluation.bags import BagBatches, BagEncoder, LabelledBags, labelled_bags
+from medssl.evaluation.bags import BagBatches, BagEncoder, LabelledBags, case_name, labelled_bags
 from medssl.evaluation.finetune_targets import finetune_targets
-from medssl.evaluation.label_curve import plan
+from medssl.evaluation.label_curve import folder_key, plan
 from medssl.recipe import FinetuneBagsRecipe
-from medssl.target_tasks import OnCell, OnStep, claim, deals, fewest, keep_names, read_cell, summarise, write_cell, write_summary
+from medssl.target_tasks import (
+    OnCell,
+    OnStep,
+    claim,
+    deals,
+    fewest,
+    keep_names,
+    read_cell,
+    refuse_counts,
+    summarise,
+    write_cell,
+    write_summary,
+)
 from medssl.weights import private_folder, write_private
 
 ARM = "features"
@@ -61,12 +73,9 @@ def bag_curve(
     cases = found.cases
     dealt = deals(cases, recipe.folds, seeds)
     counts = [recipe.labels or fewest(dealt)] if counts is None else list(counts)
+    refuse_counts(dealt, counts)
     out = Path(recipe.out)
-    private_folder(out)
-    names = {number: f"slide{number + 1:04d}" for number in found.files}
-    _keep_slides(out, found, names)
-    if found.values and not recipe.classes:
-        keep_names(out, cases.classes, found.values)
+    names = {number: case_name(number) for number in found.files}
     cells = plan({ARM: None}, counts, seeds, recipe.folds)
     shared = {
         "kind": "finetune",
@@ -74,7 +83,7 @@ def bag_curve(
         "target": recipe.target,
         "folds": recipe.folds,
         "classes": list(cases.classes),
-        "cases": _digest(found),
+        "cases": "",
         "settings": json.loads(json.dumps(asdict(replace(settings, device="")))),
         "views": {"kind": "bag", "tokens": recipe.bags.tokens},
         "encoder": {"name": found.made_by or "not stated", "width": found.dim},
@@ -83,7 +92,12 @@ def bag_curve(
         "leakage_check": "not possible: feature files do not say which slides their encoder was pretrained on",
         "forced": [],
     }
+    private_folder(out)
+    shared["cases"] = _digest(found, folder_key(out / "private" / "cohort.key"))
     claim(out, shared)
+    _keep_slides(out, found, names)
+    if found.values and not recipe.classes:
+        keep_names(out, cases.classes, found.values)
     batches = BagBatches(found.files, recipe.bags.tokens, torch.device(settings.device))
     for number, cell in enumerate(cells, start=1):
         content = read_cell(out / "cells" / cell.name)
@@ -107,11 +121,23 @@ def _keep_slides(out: Path, found: LabelledBags, names: dict[int, str]) -> None:
     write_private(out / "private" / "slides.csv", text.getvalue().encode())
 
 
-def _digest(found: LabelledBags) -> str:
-    """Tell one table from another, without the names of its slides."""
+def _digest(found: LabelledBags, key: bytes) -> str:
+    """Tell one set of labelled features from another; of no use to whoever does not have the key."""
     cases = found.cases
-    rows = [(float(target), str(split)) for target, split in zip(cases.targets, cases.split)]
-    return hashlib.blake2b(json.dumps([rows, cases.groups, found.dim]).encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(key=key, digest_size=16)
+    digest.update(json.dumps([cases.targets.tolist(), cases.split.tolist(), cases.groups, found.dim]).encode())
+    for path in found.files.values():
+        digest.update(path.name.encode() + _ends(path))
+    return digest.hexdigest()
+
+
+def _ends(path: Path, count: int = 1 << 16) -> bytes:
+    """Return size, beginning and end of a file."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        begin = stream.read(count)
+        stream.seek(max(0, size - count))
+        return str(size).encode() + begin + stream.read(count)
 
 
 def refuse_weights(weights: Any) -> None:

@@ -218,12 +218,16 @@ def phase(recipe: EvaluatePhaseRecipe, bench: Bench) -> tuple[Rows, Facts]:
 def step_features(bench: Bench, encoder: nn.Module, series: Sequence[str], batch: int) -> np.ndarray:
     """Return (N, t, E) features of the steps of clips; of pixels the mean grey of each place, because their mean says little."""
     look = ClipLook(bench.source(series), bench.device, batch)
-    found = embed_clips(encoder, look, tokens=isinstance(encoder, PixelTokens))
-    if found.tokens is None:
-        return found.steps
-    grey: np.ndarray = found.tokens.mean(axis=4).reshape(*found.tokens.shape[:2], -1)
-    grey[np.logical_not(found.token_valid).all(axis=(2, 3))] = np.nan
-    return grey
+    if not isinstance(encoder, PixelTokens):
+        return embed_clips(encoder, look).steps
+    rows = []
+    for clips, ids in look:  # batch by batch, because all pixels of all clips would not fit
+        found = embed_clips(encoder, [(clips, ids)], tokens=True)
+        assert found.tokens is not None
+        grey = found.tokens.mean(axis=4).reshape(*found.tokens.shape[:2], -1)
+        grey[np.logical_not(found.token_valid).all(axis=(2, 3))] = np.nan
+        rows.append(grey)
+    return np.concatenate(rows)
 
 
 def read_marks(recipe: EvaluatePhaseRecipe, bench: Bench, column: str) -> dict[str, list[int]]:
@@ -384,7 +388,7 @@ def chosen_tokens(
     for clips, ids in look:  # batch by batch, because all tokens of all clips would not fit
         found = embed_clips(encoder, [(clips, ids)], tokens=True)
         assert found.tokens is not None
-        rows += [found.tokens[n, step] for n, number in enumerate(ids) for step, _ in chosen[names[number]]]
+        rows += [found.tokens[n, step].copy() for n, number in enumerate(ids) for step, _ in chosen[names[number]]]
     _, height, width = data_sources.make_views(bench.section.views).spec.size
     return np.stack(rows), look.shown, (height, width)
 

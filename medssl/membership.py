@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from medssl.seeding import counter_rng
 from medssl.training.run_folder import RunFolder, now
 from medssl.weights import read_manifest, write_atomic
 
+HELD_OUT = "split in ('val', 'test')"
+
 
 def membership(
     weights: Path | str,
     *,
-    held_out: str = "split in ('val', 'test')",
+    held_out: str | None = None,
     source: str | None = None,
     images: int = 200,
     views: int = 8,
@@ -40,7 +43,8 @@ def membership(
 
     Args:
         weights: Run folder: its recipe names index and views, its items the training images.
-        held_out: SQL condition for images of the same index that were not trained on; patients of the run are left out of it.
+        held_out: SQL condition for images of the same index that were not trained on; patients of the run are left out of it. None takes
+            `HELD_OUT`, where the recipe selects by split alone.
         source: Source of the recipe; None takes the first.
         images: Images per side at most, drawn at random.
         views: Views of each image, 2 or more.
@@ -51,7 +55,8 @@ def membership(
         As `membership_auc`, and `weights_hash`, `views`, `held_out`, `source`, `left_out` (series of patients of the run).
 
     Raises:
-        RequestError: The weights lie outside their run, there is no such source, or too few patients on a side.
+        RequestError: The weights lie outside their run, there is no such source, too few patients on a side, or the recipe selects its
+            images by more than a split and `held_out` is None.
     """
     run = RunFolder(run_of(weights))
     if not run.items.is_file():
@@ -66,6 +71,7 @@ def membership(
     patients = {item.patient_id for item in trained}
     encoder = build.load_encoder(weights)
     inside = data_sources.fill_shelf(name, section)
+    held_out = held_out or default_held_out(section)
     outside = data_sources.fill_shelf(name, section, held_out)
     members = [row for row in inside.rows if row.series_id in series]
     others = [row for row in outside.rows if row.patient_id not in patients]
@@ -90,6 +96,20 @@ def membership(
     if out is not None:
         write_atomic(Path(out), (json.dumps(result, indent=1) + "\n").encode())
     return result
+
+
+def default_held_out(section: SourceSection) -> str:
+    """Return `HELD_OUT`; another selection would compare images of another kind, and measure that.
+
+    Raises:
+        RequestError: The source selects by more than a split.
+    """
+    if re.fullmatch(r"\s*split\s*(=|in\b)\s*[^=<>]*", section.where, re.IGNORECASE):
+        return HELD_OUT
+    raise RequestError(
+        f"membership: the recipe selects its images where {section.where}; images of other kinds would be told apart by their content: give "
+        "--held-out with the same conditions and the other splits"
+    )
 
 
 def _some(rows: Sequence[SeriesRow], count: int, seed: int) -> list[SeriesRow]:

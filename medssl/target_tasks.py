@@ -27,7 +27,17 @@ from medssl.archive.table import group_facts
 from medssl.build import load_recipe
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval, paired_bootstrap
-from medssl.evaluation.finetune_targets import Cases, Classifier, Images, TargetResult, check, deal, finetune_targets, mean_auc
+from medssl.evaluation.finetune_targets import (
+    Cases,
+    Classifier,
+    Images,
+    TargetResult,
+    check,
+    deal,
+    few_label_order,
+    finetune_targets,
+    mean_auc,
+)
 from medssl.evaluation.label_curve import SCRATCH, Cell, plan
 from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import encode_classes, mae
@@ -155,10 +165,8 @@ def target_curve(
     scored = shelf if recipe.folds else _scored(shelf, cases, series)
     leakage = "no weights" if not pretrained else refuse_pretraining_patients(weights, scored)  # type: ignore[arg-type]
     counts = [recipe.labels or fewest(dealt)] if counts is None else list(counts)
+    refuse_counts(dealt, counts)
     out = Path(recipe.out)
-    private_folder(out)
-    if names and not recipe.classes:
-        keep_names(out, cases.classes, names)
     cells = plan(arms, counts, seeds, recipe.folds)
     shared = {
         "kind": "finetune",
@@ -169,12 +177,16 @@ def target_curve(
         "cases": _digest(cases, series),
         "settings": json.loads(json.dumps(asdict(replace(settings, device="")))),
         "views": section.views,
+        "domain": section.domain.model_dump(),
         "encoder": next(iter(arms.values())).encoder,
         "weights": {name: arm.hash for name, arm in arms.items()},
         "leakage_check": leakage,
         "forced": forced,
     }
+    private_folder(out)
     claim(out, shared)
+    if names and not recipe.classes:
+        keep_names(out, cases.classes, names)
     batches = SourceBatches(shelf, section, settings.augment, series, settings.batch, torch.device(settings.device))
     for number, cell in enumerate(cells, start=1):
         content = read_cell(out / "cells" / cell.name)
@@ -207,6 +219,20 @@ def deals(cases: Cases, folds: int | None, seeds: Sequence[int]) -> dict[tuple[i
     return found
 
 
+def refuse_counts(dealt: Mapping[tuple[int, int | None], Cases], counts: Sequence[int]) -> None:
+    """Refuse label counts that a cell could not train with, before any does.
+
+    Raises:
+        RequestError: A cell has fewer training cases, or a class is not among the first.
+    """
+    for (seed, _), cases in dealt.items():
+        order = few_label_order(cases, seed)
+        for count in counts:
+            if count > len(order):
+                raise RequestError(f"{count} labels are asked for, and {len(order)} training cases have one; ask for fewer")
+            check(cases, order[:count])
+
+
 def fewest(dealt: Mapping[Any, Cases]) -> int:
     """Return how many training cases every cell has at least."""
     return min(len(cases.where("train")) for cases in dealt.values())
@@ -220,6 +246,8 @@ def labelled_cases(shelf: data_sources.Shelf, recipe: FinetuneTargetsRecipe) -> 
     """
     targets, ids, groups = labelled_rows(shelf, recipe.table, recipe.file_column, recipe.target, recipe.task)
     splits = {row.series_id: row.split for row in shelf.rows}
+    if recipe.folds is not None and groups is None:
+        _refuse_some_unknown(shelf, set(ids))
     names: list[str] = []
     if recipe.task == "classification":
         names = [str(name) for name in recipe.classes] or encode_classes(targets)[1]
@@ -241,6 +269,16 @@ def labelled_cases(shelf: data_sources.Shelf, recipe: FinetuneTargetsRecipe) -> 
     looks = [Look(known[name].spacing_mm, known[name].vendor) for name in ids]
     cases = replace(cases, looks=looks, facts=[group_facts(known[name]) for name in ids])
     return cases, dict(enumerate(ids)), names
+
+
+def _refuse_some_unknown(shelf: data_sources.Shelf, ids: set[str]) -> None:
+    """Refuse folds where some patients are known: dealt by series, theirs would be split."""
+    unknown = sum("patient_unknown" in row.quality_flags for row in shelf.rows if row.series_id in ids)
+    if unknown < len(ids):
+        raise RequestError(
+            f"folds: {unknown} of {len(ids)} labelled series have no usable patient identity, so patients cannot be kept together; leave them "
+            "out, for instance with source.where=not list_contains(quality_flags, 'patient_unknown')"
+        )
 
 
 def keep_names(out: Path, public: Sequence[Any], names: Sequence[str]) -> None:
@@ -305,6 +343,11 @@ def arms_of(
             )
         args = {key: value for key, value in recipe.encoder.items() if key != "name"}
         return {SCRATCH: Arm({"name": recipe.encoder["name"], "args": args}, None, None)}
+    if chosen := manifest.get("chosen_by"):
+        raise RequestError(
+            f"these weights were chosen by {chosen['labels']} labelled items ({chosen['metric']}), which lie in no budget of labels; give the "
+            "run folder itself, which means weights/last"
+        )
     encoder = {"name": manifest["encoder"]["name"], "args": dict(manifest["encoder"]["args"])}
     if "image_size" in encoder["args"] and section.views.get("kind", "volume") == "volume":
         encoder["args"]["image_size"] = data_sources.make_views(section.views).size

@@ -106,6 +106,8 @@ def folder_aside(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         aside.rename(out)
+    except StoreError:
+        raise
     except OSError as err:
         raise disk_error(err, out) from err
     finally:
@@ -159,7 +161,7 @@ def save_part(
     full = {**manifest, "format_version": FORMAT_VERSION, "part": part or name, "weights_hash": tensors_hash(tensors)}
     text = json.dumps(full, indent=2, sort_keys=True)
     path = Path(folder) / f"{name}.safetensors"
-    write_atomic(path, save(tensors, metadata={"medssl": json.dumps(full, sort_keys=True)}))
+    write_atomic(path, save(tensors, metadata={"format": "pt", "medssl": json.dumps(full, sort_keys=True)}))
     write_atomic(path.with_suffix(".json"), text.encode())
     return path
 

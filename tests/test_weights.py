@@ -14,7 +14,7 @@ from medssl.archive.operations.facts import collect_facts
 from medssl.errors import StoreError, WeightsError
 from medssl.report.archive_page import archive_report
 from medssl.training.run_folder import RunFolder
-from medssl.weights import find_part, load_part, save_part, tensors_hash, write_atomic, write_private
+from medssl.weights import find_part, folder_aside, load_part, save_part, tensors_hash, write_atomic, write_private
 from tests.archive.small import small_archive
 
 MANIFEST = {"encoder": {"name": "vit3d", "args": {}}, "library": "monai.ViT", "axis_order": "XYZ-RAS", "channels": 1}
@@ -143,3 +143,23 @@ def test_private_file__is_private_before_it_is_in_place(tmp_path: Path, monkeypa
         }
     finally:
         os.umask(umask)
+
+
+def test_folder_aside__takes_its_name_whole_or_leaves_nothing(tmp_path: Path) -> None:
+    with folder_aside(tmp_path / "out") as aside:
+        (aside / "a").write_text("kept")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "a").read_text() == "kept"
+    with pytest.raises(StoreError, match="the disk is full while writing b"), folder_aside(tmp_path / "other") as aside:
+        raise StoreError("the disk is full while writing b")
+    with pytest.raises(KeyError), folder_aside(tmp_path / "other") as aside:
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_safetensors__say_whose_tensors_they_are(tmp_path: Path) -> None:
+    """transformers 4 opens only files that do."""
+    from safetensors import safe_open
+
+    with safe_open(save_part(tmp_path, "encoder", state(), MANIFEST), "pt") as file:
+        assert file.metadata()["format"] == "pt"

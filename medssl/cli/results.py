@@ -136,8 +136,9 @@ def membership(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Annotated[Path, typer.Option("--out", help="JSON file to write.")],
     held_out: Annotated[
-        str, typer.Option("--held-out", help="SQL condition of images that were not trained on.")
-    ] = "split in ('val', 'test')",
+        str | None,
+        typer.Option("--held-out", help="SQL condition of images that were not trained on; default: those of val and test."),
+    ] = None,
     source: Annotated[str | None, typer.Option(help="Source of the recipe; default the first.")] = None,
     images: Annotated[int, typer.Option(help="Images per side at most.")] = 200,
     views: Annotated[int, typer.Option(help="Views of each image.")] = 8,

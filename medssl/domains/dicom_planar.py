@@ -165,6 +165,8 @@ def _decode(path: Path, header: Any, syntax: str, indices: list[int], prefix: bo
     from pydicom.pixels import get_decoder
     from pydicom.uid import UID
 
+    from medssl._compat.pydicom_frames import decoded_frames
+
     by = find_decoder(syntax) if syntax in UNCOMPRESSED or syntax in COMPRESSED else "none"
     if by == "none":
         raise ImageError(
@@ -176,13 +178,15 @@ def _decode(path: Path, header: Any, syntax: str, indices: list[int], prefix: bo
     decoder = get_decoder(UID(syntax))
     frames, done = None, 0
     try:
-        for frame, _ in decoder.iter_array(header, indices=indices, correct_unused_bits=False):
+        for frame in decoded_frames(decoder, header, indices):
             if frames is None:
                 frames = np.empty((len(indices), *frame.shape), dtype=frame.dtype)
             frames[done] = frame
             done += 1
             if done == len(indices):
                 break
+    except MemoryError:
+        raise
     except Exception:  # decoders raise many classes on damaged frames
         if not prefix or done < LEAST:
             raise

@@ -7,22 +7,24 @@ learnt is the head of `finetune_targets`, over an encoder that hands the feature
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from medssl.domains.slides.features import read_features, read_shape
-from medssl.errors import RequestError
+from medssl.errors import RequestError, StoreError
 from medssl.evaluation.finetune_targets import Cases
 from medssl.evaluation.scores import Task
 from medssl.seeding import counter_rng
 from medssl.types import EncoderOutput
 
 SPLITS = ("train", "val", "test")
+T = TypeVar("T")
 
 
 class BagEncoder(nn.Module):
@@ -79,7 +81,21 @@ class BagBatches:
         return int(ids[int(counter_rng(seed, "slides", turn).permutation(len(ids))[row])])
 
     def _read(self, number: int) -> np.ndarray:
-        return np.asarray(read_features(self.files[number]).features, dtype=np.float32)
+        found = _opened(read_features, self.files[number], case_name(number))
+        return np.asarray(found.features, dtype=np.float32)
+
+
+def case_name(number: int) -> str:
+    """Return what results call a slide."""
+    return f"slide{number + 1:04d}"
+
+
+def _opened(read: Callable[[Path], T], file: Path, name: str) -> T:
+    """Read a feature file; names of slides are kept out of errors."""
+    try:
+        return read(file)
+    except StoreError:
+        raise StoreError(f"the feature file of {name} is damaged, or holds no features; write it again") from None
 
 
 @dataclass(frozen=True)
@@ -136,6 +152,7 @@ def labelled_bags(
         values = sorted({row[target] for row in rows if row[target] not in ("", None)})
     faults = []
     kept: list[tuple[Path, float, str, str]] = []
+    lines: dict[Path, int] = {}
     absent = 0
     for line, row in enumerate(rows, start=2):
         if row[target] in ("", None):
@@ -148,6 +165,9 @@ def labelled_bags(
         if not file.is_file():
             absent += 1
             continue
+        if file in lines:
+            faults.append(f"row {line}: names the slide of row {lines[file]} again; its folder and ending do not tell them apart")
+        lines.setdefault(file, line)
         kept.append((file, value, row[split_column], row.get(patient_column) or ""))
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -157,9 +177,15 @@ def labelled_bags(
             f"none of the {len(rows)} rows of {table.name} has a feature file in the folder; files are named as in column "
             f"{file_column}, with .h5 for the ending"
         )
-    dim, made_by, empty = _one_kind([file for file, *_ in kept])
+    dim, made_by, empty = _one_kind({file: lines[file] for file, *_ in kept})
     kept = [row for row in kept if row[0] not in empty]
-    known = all(patient for *_, patient in kept)
+    blank = sum(not patient for *_, patient in kept)
+    if 0 < blank < len(kept):
+        raise RequestError(
+            f"{table.name}: column {patient_column} is empty in {blank} of {len(kept)} rows, so a patient could be in two splits unseen; "
+            "fill it, or empty the label of these rows"
+        )
+    known = not blank
     numbers = {name: f"patient{k:04d}" for k, name in enumerate(dict.fromkeys(patient for *_, patient in kept), start=1)}
     groups = [numbers[patient] for *_, patient in kept] if known else None
     if groups is not None:
@@ -195,13 +221,13 @@ def _unread(target: str, task: Task) -> str:
     return f"{target} is none of the classes" if task == "classification" else f"{target} is no number"
 
 
-def _one_kind(files: Sequence[Path]) -> tuple[int, str, set[Path]]:
-    """Return the width of the features, what made them, and which files are empty."""
+def _one_kind(files: Mapping[Path, int]) -> tuple[int, str, set[Path]]:
+    """Return the width of the features, what made them, and which files are empty; `files` says which row names a file."""
     dims: dict[int, int] = {}
     makers: dict[str, int] = {}
     empty = set()
-    for file in files:
-        number, width, maker = read_shape(file)
+    for file, line in files.items():
+        number, width, maker = _opened(read_shape, file, f"row {line}")
         if not number:
             empty.add(file)
             continue

@@ -511,8 +511,12 @@ class _Learner:
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * group["scale"] * (encoder_factor if group["encoder"] else factor)
             images, shown = self.batches.training(ids, step, self.seed, settings.batch)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
-                scores = network(images)
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(
+                    derive_seed(self.seed, "finetune", "step", step)
+                )  # dropout, equal for both arms and after a restart
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16"):
+                    scores = network(images)
             loss = self.loss(scores, self.targets(shown))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 
 from medssl.archive.index import index
@@ -89,3 +90,21 @@ def test_cut_cine__stays_in_the_index(tmp_path: Path) -> None:
         assert ("prefix_only" in row.quality_flags) == (name == "some")
     sample = Ultrasound(sector=False).read([folder / "some.dcm"], series_id="0" * 32, part=archive.part(rows["some"].series_id))
     assert len(sample.image) == 7
+
+
+def test_whole_cine_of_halved_colour__is_not_taken_for_a_cut_one(tmp_path: Path) -> None:
+    """Uncompressed YBR_FULL_422 holds two bytes a pixel."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    frames = us_loop(FRAMES, SIZE)
+    grey = np.full_like(frames[..., ::2], 128)
+    colour = np.repeat(frames[..., None], 3, axis=-1)
+    path = write_planar_dicom(folder / "a.dcm", colour, modality="US", photometric="YBR_FULL_422", FrameTime=40, PatientID="a")
+    data = pydicom.dcmread(path)
+    data.PixelData = np.stack([frames[..., ::2], frames[..., 1::2], grey, grey], axis=-1).tobytes()
+    data.save_as(path)
+    index([folder], tmp_path / "index")
+    (row,) = Archive.open(tmp_path / "index").select(None)
+    sample = read(path)
+    assert "prefix_only" not in row.quality_flags and "prefix_only" not in sample.meta.flags
+    np.testing.assert_array_equal(sample.image[:, 0], frames)

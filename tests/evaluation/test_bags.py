@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medssl.domains.slides.features import write_features
-from medssl.errors import RequestError
+from medssl.errors import RequestError, StoreError
 from medssl.evaluation.bags import BagBatches, BagEncoder, LabelledBags, labelled_bags
 from medssl.evaluation.finetune_targets import TargetSettings, finetune_targets
 from medssl.networks.classification import AttentionHead
@@ -20,9 +20,9 @@ pytest.importorskip("h5py", reason="extra wsi")
 DIM = 16
 
 
-def write_slides(root: Path, n: int = 80, *, width: int = DIM, encoder: str = "means") -> Path:
+def write_slides(root: Path, n: int = 80, *, width: int = DIM, encoder: str = "means", seed: int = 0) -> Path:
     """Slides of 20 to 60 tiles; one tile in ten of a positive slide has a high first feature, so that the mean tells little."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     (root / "features").mkdir(parents=True, exist_ok=True)
     with (root / "slides.csv").open("w", newline="") as stream:
         table = csv.writer(stream)
@@ -106,6 +106,8 @@ def test_attention__finds_the_few_tiles_that_matter(slides: Path) -> None:
         (("yes", "Zebediah"), "row 3: tumour is none of the classes"),
         (("train", "training"), "split is not train, val or test"),
         (("MRN2,", "MRN0,"), "slides of 1 patients are in several splits"),
+        (("MRN0,", ","), "column patient is empty in 2 of 80 rows, so a patient could be in two splits unseen"),
+        (("Quillfeather_01.svs", "north/Quillfeather_00.tif"), "row 3: names the slide of row 2 again"),
         (("tumour", "grade"), "has no column tumour"),
         (("Quillfeather", "Other"), "none of the 80 rows of other.csv has a feature file"),
     ],
@@ -128,3 +130,15 @@ def test_features_of_two_kinds__are_refused(tmp_path: Path) -> None:
         write_features(target, np.ones((4, width)), np.zeros((4, 2), dtype=np.int64), {"encoder": encoder})
         with pytest.raises(RequestError, match=f"the feature files are of {message}"):
             read(root)
+
+
+def test_damaged_file__is_told_by_its_row_not_by_its_name(tmp_path: Path) -> None:
+    root = write_slides(tmp_path, 8)
+    found = read(root)
+    (root / "features" / "Quillfeather_03.h5").write_bytes(b"no HDF5")
+    with pytest.raises(StoreError, match="the feature file of row 5 is damaged") as caught:
+        read(root)
+    assert "Quillfeather" not in str(caught.value)
+    with pytest.raises(StoreError, match="the feature file of slide0004 is damaged") as caught:
+        list(BagBatches(found.files, 8, torch.device("cpu")).plain([3]))
+    assert "Quillfeather" not in str(caught.value)

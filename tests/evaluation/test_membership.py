@@ -15,8 +15,9 @@ from medssl.cli import main as cli
 from medssl.errors import RequestError
 from medssl.evaluation.membership import auc, checked, membership_auc, read_membership, view_similarity
 from medssl.export.write import export_weights
+from medssl.membership import HELD_OUT, default_held_out
 from medssl.phantoms.cohort import make_cohort
-from medssl.recipe import recipe_folder
+from medssl.recipe import SourceSection, recipe_folder
 from medssl.weights import read_manifest
 
 
@@ -163,3 +164,14 @@ def test_command__measures_a_run_and_export_takes_it(tmp_path: Path, capsys: pyt
     assert manifest["membership_inference"]["auc"] == found["auc"]
     status, _, err = medssl("membership", run, "--out", tmp_path / "none.json", "--held-out", "split = 'train'")
     assert status == 2 and "0 held-out images" in err and not (tmp_path / "none.json").exists()
+
+
+@pytest.mark.parametrize("where", ["split = 'train'", " split in ('train', 'val')"])
+def test_held_out__follows_where_the_recipe_selects_by_split(where: str) -> None:
+    assert default_held_out(SourceSection(index="a", domain="mri", where=where, views={})) == HELD_OUT
+
+
+@pytest.mark.parametrize("where", ["split = 'train' and modality = 'CT'", "modality = 'CT'", "split = 'train' or n_files > 3"])
+def test_held_out__must_be_named_where_the_recipe_selects_by_more(where: str) -> None:
+    with pytest.raises(RequestError, match="give --held-out with the same conditions and the other splits"):
+        default_held_out(SourceSection(index="a", domain="mri", where=where, views={}))

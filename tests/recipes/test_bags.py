@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from medssl import api
 from medssl.errors import MedsslError
@@ -39,7 +40,7 @@ def test_slides__are_learnt_from_and_nobody_is_named(tmp_path: Path) -> None:
     assert manifest["made_by"] == "means" and all(key.startswith("head.") for key in state)
     assert json.loads((cell / "results.json").read_text())["cases"][0]["series_id"].startswith("slide")
     kept = {path.name: path for path in (root / "out" / "private").iterdir()}
-    assert set(kept) == {"classes.csv", "slides.csv"} and "Quillfeather_00.h5" in kept["slides.csv"].read_text()
+    assert set(kept) == {"classes.csv", "slides.csv", "cohort.key"} and "Quillfeather_00.h5" in kept["slides.csv"].read_text()
     public = [path for path in (root / "out").rglob("*") if path.is_file() and path.parent.name != "private"]
     assert public and not [path for path in public if b"Quillfeather" in path.read_bytes() or b"MRN" in path.read_bytes()]
 
@@ -51,6 +52,7 @@ def test_slides__are_learnt_from_and_nobody_is_named(tmp_path: Path) -> None:
         ("classes=[no, yes]", None, "put class names in quotes"),
         ("target=nothing", None, "has no column nothing"),
         ("bags.folder=nowhere", None, "none of the 16 rows of slides.csv has a feature file"),
+        ("labels=9", None, "9 labels are asked for, and 8 training cases have one"),
         ("labels=8", "runs/somewhere", "bags hold features that an encoder made before; leave --weights out"),
     ],
 )
@@ -95,3 +97,30 @@ def test_unfinished_folds__are_in_no_table() -> None:
     assert [row["n_test"] for row in summary["rows"]] == [6, 6] and summary["differences"][0]["difference"] == 0
     assert summary["rows"][1]["scores"] == {"auroc": pytest.approx(0.8)}
     assert [row["arm"] for row in summarise(both[:-1])["rows"]] == ["pretrained"]
+
+
+def test_another_table__leaves_what_is_there_as_it_is(tmp_path: Path) -> None:
+    root = write_slides(tmp_path, 16)
+    api.finetune(load(root), None)
+    kept = {path: path.read_bytes() for path in (root / "out" / "private").iterdir()}
+    lines = (root / "slides.csv").read_text().splitlines()
+    (root / "slides.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    with pytest.raises(MedsslError, match="cells computed with other cases"):
+        api.finetune(load(root), None)
+    (root / "slides.csv").write_text("\n".join(lines) + "\n")
+    write_slides(root / "other", 16, seed=1)
+    with pytest.raises(MedsslError, match="cells computed with other cases"):
+        api.finetune(load(root, f"bags.folder={root / 'other' / 'features'}"), None)
+    assert {path: path.read_bytes() for path in (root / "out" / "private").iterdir()} == kept
+
+
+def test_dropout__is_drawn_alike_in_every_run(tmp_path: Path) -> None:
+    root = write_slides(tmp_path, 16)
+    dropped = "settings.head_args={dropout: 0.5}"
+    rows = []
+    for name in ("one", "two"):
+        torch.manual_seed(len(rows))
+        api.finetune(load(root, dropped, f"out={root / name}"), None)
+        (path,) = (root / name / "cells").glob("*/results.json")
+        rows.append([case["probability"] for case in json.loads(path.read_text())["cases"]])
+    assert rows[0] == rows[1]

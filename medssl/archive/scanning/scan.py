@@ -368,6 +368,8 @@ def _dicom(handle: Any, head: bytes, size: int) -> dict[str, Any]:
         bits = int(header.get("bits_allocated") or 0) * int(header.get("samples_per_pixel") or 1)
         frames = int(header.get("n_frames") or 1)
         expected = (int(header["rows"]) * int(header["columns"]) * frames * bits + 7) // 8
+        if header.get("photometric") == "YBR_FULL_422":  # two pixels share their colour
+            expected = expected * 2 // 3
         there = min(header["pixel_length"], header["file_bytes"] - header["pixel_offset"])
         cine = modality_of(header) == "US" and frames > 1
         if there < expected and cine and there * frames // expected >= USABLE_FRAMES:
