@@ -170,6 +170,18 @@ def _cell(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def one_setting(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the overrides of cells that go into one table.
+
+    Raises:
+        SystemExit: They were computed with different ones.
+    """
+    found = {tuple(cell["overrides"]) for cell in cells}
+    if len(found) != 1:
+        raise SystemExit(f"cells with different overrides cannot be compared: {sorted(found)}; compute the missing ones with the same")
+    return list(found.pop())
+
+
 def rounded(value: Any, digits: int = 4) -> Any:
     """Return nested values with floats rounded to a number of significant digits, and NumPy scalars as numbers."""
     if isinstance(value, np.generic):

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks.alice_runs import pretrain
-from benchmarks.common import RESULTS, markdown, rounded
+from benchmarks.common import RESULTS, markdown, one_setting, rounded
 from benchmarks.joint_data import read_table
 from medssl import api, build, data_sources
 from medssl.archive.index import index
@@ -209,8 +209,10 @@ def summarise(cells: Sequence[Mapping[str, Any]], draws: int = DRAWS) -> dict[st
     A clip's score is the mean over seeds of its error in points, or of its Dice.
     """
     by_arm: dict[str, list[Mapping[str, Any]]] = {}
+    common = set.intersection(*({c["seed"] for c in cells if c["arm"] == arm} for arm in {c["arm"] for c in cells} - {"raw"}))
     for cell in sorted(cells, key=lambda cell: cell["seed"]):
-        by_arm.setdefault(cell["arm"], []).append(cell)
+        if cell["arm"] == "raw" or cell["seed"] in common:  # all arms of a table have the same seeds; pixels have none
+            by_arm.setdefault(cell["arm"], []).append(cell)
     scores = {arm: _scores(group) for arm, group in by_arm.items()}
     patients = next(iter(cells))["patient"]
     rows, differences = [], []
@@ -259,7 +261,7 @@ def collect(folder: Path, split: str, out: Path, draws: int = DRAWS) -> dict[str
     content = rounded(
         {"benchmark": name, "when": now(), "split": split, "cohort": COHORT, **summarise(cells, draws)}
         | {"recipes": {arm: path.read_text() for arm, path in TRAINED.items()}}
-        | {"overrides": sorted({" ".join(cell["overrides"]) for cell in cells})}
+        | {"overrides": one_setting(cells)}
         | {key: facts[key] for key in ("hardware", "versions", "git")}
     )
     for key in ("rows", "differences"):

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from benchmarks.alice_runs import pretrain
-from benchmarks.common import RESULTS, markdown, rounded
+from benchmarks.common import RESULTS, markdown, one_setting, rounded
 from benchmarks.echo_runs import text_of
 from benchmarks.joint_data import read_table, write_table
 from medssl import api, build, data_sources
@@ -222,7 +222,7 @@ def collect(folder: Path, seed: int, out: Path, draws: int = DRAWS) -> dict[str,
         {"benchmark": "lung_runs", "when": now(), "seed": seed, **summarise(cells, draws)}
         | {"train_s": {arm: [c["seconds"] for c in cells if c["arm"] == arm] for arm in TRAINED}}
         | {"recipes": {arm: path.read_text() for arm, path in TRAINED.items()}}
-        | {"overrides": sorted({" ".join(cell["overrides"]) for cell in cells})}
+        | {"overrides": one_setting(cells)}
         | {
             "notes": [
                 "15 patients: no claim that an arm is better",
