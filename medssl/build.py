@@ -242,6 +242,13 @@ def suite_faults(recipe: SuiteRecipe) -> list[str]:
             f'{path}: "{name}" is unknown{near(name, known)}; accepted: {", ".join(known)}' for name in given if name not in known
         ]
     faults += [f"corruptions.levels: {n}; accepted: 1 to {LEVELS}" for n in recipe.corruptions.levels if not 1 <= n <= LEVELS]
+    for path, numbers in (("k", recipe.k), ("shots", recipe.shots)):
+        faults += [f"{path}: {n}; accepted: 1 or more" for n in numbers if n < 1]
+    for name in ("classification", "segmentation", "detection", "regression"):
+        curve = getattr(recipe, name)
+        if curve is not None:
+            faults += [f"{name}.counts: {n}; accepted: 1 or more" for n in curve.counts if n < 1]
+            faults += [f"{name}.fractions: {x}; accepted: above 0, at most 1" for x in curve.fractions if not 0 < x <= 1]
     for name, section in (("segmentation", recipe.segmentation), ("detection", recipe.detection)):
         if section is not None and section.recipe is None:
             faults.append(f"{name}.recipe: required; the fine-tuning recipe of that task")

@@ -31,7 +31,7 @@ from medssl.evaluation.finetune_targets import Cases
 from medssl.evaluation.suite_rows import TIERS, skip
 from medssl.leakage import refuse_pretraining_patients
 from medssl.probe_tasks import evaluation_section
-from medssl.recipe import FinetuneTargetsRecipe, SuiteRecipe
+from medssl.recipe import FinetuneTargetsRecipe, Recipe, SuiteRecipe
 from medssl.suite_tiers import RUN, Bench
 from medssl.training.run_folder import facts_of_machine, now
 from medssl.weights import load_part, private_folder, write_atomic, write_private
@@ -69,11 +69,13 @@ def run_suite(
     out = Path(recipe.out)
     private_folder(out)
     shared = claim(out, bench, leakage)
-    found: dict[str, dict[str, Any]] = {}
     for number, tier in enumerate(recipe.tiers):
         if on_tier is not None:
             on_tier(tier, number, len(recipe.tiers))
-        found[tier] = run_tier(tier, bench, out)
+        run_tier(tier, bench, out)
+    # of all tiers of the folder, also those that this run leaves out: a run of one tier must not lose the others
+    files = {tier: out / "tiers" / f"{tier}.json" for tier in TIERS}
+    found = {tier: json.loads(path.read_text()) for tier, path in files.items() if path.is_file()}
     return {**write_results(out, found, shared), "out": str(out)}
 
 
@@ -98,6 +100,11 @@ def open_bench(recipe: SuiteRecipe, weights: Path | str, on_cache: Any = None) -
             classes=task.classes,
         )
         cases, series, known = target_tasks.labelled_cases(shelf, one)
+        if bad := int((~np.isfinite(cases.targets)).sum()):
+            raise RequestError(
+                f"tasks.{name}: {bad} of {len(cases.targets)} numbers in column {task.column} are not finite; empty the cells of cases "
+                "without a label"
+            )
         names[name] = (known, [str(public) for public in cases.classes])
         found[name] = (cases, series)
     everything = sorted({name for _, series in found.values() for name in series.values()})
@@ -119,11 +126,17 @@ def claim(out: Path, bench: Bench, leakage: str) -> dict[str, Any]:
         name: sorted((bench.series[int(n)], float(t), str(s)) for n, t, s in zip(cases.ids, cases.targets, cases.split))
         for name, cases in bench.tasks.items()
     }
+    for name in ("classification", "segmentation", "detection", "regression"):
+        section = getattr(bench.recipe, name)
+        if section is not None and section.recipe is not None:  # what it says, not where it lies
+            resolved = load_recipe(section.recipe, section.overrides, kind="finetune")
+            settings[name] = {**settings[name], "recipe": Recipe.hash(resolved), "overrides": []}
     shared = {
         "kind": "suite",
         "settings": hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest(),
         "weights": str(bench.manifest["weights_hash"]),
         "cases": hashlib.blake2b(json.dumps(cases).encode(), digest_size=16).hexdigest(),
+        "columns": hashlib.blake2b(json.dumps(_columns(bench)).encode(), digest_size=16).hexdigest(),
     }
     path = out / "suite.json"
     if path.is_file():
@@ -143,12 +156,21 @@ def claim(out: Path, bench: Bench, leakage: str) -> dict[str, Any]:
     return {**shared, "encoder": encoder, "leakage_check": leakage, "tasks": tasks, "seed": bench.recipe.seed}
 
 
+def _columns(bench: Bench) -> dict[str, Any]:
+    """Return column -> value of every series, of all columns besides the targets that a tier reads."""
+    names = sorted({*bench.recipe.left_out, *bench.recipe.subgroups, *bench.recipe.leakage})
+    found: dict[str, Any] = {name: bench.column(name) for name in names}
+    found |= {f"index.{key}": list(map(str, bench.row(key))) for key in ("patient_id", "study_id", "quality_flags")}
+    return {"series": bench.series, **found}
+
+
 def run_tier(tier: str, bench: Bench, out: Path) -> dict[str, Any]:
-    """Return what a tier found; it runs where its file is not there yet."""
+    """Return what a tier found; it runs where its file is not there yet, or says that something is to be tried again."""
     path = out / "tiers" / f"{tier}.json"
     if path.is_file():
         known: dict[str, Any] = json.loads(path.read_text())
-        return known
+        if known.get("finished", True):
+            return known
     began = time.perf_counter()
     done = RUN[tier](bench, out)
     if done.private:
@@ -156,7 +178,7 @@ def run_tier(tier: str, bench: Bench, out: Path) -> dict[str, Any]:
     if not done.rows and not done.skipped:
         done.skipped.append(skip("", "the tier", "no task of the recipe is of its kind"))
     content: dict[str, Any] = {"tier": tier, "rows": done.rows, "skipped": done.skipped, "p_values": done.p_values}
-    content |= {"seconds": time.perf_counter() - began, "when": now()}
+    content |= {"finished": not done.again, "seconds": time.perf_counter() - began, "when": now()}
     text = json.dumps(content, indent=1, allow_nan=False, default=float)
     write_atomic(path, text.encode())
     kept: dict[str, Any] = json.loads(text)
@@ -170,7 +192,7 @@ def write_results(out: Path, found: Mapping[str, Mapping[str, Any]], shared: Map
     rows = [row for tier in TIERS if tier in found for row in found[tier]["rows"]]
     skipped = {tier: content["skipped"] for tier, content in found.items()}
     tables = suite_rows.tables(rows, skipped)
-    totals = suite_rows.overall(rows)
+    totals, pairs = suite_rows.overall(rows), suite_rows.pairs(rows)
     comparisons = _verdicts([row for tier in TIERS if tier in found for row in found[tier]["p_values"]])
     facts = facts_of_machine()
     result = {
@@ -178,12 +200,13 @@ def write_results(out: Path, found: Mapping[str, Mapping[str, Any]], shared: Map
         "rows": rows,
         "skipped": [{"tier": tier, **entry} for tier, entries in skipped.items() for entry in entries],
         "aggregate": totals,
+        "pairs": pairs,
         "comparisons": comparisons,
         "seconds": {tier: content["seconds"] for tier, content in found.items()},
         "when": now(),
         **{key: facts[key] for key in ("hardware", "versions", "git")},
     }
-    write_atomic(out / "table.md", (suite_rows.markdown(tables, totals, comparisons) + "\n").encode())
+    write_atomic(out / "table.md", (suite_rows.markdown(tables, totals, comparisons, pairs) + "\n").encode())
     write_atomic(out / "page.html", suite_page({**result, "tables": tables}).encode())
     write_atomic(out / "results.json", json.dumps(result, indent=1, allow_nan=False, default=str).encode())
     return result
@@ -213,7 +236,7 @@ def draw_page(folder: Path, out: Path) -> Path:
 
 def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Say which differences to controls are there, all tested together (Holm, 5 %)."""
-    rejected = holm([1.0 if row["p"] is None else row["p"] for row in rows]) if rows else []
+    rejected = holm([1.0 if row["p"] is None or row["value"] is None else row["p"] for row in rows]) if rows else []
     return [
         {**row, "verdict": ("win" if row["value"] > 0 else "loss") if sure else "no difference shown"}
         for row, sure in zip(rows, rejected, strict=True)

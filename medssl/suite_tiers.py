@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from medssl import build, data_sources
 from medssl.api import label_curve as run_curve
 from medssl.archive.table import SERIES_COLUMNS
-from medssl.errors import RequestError
+from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.bootstrap import Statistic, paired_bootstrap, paired_p
 from medssl.evaluation.clinical import OPEN_COLUMNS
 from medssl.evaluation.controls import control_features
@@ -25,25 +26,30 @@ from medssl.evaluation.finetune_targets import Cases, few_label_order, mean_auc
 from medssl.evaluation.frozen import few_shot, fewest, fit_probe, predicted
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_probe
-from medssl.evaluation.retrieval import precision_at_k, reidentified
+from medssl.evaluation.retrieval import precisions, reidentified
 from medssl.evaluation.scores import mae, r2, score_row
 from medssl.evaluation.subgroups import POSITIVES, SMALLEST, subgroup_rows
 from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, Row, row_of, skip
 from medssl.feature_statistics import alignment, effective_rank, uniformity
 from medssl.recipe import CurveSection, FinetuneTargetsRecipe, Recipe, SourceSection, SuiteRecipe
 
-LEAST = 5  # series of a value below which a leakage probe or a held-out value says nothing
+LEAST = 5  # patients of a value for a leakage probe (its outer folds), and test cases of a held-out value; fewer say nothing
+CHOSEN = "best and worst on these same data"
 Features = dict[str, np.ndarray]
 
 
 @dataclass
 class Found:
-    """What a tier brings: rows, what it skipped, and what only the owner may read."""
+    """What a tier brings: rows, what it skipped, and what only the owner may read.
+
+    `again` says that something was skipped through an error that the user can correct: the tier is then not finished.
+    """
 
     rows: list[Row] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     private: dict[str, Any] = field(default_factory=dict)
     p_values: list[dict[str, Any]] = field(default_factory=list)
+    again: bool = False
 
 
 @dataclass
@@ -140,6 +146,15 @@ def _word(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) and value else "unknown" if value in (None, "", ()) else str(value)
 
 
+@contextmanager
+def _or_skip(done: Found, task: str, what: str) -> Iterator[None]:
+    """Turn the refusal of a probe into a skipped part: too few patients for one number must not cost the others."""
+    try:
+        yield
+    except RequestError as err:
+        done.skipped.append(skip(task, what, str(err)))
+
+
 def smoke(bench: Bench, _out: Path) -> Found:
     """Rank, uniformity, alignment and neighbours of the features of unseen patients."""
     done = Found()
@@ -163,7 +178,8 @@ def smoke(bench: Bench, _out: Path) -> Found:
                 score = {"name": model, "metric": metric, "value": value if np.isfinite(value) else None, "low": None, "high": None}
                 score |= {"n_images": len(rows), "n_patients": None if patients is None else len(set(patients))}
                 done.rows.append(row_of(score, "smoke", name, ""))
-        done.rows += _neighbours(bench, "smoke", name, [k for k in (1, 5, 20) if k < len(rows)])
+        with _or_skip(done, name, "neighbours"):
+            done.rows += _neighbours(bench, "smoke", name, [k for k in (1, 5, 20) if k < len(rows)])
     return done
 
 
@@ -187,16 +203,19 @@ def frozen(bench: Bench, _out: Path) -> Found:
         if why := _cannot_fit(cases):
             done.skipped.append(skip(name, "frozen probes", why))
             continue
-        done.rows += _neighbours(bench, "frozen", name, [k for k in bench.recipe.k if k < len(bench.unseen(name))])
-        tables = probe_tables(bench, name)
-        done.rows += _probe_rows(bench, "frozen", name, tables, "logistic", {"auroc": mean_auc}, main="auroc")
-        done.p_values += _against_controls(bench, "frozen", name, tables, mean_auc)
+        features = bench.of(name)
+        with _or_skip(done, name, "neighbours"):
+            done.rows += _neighbours(bench, "frozen", name, [k for k in bench.recipe.k if k < len(bench.unseen(name))])
+        with _or_skip(done, name, "logistic probe"):
+            tables = probe_tables(bench, name)
+            done.rows += _probe_rows(bench, "frozen", name, tables, "logistic", {"auroc": mean_auc}, main="auroc")
+            done.p_values += _against_controls(bench, "frozen", name, tables, mean_auc)
         test = cases.where("test")
         for shots in bench.recipe.shots:
             if (least := fewest(cases)) < shots:
                 done.skipped.append(skip(name, f"{shots} per class", f"the rarest class has {least} training cases"))
                 continue
-            for model, values in bench.of(name).items():
+            for model, values in features.items():
                 table, ids = few_shot(values, cases, shots, range(bench.recipe.shot_seeds))
                 score = score_row(
                     model, "", "auroc", table, cases.patients(test), statistic=_mean_of(mean_auc), draws=bench.recipe.draws,
@@ -262,7 +281,7 @@ def _against_controls(bench: Bench, tier: str, name: str, tables: Features, stat
             "tier": tier,
             "task": name,
             "against": control,
-            "value": value,
+            "value": _finite(value),
             "low": _finite(low),
             "high": _finite(high),
             "p": _finite(p),
@@ -293,7 +312,8 @@ def classification(bench: Bench, out: Path) -> Found:
             continue
         counts = budgets(section, len(cases.where("train")), least=len(cases.classes))
         _join(done, _curve("classification", section, _own_recipe(bench, section, name), bench, out, name, counts))
-        done.rows += _control_curves(bench, name, counts, section.seeds)
+        with _or_skip(done, name, f"label curves of {', '.join(CONTROLS)}"):
+            _join(done, _control_curves(bench, name, counts, section.seeds))
     return done
 
 
@@ -311,22 +331,28 @@ def _own_recipe(bench: Bench, section: CurveSection, name: str) -> FinetuneTarge
     )  # fmt: skip
 
 
-def _control_curves(bench: Bench, name: str, counts: Sequence[int], seeds: Sequence[int]) -> list[Row]:
+def _control_curves(bench: Bench, name: str, counts: Sequence[int], seeds: Sequence[int]) -> Found:
     """Return the logistic probes of the controls on the labels that the fine-tuned arms have."""
-    cases, found = bench.tasks[name], []
+    cases, found, what = bench.tasks[name], Found(), f"label curves of {', '.join(CONTROLS)}"
     test = cases.where("test")
+    if not len(cases.where("val")):
+        return Found(skipped=[skip(name, what, "no labelled case is marked val, and few labels leave none to choose the penalty")])
     for count in counts:
         trains = [few_label_order(cases, seed)[:count] for seed in seeds]
         usable = [rows for rows in trains if len(set(cases.targets[rows].tolist())) == len(cases.classes)]
+        if lacking := len(trains) - len(usable):
+            why = f"the labels of {lacking} of {len(trains)} seeds lack a class; controls have {len(usable)} seeds here"
+            found.skipped.append(skip(name, f"{what}, {count} labels", why))
         for model, values in bench.of(name).items():
-            if model == WEIGHTS or not usable or not len(cases.where("val")):
+            if model == WEIGHTS or not usable:
                 continue
             table = np.stack([predicted(fit_probe(values, cases, rows), values, cases, test) for rows in usable], axis=1)
             score = score_row(
                 model, "", "auroc", table, cases.patients(test), statistic=_mean_of(mean_auc), draws=bench.recipe.draws,
                 seed=bench.recipe.seed,
             )  # fmt: skip
-            found.append(row_of(score, "classification", name, f"{count} labels", seeds=len(usable), main=count == max(counts)))
+            row = row_of(score, "classification", name, f"{count} labels", seeds=len(usable), main=count == max(counts))
+            found.rows.append(row)
     return found
 
 
@@ -337,12 +363,17 @@ def _not_named(tier: str, what: str) -> Found:
 def _join(done: Found, more: Found) -> None:
     done.rows += more.rows
     done.skipped += more.skipped
+    done.again |= more.again
 
 
 def _curve(
     tier: str, section: CurveSection, recipe: Any, bench: Bench, out: Path, name: str, counts: Sequence[int] | None = None
 ) -> Found:
-    """Run a label curve and return its rows; weights that do not fit the recipe are a skipped tier, not a lost suite."""
+    """Run a label curve and return its rows; one that cannot run is a skipped part, not a lost suite.
+
+    A refused request (a folder that is not there, weights that do not fit) can be corrected, so it is tried again by the next run. A
+    training that a monitor stopped would stop again.
+    """
     folder = out / tier / (name or "curve")
     task = name or Path(str(section.recipe)).stem
     try:
@@ -350,6 +381,8 @@ def _curve(
         counts = list(counts or _counts_of(section, recipe))
         summary = run_curve(recipe, bench.weights, counts=counts, seeds=section.seeds, twin=True)
     except RequestError as err:
+        return Found(skipped=[skip(task, "fine-tuning", f"{err}; the next run tries again")], again=True)
+    except TrainingStopped as err:
         return Found(skipped=[skip(task, "fine-tuning", str(err))])
     patients = _patients_of(folder)
     rows = []
@@ -419,9 +452,13 @@ def retrieval(bench: Bench, _out: Path) -> Found:
         targets, patients = cases.targets[rows].astype(np.int64), cases.patients(rows)
         ks = [k for k in bench.recipe.k if k < len(rows)]
         for model, values in bench.of(name).items():
+            try:
+                hits, chance = precisions(values[rows], targets, patients, ks)
+            except RequestError as err:  # the same for all models: too few patients
+                done.skipped.append(skip(name, "retrieval", str(err)))
+                break
             for k in ks:
-                hits, chance = precision_at_k(values[rows], targets, patients, k)
-                for who, found in ((model, hits), *((("chance", chance),) if model == WEIGHTS else ())):
+                for who, found in ((model, hits[k]), *((("chance", chance),) if model == WEIGHTS else ())):
                     score = score_row(who, "", f"precision@{k}", found, patients, draws=bench.recipe.draws, seed=bench.recipe.seed)
                     done.rows.append(row_of(score, "retrieval", name, "", main=who != "chance" and k == (5 if 5 in ks else ks[0])))
     _join(done, _again(bench))
@@ -455,10 +492,13 @@ def regression(bench: Bench, out: Path) -> Found:
         if why := _cannot_fit(cases):
             done.skipped.append(skip(name, "ridge", why))
             continue
-        tables = probe_tables(bench, name)
-        done.rows += _probe_rows(bench, "regression", name, tables, "ridge", {"r2": r2, "mae": mae}, main="mae")
-        done.rows += _neighbours(bench, "regression", name, [k for k in bench.recipe.k if k < len(bench.unseen(name))])
-        done.p_values += _against_controls(bench, "regression", name, tables, r2)
+        bench.of(name)
+        with _or_skip(done, name, "ridge"):
+            tables = probe_tables(bench, name)
+            done.rows += _probe_rows(bench, "regression", name, tables, "ridge", {"r2": r2, "mae": mae}, main="mae")
+            done.p_values += _against_controls(bench, "regression", name, tables, r2)
+        with _or_skip(done, name, "neighbours"):
+            done.rows += _neighbours(bench, "regression", name, [k for k in bench.recipe.k if k < len(bench.unseen(name))])
         if bench.recipe.regression is None:
             done.skipped.append(skip(name, "fine-tuning", "the recipe names none (key regression)"))
         else:
@@ -467,6 +507,7 @@ def regression(bench: Bench, out: Path) -> Found:
             more = _curve("regression", section, _own_recipe(bench, section, name), bench, out, name, counts)
             done.rows += [{**row, "setting": f"fine-tuned, {row['setting']}"} for row in more.rows]
             done.skipped += more.skipped
+            done.again |= more.again
     done.skipped.append(skip("", "survival", "no table of times and events"))
     return done
 
@@ -478,10 +519,13 @@ def ood(bench: Bench, _out: Path) -> Found:
         if why := _cannot_fit(cases):
             done.skipped.append(skip(name, "robustness", why))
             continue
+        bench.of(name)
         for column in bench.recipe.left_out:
-            _join(done, _held_out(bench, name, column))
+            with _or_skip(done, name, f"{column} held out"):
+                _join(done, _held_out(bench, name, column))
         try:
-            _join(done, _corrupted(bench, name))
+            with _or_skip(done, name, "corruptions"):
+                _join(done, _corrupted(bench, name))
         except TypeError as err:
             done.skipped.append(skip(name, "corruptions", str(err)))
     return done
@@ -567,7 +611,7 @@ def _corrupted(bench: Bench, name: str) -> Found:
         value = _finite(relative_robustness(clean[model], values, chance))
         score = {"name": model, "metric": "relative_robustness", "value": value, "low": None, "high": None}
         score |= {"n_images": len(test), "n_patients": None if patients is None else len(set(patients))}
-        found.rows.append(row_of(score, "ood", name, "all corruptions", main=True))
+        found.rows.append(row_of(score, "ood", name, "all corruptions"))  # no main row: it rewards what is near chance
         if value is None:
             found.skipped.append(skip(name, f"relative robustness of {model}", "its clean score is at chance"))
     return found
@@ -580,9 +624,11 @@ def fairness(bench: Bench, _out: Path) -> Found:
         if why := _cannot_fit(cases):
             done.skipped.append(skip(name, "subgroups", why))
             continue
-        tables = probe_tables(bench, name)
-        for column in bench.recipe.subgroups:
-            _join(done, _by_group(bench, name, column, tables))
+        bench.of(name)
+        with _or_skip(done, name, "subgroups"):
+            tables = probe_tables(bench, name)
+            for column in bench.recipe.subgroups:
+                _join(done, _by_group(bench, name, column, tables))
     for column in bench.recipe.leakage:
         _join(done, _leakage(bench, column))
     done.private["groups"] = {
@@ -602,6 +648,7 @@ def _by_group(bench: Bench, name: str, column: str, tables: Features) -> Found:
     if set(kinds.tolist()) <= {"unknown"}:
         return Found(skipped=[skip(name, f"subgroups by {column}", f"{column} is not known of any test case")])
     metric, statistic = ("auroc", mean_auc) if cases.task == "classification" else ("mae", mae)
+    sign = 1.0 if metric == "auroc" else -1.0
     positives = cases.targets[test] == 1 if len(cases.classes) == 2 else None
     patients, found = cases.patients(test), Found()
     for model, table in tables.items():
@@ -613,18 +660,18 @@ def _by_group(bench: Bench, name: str, column: str, tables: Features) -> Found:
         usable = [row for row in rows if row["value"] is not None and row["group"] != "unknown"]
         if len(usable) < 2:
             continue
-        ordered = sorted(usable, key=lambda row: row["value"] if metric == "auroc" else -row["value"])
+        ordered = sorted(usable, key=lambda row: sign * row["value"])
         best, worst = ordered[-1]["group"], ordered[0]["group"]
         marked = np.concatenate([table, (kinds == best)[:, None], (kinds == worst)[:, None]], axis=1)
 
-        def gap(rows: np.ndarray) -> float:
+        def gap(rows: np.ndarray) -> float:  # signed, or no interval could hold 0
             inside = [rows[rows[:, k] > 0, :-2] for k in (-2, -1)]
-            return abs(statistic(inside[0]) - statistic(inside[1])) if all(map(len, inside)) else float("nan")
+            return sign * (statistic(inside[0]) - statistic(inside[1])) if all(map(len, inside)) else float("nan")
 
         score = score_row(
             model, "", f"gap of {metric}", marked, patients, statistic=gap, draws=bench.recipe.draws, seed=bench.recipe.seed
         )
-        found.rows.append(row_of(score, "fairness", name, f"by {column}", subgroup=f"{best} against {worst}"))
+        found.rows.append(row_of(score, "fairness", name, f"by {column}", subgroup=f"{best} against {worst}, {CHOSEN}"))
     if any(row["value"] is None for row in found.rows):
         why = (
             f"a group needs {SMALLEST} cases, and {POSITIVES} of either of two classes; some have fewer and are called insufficient"
@@ -640,23 +687,27 @@ def _leakage(bench: Bench, column: str) -> Found:
     if values is None:
         return Found(skipped=[skip("", what, f"no attached labels for {column}")])
     scored = sorted({int(n) for name, cases in bench.tasks.items() for n in cases.ids[bench.unseen(name)]})
-    counts = {v: sum(values[n] == v for n in scored) for v in sorted({values[n] for n in scored} - {"unknown"})}
-    kept = [n for n in scored if counts.get(values[n], 0) >= LEAST]
+    unknown = any("patient_unknown" in flags for flags in bench.row("quality_flags"))
+    known = list(map(str, range(len(bench.series)))) if unknown else bench.row("patient_id")
+    # patients, not series: folds are of patients, and a value of one patient is learnt from its other images or not at all
+    holders = {v: len({known[n] for n in scored if values[n] == v}) for v in {values[n] for n in scored} - {"unknown"}}
+    kept = [n for n in scored if holders.get(values[n], 0) >= LEAST]
     kinds = len({values[n] for n in kept})
     if kinds < 2:
-        why = f"{kinds} value of {column} has {LEAST} or more of the {len(scored)} validation and test series; it takes two"
+        whom = "series" if unknown else "patients"
+        why = f"{kinds} value of {column} has {LEAST} or more {whom} among the validation and test cases; it takes two"
         return Found(skipped=[skip("", what, why)])
-    unknown = any("patient_unknown" in flags for flags in bench.row("quality_flags"))
-    patients = None if unknown else [bench.row("patient_id")[n] for n in kept]
+    patients = None if unknown else [known[n] for n in kept]
     target = [values[n] for n in kept]
-    rows = []
-    for model, x in bench.features.items():
-        scores = linear_probe(
-            x[kept], target, patients, task="classification", name=model, seed=bench.recipe.seed, draws=bench.recipe.draws
-        )
-        score = next(row for row in scores if row["metric"] == "balanced_accuracy")
-        rows.append(row_of({**score, "metric": "balanced accuracy"}, "fairness", what, f"chance {1 / kinds:.2f}"))
-    return Found(rows=rows)
+    done, features = Found(), bench.features
+    with _or_skip(done, "", what):
+        for model, x in features.items():
+            scores = linear_probe(
+                x[kept], target, patients, task="classification", name=model, seed=bench.recipe.seed, draws=bench.recipe.draws
+            )
+            score = next(row for row in scores if row["metric"] == "balanced_accuracy")
+            done.rows.append(row_of({**score, "metric": "balanced accuracy"}, "fairness", what, f"chance {1 / kinds:.2f}"))
+    return done
 
 
 RUN: dict[str, Callable[[Bench, Path], Found]] = {

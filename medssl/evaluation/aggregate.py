@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 
+LEAST_MODELS = 3
+
 
 def z_scores(table: Mapping[str, Mapping[str, float]], higher: Mapping[str, bool] | None = None) -> dict[str, dict[str, float]]:
     """Return task -> model -> (score - mean over models) / std over models, signed so that higher is better.
 
     Args:
-        table: Task -> model -> score. A task that all models score alike has 0 for each; with fewer than two models it is left out.
+        table: Task -> model -> score. A task that all models score alike has 0 for each; with fewer than three models it is left out:
+            of two, one has +1 and the other -1, however small the difference (see `pairs`).
         higher: Task -> whether higher is better; tasks that are not named are.
 
     Reference:
@@ -21,12 +24,23 @@ def z_scores(table: Mapping[str, Mapping[str, float]], higher: Mapping[str, bool
     found = {}
     for task, scores in table.items():
         known = {model: value for model, value in scores.items() if np.isfinite(value)}
-        if len(known) < 2:
+        if len(known) < LEAST_MODELS:
             continue
         values = np.array(list(known.values()))
         sign = 1.0 if (higher or {}).get(task, True) else -1.0
         spread = values.std()
         found[task] = {m: sign * float((v - values.mean()) / spread) if spread > 0 else 0.0 for m, v in known.items()}
+    return found
+
+
+def pairs(table: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Return the tasks with two models, which `z_scores` leaves out: task, both models, and the first's score minus the second's."""
+    found = []
+    for task, scores in table.items():
+        known = [(model, value) for model, value in scores.items() if np.isfinite(value)]
+        if len(known) == 2:
+            (first, a), (second, b) = known
+            found.append({"task": task, "models": [first, second], "difference": float(a - b)})
     return found
 
 
@@ -36,6 +50,8 @@ def aggregate(
     kinds: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return one row per model: mean z-score (mean over kinds of the mean over their tasks), mean rank, tasks and missing ones.
+
+    Tasks with fewer than three models have no part in any of it.
 
     Args:
         table: Task -> model -> score; NaN or no entry is a missing cell.

@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from medssl.errors import RequestError
+from medssl.evaluation.knn import ROWS_AT_ONCE
 from medssl.evaluation.scores import check_features, group_indices
 
 
 def precision_at_k(features: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (N,) precision and (N,) chance of one k; see `precisions`."""
+    found, chance = precisions(features, labels, groups, [k])
+    return found[k], chance
+
+
+def precisions(
+    features: np.ndarray, labels: np.ndarray, groups: Sequence[str] | None, ks: Sequence[int]
+) -> tuple[dict[int, np.ndarray], np.ndarray]:
     """Return for each image the share of its k nearest images of other patients with its label, and that share by chance.
 
     Args:
         features: (N, E); nearest is by cosine.
         labels: (N,) class indices.
         groups: Patient of each image; None excludes the image itself only.
-        k: Neighbours, all where there are fewer.
+        ks: Numbers of neighbours, each all where there are fewer.
 
     Returns:
-        (N,) precision, and (N,) share of the label among all images of other patients.
+        k -> (N,) precision, and (N,) share of the label among all images of other patients.
 
     Raises:
-        RequestError: k is below 1, or there are fewer than two patients.
+        RequestError: A k is below 1, or there are fewer than two patients.
     """
-    if k < 1:
-        raise RequestError(f"retrieval: k {k}; give 1 or more")
+    if low := [k for k in ks if k < 1]:
+        raise RequestError(f"retrieval: k {low[0]}; give 1 or more")
     labels = np.asarray(labels)
-    similarity = _cosine(check_features(features, labels, groups))
+    unit = _unit(check_features(features, labels, groups))
     index = group_indices(len(labels), groups)
-    other = index[:, None] != index[None, :]
-    same = labels[:, None] == labels[None, :]
-    order = np.argsort(-np.where(other, similarity, -np.inf), axis=1, kind="stable")[:, :k]
-    taken = np.take_along_axis(other, order, axis=1)  # a patient with almost all images leaves fewer than k
-    hits = np.take_along_axis(same, order, axis=1) & taken
-    return hits.sum(axis=1) / taken.sum(axis=1), (same & other).sum(axis=1) / other.sum(axis=1)
+    parts: dict[int, list[np.ndarray]] = {k: [] for k in ks}
+    chance = []
+    for rows in _blocks(len(labels)):
+        other = index[rows, None] != index[None, :]
+        same = labels[rows, None] == labels[None, :]
+        order = np.argsort(-np.where(other, unit[rows] @ unit.T, -np.inf), axis=1, kind="stable")[:, : max(ks, default=1)]
+        taken = np.take_along_axis(other, order, axis=1)  # a patient with almost all images leaves fewer than k
+        hits = np.take_along_axis(same, order, axis=1) & taken
+        for k in ks:
+            parts[k].append(hits[:, :k].sum(axis=1) / taken[:, :k].sum(axis=1))
+        chance.append((same & other).sum(axis=1) / other.sum(axis=1))
+    return {k: np.concatenate(found) for k, found in parts.items()}, np.concatenate(chance)
 
 
 def reidentified(
@@ -53,17 +68,25 @@ def reidentified(
     Returns:
         (M,) rows of the images that have an answer, (M,) 0 or 1, and (M,) the share by chance.
     """
-    similarity = _cosine(np.asarray(features, dtype=np.float64))
-    patient, study = group_indices(len(similarity), patients), group_indices(len(similarity), studies)
-    other = study[:, None] != study[None, :]
-    again = (patient[:, None] == patient[None, :]) & other
-    rows = np.flatnonzero(again.any(axis=1))
-    nearest = np.where(other, similarity, -np.inf).argmax(axis=1)
-    return rows, again[rows, nearest[rows]].astype(np.float64), again[rows].sum(axis=1) / other[rows].sum(axis=1)
+    unit = _unit(np.asarray(features, dtype=np.float64))
+    patient, study = group_indices(len(unit), patients), group_indices(len(unit), studies)
+    places, hits, chance = [], [], []
+    for rows in _blocks(len(unit)):
+        other = study[rows, None] != study[None, :]
+        again = (patient[rows, None] == patient[None, :]) & other
+        asked = np.flatnonzero(again.any(axis=1))
+        nearest = np.where(other, unit[rows] @ unit.T, -np.inf).argmax(axis=1)
+        places.append(asked + rows.start)
+        hits.append(again[asked, nearest[asked]].astype(np.float64))
+        chance.append(again[asked].sum(axis=1) / other[asked].sum(axis=1))
+    return np.concatenate(places), np.concatenate(hits), np.concatenate(chance)
 
 
-def _cosine(features: np.ndarray) -> np.ndarray:
+def _blocks(n: int) -> Iterator[slice]:
+    return (slice(start, start + ROWS_AT_ONCE) for start in range(0, n, ROWS_AT_ONCE))
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(features, axis=1, keepdims=True)
-    unit = features / np.where(norms == 0, 1.0, norms)
-    found: np.ndarray = unit @ unit.T
+    found: np.ndarray = features / np.where(norms == 0, 1.0, norms)
     return found

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medssl.evaluation.aggregate import aggregate
+from medssl.evaluation.aggregate import pairs as pairs_of
 
 WEIGHTS, TWIN = "weights", "scratch"
 CONTROLS = ("random_init", "raw_pixels", "intensity_statistics")
@@ -93,25 +94,39 @@ def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
             key, {"what": ", ".join(words), "n": row["n"], "patients": row["patients"], "seeds": row["seeds"], "cells": {}}
         )
         line["cells"][row["model"]] = {name: row[name] for name in ("value", "low", "high")}
+        if row["seeds"] != line["seeds"]:
+            line["cells"][row["model"]]["seeds"] = row["seeds"]
     return list(lines.values())
 
 
 def overall(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return mean z-score and mean rank of each model over the main rows, with tasks that it has and misses (see `aggregate`)."""
+    table = _main(rows)
+    return aggregate(table, {name: name.rpartition(", ")[2] not in LOWER for name in table})
+
+
+def pairs(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the differences of main rows that two models alone have, which `overall` leaves out (see `aggregate.pairs`)."""
+    return pairs_of(_main(rows))
+
+
+def _main(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Return task, setting and metric -> model -> value of the main rows."""
     table: dict[str, dict[str, float]] = {}
-    higher: dict[str, bool] = {}
     for row in rows:
         if row["main"] and row["subgroup"] is None and row["value"] is not None and row["model"] in MODELS:
-            name = f"{row['tier']}: {row['task']}, {row['setting']}"
-            table.setdefault(name, {})[row["model"]] = row["value"]
-            higher[name] = row["metric"] not in LOWER
-    return aggregate(table, higher)
+            words = [part for part in (row["task"], row["setting"], row["metric"]) if part]
+            table.setdefault(f"{row['tier']}: {', '.join(words)}", {})[row["model"]] = row["value"]
+    return table
 
 
 def markdown(
-    tiers: Sequence[Mapping[str, Any]], totals: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]
+    tiers: Sequence[Mapping[str, Any]],
+    totals: Sequence[Mapping[str, Any]],
+    comparisons: Sequence[Mapping[str, Any]],
+    two: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Render tables, aggregate and comparisons as Markdown."""
+    """Render tables, aggregate, comparisons and the tasks of two models as Markdown."""
     lines = [
         "# Evaluation suite",
         "",
@@ -121,6 +136,8 @@ def markdown(
     lines += ["## Over all tasks", "", "| model | mean z | mean rank | tasks | missing |", "|---|---|---|---|---|"]
     for row in totals:
         lines.append(f"| {row['model']} | {_signed(row['z'])} | {_plain(row['rank'], 1)} | {row['tasks']} | {row['missing']} |")
+    lines += [""] if two else []
+    lines += [f"- not in z and rank, of two models only: {_pair(entry)}" for entry in two]
     if comparisons:
         lines += ["", "| weights against | task | difference (95 % interval) | after Holm |", "|---|---|---|---|"]
     for row in comparisons:
@@ -136,7 +153,9 @@ def markdown(
                 "|---" * (len(models) + 4) + "|",
             ]
             for line in part["lines"]:
-                cells = " | ".join(_cell(line["cells"][m]) if m in line["cells"] else "-" for m in models)
+                cells = " | ".join(
+                    _cell(line["cells"][m]) + _seeds(line["cells"][m]) if m in line["cells"] else "-" for m in models
+                )
                 lines.append(f"| {line['what']} | {cells} | {line['n']} | {_plain(line['patients'], 0)} | {line['seeds']} |")
             lines.append("")
         lines += [f"- skipped: {s['task'] + ', ' if s['task'] else ''}{s['what']}: {s['why']}" for s in tier["skipped"]]
@@ -145,12 +164,23 @@ def markdown(
     return "\n".join(lines)
 
 
+def _pair(entry: Mapping[str, Any]) -> str:
+    """Return a task of two models as words."""
+    first, second = entry["models"]
+    return f"{entry['task']}: {first} minus {second} {entry['difference']:+.3f}"
+
+
 def _cell(cell: Mapping[str, Any]) -> str:
     if cell["value"] is None:
         return "insufficient"
     if cell["low"] is None or cell["high"] is None:
         return f"{cell['value']:.3f}"
     return f"{cell['value']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})"
+
+
+def _seeds(cell: Mapping[str, Any]) -> str:
+    """Return how many seeds a cell has, where that is not what its line has."""
+    return f" [seeds: {cell['seeds']}]" if "seeds" in cell else ""
 
 
 def _plain(value: float | None, digits: int) -> str:

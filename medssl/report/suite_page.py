@@ -74,6 +74,12 @@ def _overall(result: Mapping[str, Any]) -> str:
     if lines:
         said = "Weights minus control, paired over test patients; all lines tested together (Holm, 5 %)."
         parts.append(table(["task", "against", "difference (95 % interval)", "these weights are"], lines, caption=said))
+    two = "".join(
+        f"<li>{text(entry['task'])}: {' minus '.join(map(_model, entry['models']))} {decimal(entry['difference'], sign=True)}</li>"
+        for entry in result.get("pairs", ())
+    )
+    if two:
+        parts.append(f'<p>Not in z and rank, because two models alone have it:</p><ul class="skipped">{two}</ul>')
     return "".join(parts) or '<p class="absent">No tier had a number that models can be compared by.</p>'
 
 
@@ -107,6 +113,8 @@ def _line(line: Mapping[str, Any], models: Sequence[str]) -> list[str]:
             )
         else:
             cells.append(written(Estimate(cell["value"], cell["low"], cell["high"])))
+        if cell is not None and "seeds" in cell:  # not those of the line
+            cells[-1] += f" <small>[seeds: {plain(cell['seeds'])}]</small>"
     return [*cells, plain(line["n"]), plain(line["patients"]), plain(line["seeds"])]
 
 
@@ -135,6 +143,7 @@ def _caveats(result: Mapping[str, Any]) -> str:
         "Fitted on training, chosen on validation, scored on test cases; neighbours, retrieval and leakage take validation and test cases.",
         "Brackets are 95 % intervals by bootstrap over patients: chance among these patients, not other hospitals.",
         "Subgroups with fewer than 50 cases, or 10 of either class, have no number. A gap without a number is no evidence of fairness.",
+        "The best and the worst group of a gap were picked on these same data, which makes the gap too large; its interval leaves that out.",
         "The scratch twin exists where a network is fine-tuned; in frozen tables its fine-tuned score stands in the last lines.",
     ]
     if "not checked" in str(result["leakage_check"]):

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from medssl.errors import RequestError
+from medssl.evaluation import retrieval
 from medssl.evaluation.bootstrap import paired_p
 from medssl.evaluation.finetune_targets import Cases, mean_auc
 from medssl.evaluation.frozen import few_shot, fewest, fit_probe, predicted
 from medssl.evaluation.linear_probe import RIDGE_ALPHAS, fit_on_validation
-from medssl.evaluation.retrieval import precision_at_k, reidentified
-from medssl.evaluation.suite_rows import markdown, overall, row_of, skip, tables
+from medssl.evaluation.retrieval import precision_at_k, precisions, reidentified
+from medssl.evaluation.suite_rows import markdown, overall, pairs, row_of, skip, tables
 
 
 def blobs(n: int = 60, seed: int = 0) -> tuple[np.ndarray, Cases]:
@@ -48,6 +49,18 @@ def test_reidentified__asks_only_patients_with_another_study() -> None:
     assert rows.tolist() == [0, 1, 2, 4] and hits.tolist() == [0, 0, 1, 0]
     assert chance == pytest.approx([0.25] * 4)
     assert len(reidentified(features, list("abcde"), list("abcde"))[0]) == 0
+
+
+def test_retrieval__is_the_same_in_blocks_and_for_several_k_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(23, 3)), np.arange(23) % 3
+    patients, studies = [f"p{k // 3}" for k in range(23)], [f"s{k // 2}" for k in range(23)]
+    whole, again = precisions(x, labels, patients, [1, 4]), reidentified(x, patients, studies)
+    monkeypatch.setattr(retrieval, "ROWS_AT_ONCE", 5)
+    parts = precisions(x, labels, patients, [1, 4])
+    assert all(np.array_equal(whole[0][k], parts[0][k]) for k in (1, 4)) and np.array_equal(whole[1], parts[1])
+    assert np.array_equal(parts[0][4], precision_at_k(x, labels, patients, 4)[0]) and len(again[0])
+    assert all(np.array_equal(a, b) for a, b in zip(again, reidentified(x, patients, studies), strict=True))
 
 
 def test_penalty__is_chosen_by_validation_cases_alone() -> None:
@@ -102,7 +115,8 @@ def test_tables__have_controls_and_twin_even_where_they_did_not_run() -> None:
         row_of(score("encoder", "auroc", 0.9), "frozen", "finding", "logistic", main=True),
         row_of(score("random_init", "auroc", 0.6), "frozen", "finding", "logistic", main=True),
         row_of(score("pretrained", "auroc", 0.95), "classification", "finding", "20 labels", main=True),
-        row_of(score("scratch", "auroc", 0.8), "classification", "finding", "20 labels", main=True),
+        row_of(score("scratch", "auroc", 0.8), "classification", "finding", "20 labels", seeds=2, main=True),
+        row_of(score("raw_pixels", "auroc", 0.7), "classification", "finding", "20 labels", main=True),
         row_of(score("encoder", "mae", None), "fairness", "organ", "by ward", subgroup="group_1"),
     ]
     found = {tier["tier"]: tier for tier in tables(rows, {"detection": [skip("", "mAP", "no recipe")]})}
@@ -112,14 +126,11 @@ def test_tables__have_controls_and_twin_even_where_they_did_not_run() -> None:
     assert frozen["lines"][1]["cells"]["scratch"]["value"] == 0.8
     assert found["detection"]["skipped"] == [{"task": "", "what": "mAP", "why": "no recipe"}]
     totals = {row["model"]: row for row in overall(rows)}
-    assert totals["weights"]["tasks"] == 2 and totals["scratch"] == {
-        "model": "scratch",
-        "z": -1.0,
-        "rank": 2.0,
-        "tasks": 1,
-        "missing": 1,
-    }
-    text = markdown(list(found.values()), list(totals.values()), [])
+    assert totals["weights"]["tasks"] == 1 and totals["random_init"]["missing"] == 1
+    assert totals["scratch"] == {"model": "scratch", "z": pytest.approx(-0.162, abs=1e-3), "rank": 2.0, "tasks": 1, "missing": 0}
+    text = markdown(list(found.values()), list(totals.values()), [], pairs(rows))
+    assert "- not in z and rank, of two models only: frozen: finding, logistic, auroc: weights minus random_init +0.300" in text
+    assert "0.800 [seeds: 2]" in text
     assert "| logistic, auroc | 0.900 | - | 0.600 | - | - | 20 | 18 | 1 |" in text
     assert "- skipped: mAP: no recipe" in text and "insufficient" in text and "not run: the recipe leaves this tier out" in text
 
@@ -128,5 +139,6 @@ def test_lower_is_better__for_errors() -> None:
     rows = [
         row_of(score("encoder", "mae", 1.0), "regression", "organ", "ridge", main=True),
         row_of(score("raw_pixels", "mae", 2.0), "regression", "organ", "ridge", main=True),
+        row_of(score("random_init", "mae", 3.0), "regression", "organ", "ridge", main=True),
     ]
-    assert [row["model"] for row in overall(rows)] == ["weights", "raw_pixels"]
+    assert [row["model"] for row in overall(rows)] == ["weights", "raw_pixels", "random_init"]

@@ -125,6 +125,11 @@ def test_faults__come_before_anything_is_written(house: Path, phantom_archive: P
         suite.run_suite(load(house, phantom_archive, f"segmentation.recipe={tmp_path / 'no.yaml'}", out), house / "run")
     with pytest.raises(RequestError, match="has no column"):
         suite.run_suite(load(house, phantom_archive, "tasks.finding.column=fnding", out), house / "run")
+    text = (house / "labels.csv").read_text().splitlines()
+    spoilt = [text[0], ",".join([text[1].split(",")[0], "nan", *text[1].split(",")[2:]]), *text[2:]]
+    (tmp_path / "nan.csv").write_text("\n".join(spoilt))
+    with pytest.raises(RequestError, match="not finite"):
+        suite.run_suite(load(house, phantom_archive, f"table={tmp_path / 'nan.csv'}", out), house / "run")
     with pytest.raises(RequestError, match="`medssl evaluate --suite` needs one with kind: suite"):
         suite.run_suite(recipe_folder() / "demo" / "evaluate.yaml", house / "run", ["source.index=x", "table=y", "target=z"])
     assert not (tmp_path / "out").exists()

@@ -30,7 +30,17 @@ def result() -> dict[str, Any]:
         "rows": rows,
         "tables": tables(rows, {"ood": [skip("<finding>", "site held out", "no attached labels for site")]}),
         "aggregate": overall(rows),
+        "pairs": [{"task": "segmentation: <organs>, 4 labels, dice", "models": ["weights", "scratch"], "difference": -0.01}],
         "comparisons": [
+            {
+                "tier": "regression",
+                "task": "one case",
+                "against": "raw_pixels",
+                "value": None,
+                "low": None,
+                "high": None,
+                "verdict": "no difference shown",
+            },
             {
                 "tier": "frozen",
                 "task": "<finding>",
@@ -39,7 +49,7 @@ def result() -> dict[str, Any]:
                 "low": 0.05,
                 "high": 0.2,
                 "verdict": "win",
-            }
+            },
         ],
         "tasks": {
             "<finding>": {"task": "classification", "cases": {"train": 9, "val": 3, "test": 3}, "classes": ["class_1", "class_2"]}
@@ -60,5 +70,5 @@ def test_page__shows_every_model_and_every_reason() -> None:
         assert word in said
     assert "skipped: <finding>, site held out: no attached labels for site" in said and "<finding>" not in page
     assert "insufficient" in said and "4 further lines" in said and "could not be checked" in said
-    assert "Research only" in said
+    assert "Research only" in said and "these weights minus scratch twin −0.010" in said and "no difference shown" in said
     assert not re.search(r"https?:|//[a-z]|<script|@import|url\(", page) and "default-src 'none'" in page

@@ -1,0 +1,209 @@
+"""Tiers on toy features: one part that cannot run costs no other, and numbers say what they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medssl import suite, suite_tiers
+from medssl.build import suite_faults
+from medssl.errors import LeakageError, RequestError, TrainingStopped
+from medssl.evaluation.finetune_targets import Cases
+from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS
+from medssl.recipe import CurveSection, SourceSection, SuiteRecipe
+from medssl.suite_tiers import Bench, Found
+
+
+def toy_bench(
+    patients: Sequence[str],
+    split: Sequence[str],
+    targets: Sequence[float],
+    *,
+    sex: Sequence[str] = (),
+    task: str = "classification",
+    **settings: Any,
+) -> Bench:
+    """A bench of one task "t" whose features are the target plus noise."""
+    n = len(patients)
+    series = [f"s{k:03d}" for k in range(n)]
+    sexes = sex or ["F"] * n
+    rows = [
+        SimpleNamespace(
+            series_id=series[k], patient_id=patients[k], study_id=series[k], sex=sexes[k], site=None, vendor=None, quality_flags=()
+        )
+        for k in range(n)
+    ]
+    given = {"draws": 20, "k": [1], "shots": [1], "shot_seeds": 2, "left_out": [], "subgroups": [], "leakage": [], **settings}
+    recipe = SuiteRecipe(
+        source=SourceSection(index="x", domain="mri", views={}),
+        table="none.csv",
+        tasks={"t": {"column": "t", "task": task}},
+        **given,
+    )
+    classes = [f"class_{k + 1}" for k in range(len(set(targets)))] if task == "classification" else []
+    cases = Cases(np.arange(n), np.array(targets, dtype=float), list(patients), np.array(split), classes)
+    manifest = {"weights_hash": "w", "encoder": {"name": "toy"}}
+    shelf: Any = SimpleNamespace(rows=rows)
+    bench = Bench(recipe, Path("w"), manifest, recipe.source, shelf, {"t": cases}, series, {"t": (list("ab"), classes)})
+    rng = np.random.default_rng(0)
+    noise = {model: rng.normal(size=(n, 4)) for model in (WEIGHTS, *CONTROLS)}
+    vars(bench)["features"] = {m: x + (np.array(targets)[:, None] if m == WEIGHTS else 0) for m, x in noise.items()}
+    return bench
+
+
+def thirds(n: int = 36, **settings: Any) -> Bench:
+    """Two classes, one patient per case, a third of the cases in each split."""
+    return toy_bench(
+        [f"p{k}" for k in range(n)], [("train", "val", "test")[k // 2 % 3] for k in range(n)], [k % 2 for k in range(n)], **settings
+    )
+
+
+def test_one_test_case__leaves_no_r2_and_does_not_end_the_suite(tmp_path: Path) -> None:
+    bench = toy_bench(
+        [f"p{k}" for k in range(9)], ["train"] * 6 + ["val"] * 2 + ["test"], np.arange(9.0).tolist(), task="regression"
+    )
+    found = suite.run_tier("regression", bench, tmp_path)
+    assert [row["value"] for row in found["p_values"]] == [None] * 3
+    result = suite._verdicts(found["p_values"])
+    assert {row["verdict"] for row in result} == {"no difference shown"}
+
+
+def test_one_unseen_patient__costs_what_needs_two_and_nothing_else(tmp_path: Path) -> None:
+    patients = [f"p{k}" for k in range(8)] + ["q"] * 6
+    bench = toy_bench(patients, ["train"] * 8 + ["val"] * 2 + ["test"] * 4, [0, 1] * 7, leakage=["sex"])
+    frozen = suite.run_tier("frozen", bench, tmp_path)
+    assert "1 patient(s)" in {s["what"]: s["why"] for s in frozen["skipped"]}["neighbours"]
+    assert {row["setting"] for row in frozen["rows"]} == {"logistic", "1 per class"}
+    (entry,) = [s for s in suite.run_tier("retrieval", bench, tmp_path)["skipped"] if s["what"] == "retrieval"]
+    assert "1 patient(s)" in entry["why"]
+    assert "0 value of sex has 5 or more patients" in suite.run_tier("fairness", bench, tmp_path)["skipped"][0]["why"]
+
+
+def test_one_training_patient_without_val__skips_the_probe(tmp_path: Path) -> None:
+    bench = toy_bench(["p"] * 6 + [f"q{k}" for k in range(6)], ["train"] * 6 + ["test"] * 6, [0, 1] * 6)
+    frozen = suite.run_tier("frozen", bench, tmp_path)
+    assert "logistic probe" in {s["what"] for s in frozen["skipped"]} and {r["setting"] for r in frozen["rows"]} == {
+        "1 nearest",
+        "1 per class",
+    }
+
+
+def test_leakage__counts_patients_not_series() -> None:
+    patients, sexes = [f"p{k // 5}" for k in range(50)], ["FM"[k // 5 % 2] for k in range(50)]
+    enough = toy_bench(patients, ["test"] * 50, [0, 1] * 25, sex=sexes)
+    assert {row["model"] for row in suite_tiers._leakage(enough, "sex").rows} == {WEIGHTS, *CONTROLS}
+    few = toy_bench(["f"] * 10 + ["m"] * 10, ["test"] * 20, [0, 1] * 10, sex=["F"] * 10 + ["M"] * 10)
+    found = suite_tiers._leakage(few, "sex")
+    assert not found.rows and "0 value of sex has 5 or more patients" in found.skipped[0]["why"]
+
+
+@pytest.mark.parametrize(
+    ("error", "finished"), [(LeakageError("a folder that is not mounted"), False), (TrainingStopped("NaN"), True)]
+)
+def test_curve_that_fails__is_skipped_and_tried_again_where_that_can_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, finished: bool
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(suite_tiers, "run_curve", fails)
+    bench = thirds(classification={"counts": [4], "seeds": [0]})
+    first = suite.run_tier("classification", bench, tmp_path)
+    assert str(error) in first["skipped"][0]["why"] and first["finished"] is finished
+    assert {row["model"] for row in first["rows"]} == set(CONTROLS)
+    monkeypatch.setattr(suite, "RUN", {"classification": lambda *_: Found(skipped=[{"task": "", "what": "again", "why": ""}])})
+    assert (suite.run_tier("classification", bench, tmp_path)["skipped"][0]["what"] == "again") is not finished
+
+
+@pytest.mark.parametrize("task", ["regression", "classification"])
+def test_gap__is_signed_so_that_its_interval_can_hold_zero(task: str) -> None:
+    """Twins of either sex with the same predictions, but for one."""
+    n, rng = 240, np.random.default_rng(1)
+    targets = np.repeat(rng.permutation(n // 2) % 2, 2).astype(float)
+    guess = np.repeat(rng.uniform(size=n // 2), 2)
+    guess[1] += 0.3
+    table = np.stack([targets, guess] if task == "regression" else [targets, 1 - guess, guess], axis=1)
+    sexes = ["FM"[k % 2] for k in range(n)]
+    bench = toy_bench([f"p{k}" for k in range(n)], ["test"] * n, targets.tolist(), task=task, sex=sexes, draws=100)
+    rows = suite_tiers._by_group(bench, "t", "sex", {WEIGHTS: table}).rows
+    (gap,) = [row for row in rows if row["metric"].startswith("gap")]
+    assert gap["low"] < 0 < gap["value"] < gap["high"] and "on these same data" in gap["subgroup"]
+
+
+def test_controls_of_curves__say_what_they_lack() -> None:
+    bench = thirds()
+    bench.tasks["t"].split[bench.tasks["t"].split == "val"] = "none"
+    found = suite_tiers._control_curves(bench, "t", [4], [0])
+    assert not found.rows and "no labelled case is marked val" in found.skipped[0]["why"]
+
+
+def test_controls_of_curves__name_the_seeds_without_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = thirds()
+    train = bench.tasks["t"].where("train")
+    monkeypatch.setattr(suite_tiers, "few_label_order", lambda cases, seed: train[::2] if seed else train)
+    found = suite_tiers._control_curves(bench, "t", [4], [0, 1])
+    assert {row["seeds"] for row in found.rows} == {1} and "1 of 2 seeds lack a class" in found.skipped[0]["why"]
+
+
+def test_relative_robustness__is_no_main_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = thirds(corruptions={"kinds": ["noise"], "levels": [1]})
+    monkeypatch.setattr(Bench, "look", lambda self, places, change=None: {m: x[list(places)] for m, x in self.features.items()})
+    rows = suite_tiers._corrupted(bench, "t").rows
+    assert {row["metric"] for row in rows} >= {"relative_robustness"} and not any(row["main"] for row in rows)
+
+
+def write_nested(path: Path, lr: float) -> None:
+    path.write_text(
+        f"kind: finetune\ntask: classification\nsource: {{index: x, domain: mri, views: {{}}}}\ntable: t.csv\ntarget: t\nsettings: {{lr: {lr}}}\n"
+    )
+
+
+@pytest.mark.parametrize("change", ["nested recipe", "a column", "a patient"])
+def test_claim__knows_what_tiers_read(tmp_path: Path, change: str) -> None:
+    nested = tmp_path / "nested.yaml"
+    write_nested(nested, 0.01)
+    bench = thirds(leakage=["sex"], detection={"recipe": str(nested)})
+    suite.claim(tmp_path / "out", bench, "")
+    suite.claim(tmp_path / "out", bench, "")
+    if change == "nested recipe":
+        write_nested(nested, 0.02)
+    elif change == "a column":
+        bench.shelf.rows[0].sex = "M"  # type: ignore[misc]
+    else:
+        bench.shelf.rows[0].patient_id = "p1"  # type: ignore[misc]
+    with pytest.raises(RequestError, match="computed with other"):
+        suite.claim(tmp_path / "out", bench, "")
+
+
+def test_faults__name_numbers_that_no_tier_can_take() -> None:
+    wrong = thirds(k=[0, 1], shots=[0], classification=CurveSection(fractions=[0.5, 1.5], counts=[-1]).model_dump()).recipe
+    faults = suite_faults(wrong)
+    for start in ("k: 0;", "shots: 0;", "classification.counts: -1;", "classification.fractions: 1.5;"):
+        assert any(fault.startswith(start) for fault in faults), start
+
+
+def test_results__are_of_all_tiers_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = thirds()
+    monkeypatch.setattr(suite, "open_bench", lambda recipe, *_: replace_recipe(bench, recipe))
+    monkeypatch.setattr(suite, "load_recipe", lambda recipe, *_, **__: recipe)
+    monkeypatch.setattr(suite, "replace", lambda shelf, **_: shelf)
+    monkeypatch.setattr(suite, "refuse_pretraining_patients", lambda *_: "none")
+
+    def run(tier: str) -> dict[str, Any]:
+        return suite.run_suite(bench.recipe.model_copy(update={"tiers": [tier], "out": str(tmp_path / "out")}), "w")
+
+    run("frozen")
+    done = run("retrieval")
+    assert {row["tier"] for row in done["rows"]} == {"frozen", "retrieval"} and len(done["comparisons"]) == 3
+    assert {row["tier"] for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]} == {"frozen", "retrieval"}
+
+
+def replace_recipe(bench: Bench, recipe: SuiteRecipe) -> Bench:
+    bench.recipe = recipe
+    return bench
