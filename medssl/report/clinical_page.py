@@ -155,6 +155,8 @@ def _glance(facts: Facts) -> str:
     main = next(row for row in rows if row["arm"] == facts["arm"] and row["labels"] == facts["labels"])
     seeds = f"{main['seeds']} seed{'' if main['seeds'] == 1 else 's'}"
     how = f"{_arm(main['arm'])}, fine-tuned on {main['labels']} labelled cases, {seeds}. 95 % interval by bootstrap over patients."
+    if facts.get("folds"):
+        how += f" The test cases of {facts['folds']} folds are taken together; each was tested by the network that had not seen its patient."
     how += " A wide interval means: with other patients of the same kind this number could have been any of these."
     parts = [f'<p class="main">{text(headline(main, metric))}</p><p class="how">{text(how)}</p>']
     low, high = span_of(_estimate(row) for row in rows)
@@ -309,12 +311,20 @@ def _sensitivity(facts: Facts) -> str:
         for row in found["rows"]
     ]
     wanted = f"{100 * found['specificity']:.0f} %"
+    each = " Each fold has a threshold of its own, used on its own test cases." if facts.get("folds") else ""
     caption = (
         f"The finding is {text(_class(facts, 1))}. The threshold was fitted on validation cases alone, to a specificity of {wanted} there; on the "
         "test cases the specificity is what came "
-        "of it, so read both lines together. Cases: those with the finding for sensitivity, those without for specificity."
+        f"of it, so read both lines together.{each} Cases: those with the finding for sensitivity, those without for specificity."
     )
     return table(["", "network", "on test (95 % interval)", "cases"], cells, caption=caption)
+
+
+def _temperature(value: float | Sequence[float | None] | None) -> str:
+    """Write a temperature, or those of the folds."""
+    if isinstance(value, Sequence):
+        return "by fold " + " ".join(_temperature(one) for one in value)
+    return "none" if value is None else plain(value)
 
 
 def _calibration(facts: Facts) -> str:
@@ -324,7 +334,7 @@ def _calibration(facts: Facts) -> str:
     cells = [
         [text(_NAMES.get(row["metric"], row["metric"])), text(_arm(row["arm"])), written(_estimate(row))] for row in found["rows"]
     ]
-    fitted = [f"{_arm(arm)} {plain(t)}" if t is not None else f"{_arm(arm)} none" for arm, t in found["temperature"].items()]
+    fitted = [f"{_arm(arm)} {_temperature(t)}" for arm, t in found["temperature"].items()]
     caption = (
         f"Temperature and threshold were fitted on validation cases only (temperature: {', '.join(fitted)}); no test case had a part in it. "
         "Both scores: lower is better. The calibration error of few cases is never 0, even for perfect probabilities."
@@ -420,23 +430,7 @@ def _outside(facts: Facts) -> str:
     found = facts["outside"]
     if "why" in found:
         return absent("Not shown:", text(found["why"]))
-    span = found["range"]
-    said = []
-    if span.get("spacing_mm"):
-        low, high = span["spacing_mm"]
-        said.append(
-            "voxel size " + " × ".join(f"{a:.3g}" if a == b else f"({a:.3g} to {b:.3g})" for a, b in zip(low, high)) + " mm"
-        )
-    said.append(f"vendors {', '.join(span['vendors'])}" if span.get("vendors") else "vendors not known")
-    if span.get("knn_limit") is not None:
-        said.append(
-            f"mean cosine distance to the {span['neighbours']} nearest training cases up to {span['knn_limit']:.3g} (99th percentile, leave one out)"
-        )
-    else:
-        said.append("too few training cases for distances")
-    n = span.get("n")
-    chance = f" By chance alone about 1 in {n + 1} test cases lies above the distance." if n and n < 100 else ""
-    lead = f"Training range of {n} cases: {'; '.join(said)}. Features are those of the encoder before fine-tuning.{chance}"
+    lead = _range_of_folds(facts["folds"]) if facts.get("folds") else _range(found["range"])
     if not found["rows"]:
         return f"<p>{text(lead)}</p><p>None of {found['n']} test cases lies outside.</p>"
     counts = ", ".join(f"{count} by {_NAMES.get(by, by)}" for by, count in sorted(found["counts"].items()))
@@ -452,6 +446,33 @@ def _outside(facts: Facts) -> str:
     if len(cells) > 20:
         body = f"<details><summary>All {len(cells)} flagged cases</summary>{body}</details>"
     return f"<p>{text(lead)}</p><p><b>{len(cells)} of {found['n']} test cases are flagged</b>: {text(counts)}.</p>{body}"
+
+
+def _range_of_folds(folds: int) -> str:
+    return (
+        f"Each test case was compared with the training cases of its own fold; these differ between the {folds} folds, so no one range is "
+        "given here. Features are those of the encoder before fine-tuning."
+    )
+
+
+def _range(span: Mapping[str, Any]) -> str:
+    """Say what the training cases span."""
+    said = []
+    if span.get("spacing_mm"):
+        low, high = span["spacing_mm"]
+        said.append(
+            "voxel size " + " × ".join(f"{a:.3g}" if a == b else f"({a:.3g} to {b:.3g})" for a, b in zip(low, high)) + " mm"
+        )
+    said.append(f"vendors {', '.join(span['vendors'])}" if span.get("vendors") else "vendors not known")
+    if span.get("knn_limit") is not None:
+        said.append(
+            f"mean cosine distance to the {span['neighbours']} nearest training cases up to {span['knn_limit']:.3g} (99th percentile, leave one out)"
+        )
+    else:
+        said.append("too few training cases for distances")
+    n = span.get("n")
+    chance = f" By chance alone about 1 in {n + 1} test cases lies above the distance." if n and n < 100 else ""
+    return f"Training range of {n} cases: {'; '.join(said)}. Features are those of the encoder before fine-tuning.{chance}"
 
 
 def _not_asked(facts: Facts) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from medssl.errors import RequestError
 from medssl.evaluation.clinical import clinical_facts, code_of, numbered
-from tests.report.clinical_results import SECRET, classification, regression, segmentation
+from tests.report.clinical_results import SECRET, classification, folds, regression, segmentation
 
 
 def test_segmentation__headline_is_the_mean_over_patients_and_seeds() -> None:
@@ -70,6 +70,32 @@ def test_classification__operating_point_and_calibration_are_those_of_the_cells(
     assert worst["target"] != worst["called"] and len(worst["case"]) == 8
     groups = {row["group"]: row["sufficient"] for row in facts["subgroups"]["tables"]["sex"]}
     assert groups == {"F": True, "M": False}
+
+
+def test_folds__are_one_test_set_and_each_case_goes_by_its_own_threshold() -> None:
+    cells = [cell for arm in ("pretrained", "scratch") for seed in (0, 1) for cell in folds(arm, seed)]
+    facts = clinical_facts(cells[::-1], draws=100)
+    whole = clinical_facts([classification(), classification(seed=1)], draws=100)
+    assert facts["folds"] == 2 and whole["folds"] is None
+    main = facts["headlines"][0]
+    assert main["value"] == whole["headlines"][0]["value"] and (main["seeds"], main["n_cases"]) == (2, 80)
+    halves = [(case, 0.3 if k < 40 else 0.7) for k, case in enumerate(classification()["cases"])]
+    right = [case["probability"][1] >= limit for case, limit in halves if case["target"] == 1]
+    found = {(row["arm"], row["metric"]): row for row in facts["sensitivity"]["rows"]}
+    assert found["pretrained", "sensitivity"]["value"] == pytest.approx(np.mean(right))
+    assert found["pretrained", "sensitivity"]["low"] is not None and found["pretrained", "specificity"]["n"] == 40
+    ours = {row["metric"]: row["value"] for row in facts["calibration"]["rows"] if row["arm"] == "pretrained"}
+    assert ours == pytest.approx({row["metric"]: row["value"] for row in whole["calibration"]["rows"]})
+    assert facts["calibration"]["bins"]["pretrained"] == whole["calibration"]["bins"]["pretrained"]
+    assert facts["calibration"]["temperature"]["scratch"] == [1.1, 2.1] and facts["outside"]["range"] == {}
+    assert facts["choice"].startswith("by fold: step 1") and facts["worst"]["n"] == 80
+    cells[0]["fitted"] = {}
+    assert "not every fold" in clinical_facts(cells[:2], draws=20)["sensitivity"]["why"]
+
+
+def test_folds__that_are_not_finished_are_left_out() -> None:
+    facts = clinical_facts([*folds(), folds("scratch")[0]], draws=20)
+    assert [row["arm"] for row in facts["headlines"]] == ["pretrained"]
 
 
 def test_regression__bias_is_seen_and_what_is_missing_says_why() -> None:

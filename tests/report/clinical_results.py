@@ -93,6 +93,24 @@ def classification(arm: str = "pretrained", seed: int = 0, n: int = 80, noise: f
     return {**facts, "rows": rows, "fitted": fitted, "reliability": reliability(chances, targets), "training_range": span}
 
 
+def folds(arm: str = "pretrained", seed: int = 0) -> list[dict[str, Any]]:
+    """The cases of `classification` dealt into two folds, each with its own threshold, temperature and training range."""
+    whole = classification(arm, seed)
+    return [
+        {
+            **whole,
+            "fold": fold,
+            "cases": whole["cases"][40 * fold : 40 * fold + 40],
+            "rows": [{**row, "value": 0.1 * (fold + 1)} for row in whole["rows"]],
+            "reliability": [],
+            "fitted": {"temperature": 1.1 + fold, "threshold": 0.3 + 0.4 * fold},
+            "seconds": {"train": 2.0 + 2 * fold},
+            "choice": f"step {fold + 1}, the best of 9 validation cases",
+        }
+        for fold in (0, 1)
+    ]
+
+
 def detection(arm: str = "pretrained") -> dict[str, Any]:
     """Rows as detection leaves them."""
     score = {

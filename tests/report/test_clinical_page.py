@@ -15,7 +15,7 @@ from medssl.evaluation.clinical import clinical_facts
 from medssl.evaluation.worst import WorstCases, slices
 from medssl.report.clinical_page import clinical_page, headline, read_worst
 from tests.cli.test_bad_input import medssl
-from tests.report.clinical_results import SECRET, classification, detection, regression, segmentation
+from tests.report.clinical_results import SECRET, classification, detection, folds, regression, segmentation
 from tests.report.test_page import Outline, write_json
 
 
@@ -62,6 +62,16 @@ def test_classification__says_on_what_the_threshold_was_fitted() -> None:
     said = words(clinical_page(clinical_facts([classification()], draws=50)))
     assert "fitted on validation cases only" in said and "specificity of 95 %" in said and "The finding is class 2" in said
     assert "Reliability" in said and "Structures" not in said
+
+
+def test_folds__are_said_to_be_several_networks() -> None:
+    said = words(clinical_page(clinical_facts([*folds(), *folds("scratch")], draws=50)))
+    assert "test cases of 2 folds are taken together" in said and "Each fold has a threshold of its own" in said
+    assert (
+        "temperature: pretrained by fold 1.1 2.1" in said
+        and "training cases of its own fold" in said
+        and "of None cases" not in said
+    )
 
 
 def test_what_is_missing__is_said() -> None:
