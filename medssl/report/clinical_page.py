@@ -465,14 +465,19 @@ def _range(span: Mapping[str, Any]) -> str:
         )
     said.append(f"vendors {', '.join(span['vendors'])}" if span.get("vendors") else "vendors not known")
     if span.get("knn_limit") is not None:
+        left = "patient" if span.get("n_patients") else "case"
         said.append(
-            f"mean cosine distance to the {span['neighbours']} nearest training cases up to {span['knn_limit']:.3g} (99th percentile, leave one out)"
+            f"mean cosine distance to the {span['neighbours']} nearest training cases up to {span['knn_limit']:.3g} (99th percentile, leave one "
+            f"{left} out)"
         )
     else:
-        said.append("too few training cases for distances")
-    n = span.get("n")
-    chance = f" By chance alone about 1 in {n + 1} test cases lies above the distance." if n and n < 100 else ""
-    return f"Training range of {n} cases: {'; '.join(said)}. Features are those of the encoder before fine-tuning.{chance}"
+        said.append("too few training patients for distances")
+    n, patients = span.get("n"), span.get("n_patients")  # results of an earlier medssl counted cases alone
+    of, what = (patients, "patients") if patients else (n, "cases")
+    told = span.get("knn_limit") is not None and of and of < 100
+    chance = f" By chance alone about 1 in {of + 1} test {what} lies above the distance." if told else ""
+    whose = f" of {patients} patient{'' if patients == 1 else 's'}" if patients else ""
+    return f"Training range of {n} cases{whose}: {'; '.join(said)}. Features are those of the encoder before fine-tuning.{chance}"
 
 
 def _not_asked(facts: Facts) -> str:

@@ -74,6 +74,16 @@ def test_folds__are_said_to_be_several_networks() -> None:
     )
 
 
+def test_chance_of_a_flag__is_told_by_patients() -> None:
+    result = segmentation(n=6)
+    assert "1 in 21 test cases lies above" in words(
+        clinical_page(clinical_facts([result], draws=20))
+    )  # an earlier result: cases alone
+    result["training_range"] |= {"n": 20, "n_patients": 4}
+    said = words(clinical_page(clinical_facts([result], draws=20)))
+    assert "1 in 5 test patients lies above" in said and "Training range of 20 cases of 4 patients" in said
+
+
 def test_what_is_missing__is_said() -> None:
     said = words(clinical_page(clinical_facts([regression()], draws=50)))
     assert "earlier medssl" in said and "nothing is known of the patients and scanners" in said
