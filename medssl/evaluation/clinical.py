@@ -183,7 +183,11 @@ def _given_headline(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _structures(arms: Mapping[str, Sequence[Result]], draws: int) -> dict[str, Any]:
-    """Return Dice and HD95 of each structure and arm; `not_found` counts cases whose label has it and whose prediction misses it wholly."""
+    """Return Dice and HD95 of each structure and arm, and two counts of the first seed.
+
+    `not_found` counts cases whose label has the structure and of which not one voxel was found; `invented` those whose label lacks it
+    and whose prediction has it. Dice is 0 in both. They are None where no volumes were kept.
+    """
     rows = []
     names = [str(name) for name in next(iter(arms.values()))[0]["structures"]]
     for name in names:
@@ -202,13 +206,30 @@ def _structures(arms: Mapping[str, Sequence[Result]], draws: int) -> dict[str, A
                 groups = _patients([{"patient": patient[key]} for key in by_case])
                 empty = {"value": None, "low": None, "high": None}
                 row[metric] = (_interval(values, groups, draws) if len(values) else empty) | {"n": len(values)}
-            row["not_found"] = sum(case["dice"].get(name) == 0 for case in results[0]["cases"])
+            kept = any(case.get("reference_ml") for case in results[0]["cases"])
+            row["not_found"] = sum(_missed(case, name) for case in results[0]["cases"]) if kept else None
+            row["invented"] = sum(_invented(case, name) for case in results[0]["cases"]) if kept else None
             rows.append(row)
     return {"rows": rows}
 
 
+def _missed(case: Mapping[str, Any], name: str) -> bool:
+    """Say whether the label of a case has a structure of which the prediction meets no voxel."""
+    return bool(case["dice"].get(name) == 0 and ((case.get("reference_ml") or {}).get(name) or 0) > 0)
+
+
+def _invented(case: Mapping[str, Any], name: str) -> bool:
+    """Say whether the prediction of a case has a structure that its label lacks."""
+    reference, found = ((case.get(key) or {}).get(name) for key in ("reference_ml", "volume_ml"))
+    return reference == 0 and (found or 0) > 0
+
+
 def _agreement(task: str, arms: Mapping[str, Result], draws: int) -> dict[str, Any]:
-    """Return Bland and Altman's numbers and the pairs behind them: volumes in ml, or the numbers that were to be found."""
+    """Return Bland and Altman's numbers and the pairs behind them: volumes in ml, or the numbers that were to be found.
+
+    Cases in which neither label nor prediction has a structure agree on nothing that was measured: they are left out, and counted as
+    `neither`.
+    """
     found = []
     for arm, result in arms.items():
         if task == "segmentation":
@@ -218,14 +239,18 @@ def _agreement(task: str, arms: Mapping[str, Result], draws: int) -> dict[str, A
                     for case in result["cases"]
                     if case.get("reference_ml")
                 ]
-                found += _pairs(str(name), "ml", arm, [p for p in pairs if p[0] is not None and p[1] is not None], draws)
+                known = [p for p in pairs if p[0] is not None and p[1] is not None]
+                there = [p for p in known if p[0] or p[1]]
+                found += [row | {"neither": len(known) - len(there)} for row in _pairs(str(name), "ml", arm, there, draws)]
         elif task == "regression":
             found += _pairs("prediction", "", arm, [(case["target"], case["prediction"], case) for case in result["cases"]], draws)
     if found:
         return {"rows": found}
     if task == "classification":
         return _why("classes are no measurement.")
-    return _why("no volumes were kept (results of an earlier medssl, or fewer than two test cases); fine-tune again.")
+    return _why(
+        "no volumes were kept (results of an earlier medssl, or fewer than two test cases with a structure); fine-tune again."
+    )
 
 
 def _pairs(
@@ -360,7 +385,7 @@ def worst_cases(result: Result, count: int = WORST) -> dict[str, Any]:
 
 
 def failed(task: str, case: Mapping[str, Any], limit: float = math.inf) -> bool:
-    """Say whether a case failed: mean Dice below 0.5 or a structure missed wholly; the wrong class; an error above a limit."""
+    """Say whether a case failed: mean Dice below 0.5 or 0 for a structure; the wrong class; an error above a limit."""
     if task == "segmentation":
         dice = _dice_of(case)
         return dice is not None and (dice < FAILED_DICE or 0 in case["dice"].values())
@@ -395,7 +420,7 @@ def subgroups(result: Result, *, draws: int = 2000) -> dict[str, Any]:
         keys = ("group", "value", "low", "high", "n_images", "n_patients", "sufficient", "failed")
         tables[name] = [{key: row[key] for key in keys} for row in rows]
     how = {
-        "segmentation": f"mean Dice below {FAILED_DICE}, or a structure missed wholly",
+        "segmentation": f"mean Dice below {FAILED_DICE}, or a structure with Dice 0 (missed wholly, or predicted where the label has none)",
         "classification": "the most likely class was the wrong one",
         "regression": f"an error above {limit:.3g}, which one in ten of all test cases has",
     }[task]

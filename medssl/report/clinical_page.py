@@ -199,14 +199,23 @@ def _structures(facts: Facts) -> str:
                 written(_estimate(dice)),
                 written_mm(distance),
                 plain(dice["n"]),
-                plain(row["not_found"]),
+                *("–" if row[key] is None else plain(row[key]) for key in ("not_found", "invented")),
             ]
         )
-    head = ["structure", "network", "Dice (95 % interval)", "HD95 mm (95 % interval)", "cases", "missed wholly"]
+    head = [
+        "structure",
+        "network",
+        "Dice (95 % interval)",
+        "HD95 mm (95 % interval)",
+        "cases",
+        "missed wholly",
+        "predicted where none is",
+    ]
     caption = (
         f"At {facts['labels']} labelled cases, mean over test cases and seeds. HD95: 95th percentile of the distance between surfaces, lower is "
-        "better; where a structure was missed wholly the diagonal of the image stands in, so a few misses make it very large. "
-        f"Missed wholly: in the label and not in the prediction, seed {facts['seed']}."
+        "better; where only one of label and prediction has a structure the diagonal of the image stands in, so a few of these make it very large. "
+        "Missed wholly: the label has it, and not one voxel of it was found; predicted where none is: the label lacks it. "
+        f"Cases of seed {facts['seed']}."
     )
     return table(head, cells, caption=text(caption))
 
@@ -246,12 +255,19 @@ def _agreement(facts: Facts) -> str:
     picture = _plots(open_, columns, caption)
     if more:
         picture += f"<details><summary>{len(more)} further plots</summary>{_plots(more, columns, '')}</details>"
+    nowhere = [
+        f"{str(row['what']).replace('_', ' ')} {row['neither']}" + (f" ({_arm(row['arm'])})" if arms > 1 else "")
+        for row in found["rows"]
+        if row.get("neither")
+    ]
     head = ["what", "network", "bias", "lower limit", "upper limit", "error grows with size", "cases"]
     caption = (
         "Bias: mean of network minus reference. Between the limits of agreement lie about 95 % of the differences. Brackets: 95 % intervals. "
         "Where the error grows with size, one pair of limits does not hold for small and large alike."
     )
-    return table(head, cells, caption=caption) + picture
+    if nowhere:
+        caption += f" Cases with the structure in neither label nor prediction are left out: {', '.join(nowhere)}."
+    return table(head, cells, caption=text(caption)) + picture
 
 
 def _plots(plots: Sequence[clinical_figures.AgreementPlot], columns: int, caption: str) -> str:

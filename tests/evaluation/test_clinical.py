@@ -33,6 +33,22 @@ def test_segmentation__structures_misses_and_volumes() -> None:
     assert liver["upper"][0] == pytest.approx(away.mean() + 1.96 * away.std(ddof=1), rel=1e-3)
 
 
+def test_missed_wholly__counts_no_structure_that_is_not_there() -> None:
+    result = segmentation()
+    for k, (reference, found, dice) in {8: (0.0, 0.1, 0.0), 9: (0.0, 0.0, None), 10: (50.0, 40.0, 0.0)}.items():
+        case = result["cases"][k]
+        case["reference_ml"]["spleen"], case["volume_ml"]["spleen"], case["dice"]["spleen"] = reference, found, dice
+        case["hd95_mm"]["spleen"] = None if dice is None else 300.0
+    facts = clinical_facts([result], draws=50)
+    spleen = next(row for row in facts["structures"]["rows"] if row["structure"] == "spleen")
+    assert (spleen["not_found"], spleen["invented"]) == (2, 1)  # 5 and, of which no voxel was met, 10
+    volumes = next(row for row in facts["agreement"]["rows"] if row["what"] == "spleen")
+    assert (volumes["n"], volumes["neither"]) == (59, 1) and (0.0, 0.0) not in zip(volumes["reference"], volumes["measured"])
+    for case in result["cases"]:
+        case["reference_ml"], case["volume_ml"] = {}, {}
+    assert clinical_facts([result], draws=20)["structures"]["rows"][1]["not_found"] is None
+
+
 def test_worst_cases__are_by_code_and_worst_first() -> None:
     facts = clinical_facts([segmentation()], draws=100)
     rows = facts["worst"]["rows"]

@@ -23,6 +23,9 @@ def segmentation(arm: str = "pretrained", seed: int = 0, labels: int = 20, n: in
             dice = {"liver": 0.2, "spleen": 0.1}
         if k == 5:
             dice["spleen"] = 0.0
+        found = {name: value * (1.02 + 0.03 * float(rng.normal())) for name, value in ml.items()}
+        if k == 5:
+            found["spleen"] = 0.0
         flags = [{"by": "spacing", "reason": "voxel size 5 mm along axis 3, in training 1 to 2 mm"}] if k == 3 else []
         cases.append(
             {
@@ -31,7 +34,7 @@ def segmentation(arm: str = "pretrained", seed: int = 0, labels: int = 20, n: in
                 "dice": dice,
                 "hd95_mm": {name: 20 * (1 - value) + 1 for name, value in dice.items()},
                 "reference_ml": ml,
-                "volume_ml": {name: value * (1.02 + 0.03 * float(rng.normal())) for name, value in ml.items()},
+                "volume_ml": found,
                 "outside": flags,
                 "facts": {"sex": "F" if k % 3 else "M", "age_band": "unknown", "vendor": "ge", "site": SECRET},
             }

@@ -84,6 +84,13 @@ def test_chance_of_a_flag__is_told_by_patients() -> None:
     assert "1 in 5 test patients lies above" in said and "Training range of 20 cases of 4 patients" in said
 
 
+def test_structures_that_are_nowhere__are_left_out_of_agreement_and_counted() -> None:
+    result = segmentation(n=8)
+    result["cases"][7]["reference_ml"]["spleen"] = result["cases"][7]["volume_ml"]["spleen"] = 0.0
+    said = words(clinical_page(clinical_facts([result], draws=20)))
+    assert "in neither label nor prediction are left out: spleen 1." in said and "predicted where none is" in said
+
+
 def test_what_is_missing__is_said() -> None:
     said = words(clinical_page(clinical_facts([regression()], draws=50)))
     assert "earlier medssl" in said and "nothing is known of the patients and scanners" in said
