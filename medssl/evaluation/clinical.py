@@ -2,7 +2,7 @@
 
 Scores of cells with several seeds are means over seeds, patient by patient. What belongs to one network (volumes, thresholds, calibration,
 worst cases) is that of the first seed at the most labels. The tested cases of all folds of a seed are one test set. Cases go by their
-code: `case0007` of a cohort, or the first eight digits of the pseudonym of a series.
+code: `case0007` of a cohort, `slide0007` of a table of slides, or the first eight digits of the pseudonym of a series.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ def task_of(result: Result) -> str:
 
 
 def code_of(case: Mapping[str, Any], place: int) -> str:
-    """Return what a test case may be called: its code in the cohort, or the beginning of its pseudonym; else its place."""
-    name = str(case.get("id", ""))
-    if re.fullmatch(r"case\d+", name):
-        return name
+    """Return what a test case may be called: its code in the cohort or table, or the beginning of its pseudonym; else its place."""
     series = str(case.get("series_id", ""))
+    for name in (str(case.get("id", "")), series):
+        if re.fullmatch(r"(case|slide)[0-9]+", name):
+            return name
     return series[:8] if re.fullmatch(r"[0-9a-f]{16,}", series) else f"test case {place + 1}"
 
 

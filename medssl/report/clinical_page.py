@@ -1,6 +1,7 @@
 """The page of a fine-tuned network for those who would use it: how sure the number is first, then where it fails.
 
-It draws what `evaluation.clinical` computed. Cases go by code; nothing on the page is a name, and without pictures it shows no patient.
+It draws what `evaluation.clinical` computed. Cases go by code; nothing on the page is a name, and without pictures it shows no image of
+a patient. Its rows are of single patients all the same, so it is for those who may see the results.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _NAMES = {
 }
 
 
+_FEW = 10  # groups below it are not counted out
 _OPEN, _PICTURED = 6, 3  # plots and pictures that are not folded away
 _NOT_ASKED = {
     "segmentation": ("sensitivity", "calibration"),
@@ -397,9 +399,7 @@ def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, figures.Cut]] | Non
     if task != "segmentation":
         return parts[0]
     if pictures is None:
-        return parts[0] + absent(
-            "Left out:", "images. This page was made without them, so that it can be shared; <code>--with-images</code> adds them."
-        )
+        return parts[0] + absent("Left out:", "images. <code>--with-images</code> adds them.")
     drawn = []
     for row in found["rows"]:
         if cuts := pictures.get(row["case"]):
@@ -417,6 +417,11 @@ def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, figures.Cut]] | Non
     return "".join(parts)
 
 
+def _count(n: int | None) -> str:
+    """Write how many a group has; of a handful only that it is one."""
+    return f"fewer than {_FEW}" if n is not None and n < _FEW else plain(n)
+
+
 def _subgroups(facts: Facts) -> str:
     found = facts["subgroups"]
     if "why" in found:
@@ -427,7 +432,7 @@ def _subgroups(facts: Facts) -> str:
         cells = []
         for row in rows:
             group = text(row["group"]).replace("_", " ")
-            counts = [plain(row["n_images"]), plain(row["n_patients"])]
+            counts = [_count(row["n_images"]), _count(row["n_patients"])]
             if row["sufficient"]:
                 cells.append([group, *counts, plain(row["failed"]), written(_estimate(row))])
             else:
@@ -513,8 +518,9 @@ def _caveats(facts: Facts, with_images: bool) -> str:
         f"Which state of the network was scored: {facts['choice']}." if facts.get("choice") else "",
         "A flag says that a case is unlike the training cases. No flag does not say that the prediction is right.",
         _not_asked(facts),
-        "Results are pseudonymised personal data unless their source was public or generated."
-        + (" This page shows images of patients: keep it where those images may be." if with_images else ""),
+        "Results are pseudonymised personal data unless their source was public or generated. This page has rows of single patients: keep it "
+        "where the results may be."
+        + (" It also shows images of patients: keep it where those images may be." if with_images else ""),
     ]
     main = next(row for row in facts["headlines"] if row["arm"] == facts["arm"] and row["labels"] == facts["labels"])
     if (main["n_patients"] or main["n_cases"]) < 20:

@@ -54,6 +54,7 @@ def test_worst_cases__are_by_code_and_worst_first() -> None:
     rows = facts["worst"]["rows"]
     assert [row["case"] for row in rows[:2]] == ["case0004", "case0006"] and len(rows) == 10
     assert rows[0]["outside"] == ["voxel size 5 mm along axis 3, in training 1 to 2 mm"]
+    assert code_of({"series_id": "slide0012"}, 6) == "slide0012" and code_of({"series_id": "slide_DOE"}, 6) == "test case 7"
     assert code_of({"id": "DOE_JANE_7"}, 6) == "test case 7" and code_of({"series_id": "0f" * 16}, 0) == "0f0f0f0f"
 
 

@@ -91,6 +91,16 @@ def test_structures_that_are_nowhere__are_left_out_of_agreement_and_counted() ->
     assert "in neither label nor prediction are left out: spleen 1." in said and "predicted where none is" in said
 
 
+def test_small_groups__are_not_counted_out() -> None:
+    result = segmentation(n=60)
+    for case in result["cases"]:
+        case["facts"] = {"sex": "M" if case["id"] == "case0010" else "F"}
+    page = clinical_page(clinical_facts([result], draws=20))
+    row = next(row for row in page.split("<tr>") if ">M<" in row)
+    assert row.count("fewer than 10") == 2 and not re.search(r">1<", row)
+    assert "can be shared" not in page and "rows of single patients" in words(page)
+
+
 def test_what_is_missing__is_said() -> None:
     said = words(clinical_page(clinical_facts([regression()], draws=50)))
     assert "earlier medssl" in said and "nothing is known of the patients and scanners" in said
@@ -137,7 +147,7 @@ def test_command__draws_the_clinical_page_of_a_fine_tuning(tmp_path: Path, capsy
     status, stdout, stderr = medssl(capsys, "report", folder, "--json")
     assert status == 0, stderr
     page = Path(json.loads(stdout)["report"])
-    assert page == folder / "report.html" and stat.S_IMODE(page.stat().st_mode) == 0o644
+    assert page == folder / "report.html" and stat.S_IMODE(page.stat().st_mode) == 0o600
     assert "Segmentation: what to expect of this network" in page.read_text()
     assert medssl(capsys, "report", folder, "--with-images", "--out", tmp_path / "private.html")[0] == 0
     assert stat.S_IMODE((tmp_path / "private.html").stat().st_mode) == 0o600
