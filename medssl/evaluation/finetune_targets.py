@@ -469,7 +469,7 @@ class _Learner:
         def looks(rows: np.ndarray) -> list[Look]:
             known = [self.cases.looks[int(row)] if self.cases.looks else Look() for row in rows]
             features = self.features(self.cases.ids[rows]).cpu().numpy()
-            patients = self.cases.patients(rows) or [None] * len(rows)
+            patients: Sequence[str | None] = self.cases.patients(rows) or [None for _ in rows]
             return [
                 replace(look, feature=feature, patient=patient)
                 for look, feature, patient in zip(known, features, patients, strict=True)

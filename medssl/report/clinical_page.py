@@ -495,8 +495,9 @@ def _range(span: Mapping[str, Any]) -> str:
         said.append("too few training patients for distances")
     n, patients = span.get("n"), span.get("n_patients")  # results of an earlier medssl counted cases alone
     of, what = (patients, "patients") if patients else (n, "cases")
-    told = span.get("knn_limit") is not None and of and of < 100
-    chance = f" By chance alone about 1 in {of + 1} test {what} lies above the distance." if told else ""
+    chance = ""
+    if span.get("knn_limit") is not None and of and of < 100:
+        chance = f" By chance alone about 1 in {of + 1} test {what} lies above the distance."
     whose = f" of {patients} patient{'' if patients == 1 else 's'}" if patients else ""
     return f"Training range of {n} cases{whose}: {'; '.join(said)}. Features are those of the encoder before fine-tuning.{chance}"
 
