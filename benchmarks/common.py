@@ -178,7 +178,9 @@ def one_setting(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     found = {tuple(cell["overrides"]) for cell in cells}
     if len(found) != 1:
-        raise SystemExit(f"cells with different overrides cannot be compared: {sorted(found)}; compute the missing ones with the same")
+        raise SystemExit(
+            f"cells with different overrides cannot be compared: {sorted(found)}; compute the missing ones with the same"
+        )
     return list(found.pop())
 
 

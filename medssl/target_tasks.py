@@ -38,6 +38,7 @@ from medssl.evaluation.finetune_targets import (
     finetune_targets,
     mean_auc,
 )
+from medssl.evaluation.folds import pool_folds
 from medssl.evaluation.label_curve import SCRATCH, Cell, plan
 from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import encode_classes, mae
@@ -487,31 +488,6 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 | {"low": _finite(low), "high": _finite(high), "better": "higher" if classes else "lower"}
             )
     return {"metric": metric, "rows": rows, "differences": differences}
-
-
-def pool_folds(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return one result per arm, labels and seed: the tested cases of all its folds together, and the mean of the folds' scores.
-
-    Folds that are not finished leave their arm's seed out, so that no table mixes other patients.
-    """
-    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for result in results:
-        grouped.setdefault((result["arm"], result["labels"], result["seed"]), []).append(result)
-    if all(result.get("fold") is None for result in results):
-        return list(results)
-    whole = max(len(group) for group in grouped.values())
-    return [_pooled(group) for group in grouped.values() if len(group) == whole]
-
-
-def _pooled(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    values: dict[str, list[float]] = {}
-    for result in group:
-        for row in result["rows"]:
-            if row["value"] is not None:
-                values.setdefault(row["metric"], []).append(row["value"])
-    rows = [{"metric": metric, "value": float(np.mean(found))} for metric, found in values.items()]
-    seconds = {"train": float(np.mean([result["seconds"]["train"] for result in group]))}
-    return {**group[0], "cases": [case for result in group for case in result["cases"]], "rows": rows, "seconds": seconds}
 
 
 def score_table(runs: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, list[str] | None]:

@@ -223,7 +223,7 @@ def _clinical_report(folder: Path, out: Path, with_images: bool) -> Path:
         own = next(f for f, result in results.items() if (result["arm"], result["labels"], result["seed"]) == chosen)
         pictures, structures = read_worst(own / "figures" / "worst.npz")
     page = clinical_page(facts, pictures=pictures, structures=structures)
-    write_atomic(out, page.encode(), mode=0o600 if with_images else 0o644)
+    write_atomic(out, page.encode(), mode=0o600)  # without pictures too it has rows of single patients
     return out
 
 

@@ -1,8 +1,8 @@
 """What a clinician asks of a fine-tuned network, from the results of its cells: numbers with intervals, never a name.
 
 Scores of cells with several seeds are means over seeds, patient by patient. What belongs to one network (volumes, thresholds, calibration,
-worst cases) is that of the first seed at the most labels. Cases go by their code: `case0007` of a cohort, or the first eight digits of
-the pseudonym of a series.
+worst cases) is that of the first seed at the most labels. The tested cases of all folds of a seed are one test set. Cases go by their
+code: `case0007` of a cohort, `slide0007` of a table of slides, or the first eight digits of the pseudonym of a series.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import numpy as np
 from medssl.errors import RequestError
 from medssl.evaluation.agreement import bland_altman
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval
+from medssl.evaluation.calibration import calibration_rows, reliability
 from medssl.evaluation.finetune_targets import SPECIFICITY, mean_auc
+from medssl.evaluation.folds import pool_folds
 from medssl.evaluation.label_curve import SCRATCH
 from medssl.evaluation.scores import mae
 from medssl.evaluation.subgroups import POSITIVES, SMALLEST, subgroup_rows
@@ -37,17 +39,18 @@ def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str,
     """Return what the page of fine-tuning results shows, as plain values.
 
     Args:
-        results: Contents of `results.json` of the cells of one folder, all of one task.
+        results: Contents of `results.json` of the cells of one folder, all of one task; folds are put together here.
         draws: Bootstrap draws.
 
     Returns:
-        `task`, `metric`, `arm`, `labels`, `seeds`, `headlines` (one per labels and arm), and one entry per question: `structures`,
-        `agreement`, `sensitivity`, `calibration`, `worst`, `subgroups`, `outside`. An entry that cannot be given is `{"why": sentence}`.
+        `task`, `metric`, `arm`, `labels`, `seed`, `folds` (how many were put together, or None), `headlines` (one per labels and arm), and
+        one entry per question: `structures`, `agreement`, `sensitivity`, `calibration`, `worst`, `subgroups`, `outside`. An entry that
+        cannot be given is `{"why": sentence}`.
 
     Raises:
         RequestError: There is no result with test cases, or they are of several tasks.
     """
-    usable = [result for result in results if result.get("cases")]
+    usable = pool_folds([result for result in results if result.get("cases")])
     tasks = sorted({task_of(result) for result in usable})
     if len(tasks) != 1 or tasks[0] not in MAIN:
         found = ", ".join(tasks) or "none"
@@ -70,13 +73,14 @@ def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str,
         "arm": chosen,
         "labels": most,
         "seed": first["seed"],
+        "folds": len(first["folds"]) if first.get("folds") else None,
         "choice": first.get("choice"),
         "classes": list(first.get("classes") or []),
         "headlines": headlines,
         "structures": _structures(arms, draws) if task == "segmentation" else _why("the network gives no label map."),
         "agreement": _agreement(task, {arm: runs[0] for arm, runs in arms.items()}, draws),
-        "sensitivity": _sensitivity(task, {arm: runs[0] for arm, runs in arms.items()}),
-        "calibration": _calibration(task, {arm: runs[0] for arm, runs in arms.items()}),
+        "sensitivity": _sensitivity(task, {arm: runs[0] for arm, runs in arms.items()}, draws),
+        "calibration": _calibration(task, {arm: runs[0] for arm, runs in arms.items()}, draws),
         "worst": worst_cases(first) if task != "detection" else _why("boxes of a case are not summed up to one number yet."),
         "subgroups": subgroups(first, draws=draws)
         if task != "detection"
@@ -93,11 +97,11 @@ def task_of(result: Result) -> str:
 
 
 def code_of(case: Mapping[str, Any], place: int) -> str:
-    """Return what a test case may be called: its code in the cohort, or the beginning of its pseudonym; else its place."""
-    name = str(case.get("id", ""))
-    if re.fullmatch(r"case\d+", name):
-        return name
+    """Return what a test case may be called: its code in the cohort or table, or the beginning of its pseudonym; else its place."""
     series = str(case.get("series_id", ""))
+    for name in (str(case.get("id", "")), series):
+        if re.fullmatch(r"(case|slide)[0-9]+", name):
+            return name
     return series[:8] if re.fullmatch(r"[0-9a-f]{16,}", series) else f"test case {place + 1}"
 
 
@@ -179,7 +183,11 @@ def _given_headline(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _structures(arms: Mapping[str, Sequence[Result]], draws: int) -> dict[str, Any]:
-    """Return Dice and HD95 of each structure and arm; `not_found` counts cases whose label has it and whose prediction misses it wholly."""
+    """Return Dice and HD95 of each structure and arm, and two counts of the first seed.
+
+    `not_found` counts cases whose label has the structure and of which not one voxel was found; `invented` those whose label lacks it
+    and whose prediction has it. Dice is 0 in both. They are None where no volumes were kept.
+    """
     rows = []
     names = [str(name) for name in next(iter(arms.values()))[0]["structures"]]
     for name in names:
@@ -198,13 +206,30 @@ def _structures(arms: Mapping[str, Sequence[Result]], draws: int) -> dict[str, A
                 groups = _patients([{"patient": patient[key]} for key in by_case])
                 empty = {"value": None, "low": None, "high": None}
                 row[metric] = (_interval(values, groups, draws) if len(values) else empty) | {"n": len(values)}
-            row["not_found"] = sum(case["dice"].get(name) == 0 for case in results[0]["cases"])
+            kept = any(case.get("reference_ml") for case in results[0]["cases"])
+            row["not_found"] = sum(_missed(case, name) for case in results[0]["cases"]) if kept else None
+            row["invented"] = sum(_invented(case, name) for case in results[0]["cases"]) if kept else None
             rows.append(row)
     return {"rows": rows}
 
 
+def _missed(case: Mapping[str, Any], name: str) -> bool:
+    """Say whether the label of a case has a structure of which the prediction meets no voxel."""
+    return bool(case["dice"].get(name) == 0 and ((case.get("reference_ml") or {}).get(name) or 0) > 0)
+
+
+def _invented(case: Mapping[str, Any], name: str) -> bool:
+    """Say whether the prediction of a case has a structure that its label lacks."""
+    reference, found = ((case.get(key) or {}).get(name) for key in ("reference_ml", "volume_ml"))
+    return reference == 0 and (found or 0) > 0
+
+
 def _agreement(task: str, arms: Mapping[str, Result], draws: int) -> dict[str, Any]:
-    """Return Bland and Altman's numbers and the pairs behind them: volumes in ml, or the numbers that were to be found."""
+    """Return Bland and Altman's numbers and the pairs behind them: volumes in ml, or the numbers that were to be found.
+
+    Cases in which neither label nor prediction has a structure agree on nothing that was measured: they are left out, and counted as
+    `neither`.
+    """
     found = []
     for arm, result in arms.items():
         if task == "segmentation":
@@ -214,14 +239,18 @@ def _agreement(task: str, arms: Mapping[str, Result], draws: int) -> dict[str, A
                     for case in result["cases"]
                     if case.get("reference_ml")
                 ]
-                found += _pairs(str(name), "ml", arm, [p for p in pairs if p[0] is not None and p[1] is not None], draws)
+                known = [p for p in pairs if p[0] is not None and p[1] is not None]
+                there = [p for p in known if p[0] or p[1]]
+                found += [row | {"neither": len(known) - len(there)} for row in _pairs(str(name), "ml", arm, there, draws)]
         elif task == "regression":
             found += _pairs("prediction", "", arm, [(case["target"], case["prediction"], case) for case in result["cases"]], draws)
     if found:
         return {"rows": found}
     if task == "classification":
         return _why("classes are no measurement.")
-    return _why("no volumes were kept (results of an earlier medssl, or fewer than two test cases); fine-tune again.")
+    return _why(
+        "no volumes were kept (results of an earlier medssl, or fewer than two test cases with a structure); fine-tune again."
+    )
 
 
 def _pairs(
@@ -235,7 +264,7 @@ def _pairs(
     return [{"what": what, "unit": unit, "arm": arm, **plain, "reference": reference, "measured": measured}]
 
 
-def _sensitivity(task: str, arms: Mapping[str, Result]) -> dict[str, Any]:
+def _sensitivity(task: str, arms: Mapping[str, Result], draws: int) -> dict[str, Any]:
     if task == "detection":
         return _froc(arms)
     if task != "classification":
@@ -244,13 +273,47 @@ def _sensitivity(task: str, arms: Mapping[str, Result]) -> dict[str, Any]:
         return _why("a threshold is fitted for two classes; here are more.")
     rows = []
     for arm, result in arms.items():
-        found = {row["metric"]: row for row in result["rows"] if row["metric"] in ("sensitivity", "specificity")}
+        known = _operating_point(result, draws) if result.get("folds") else result["rows"]
+        found = {row["metric"]: row for row in known if row["metric"] in ("sensitivity", "specificity")}
         for metric, row in found.items():
             rows.append({"arm": arm, "metric": metric, **{key: row[key] for key in ("value", "low", "high")}, "n": row["n_images"]})
     if not rows:
+        if any(result.get("folds") for result in arms.values()):
+            return _why("not every fold had validation cases without the finding to fit its threshold on.")
         return _why("no validation case was there to fit a threshold on; mark some cases as val.")
-    threshold = {arm: (result.get("fitted") or {}).get("threshold") for arm, result in arms.items()}
-    return {"rows": rows, "specificity": SPECIFICITY, "threshold": threshold}
+    return {"rows": rows, "specificity": SPECIFICITY, "threshold": {arm: _fitted(run, "threshold") for arm, run in arms.items()}}
+
+
+def _fitted(result: Result, name: str) -> Any:
+    """Return what was fitted on validation cases; of folds, the value of each."""
+    if result.get("folds"):
+        return [(fold.get("fitted") or {}).get(name) for fold in result["folds"]]
+    return (result.get("fitted") or {}).get(name)
+
+
+def _operating_point(result: Result, draws: int) -> list[dict[str, Any]]:
+    """Return sensitivity and specificity over the cases of all folds, each case by the threshold of its own; none where one has none."""
+    limits = {fold["fold"]: (fold.get("fitted") or {}).get("threshold") for fold in result["folds"]}
+    if None in limits.values():
+        return []
+    rows = []
+    for metric, kind in (("sensitivity", 1), ("specificity", 0)):
+        inside = [case for case in result["cases"] if int(case["target"]) == kind]
+        right = [float((case["probability"][1] >= limits[case["fold"]]) == bool(kind)) for case in inside]
+        if right:
+            rows.append({"metric": metric, "n_images": len(right), **_interval(np.array(right), _patients(inside), draws)})
+    return rows
+
+
+def _pooled_calibration(result: Result, draws: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return Brier score and calibration error over the cases of all folds, and the bins of their reliability plot."""
+    chances = np.array([case["probability"] for case in result["cases"]], dtype=np.float64)
+    targets = np.array([int(case["target"]) for case in result["cases"]])
+    found = calibration_rows(chances, targets, _patients(result["cases"]), draws=draws)
+    rows = [
+        {"metric": name, "value": value, "low": _finite(low), "high": _finite(high)} for name, (value, low, high) in found.items()
+    ]
+    return rows, reliability(chances, targets)
 
 
 def _froc(arms: Mapping[str, Result]) -> dict[str, Any]:
@@ -271,16 +334,19 @@ def _froc(arms: Mapping[str, Result]) -> dict[str, Any]:
     return {"froc": rows, "overlap": next(iter(found.values())).get("overlap")}
 
 
-def _calibration(task: str, arms: Mapping[str, Result]) -> dict[str, Any]:
+def _calibration(task: str, arms: Mapping[str, Result], draws: int) -> dict[str, Any]:
     if task != "classification":
         return _why("the network states no probability of a finding for a case.")
     rows, bins = [], {}
     for arm, result in arms.items():
-        for row in result["rows"]:
+        if result.get("folds"):
+            known, bins[arm] = _pooled_calibration(result, draws)
+        else:
+            known, bins[arm] = result["rows"], result.get("reliability") or []
+        for row in known:
             if row["metric"] in ("brier", "ece"):
                 rows.append({"arm": arm, "metric": row["metric"], **{key: row[key] for key in ("value", "low", "high")}})
-        bins[arm] = result.get("reliability") or []
-    temperature = {arm: (result.get("fitted") or {}).get("temperature") for arm, result in arms.items()}
+    temperature = {arm: _fitted(result, "temperature") for arm, result in arms.items()}
     return {"rows": rows, "bins": bins, "temperature": temperature, "n": len(next(iter(arms.values()))["cases"])}
 
 
@@ -319,7 +385,7 @@ def worst_cases(result: Result, count: int = WORST) -> dict[str, Any]:
 
 
 def failed(task: str, case: Mapping[str, Any], limit: float = math.inf) -> bool:
-    """Say whether a case failed: mean Dice below 0.5 or a structure missed wholly; the wrong class; an error above a limit."""
+    """Say whether a case failed: mean Dice below 0.5 or 0 for a structure; the wrong class; an error above a limit."""
     if task == "segmentation":
         dice = _dice_of(case)
         return dice is not None and (dice < FAILED_DICE or 0 in case["dice"].values())
@@ -354,7 +420,7 @@ def subgroups(result: Result, *, draws: int = 2000) -> dict[str, Any]:
         keys = ("group", "value", "low", "high", "n_images", "n_patients", "sufficient", "failed")
         tables[name] = [{key: row[key] for key in keys} for row in rows]
     how = {
-        "segmentation": f"mean Dice below {FAILED_DICE}, or a structure missed wholly",
+        "segmentation": f"mean Dice below {FAILED_DICE}, or a structure with Dice 0 (missed wholly, or predicted where the label has none)",
         "classification": "the most likely class was the wrong one",
         "regression": f"an error above {limit:.3g}, which one in ten of all test cases has",
     }[task]

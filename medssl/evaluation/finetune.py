@@ -455,7 +455,7 @@ def look_at(encoder: Any, volume: Volume, case: Case, settings: FinetuneSettings
             image = torch.cat([before, image, after], dim=axis)
     channels = encoder.config()["args"].get("in_channels", 1)
     feature = encode(encoder, image.expand(-1, channels, -1, -1, -1)).pooled[0].float().cpu().numpy()
-    return Look(tuple(volume.spacing_mm), case.facts.get("vendor"), feature)
+    return Look(tuple(volume.spacing_mm), case.facts.get("vendor"), feature, case.patient)
 
 
 def load(network: nn.Module, weights: Pretrained) -> LoadReport:

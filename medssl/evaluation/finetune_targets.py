@@ -469,7 +469,11 @@ class _Learner:
         def looks(rows: np.ndarray) -> list[Look]:
             known = [self.cases.looks[int(row)] if self.cases.looks else Look() for row in rows]
             features = self.features(self.cases.ids[rows]).cpu().numpy()
-            return [replace(look, feature=feature) for look, feature in zip(known, features, strict=True)]
+            patients: Sequence[str | None] = self.cases.patients(rows) or [None for _ in rows]
+            return [
+                replace(look, feature=feature, patient=patient)
+                for look, feature, patient in zip(known, features, patients, strict=True)
+            ]
 
         span = training_range(looks(self.rows))
         self.span = span.facts()

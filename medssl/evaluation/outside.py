@@ -16,7 +16,7 @@ from medssl.errors import RequestError
 NEIGHBOURS = 5
 QUANTILE = 0.99
 SMALLEST = 3
-"""Training cases below which distances say nothing."""
+"""Training patients below which distances say nothing."""
 TOLERANCE = 0.01
 """Share by which a voxel size may differ from the range: headers round."""
 UNKNOWN = ("", "unknown", "other")
@@ -30,11 +30,13 @@ class Look:
         spacing_mm: Voxel size; None where it is not known.
         vendor: Of the scanner, from a closed list; None where it is not known.
         feature: (E,) of the encoder; None where there is none.
+        patient: Whose case it is, to tell the cases of one patient from those of others; None counts as a patient of its own.
     """
 
     spacing_mm: tuple[float, ...] | None = None
     vendor: str | None = None
     feature: np.ndarray | None = None
+    patient: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,10 @@ class TrainingRange:
         high_mm: Largest.
         vendors: Known vendors.
         features: (N, E) of the training cases, of length 1.
-        limit: Distance above which a case is outside; None where there are too few training cases.
+        limit: Distance above which a case is outside; None where there are too few training patients.
         n: Training cases.
+        n_patients: Patients of these; a case of an unknown patient counts as one.
+        neighbours: Training cases over which distances are a mean.
     """
 
     low_mm: tuple[float, ...] = ()
@@ -56,15 +60,18 @@ class TrainingRange:
     features: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     limit: float | None = None
     n: int = 0
+    n_patients: int = 0
+    neighbours: int = 0
 
     def facts(self) -> dict[str, Any]:
         """Return what a result says of it: numbers, and vendors of the closed list."""
         return {
             "n": self.n,
+            "n_patients": self.n_patients,
             "spacing_mm": [list(self.low_mm), list(self.high_mm)] if self.low_mm else None,
             "vendors": list(self.vendors),
             "knn_limit": self.limit,
-            "neighbours": min(NEIGHBOURS, max(self.n - 1, 0)),
+            "neighbours": self.neighbours,
             "quantile": QUANTILE,
         }
 
@@ -72,9 +79,9 @@ class TrainingRange:
 def training_range(looks: Sequence[Look]) -> TrainingRange:
     """Return the range of training cases.
 
-    The limit of distances is the 99th percentile over training cases of the mean cosine distance to their nearest others (leave one
-    out). Of few training cases that is about the largest distance, and of n exchangeable cases one test case in n + 1 lies above it by
-    chance.
+    The limit of distances is the 99th percentile over training cases of the mean cosine distance to the nearest cases of other patients
+    (leave one patient out): a test case has none of its own patient among the training cases either. Of few training patients that is
+    about the largest distance, and of n exchangeable patients one test patient in n + 1 lies above it by chance.
 
     Voxel sizes are compared axis by axis; of images and volumes together they are not.
 
@@ -88,11 +95,13 @@ def training_range(looks: Sequence[Look]) -> TrainingRange:
         sizes = []
     table = np.array(sizes, dtype=np.float64)
     features = _unit([look.feature for look in looks if look.feature is not None])
-    limit = None
-    if len(features) >= SMALLEST:
-        away = 1 - features @ features.T
-        np.fill_diagonal(away, np.inf)
-        limit = float(np.quantile(_nearest(away, len(features) - 1), QUANTILE))
+    patients = _patients([look for look in looks if look.feature is not None])
+    limit, neighbours = None, 0
+    if len(set(patients.tolist())) >= SMALLEST:
+        own = patients[:, None] == patients[None, :]
+        neighbours = min(NEIGHBOURS, int((~own).sum(axis=1).min()))  # as many for all: a patient may have most of the cases
+        away = np.where(own, np.inf, 1 - features @ features.T)
+        limit = float(np.quantile(_nearest(away, neighbours), QUANTILE))
     return TrainingRange(
         low_mm=tuple(table.min(axis=0).tolist()) if sizes else (),
         high_mm=tuple(table.max(axis=0).tolist()) if sizes else (),
@@ -100,6 +109,8 @@ def training_range(looks: Sequence[Look]) -> TrainingRange:
         features=features,
         limit=limit,
         n=len(looks),
+        n_patients=len(set(_patients(looks).tolist())),
+        neighbours=neighbours,
     )
 
 
@@ -125,14 +136,21 @@ def outside(look: Look, span: TrainingRange) -> list[dict[str, str]]:
 
 
 def distance(feature: np.ndarray, span: TrainingRange) -> float:
-    """Return the mean cosine distance of a feature (E,) to its nearest training cases, as many as in leave-one-out."""
+    """Return the mean cosine distance of a feature (E,) to its nearest training cases, as many as the limit was found with."""
     away = 1 - _unit([feature]) @ span.features.T
-    return float(_nearest(away, len(span.features) - 1)[0])
+    return float(_nearest(away, span.neighbours)[0])
 
 
-def _nearest(away: np.ndarray, others: int) -> np.ndarray:
-    found: np.ndarray = np.sort(away, axis=1)[:, : min(NEIGHBOURS, others)].mean(axis=1)
+def _nearest(away: np.ndarray, count: int) -> np.ndarray:
+    found: np.ndarray = np.sort(away, axis=1)[:, :count].mean(axis=1)
     return found
+
+
+def _patients(looks: Sequence[Look]) -> np.ndarray:
+    """Return a number per case, the same for cases of one patient; a case of an unknown patient has a number of its own."""
+    names: dict[tuple[bool, str], int] = {}
+    keys = [(True, look.patient) if look.patient is not None else (False, str(place)) for place, look in enumerate(looks)]
+    return np.array([names.setdefault(key, len(names)) for key in keys], dtype=np.int64)
 
 
 def _unit(features: Sequence[np.ndarray]) -> np.ndarray:

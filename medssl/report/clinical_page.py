@@ -1,6 +1,7 @@
 """The page of a fine-tuned network for those who would use it: how sure the number is first, then where it fails.
 
-It draws what `evaluation.clinical` computed. Cases go by code; nothing on the page is a name, and without pictures it shows no patient.
+It draws what `evaluation.clinical` computed. Cases go by code; nothing on the page is a name, and without pictures it shows no image of
+a patient. Its rows are of single patients all the same, so it is for those who may see the results.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _NAMES = {
 }
 
 
+_FEW = 10  # groups below it are not counted out
 _OPEN, _PICTURED = 6, 3  # plots and pictures that are not folded away
 _NOT_ASKED = {
     "segmentation": ("sensitivity", "calibration"),
@@ -155,6 +157,8 @@ def _glance(facts: Facts) -> str:
     main = next(row for row in rows if row["arm"] == facts["arm"] and row["labels"] == facts["labels"])
     seeds = f"{main['seeds']} seed{'' if main['seeds'] == 1 else 's'}"
     how = f"{_arm(main['arm'])}, fine-tuned on {main['labels']} labelled cases, {seeds}. 95 % interval by bootstrap over patients."
+    if facts.get("folds"):
+        how += f" The test cases of {facts['folds']} folds are taken together; each was tested by the network that had not seen its patient."
     how += " A wide interval means: with other patients of the same kind this number could have been any of these."
     parts = [f'<p class="main">{text(headline(main, metric))}</p><p class="how">{text(how)}</p>']
     low, high = span_of(_estimate(row) for row in rows)
@@ -197,14 +201,23 @@ def _structures(facts: Facts) -> str:
                 written(_estimate(dice)),
                 written_mm(distance),
                 plain(dice["n"]),
-                plain(row["not_found"]),
+                *("–" if row[key] is None else plain(row[key]) for key in ("not_found", "invented")),
             ]
         )
-    head = ["structure", "network", "Dice (95 % interval)", "HD95 mm (95 % interval)", "cases", "missed wholly"]
+    head = [
+        "structure",
+        "network",
+        "Dice (95 % interval)",
+        "HD95 mm (95 % interval)",
+        "cases",
+        "missed wholly",
+        "predicted where none is",
+    ]
     caption = (
         f"At {facts['labels']} labelled cases, mean over test cases and seeds. HD95: 95th percentile of the distance between surfaces, lower is "
-        "better; where a structure was missed wholly the diagonal of the image stands in, so a few misses make it very large. "
-        f"Missed wholly: in the label and not in the prediction, seed {facts['seed']}."
+        "better; where only one of label and prediction has a structure the diagonal of the image stands in, so a few of these make it very large. "
+        "Missed wholly: the label has it, and not one voxel of it was found; predicted where none is: the label lacks it. "
+        f"Cases of seed {facts['seed']}."
     )
     return table(head, cells, caption=text(caption))
 
@@ -244,12 +257,19 @@ def _agreement(facts: Facts) -> str:
     picture = _plots(open_, columns, caption)
     if more:
         picture += f"<details><summary>{len(more)} further plots</summary>{_plots(more, columns, '')}</details>"
+    nowhere = [
+        f"{str(row['what']).replace('_', ' ')} {row['neither']}" + (f" ({_arm(row['arm'])})" if arms > 1 else "")
+        for row in found["rows"]
+        if row.get("neither")
+    ]
     head = ["what", "network", "bias", "lower limit", "upper limit", "error grows with size", "cases"]
     caption = (
         "Bias: mean of network minus reference. Between the limits of agreement lie about 95 % of the differences. Brackets: 95 % intervals. "
         "Where the error grows with size, one pair of limits does not hold for small and large alike."
     )
-    return table(head, cells, caption=caption) + picture
+    if nowhere:
+        caption += f" Cases with the structure in neither label nor prediction are left out: {', '.join(nowhere)}."
+    return table(head, cells, caption=text(caption)) + picture
 
 
 def _plots(plots: Sequence[clinical_figures.AgreementPlot], columns: int, caption: str) -> str:
@@ -309,12 +329,20 @@ def _sensitivity(facts: Facts) -> str:
         for row in found["rows"]
     ]
     wanted = f"{100 * found['specificity']:.0f} %"
+    each = " Each fold has a threshold of its own, used on its own test cases." if facts.get("folds") else ""
     caption = (
         f"The finding is {text(_class(facts, 1))}. The threshold was fitted on validation cases alone, to a specificity of {wanted} there; on the "
         "test cases the specificity is what came "
-        "of it, so read both lines together. Cases: those with the finding for sensitivity, those without for specificity."
+        f"of it, so read both lines together.{each} Cases: those with the finding for sensitivity, those without for specificity."
     )
     return table(["", "network", "on test (95 % interval)", "cases"], cells, caption=caption)
+
+
+def _temperature(value: float | Sequence[float | None] | None) -> str:
+    """Write a temperature, or those of the folds."""
+    if isinstance(value, Sequence):
+        return "by fold " + " ".join(_temperature(one) for one in value)
+    return "none" if value is None else plain(value)
 
 
 def _calibration(facts: Facts) -> str:
@@ -324,7 +352,7 @@ def _calibration(facts: Facts) -> str:
     cells = [
         [text(_NAMES.get(row["metric"], row["metric"])), text(_arm(row["arm"])), written(_estimate(row))] for row in found["rows"]
     ]
-    fitted = [f"{_arm(arm)} {plain(t)}" if t is not None else f"{_arm(arm)} none" for arm, t in found["temperature"].items()]
+    fitted = [f"{_arm(arm)} {_temperature(t)}" for arm, t in found["temperature"].items()]
     caption = (
         f"Temperature and threshold were fitted on validation cases only (temperature: {', '.join(fitted)}); no test case had a part in it. "
         "Both scores: lower is better. The calibration error of few cases is never 0, even for perfect probabilities."
@@ -371,9 +399,7 @@ def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, figures.Cut]] | Non
     if task != "segmentation":
         return parts[0]
     if pictures is None:
-        return parts[0] + absent(
-            "Left out:", "images. This page was made without them, so that it can be shared; <code>--with-images</code> adds them."
-        )
+        return parts[0] + absent("Left out:", "images. <code>--with-images</code> adds them.")
     drawn = []
     for row in found["rows"]:
         if cuts := pictures.get(row["case"]):
@@ -391,6 +417,11 @@ def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, figures.Cut]] | Non
     return "".join(parts)
 
 
+def _count(n: int | None) -> str:
+    """Write how many a group has; of a handful only that it is one."""
+    return f"fewer than {_FEW}" if n is not None and n < _FEW else plain(n)
+
+
 def _subgroups(facts: Facts) -> str:
     found = facts["subgroups"]
     if "why" in found:
@@ -401,7 +432,7 @@ def _subgroups(facts: Facts) -> str:
         cells = []
         for row in rows:
             group = text(row["group"]).replace("_", " ")
-            counts = [plain(row["n_images"]), plain(row["n_patients"])]
+            counts = [_count(row["n_images"]), _count(row["n_patients"])]
             if row["sufficient"]:
                 cells.append([group, *counts, plain(row["failed"]), written(_estimate(row))])
             else:
@@ -420,23 +451,7 @@ def _outside(facts: Facts) -> str:
     found = facts["outside"]
     if "why" in found:
         return absent("Not shown:", text(found["why"]))
-    span = found["range"]
-    said = []
-    if span.get("spacing_mm"):
-        low, high = span["spacing_mm"]
-        said.append(
-            "voxel size " + " × ".join(f"{a:.3g}" if a == b else f"({a:.3g} to {b:.3g})" for a, b in zip(low, high)) + " mm"
-        )
-    said.append(f"vendors {', '.join(span['vendors'])}" if span.get("vendors") else "vendors not known")
-    if span.get("knn_limit") is not None:
-        said.append(
-            f"mean cosine distance to the {span['neighbours']} nearest training cases up to {span['knn_limit']:.3g} (99th percentile, leave one out)"
-        )
-    else:
-        said.append("too few training cases for distances")
-    n = span.get("n")
-    chance = f" By chance alone about 1 in {n + 1} test cases lies above the distance." if n and n < 100 else ""
-    lead = f"Training range of {n} cases: {'; '.join(said)}. Features are those of the encoder before fine-tuning.{chance}"
+    lead = _range_of_folds(facts["folds"]) if facts.get("folds") else _range(found["range"])
     if not found["rows"]:
         return f"<p>{text(lead)}</p><p>None of {found['n']} test cases lies outside.</p>"
     counts = ", ".join(f"{count} by {_NAMES.get(by, by)}" for by, count in sorted(found["counts"].items()))
@@ -452,6 +467,39 @@ def _outside(facts: Facts) -> str:
     if len(cells) > 20:
         body = f"<details><summary>All {len(cells)} flagged cases</summary>{body}</details>"
     return f"<p>{text(lead)}</p><p><b>{len(cells)} of {found['n']} test cases are flagged</b>: {text(counts)}.</p>{body}"
+
+
+def _range_of_folds(folds: int) -> str:
+    return (
+        f"Each test case was compared with the training cases of its own fold; these differ between the {folds} folds, so no one range is "
+        "given here. Features are those of the encoder before fine-tuning."
+    )
+
+
+def _range(span: Mapping[str, Any]) -> str:
+    """Say what the training cases span."""
+    said = []
+    if span.get("spacing_mm"):
+        low, high = span["spacing_mm"]
+        said.append(
+            "voxel size " + " × ".join(f"{a:.3g}" if a == b else f"({a:.3g} to {b:.3g})" for a, b in zip(low, high)) + " mm"
+        )
+    said.append(f"vendors {', '.join(span['vendors'])}" if span.get("vendors") else "vendors not known")
+    if span.get("knn_limit") is not None:
+        left = "patient" if span.get("n_patients") else "case"
+        said.append(
+            f"mean cosine distance to the {span['neighbours']} nearest training cases up to {span['knn_limit']:.3g} (99th percentile, leave one "
+            f"{left} out)"
+        )
+    else:
+        said.append("too few training patients for distances")
+    n, patients = span.get("n"), span.get("n_patients")  # results of an earlier medssl counted cases alone
+    of, what = (patients, "patients") if patients else (n, "cases")
+    chance = ""
+    if span.get("knn_limit") is not None and of and of < 100:
+        chance = f" By chance alone about 1 in {of + 1} test {what} lies above the distance."
+    whose = f" of {patients} patient{'' if patients == 1 else 's'}" if patients else ""
+    return f"Training range of {n} cases{whose}: {'; '.join(said)}. Features are those of the encoder before fine-tuning.{chance}"
 
 
 def _not_asked(facts: Facts) -> str:
@@ -471,8 +519,9 @@ def _caveats(facts: Facts, with_images: bool) -> str:
         f"Which state of the network was scored: {facts['choice']}." if facts.get("choice") else "",
         "A flag says that a case is unlike the training cases. No flag does not say that the prediction is right.",
         _not_asked(facts),
-        "Results are pseudonymised personal data unless their source was public or generated."
-        + (" This page shows images of patients: keep it where those images may be." if with_images else ""),
+        "Results are pseudonymised personal data unless their source was public or generated. This page has rows of single patients: keep it "
+        "where the results may be."
+        + (" It also shows images of patients: keep it where those images may be." if with_images else ""),
     ]
     main = next(row for row in facts["headlines"] if row["arm"] == facts["arm"] and row["labels"] == facts["labels"])
     if (main["n_patients"] or main["n_cases"]) < 20:

@@ -9,7 +9,7 @@ import pytest
 
 from medssl.errors import RequestError
 from medssl.evaluation.clinical import clinical_facts, code_of, numbered
-from tests.report.clinical_results import SECRET, classification, regression, segmentation
+from tests.report.clinical_results import SECRET, classification, folds, regression, segmentation
 
 
 def test_segmentation__headline_is_the_mean_over_patients_and_seeds() -> None:
@@ -33,11 +33,28 @@ def test_segmentation__structures_misses_and_volumes() -> None:
     assert liver["upper"][0] == pytest.approx(away.mean() + 1.96 * away.std(ddof=1), rel=1e-3)
 
 
+def test_missed_wholly__counts_no_structure_that_is_not_there() -> None:
+    result = segmentation()
+    for k, (reference, found, dice) in {8: (0.0, 0.1, 0.0), 9: (0.0, 0.0, None), 10: (50.0, 40.0, 0.0)}.items():
+        case = result["cases"][k]
+        case["reference_ml"]["spleen"], case["volume_ml"]["spleen"], case["dice"]["spleen"] = reference, found, dice
+        case["hd95_mm"]["spleen"] = None if dice is None else 300.0
+    facts = clinical_facts([result], draws=50)
+    spleen = next(row for row in facts["structures"]["rows"] if row["structure"] == "spleen")
+    assert (spleen["not_found"], spleen["invented"]) == (2, 1)  # 5 and, of which no voxel was met, 10
+    volumes = next(row for row in facts["agreement"]["rows"] if row["what"] == "spleen")
+    assert (volumes["n"], volumes["neither"]) == (59, 1) and (0.0, 0.0) not in zip(volumes["reference"], volumes["measured"])
+    for case in result["cases"]:
+        case["reference_ml"], case["volume_ml"] = {}, {}
+    assert clinical_facts([result], draws=20)["structures"]["rows"][1]["not_found"] is None
+
+
 def test_worst_cases__are_by_code_and_worst_first() -> None:
     facts = clinical_facts([segmentation()], draws=100)
     rows = facts["worst"]["rows"]
     assert [row["case"] for row in rows[:2]] == ["case0004", "case0006"] and len(rows) == 10
     assert rows[0]["outside"] == ["voxel size 5 mm along axis 3, in training 1 to 2 mm"]
+    assert code_of({"series_id": "slide0012"}, 6) == "slide0012" and code_of({"series_id": "slide_DOE"}, 6) == "test case 7"
     assert code_of({"id": "DOE_JANE_7"}, 6) == "test case 7" and code_of({"series_id": "0f" * 16}, 0) == "0f0f0f0f"
 
 
@@ -70,6 +87,32 @@ def test_classification__operating_point_and_calibration_are_those_of_the_cells(
     assert worst["target"] != worst["called"] and len(worst["case"]) == 8
     groups = {row["group"]: row["sufficient"] for row in facts["subgroups"]["tables"]["sex"]}
     assert groups == {"F": True, "M": False}
+
+
+def test_folds__are_one_test_set_and_each_case_goes_by_its_own_threshold() -> None:
+    cells = [cell for arm in ("pretrained", "scratch") for seed in (0, 1) for cell in folds(arm, seed)]
+    facts = clinical_facts(cells[::-1], draws=100)
+    whole = clinical_facts([classification(), classification(seed=1)], draws=100)
+    assert facts["folds"] == 2 and whole["folds"] is None
+    main = facts["headlines"][0]
+    assert main["value"] == whole["headlines"][0]["value"] and (main["seeds"], main["n_cases"]) == (2, 80)
+    halves = [(case, 0.3 if k < 40 else 0.7) for k, case in enumerate(classification()["cases"])]
+    right = [case["probability"][1] >= limit for case, limit in halves if case["target"] == 1]
+    found = {(row["arm"], row["metric"]): row for row in facts["sensitivity"]["rows"]}
+    assert found["pretrained", "sensitivity"]["value"] == pytest.approx(np.mean(right))
+    assert found["pretrained", "sensitivity"]["low"] is not None and found["pretrained", "specificity"]["n"] == 40
+    ours = {row["metric"]: row["value"] for row in facts["calibration"]["rows"] if row["arm"] == "pretrained"}
+    assert ours == pytest.approx({row["metric"]: row["value"] for row in whole["calibration"]["rows"]})
+    assert facts["calibration"]["bins"]["pretrained"] == whole["calibration"]["bins"]["pretrained"]
+    assert facts["calibration"]["temperature"]["scratch"] == [1.1, 2.1] and facts["outside"]["range"] == {}
+    assert facts["choice"].startswith("by fold: step 1") and facts["worst"]["n"] == 80
+    cells[0]["fitted"] = {}
+    assert "not every fold" in clinical_facts(cells[:2], draws=20)["sensitivity"]["why"]
+
+
+def test_folds__that_are_not_finished_are_left_out() -> None:
+    facts = clinical_facts([*folds(), folds("scratch")[0]], draws=20)
+    assert [row["arm"] for row in facts["headlines"]] == ["pretrained"]
 
 
 def test_regression__bias_is_seen_and_what_is_missing_says_why() -> None:

@@ -197,7 +197,7 @@ def test_case_of_another_kind__is_flagged_outside_the_training_range(tmp_path: P
     like, unlike = (case.outside or [] for case in result.cases)
     assert "spacing" not in [flag["by"] for flag in like]
     assert unlike[0] == {"by": "spacing", "reason": "voxel size 5 mm along axis 3, in training 2 mm"}
-    assert "knn" in [flag["by"] for flag in unlike] and result.training_range["n"] == 4
+    assert "knn" in [flag["by"] for flag in unlike] and result.training_range["n"] == result.training_range["n_patients"] == 4
 
 
 def test_learning_rates__warm_up_freeze_and_decay() -> None:

@@ -202,6 +202,7 @@ def test_cases_outside_the_training_range__are_flagged_by_the_encoder_before_it_
     assert [flag["by"] for flag in result.cases[0]["outside"]][:1] == ["vendor"] and result.cases[0]["facts"] == {"sex": "F"}
     assert not any(flag["by"] == "vendor" for case in result.cases[1:] for flag in case["outside"])
     assert result.training_range["n"] == result.labels and result.training_range["knn_limit"] > 0
+    assert result.training_range["n_patients"] == len(set(cases.patients(cases.where("train")) or [])) < result.labels
     plain, _ = run(cases, replace(QUICK, steps=3))
     assert [case["probability"] for case in plain.cases] == [case["probability"] for case in result.cases]
 

@@ -59,3 +59,29 @@ def test_few_training_cases__give_no_limit() -> None:
     with pytest.raises(RequestError, match="no training case"):
         training_range([])
     assert training_range([Look((1.0, 1.0)), Look((1.0, 1.0, 1.0))]).low_mm == ()
+
+
+def patients(count: int, images: int, first: int = 0) -> list[Look]:
+    """Cases of one patient lie close together, patients far apart."""
+    rng = np.random.default_rng(3)
+    middles = rng.normal(size=(50, 6))
+    return [
+        Look(None, None, middles[k] + 0.01 * rng.normal(size=6), f"patient{k}")
+        for k in range(first, first + count)
+        for _ in range(images)
+    ]
+
+
+def test_limit__leaves_out_all_cases_of_the_patient() -> None:
+    span = training_range(patients(20, 8))
+    flagged = sum(bool(outside(look, span)) for look in patients(20, 8, first=20))
+    assert flagged <= 16  # of 160; with the neighbours of one's own all of them
+    assert (span.facts()["n"], span.facts()["n_patients"], span.facts()["neighbours"]) == (160, 20, 5)
+
+
+def test_many_cases_of_few_patients__give_no_limit() -> None:
+    assert training_range(patients(2, 30)).limit is None
+    most = [*patients(1, 30), *patients(2, 1, first=1)]
+    span = training_range(most)
+    assert span.neighbours == 2 and span.limit is not None and np.isfinite(span.limit)
+    assert np.isfinite(distance(np.ones(6), span))

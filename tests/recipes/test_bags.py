@@ -14,6 +14,7 @@ from medssl.errors import MedsslError
 from medssl.recipe import FinetuneBagsRecipe, Recipe, recipe_folder
 from medssl.target_tasks import summarise
 from medssl.weights import load_part
+from tests.cli.test_bad_input import medssl
 from tests.evaluation.test_bags import write_slides
 
 pytest.importorskip("h5py", reason="extra wsi")
@@ -65,7 +66,7 @@ def test_bad_requests__are_refused_before_anything_is_written(
     assert not (root / "out").exists()
 
 
-def test_folds__test_every_patient_once_a_seed(tmp_path: Path) -> None:
+def test_folds__test_every_patient_once_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_slides(tmp_path, 16)
     summary = api.label_curve(load(root, "folds=4"), None, counts=None, seeds=[0, 1])
     (row,) = summary["rows"]
@@ -77,6 +78,9 @@ def test_folds__test_every_patient_once_a_seed(tmp_path: Path) -> None:
         assert len(names) == 4 and len({case["patient_id"] for case in content["cases"]}) == 2
         tested[content["seed"]] += names
     assert all(len(names) == len(set(names)) == 16 for names in tested.values())
+    status, _, stderr = medssl(capsys, "report", root / "out")
+    page = (root / "out" / "report.html").read_text() if status == 0 else stderr
+    assert "test cases of 4 folds are taken together" in page and "slide00" in page
     with pytest.raises(MedsslError, match="folds: 12, and the labelled cases are of 8 patients"):
         api.finetune(load(root, "folds=12", f"out={root / 'none'}"), None)
     with pytest.raises(MedsslError, match="cells computed with other folds"):

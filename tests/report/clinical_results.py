@@ -23,6 +23,9 @@ def segmentation(arm: str = "pretrained", seed: int = 0, labels: int = 20, n: in
             dice = {"liver": 0.2, "spleen": 0.1}
         if k == 5:
             dice["spleen"] = 0.0
+        found = {name: value * (1.02 + 0.03 * float(rng.normal())) for name, value in ml.items()}
+        if k == 5:
+            found["spleen"] = 0.0
         flags = [{"by": "spacing", "reason": "voxel size 5 mm along axis 3, in training 1 to 2 mm"}] if k == 3 else []
         cases.append(
             {
@@ -31,7 +34,7 @@ def segmentation(arm: str = "pretrained", seed: int = 0, labels: int = 20, n: in
                 "dice": dice,
                 "hd95_mm": {name: 20 * (1 - value) + 1 for name, value in dice.items()},
                 "reference_ml": ml,
-                "volume_ml": {name: value * (1.02 + 0.03 * float(rng.normal())) for name, value in ml.items()},
+                "volume_ml": found,
                 "outside": flags,
                 "facts": {"sex": "F" if k % 3 else "M", "age_band": "unknown", "vendor": "ge", "site": SECRET},
             }
@@ -91,6 +94,24 @@ def classification(arm: str = "pretrained", seed: int = 0, n: int = 80, noise: f
     }
     span = {"n": labels, "spacing_mm": None, "vendors": [], "knn_limit": 0.02, "neighbours": 5, "quantile": 0.99}
     return {**facts, "rows": rows, "fitted": fitted, "reliability": reliability(chances, targets), "training_range": span}
+
+
+def folds(arm: str = "pretrained", seed: int = 0) -> list[dict[str, Any]]:
+    """The cases of `classification` dealt into two folds, each with its own threshold, temperature and training range."""
+    whole = classification(arm, seed)
+    return [
+        {
+            **whole,
+            "fold": fold,
+            "cases": whole["cases"][40 * fold : 40 * fold + 40],
+            "rows": [{**row, "value": 0.1 * (fold + 1)} for row in whole["rows"]],
+            "reliability": [],
+            "fitted": {"temperature": 1.1 + fold, "threshold": 0.3 + 0.4 * fold},
+            "seconds": {"train": 2.0 + 2 * fold},
+            "choice": f"step {fold + 1}, the best of 9 validation cases",
+        }
+        for fold in (0, 1)
+    ]
 
 
 def detection(arm: str = "pretrained") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from medssl.evaluation.clinical import clinical_facts
 from medssl.evaluation.worst import WorstCases, slices
 from medssl.report.clinical_page import clinical_page, headline, read_worst
 from tests.cli.test_bad_input import medssl
-from tests.report.clinical_results import SECRET, classification, detection, regression, segmentation
+from tests.report.clinical_results import SECRET, classification, detection, folds, regression, segmentation
 from tests.report.test_page import Outline, write_json
 
 
@@ -64,6 +64,43 @@ def test_classification__says_on_what_the_threshold_was_fitted() -> None:
     assert "Reliability" in said and "Structures" not in said
 
 
+def test_folds__are_said_to_be_several_networks() -> None:
+    said = words(clinical_page(clinical_facts([*folds(), *folds("scratch")], draws=50)))
+    assert "test cases of 2 folds are taken together" in said and "Each fold has a threshold of its own" in said
+    assert (
+        "temperature: pretrained by fold 1.1 2.1" in said
+        and "training cases of its own fold" in said
+        and "of None cases" not in said
+    )
+
+
+def test_chance_of_a_flag__is_told_by_patients() -> None:
+    result = segmentation(n=6)
+    assert "1 in 21 test cases lies above" in words(
+        clinical_page(clinical_facts([result], draws=20))
+    )  # an earlier result: cases alone
+    result["training_range"] |= {"n": 20, "n_patients": 4}
+    said = words(clinical_page(clinical_facts([result], draws=20)))
+    assert "1 in 5 test patients lies above" in said and "Training range of 20 cases of 4 patients" in said
+
+
+def test_structures_that_are_nowhere__are_left_out_of_agreement_and_counted() -> None:
+    result = segmentation(n=8)
+    result["cases"][7]["reference_ml"]["spleen"] = result["cases"][7]["volume_ml"]["spleen"] = 0.0
+    said = words(clinical_page(clinical_facts([result], draws=20)))
+    assert "in neither label nor prediction are left out: spleen 1." in said and "predicted where none is" in said
+
+
+def test_small_groups__are_not_counted_out() -> None:
+    result = segmentation(n=60)
+    for case in result["cases"]:
+        case["facts"] = {"sex": "M" if case["id"] == "case0010" else "F"}
+    page = clinical_page(clinical_facts([result], draws=20))
+    row = next(row for row in page.split("<tr>") if ">M<" in row)
+    assert row.count("fewer than 10") == 2 and not re.search(r">1<", row)
+    assert "can be shared" not in page and "rows of single patients" in words(page)
+
+
 def test_what_is_missing__is_said() -> None:
     said = words(clinical_page(clinical_facts([regression()], draws=50)))
     assert "earlier medssl" in said and "nothing is known of the patients and scanners" in said
@@ -110,7 +147,7 @@ def test_command__draws_the_clinical_page_of_a_fine_tuning(tmp_path: Path, capsy
     status, stdout, stderr = medssl(capsys, "report", folder, "--json")
     assert status == 0, stderr
     page = Path(json.loads(stdout)["report"])
-    assert page == folder / "report.html" and stat.S_IMODE(page.stat().st_mode) == 0o644
+    assert page == folder / "report.html" and stat.S_IMODE(page.stat().st_mode) == 0o600
     assert "Segmentation: what to expect of this network" in page.read_text()
     assert medssl(capsys, "report", folder, "--with-images", "--out", tmp_path / "private.html")[0] == 0
     assert stat.S_IMODE((tmp_path / "private.html").stat().st_mode) == 0o600
