@@ -413,7 +413,7 @@ def write_cell(
     """
     folder = out / "cells" / cell.name
     row_of = {int(number): row for row, number in enumerate(cases.ids)}
-    content = {**asdict(result), "fold": cell.fold}
+    content = {**asdict(result), "fold": cell.fold, "of_folds": cell.folds}
     for case in content["cases"]:
         number = case.pop("id")
         case["series_id"] = names[number]
@@ -451,9 +451,9 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     The main score is the AUC, or the mean absolute error; of several seeds it is the mean, and intervals draw patients again with all seeds
     at once: they say how far the mean could move with other patients, not with other seeds, whose scores are given beside it.
     """
+    results = pool_folds(results) if results else []
     if not results:
         return {"metric": "", "rows": [], "differences": []}
-    results = pool_folds(results)
     classes = results[0]["task"] == "classification"
     metric, statistic = ("auroc", _mean_of_seeds(mean_auc)) if classes else ("mae", _mean_of_seeds(mae))
     rows, differences = [], []
@@ -472,7 +472,11 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                         scores.setdefault(row["metric"], []).append(row["value"])
             rows.append(
                 {"labels": labels, "arm": arm, "seeds": sorted(by_seed), "n_test": len(table), "metric": metric, "value": value}
-                | {"low": _finite(low), "high": _finite(high), "seed_means": scores.get(metric, [])}
+                | {
+                    "low": _finite(low),
+                    "high": _finite(high),
+                    "seed_means": [float(statistic(table[:, [k]])) for k in range(table.shape[1])],
+                }
                 | {"scores": {name: float(np.mean(values)) for name, values in scores.items()}}
                 | {"seconds": float(np.mean([result["seconds"]["train"] for result in by_seed.values()]))}
             )

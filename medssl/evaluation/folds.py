@@ -30,8 +30,8 @@ def pool_folds(results: Sequence[Result]) -> list[Result]:
     grouped: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
         grouped.setdefault((result["arm"], result["labels"], result["seed"]), []).append(result)
-    whole = max(len(group) for group in grouped.values())
-    return [_pooled(group) for group in grouped.values() if len(group) == whole]
+    fullest = max(len(group) for group in grouped.values())
+    return [_pooled(group) for group in grouped.values() if len(group) == (group[0].get("of_folds") or fullest)]
 
 
 def _pooled(group: Sequence[Result]) -> dict[str, Any]:

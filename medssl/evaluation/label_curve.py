@@ -40,12 +40,13 @@ TRANSFER_SETTINGS = ("encoder_lr_scale", "freeze_steps", "transfer")  # change n
 
 @dataclass(frozen=True)
 class Cell:
-    """One fine-tuning run of the curve; `fold` is the tested fold of patients, None where the splits are given."""
+    """One fine-tuning run of the curve; `fold` of `folds` is the one that is tested, None where the splits are given."""
 
     arm: str
     labels: int
     seed: int
     fold: int | None = None
+    folds: int | None = None
 
     @property
     def name(self) -> str:
@@ -126,7 +127,7 @@ def plan(arms: Mapping[str, Any], counts: Sequence[int], seeds: Sequence[int], f
     if bad:
         raise RequestError(f'label curve: arm "{bad[0]}"; letters, digits, dots and hyphens; rename it')
     tested = [None] if folds is None else list(range(folds))
-    return [Cell(arm, count, seed, fold) for seed in seeds for count in counts for fold in tested for arm in arms]
+    return [Cell(arm, count, seed, fold, folds) for seed in seeds for count in counts for fold in tested for arm in arms]
 
 
 def refuse_chosen(arms: Mapping[str, Pretrained | None]) -> None:

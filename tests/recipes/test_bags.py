@@ -93,14 +93,16 @@ def test_unfinished_folds__are_in_no_table() -> None:
             {"series_id": f"{fold}{k}", "patient_id": f"p{fold}{k}", "target": k, "probability": [1 - target * k, target * k]}
             for k in (0, 1)
         ]
-        facts = {"arm": arm, "labels": 4, "seed": 0, "fold": fold, "task": "classification"}
+        facts = {"arm": arm, "labels": 4, "seed": 0, "fold": fold, "of_folds": 3, "task": "classification"}
         return {**facts, "cases": cases, "rows": [{"metric": "auroc", "value": target}], "seconds": {"train": 1.0}}
 
     both = [cell(arm, fold, target) for arm, target in (("pretrained", 0.9), ("scratch", 0.8)) for fold in (0, 1, 2)]
     summary = summarise(both)
     assert [row["n_test"] for row in summary["rows"]] == [6, 6] and summary["differences"][0]["difference"] == 0
     assert summary["rows"][1]["scores"] == {"auroc": pytest.approx(0.8)}
+    assert summary["rows"][1]["seed_means"] == [summary["rows"][1]["value"]]
     assert [row["arm"] for row in summarise(both[:-1])["rows"]] == ["pretrained"]
+    assert summarise([both[0], both[3]]) == {"metric": "", "rows": [], "differences": []}
 
 
 def test_another_table__leaves_what_is_there_as_it_is(tmp_path: Path) -> None:
