@@ -37,6 +37,7 @@ from medssl.evaluation.finetune_boxes import (
     WholeCase,
     finetune_boxes,
     image_boxes,
+    start,
     training_rows,
 )
 from medssl.evaluation.label_curve import SCRATCH, Cell, folder_key, plan
@@ -320,12 +321,14 @@ def box_curve(
         road = _pictures(recipe, section, settings, weights if pretrained else None)
     else:
         road = _volumes(recipe, section, settings, weights if pretrained else None)
-    if isinstance(road.batches, PictureBatches):
-        data_sources.check_items(road.batches.shelf, section, [next(iter(arms.values())).build(0)])
     counts = [recipe.labels or len(road.cases.where("train"))] if counts is None else list(counts)
     cells = plan(arms, counts, seeds)
+    encoder = next(iter(arms.values())).build(0)
+    if isinstance(road.batches, PictureBatches):
+        data_sources.check_items(road.batches.shelf, section, [encoder])
     for cell in cells:
         training_rows(road.cases, cell.labels, cell.seed)
+    start(encoder, road.batches.size, road.cases, settings, labels=cells[0].labels, seed=cells[0].seed)
     private_folder(out)
     if road.file_names:
         keep_names(out, road.cases.classes, road.file_names)

@@ -255,6 +255,30 @@ def training_rows(cases: BoxCases, labels: int | None, seed: int) -> np.ndarray:
     return train
 
 
+def start(
+    encoder: nn.Module, size: Sequence[int], cases: BoxCases, settings: BoxSettings, *, labels: int | None, seed: int
+) -> tuple[np.ndarray, Any]:
+    """Return the training rows and the detector before its first step: everything that a run can be refused for.
+
+    Args:
+        encoder: With its start weights.
+        size: Of the training images.
+        cases: All labelled cases.
+        settings: See there.
+        labels: Training cases; None takes all.
+        seed: Of pyramid and heads.
+
+    Raises:
+        RequestError: Cases, settings and encoder do not go together.
+    """
+    train = training_rows(cases, labels, seed)
+    if settings.patience is not None and not len(cases.where("val")):
+        raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "finetune", "head"))
+        return train, build_detector(encoder, len(cases.classes), size, settings.network)
+
+
 def finetune_boxes(
     encoder: nn.Module,
     batches: BoxBatches,
@@ -287,12 +311,8 @@ def finetune_boxes(
         RequestError: Cases, settings and encoder do not go together; nothing was trained.
         TrainingStopped: The loss stopped being a number.
     """
-    train = training_rows(cases, labels, seed)
-    if settings.patience is not None and not len(cases.where("val")):
-        raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "finetune", "head"))
-        detector = build_detector(encoder, len(cases.classes), batches.size, settings.network).to(settings.device)
+    train, detector = start(encoder, batches.size, cases, settings, labels=labels, seed=seed)
+    detector.to(settings.device)
     learner = _Learner(detector, batches, cases, settings, train, seed, pretrained)
     curve, choice, seconds = learner.train(on_step)
     result = learner.score(arm, curve, choice, seconds)

@@ -176,6 +176,15 @@ def test_boxes_that_cannot_be_used__are_refused_before_anything_is_written(smear
     assert not (smears / "no").exists()
 
 
+def test_detector_that_does_not_fit__is_refused_before_anything_is_written(smears: Path) -> None:
+    with pytest.raises(RequestError, match="strides"):
+        api.finetune(pictures(smears, "unfit", "settings.detector={strides: [1], width: 8}"), None)
+    with pytest.raises(RequestError, match="patience needs validation cases"):
+        where = "source.where=split in ('train', 'test')"
+        api.finetune(pictures(smears, "unfit", where, "settings.val_every=1", "settings.patience=1"), None)
+    assert not (smears / "unfit").exists()
+
+
 def test_recipes_with_faults__say_which_key(smears: Path) -> None:
     for changes, message in (
         (["cohort={path: x}"], "source and boxes"),
