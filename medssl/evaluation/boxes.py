@@ -232,7 +232,9 @@ def _read_coco(path: Path) -> Iterator[tuple[str, _Row | None]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as err:
         raise RequestError(f"boxes {path}: not readable as JSON; save it as COCO instances") from err
-    missing = [key for key in ("images", "annotations", "categories") if not isinstance(dict(content).get(key), list)]
+    if not isinstance(content, dict):
+        raise RequestError(f"boxes {path}: no COCO instances (a list of results, perhaps); save images, annotations and categories")
+    missing = [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]
     if missing:
         raise RequestError(f"boxes {path}: no list {', '.join(missing)}; a COCO file has images, annotations and categories")
     names = {item["id"]: Path(str(item["file_name"])).name for item in content["images"]}

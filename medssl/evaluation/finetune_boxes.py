@@ -98,7 +98,7 @@ class BoxSettings:
     @property
     def network(self) -> DetectorSettings:
         """The settings of the detector."""
-        return settings_of(DetectorSettings, self.detector)
+        return settings_of(DetectorSettings, self.detector, prefix="detector.")
 
 
 @dataclass(frozen=True)

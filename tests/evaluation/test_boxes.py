@@ -104,6 +104,7 @@ def test_wrong_files__say_what_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "x.txt").touch()
     (tmp_path / "none").mkdir()
     (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "results.json").write_text('[{"image_id": 1, "bbox": [1, 2, 3, 4]}]')
     (tmp_path / "x.csv").write_text("image,label\n")
     (tmp_path / "x.xml").write_text("<annotation>")
     for name, message in {
@@ -111,6 +112,7 @@ def test_wrong_files__say_what_is_accepted(tmp_path: Path) -> None:
         "x.txt": r"suffix \.txt; accepted",
         "none": r"no \.xml file in this folder",
         "x.json": "no list images, annotations, categories",
+        "results.json": "no COCO instances",
         "x.csv": "no column class, xmin, ymin, xmax, ymax",
         "x.xml": "not readable as XML",
     }.items():
