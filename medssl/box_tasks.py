@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from medssl import build, data_sources
+from medssl.archive.table import SeriesRow
 from medssl.build import load_recipe
 from medssl.cards.named import card_facts
 from medssl.cards.schema import find_card, load_card
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import bootstrap_interval
-from medssl.evaluation.boxes import PictureBoxes, read_boxes
+from medssl.evaluation.boxes import BoxTable, PictureBoxes, read_boxes
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.detection import Matches, match_classes, mean_average_precision, over_images
 from medssl.evaluation.finetune import structures_of
@@ -381,24 +383,24 @@ def _pictures(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: Box
     assert recipe.boxes is not None
     table = read_boxes(recipe.boxes.path, classes=recipe.boxes.classes, drop_empty=recipe.boxes.drop_empty)
     shelf = data_sources.fill_shelf(NAME, section)
+    listed = _listed(shelf, table)
     found = []
-    for row in shelf.rows:
-        record = shelf.reader.record(row.series_id)
-        files = shelf.archive.files(row.series_id)
-        boxes = table.of(files[0].name, record.shape[-2:]) if files else None
-        if boxes is not None:
-            found.append((row, boxes))
+    for row, name in listed:
+        boxes = table.of(name, shelf.reader.record(row.series_id).shape[-2:])
+        assert boxes is not None
+        found.append((row, boxes))
     if not found:
         raise RequestError(
             f"none of the {len(shelf.rows)} selected pictures is listed in {table.path.name}; names are compared with the image file's name"
         )
-    listed = recipe.boxes.classes is not None
+    table.counts["unmatched"] = len(table.pictures) - len(found)
+    named = recipe.boxes.classes is not None
     known = not any("patient_unknown" in row.quality_flags for row, _ in found)
     cases = BoxCases(
         ids=np.arange(len(found)),
         split=np.array([row.split for row, _ in found]),
         groups=[row.patient_id for row, _ in found] if known else None,
-        classes=table.classes if listed else tuple(f"class_{k}" for k in range(1, len(table.classes) + 1)),
+        classes=table.classes if named else tuple(f"class_{k}" for k in range(1, len(table.classes) + 1)),
         present=_present([(boxes.labels, boxes.ignore) for _, boxes in found], len(table.classes)),
     )
     leakage = "no weights"
@@ -424,8 +426,25 @@ def _pictures(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: Box
         table.counts,
         lambda: hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest(),
         leakage,
-        file_names=() if listed else table.classes,
+        file_names=() if named else table.classes,
     )
+
+
+def _listed(shelf: data_sources.Shelf, table: BoxTable) -> list[tuple[SeriesRow, str]]:
+    """Return the selected pictures that a file of boxes lists, each with its file name.
+
+    Raises:
+        RequestError: Two of them have the same name there.
+    """
+    found = [(row, files[0].name) for row in shelf.rows if (files := shelf.archive.files(row.series_id))]
+    found = [(row, name) for row, name in found if table.listed(name) is not None]
+    double = sum(n for n in Counter(table.listed(name) for _, name in found).values() if n > 1)
+    if double:
+        raise RequestError(
+            f"{double} of the {len(found)} selected pictures that {table.path.name} lists share a file name with another, and boxes are "
+            "joined by file name; narrow source.where to one folder, or rename the files and index them again"
+        )
+    return found
 
 
 def _volumes(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: BoxSettings, weights: Path | str | None) -> _Road:

@@ -65,6 +65,10 @@ class BoxTable:
     drop_empty: bool
     counts: Counter[str] = field(default_factory=Counter)
 
+    def listed(self, name: str) -> str | None:
+        """Return the name under which the file lists a picture, with or without its suffix; None where it does not."""
+        return next((form for form in (name, Path(name).stem) if form in self.pictures), None)
+
     def of(self, name: str, size: Sequence[int]) -> PictureBoxes | None:
         """Return the boxes of a picture, clipped to it; None where the file does not list it.
 
@@ -75,9 +79,10 @@ class BoxTable:
         Raises:
             RequestError: A box lies wholly outside, and `drop_empty` is off.
         """
-        rows = self.pictures.get(name, self.pictures.get(Path(name).stem))
-        if rows is None:
+        listed = self.listed(name)
+        if listed is None:
             return None
+        rows = self.pictures[listed]
         kept = []
         limit = np.array([*size, *size], dtype=np.float64)
         for row in rows:
@@ -238,6 +243,12 @@ def _read_coco(path: Path) -> Iterator[tuple[str, _Row | None]]:
     if missing:
         raise RequestError(f"boxes {path}: no list {', '.join(missing)}; a COCO file has images, annotations and categories")
     names = {item["id"]: Path(str(item["file_name"])).name for item in content["images"]}
+    double = sum(n for n in Counter(Path(str(item["file_name"])).name for item in content["images"]).values() if n > 1)
+    if double or len(names) < len(content["images"]):
+        raise RequestError(
+            f"boxes {path}: {double} of {len(content['images'])} images share a file name or an id with another; pictures are told apart by "
+            "file name without its folder: rename them, or give each folder a file of its own"
+        )
     labels = {item["id"]: str(item["name"]) for item in content["categories"]}
     for name in names.values():
         yield name, None

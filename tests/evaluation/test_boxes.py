@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,6 +60,15 @@ def test_three_forms__say_the_same(tmp_path: Path) -> None:
         assert b.boxes.shape == (0, 4)
         assert found.of("c.png", (40, 40)) is None
         assert found.counts["pictures"] == 2 and found.counts["ignored"] == 1
+
+
+@pytest.mark.parametrize("second", [{"id": 2, "file_name": "test/Quill.png"}, {"id": 1, "file_name": "other.png"}])
+def test_coco_images_that_cannot_be_told_apart__are_refused(tmp_path: Path, second: dict[str, Any]) -> None:
+    images = [{"id": 1, "file_name": "train/Quill.png"}, second]
+    (tmp_path / "boxes.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    with pytest.raises(RequestError, match="of 2 images share a file name or an id with another") as caught:
+        read_boxes(tmp_path / "boxes.json")
+    assert "Quill" not in str(caught.value)
 
 
 def test_box_without_area__is_refused_with_its_row_or_dropped_and_counted(tmp_path: Path) -> None:

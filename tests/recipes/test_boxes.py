@@ -82,7 +82,7 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
     ]
     assert [(row["labels"], row["arm"], row["seeds"]) for row in summary["differences"]] == [(4, "pretrained", [0, 1])]
     assert summary["shared"]["classes"] == ["class_1", "class_2"] and summary["shared"]["views"]["size"] == [32, 64]
-    assert summary["shared"]["boxes"] == {"dropped_empty": 0, "pictures": 12, "boxes": 17, "clipped": 0, "ignored": 0}
+    assert summary["shared"]["boxes"] == {"dropped_empty": 0, "pictures": 12, "boxes": 17, "clipped": 0, "ignored": 0, "unmatched": 0}
     assert "| 4 | pretrained - scratch " in (smears / "out" / "table.md").read_text()
     cell = smears / "out" / "cells" / "pretrained_n4_s0"
     content = json.loads((cell / "results.json").read_text())
@@ -183,6 +183,23 @@ def test_detector_that_does_not_fit__is_refused_before_anything_is_written(smear
         where = "source.where=split in ('train', 'test')"
         api.finetune(pictures(smears, "unfit", where, "settings.val_every=1", "settings.patience=1"), None)
     assert not (smears / "unfit").exists()
+
+
+def test_pictures_of_one_name__are_refused_and_those_without_a_series_counted(smears: Path) -> None:
+    root = smears / "twice"
+    for folder in ("P1", "P2"):
+        (root / folder).mkdir(parents=True)
+        number = 1 if folder == "P1" else 4
+        shutil.copy(smears / "images" / f"cell_{number}.png", root / folder / "Quill.png")
+    (root / "boxes.csv").write_text("image,class,xmin,ymin,xmax,ymax\nQuill.png,red,1,1,5,5\nQuill2.png,red,1,1,5,5\n")
+    assert index([root], root / "index", modality="GM").n_series == 2
+    given = (f"source.index={root / 'index'}", f"boxes.path={root / 'boxes.csv'}", "source.where=kind = 'image'")
+    with pytest.raises(RequestError, match=r"2 of the 2 selected pictures that boxes\.csv lists share a file name") as caught:
+        api.finetune(pictures(smears, "no", *given), None)
+    assert "Quill" not in str(caught.value)
+    (smears / "more.csv").write_text((smears / "boxes.csv").read_text() + "elsewhere.png,red,1,1,5,5\n")
+    recipe = pictures(smears, "no", f"boxes.path={smears / 'more.csv'}")
+    assert box_tasks._pictures(recipe, recipe.source, box_tasks.BoxSettings(), None).counts["unmatched"] == 1
 
 
 def test_recipes_with_faults__say_which_key(smears: Path) -> None:
