@@ -434,10 +434,17 @@ def _listed(shelf: data_sources.Shelf, table: BoxTable) -> list[tuple[SeriesRow,
     """Return the selected pictures that a file of boxes lists, each with its file name.
 
     Raises:
-        RequestError: Two of them have the same name there.
+        RequestError: Two of them have the same name there, or one is a volume or a cine.
     """
     found = [(row, files[0].name) for row in shelf.rows if (files := shelf.archive.files(row.series_id))]
     found = [(row, name) for row, name in found if table.listed(name) is not None]
+    others = Counter(row.kind for row, _ in found if row.kind != "image")
+    if others:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
+        raise RequestError(
+            f"{table.path.name} lists selected series that are no pictures ({kinds}), and its boxes would be those of one frame; add kind = "
+            "'image' to source.where"
+        )
     double = sum(n for n in Counter(table.listed(name) for _, name in found).values() if n > 1)
     if double:
         raise RequestError(

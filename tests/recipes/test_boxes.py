@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from medssl import api, box_tasks, build
 from medssl.archive.index import index
 from medssl.box_tasks import PictureBatches, in_view
 from medssl.errors import RecipeError, RequestError
+from medssl.evaluation.boxes import read_boxes
 from medssl.evaluation.detection import box_iou
 from medssl.networks.detection import DetectorSettings, build_detector
 from medssl.recipe import Recipe, recipe_folder
@@ -200,6 +202,19 @@ def test_pictures_of_one_name__are_refused_and_those_without_a_series_counted(sm
     (smears / "more.csv").write_text((smears / "boxes.csv").read_text() + "elsewhere.png,red,1,1,5,5\n")
     recipe = pictures(smears, "no", f"boxes.path={smears / 'more.csv'}")
     assert box_tasks._pictures(recipe, recipe.source, box_tasks.BoxSettings(), None).counts["unmatched"] == 1
+
+
+def test_cines_and_volumes_in_a_file_of_boxes__are_refused(tmp_path: Path) -> None:
+    (tmp_path / "boxes.csv").write_text("image,class,xmin,ymin,xmax,ymax\na.dcm,red,1,1,5,5\n")
+    table = read_boxes(tmp_path / "boxes.csv")
+    for kind in ("image", "cine", "volume"):
+        row = SimpleNamespace(series_id="s", kind=kind)
+        shelf: Any = SimpleNamespace(rows=[row], archive=SimpleNamespace(files=lambda _: [Path("a.dcm")]))
+        if kind == "image":
+            assert box_tasks._listed(shelf, table) == [(row, "a.dcm")]
+            continue
+        with pytest.raises(RequestError, match=rf"series that are no pictures \(1 {kind}\)"):
+            box_tasks._listed(shelf, table)
 
 
 def test_recipes_with_faults__say_which_key(smears: Path) -> None:
