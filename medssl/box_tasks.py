@@ -44,7 +44,7 @@ from medssl.evaluation.finetune_boxes import (
 )
 from medssl.evaluation.label_curve import SCRATCH, Cell, folder_key, plan
 from medssl.evaluation.volume_boxes import VolumeBoxes, extent, volume_boxes
-from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, known_values, structure_points, whole_image
+from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, known_values, whole_image
 from medssl.leakage import refuse_pretraining_images, refuse_pretraining_patients
 from medssl.recipe import FinetuneBoxesRecipe, SourceSection
 from medssl.sampling.items import Item
@@ -114,7 +114,7 @@ class PictureBatches:
         offset = shown @ np.array([-1.0, -1.0, 1.0])
         scale = (shown @ np.array([1.0, 1.0, 1.0]) - offset) / np.array(self.size)
         own = self.boxes[number]
-        return WholeCase(views[name][0], scale, offset, own.boxes, own.labels, own.ignore)
+        return WholeCase(views[name][0], scale, offset, own.boxes, own.labels, own.ignore, region=own.region)
 
     def shape(self, number: int) -> tuple[int, int]:
         """Return (rows, columns) of a picture."""
@@ -224,15 +224,14 @@ class VolumeBatches:
 
     def _with_parts(self, number: int) -> Volume:
         """Return the volume with its parts in the place of its label map, so that crops carry them along."""
-        volume, parts = self.reader(self.cases[number]), self.boxes(number).parts
-        return replace(volume, label=parts, points=structure_points(parts), labelled=None, raters=())
+        volume, own = self.reader(self.cases[number]), self.boxes(number)
+        return replace(volume, label=own.parts, points=own.points, labelled=None, raters=())
 
     def _target(self, number: int, parts: np.ndarray) -> dict[str, Tensor]:
         own = self.boxes(number)
         spacing = self.views.get("spacing_mm")
-        volume = self.reader(self.cases[number])
-        wanted = volume.spacing_mm if spacing is None else np.broadcast_to(np.asarray(spacing, dtype=np.float64), (3,))
-        expected = own.voxels * np.prod(np.asarray(volume.spacing_mm) / np.asarray(wanted))
+        wanted = own.spacing_mm if spacing is None else np.broadcast_to(np.asarray(spacing, dtype=np.float64), (3,))
+        expected = own.voxels * np.prod(np.asarray(own.spacing_mm) / np.asarray(wanted))
         boxes, labels, ignore = [], [], []
         for row in range(len(own.boxes)):
             seen = parts == row + 1
@@ -250,7 +249,7 @@ class VolumeBatches:
         spacing = None if given is None else np.broadcast_to(np.asarray(given, dtype=np.float64), (3,)).tolist()
         image, padding = whole_image(volume, self.views["normalize"], spacing, self.device)
         scale = np.asarray(volume.image.shape[1:]) / np.asarray(image.shape[2:])
-        return WholeCase(image, scale, np.zeros(3), own.boxes, own.labels, own.ignore, padding)
+        return WholeCase(image, scale, np.zeros(3), own.boxes, own.labels, own.ignore, padding, own.region)
 
 
 @dataclass(frozen=True)
@@ -409,7 +408,8 @@ def _pictures(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: Box
         leakage = refuse_pretraining_patients(weights, replace(shelf, rows=[row for row in shelf.rows if row.series_id in scored]))
     series = {number: row.series_id for number, (row, _) in enumerate(found)}
     rows = sorted(
-        (row.series_id, row.split, boxes.boxes.tolist(), boxes.labels.tolist(), boxes.ignore.tolist()) for row, boxes in found
+        (row.series_id, row.split, *(part.tolist() for part in (boxes.boxes, boxes.labels, boxes.ignore, boxes.region)))
+        for row, boxes in found
     )
     return _Road(
         cases,

@@ -41,11 +41,13 @@ class PictureBoxes:
         boxes: (N, 4) float64.
         labels: (N,) int64, place in the classes.
         ignore: (N,) bool, counts neither way.
+        region: (N,) bool, those of `ignore` that hold any number of objects (`iscrowd`).
     """
 
     boxes: np.ndarray
     labels: np.ndarray
     ignore: np.ndarray
+    region: np.ndarray
 
 
 @dataclass
@@ -104,6 +106,7 @@ class BoxTable:
             np.array([box for box, _ in kept], dtype=np.float64).reshape(-1, 4),
             np.array([self.classes.index(row.label) for _, row in kept], dtype=np.int64),
             np.array([row.ignore for _, row in kept], dtype=bool),
+            np.array([row.region for _, row in kept], dtype=bool),
         )
 
 
@@ -115,6 +118,7 @@ class _Row:
     box: np.ndarray
     ignore: bool
     where: str
+    region: bool = False
 
 
 def read_boxes(path: Path | str, *, classes: Sequence[str] | None = None, drop_empty: bool = False) -> BoxTable:
@@ -260,5 +264,6 @@ def _read_coco(path: Path) -> Iterator[tuple[str, _Row | None]]:
         if len(values) != 4:
             raise RequestError(f"boxes {path}: {where}: bbox is not x, y, width, height; correct it")
         x, y, width, height = values
-        row = _Row(labels[item["category_id"]], _box(x, y, x + width, y + height), bool(item.get("iscrowd", 0)), where)
+        crowd = bool(item.get("iscrowd", 0))
+        row = _Row(labels[item["category_id"]], _box(x, y, x + width, y + height), crowd, where, crowd)
         yield names[item["image_id"]], row

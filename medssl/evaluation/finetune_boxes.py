@@ -142,6 +142,7 @@ class WholeCase:
         labels: (N,).
         ignore: (N,).
         padding: Value of the image where there is nothing.
+        region: (N,) as in `detection.ImageBoxes`.
     """
 
     image: Tensor
@@ -151,6 +152,7 @@ class WholeCase:
     labels: np.ndarray
     ignore: np.ndarray
     padding: float = 0.0
+    region: np.ndarray | None = None
 
 
 class BoxBatches(Protocol):
@@ -185,7 +187,7 @@ class BoxResult:
         task: `detection`.
         classes: Names of the classes.
         rows: Scores on the test cases, see `detection.detection_rows`.
-        cases: One dictionary per test case: id, `real` [[box, label, ignore]], `found` [[box, label, score]], in pixels of the case.
+        cases: One dictionary per test case: id, `real` [[box, label, ignore, region]], `found` [[box, label, score]], in pixels of the case.
         curve: What was logged.
         choice: Which state was scored, and which labels chose it.
         seconds: Of training, and per step (median).
@@ -419,8 +421,9 @@ class _Learner:
         scale, offset = np.tile(case.scale, 2), np.tile(case.offset, 2)
         boxes = found["boxes"].double().cpu().numpy() * scale + offset
         return ImageBoxes(
-            case.boxes, case.labels, case.ignore, boxes, found["labels"].cpu().numpy(), found["scores"].double().cpu().numpy()
-        )
+            case.boxes, case.labels, case.ignore, boxes, found["labels"].cpu().numpy(), found["scores"].double().cpu().numpy(),
+            case.region,
+        )  # fmt: skip
 
     def merit(self) -> float | None:
         """Return the mAP on validation cases; None without such cases, or boxes in them."""
@@ -452,7 +455,7 @@ def padded(image: Tensor, size: Sequence[int], value: float) -> Tensor:
 
 def plain_boxes(image: ImageBoxes) -> dict[str, list[Any]]:
     """Return boxes for JSON, `real` and `found`; hundredths of a pixel are kept."""
-    real = zip(image.boxes.round(2).tolist(), image.labels.tolist(), image.ignore.tolist())
+    real = zip(image.boxes.round(2).tolist(), image.labels.tolist(), image.ignore.tolist(), image.regions.tolist())
     found = zip(image.found.round(2).tolist(), image.found_labels.tolist(), image.scores.tolist())
     return {"real": [list(row) for row in real], "found": [list(row) for row in found]}
 
@@ -467,4 +470,5 @@ def image_boxes(case: Mapping[str, Any]) -> ImageBoxes:
 
     boxes, labels, ignore = columns(case["real"])
     found, found_labels, scores = columns(case["found"])
-    return ImageBoxes(boxes, labels, ignore.astype(bool), found, found_labels, scores.astype(np.float64))
+    region = np.array([len(row) > 3 and row[3] for row in case["real"]], dtype=bool)  # older results have no regions
+    return ImageBoxes(boxes, labels, ignore.astype(bool), found, found_labels, scores.astype(np.float64), region)

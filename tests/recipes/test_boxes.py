@@ -277,6 +277,12 @@ def test_boxes_of_crops__are_those_of_the_parts(cohort: Path) -> None:
     for target in first[1]:
         assert len(target["boxes"]) and (target["boxes"][:, 3:] > target["boxes"][:, :3]).all()
         assert float(target["boxes"].max()) <= 64
+    asked: list[str] = []
+    reader = road.batches.reader
+    road.batches.reader = lambda case: (asked.append(case.id), reader(case))[1]  # type: ignore[assignment,func-returns-value]
+    road.batches.training(ids, 4, 0, 2)
+    assert len(asked) == 2  # one look per crop: beyond its memory the reader reads the file each time
+    road.batches.reader = reader
     whole = road.batches.whole(ids[0])
     assert (whole.scale == 1).all() and len(whole.boxes) == len(whole.labels)
 
