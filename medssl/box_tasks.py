@@ -2,7 +2,8 @@
 
 out/target_curve.json              what the cells have in common; a folder never mixes two settings
 out/cells/<arm>_n<labels>_s<seed>/ results.json (last: it says that the cell is done), network.safetensors with its manifest
-out/summary.json, out/table.md     rewritten after every cell
+out/summary.json, out/table.md     rewritten after every cell; intervals come with the last
+out/private/cases.csv, structures.csv   of a cohort: which file a case is, and what its files call structures that it does not list
 out/private/classes.csv            what class_1, class_2, ... are called in the file of boxes, where the recipe does not list them
 """
 
@@ -13,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,11 @@ from medssl.build import load_recipe
 from medssl.cards.named import card_facts
 from medssl.cards.schema import find_card, load_card
 from medssl.errors import RequestError
-from medssl.evaluation.bootstrap import bootstrap_interval
+from medssl.evaluation.bootstrap import Statistic, bootstrap_interval
 from medssl.evaluation.boxes import BoxTable, PictureBoxes, read_boxes
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.detection import Matches, match_classes, mean_average_precision, over_images
-from medssl.evaluation.finetune import structures_of
+from medssl.evaluation.finetune import structures_of, write_case_names, write_label_counts
 from medssl.evaluation.finetune_boxes import (
     ENCODER,
     BoxCases,
@@ -266,6 +268,7 @@ class _Road:
         leakage: What was checked.
         facts: Further facts for the folder.
         file_names: What the file of boxes calls the classes, where the recipe does not list them; for `private/` alone.
+        write_names: Writes what cases and structures are called in the files, for the owner alone, and what was counted in label maps.
     """
 
     cases: BoxCases
@@ -277,6 +280,7 @@ class _Road:
     leakage: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     file_names: Sequence[str] = ()
+    write_names: Callable[[Path], None] = lambda _: None
 
 
 def box_curve(
@@ -348,6 +352,7 @@ def box_curve(
         **road.facts,
     }
     claim(out, shared)
+    road.write_names(out)
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name
         content = read_cell(folder)
@@ -358,10 +363,11 @@ def box_curve(
                 pretrained=arm.weights is not None, arm=cell.arm, on_step=on_step,
             )  # fmt: skip
             content = _write_cell(folder, result, network, arm, section, road)
-        summary = write_summary(out, cells, shared, summarise)
+            if number < len(cells):
+                write_summary(out, cells, shared, partial(summarise, intervals=False))
         if on_cell is not None:
             on_cell(number, len(cells), cell, content)
-    return summary
+    return write_summary(out, cells, shared, summarise)
 
 
 def _section(recipe: FinetuneBoxesRecipe, manifest: Mapping[str, Any] | None) -> tuple[SourceSection, list[str]]:
@@ -426,6 +432,7 @@ def _pictures(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: Box
         table.counts,
         lambda: hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest(),
         leakage,
+        {"domain": section.domain.model_dump(), "sampler": section.sampler.model_dump()},
         file_names=() if named else table.classes,
     )
 
@@ -458,7 +465,7 @@ def _volumes(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: BoxS
     """Make boxes of the label maps of a cohort."""
     assert recipe.cohort is not None
     cohort = Cohort.load(recipe.cohort.path)
-    facts: dict[str, Any] = {"cohort": cohort.name}
+    facts: dict[str, Any] = {"cohort": cohort.name, "domain": recipe.cohort.domain.model_dump()}
     if recipe.cohort.card is not None:
         facts["data_cards"] = [card_facts(load_card(find_card(recipe.cohort.card)))]
     leakage = "no weights"
@@ -467,6 +474,7 @@ def _volumes(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: BoxS
         leakage = "no test image was pretrained on, as far as run folder and index are at hand"
     labelled = {number: case for number, case in enumerate(c for c in cohort.cases if c.label is not None)}
     reader = CaseReader(recipe.cohort.domain.name)
+    reader.domain = build.build_domain(recipe.cohort.domain)  # with its arguments
     structures = structures_of(cohort, reader)
     for case in labelled.values():
         known_values(reader(case), structures, case)
@@ -481,6 +489,11 @@ def _volumes(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: BoxS
         present=_present([(boxes.labels, boxes.ignore) for boxes in own], len(structures)),
         ranks=np.array(ranks),
     )
+
+    def write_names(out: Path) -> None:
+        write_case_names(out / "private" / "cases.csv", list(labelled.values()))
+        write_label_counts(out, reader, cohort)
+
     counts = {
         "boxes": int(sum(len(boxes.boxes) for boxes in own)),
         "ignored": int(sum(boxes.ignore.sum() for boxes in own)),
@@ -495,6 +508,7 @@ def _volumes(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: BoxS
         lambda: cohort.digest(folder_key(Path(recipe.out) / "private" / "cohort.key")),
         leakage,
         facts,
+        write_names=write_names,
     )
 
 
@@ -530,11 +544,16 @@ def _write_cell(
     return dict(content)
 
 
-def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(results: Sequence[Mapping[str, Any]], *, intervals: bool = True) -> dict[str, Any]:
     """Return the mAP over overlaps 0.1 to 0.5 with its interval per (labels, arm), the mean of all scores, and differences to scratch.
 
     Of several seeds it is the mean; intervals draw patients again with all seeds at once, as in `target_tasks.summarise`.
+
+    Args:
+        results: Of finished cells.
+        intervals: Whether to draw them: minutes where test cases have many boxes, so that they wait for the last cell.
     """
+    estimate = bootstrap_interval if intervals else _without_interval
     if not results:
         return {"metric": "", "rows": [], "differences": []}
     metric, n_classes = "map_10_50", len(results[0]["classes"])
@@ -551,7 +570,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for arm, by_seed in groups.items():
             _same_cases(by_seed.values(), names)
             score = over_images(_mean_of(list(scored[arm].values())), len(names))
-            value, low, high = bootstrap_interval(places, patients, draws=1000, statistic=score)
+            value, low, high = estimate(places, patients, draws=1000, statistic=score)
             scores: dict[str, list[float]] = {}
             for seed in sorted(by_seed):
                 for row in by_seed[seed]["rows"]:
@@ -569,12 +588,19 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 continue
             ours, theirs = (_mean_of([scored[name][seed] for seed in common]) for name in (arm, SCRATCH))
             gap = over_images(lambda times, ours=ours, theirs=theirs: ours(times) - theirs(times), len(names))
-            value, low, high = bootstrap_interval(places, patients, draws=1000, statistic=gap)
+            value, low, high = estimate(places, patients, draws=1000, statistic=gap)
             differences.append(
                 {"labels": labels, "arm": arm, "against": SCRATCH, "seeds": common, "difference": value}
                 | {"low": _finite(low), "high": _finite(high), "better": "higher"}
             )
     return {"metric": metric, "rows": rows, "differences": differences}
+
+
+def _without_interval(
+    places: np.ndarray, patients: Sequence[str] | None, *, draws: int, statistic: Statistic
+) -> tuple[float, float, float]:
+    """Stand in for `bootstrap_interval` while further cells are to come."""
+    return float(statistic(places)), float("nan"), float("nan")
 
 
 def _name(case: Mapping[str, Any]) -> str:

@@ -180,7 +180,11 @@ def detector_faults(settings: DetectorSettings) -> list[str]:
         ("width", settings.width >= 8 and settings.width % 8 == 0, "a multiple of 8"),
         ("anchor_scale", settings.anchor_scale > 0, "above 0"),
         ("anchor_shapes", all(min(shape, default=0) > 0 for shape in settings.anchor_shapes), "factors above 0"),
-        ("candidates", settings.candidates >= 1 and chosen_from >= 2, "1 or more, 2 or more where there is one level and one anchor"),
+        (
+            "candidates",
+            settings.candidates >= 1 and chosen_from >= 2,
+            "1 or more, 2 or more where there is one level and one anchor",
+        ),
         ("class_loss", settings.class_loss in CLASS_LOSSES, " or ".join(CLASS_LOSSES)),
         ("box_loss", settings.box_loss in BOX_LOSSES, " or ".join(BOX_LOSSES)),
         ("score_threshold", 0 <= settings.score_threshold < 1, "0 to below 1"),

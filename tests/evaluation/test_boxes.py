@@ -170,7 +170,12 @@ def test_uncertain_voxels_and_what_touches_them__count_neither_way() -> None:
     by_box = {tuple(box): hidden for box, hidden in zip(found.boxes.tolist(), found.ignore.tolist())}
     assert by_box == {(1, 2, 3, 4, 5, 6): True, (8, 2, 1, 10, 4, 2): False, (4, 2, 3, 5, 5, 6): True}
     assert found.region.tolist() == [False, False, True]
-    assert list(found.points) == [2] and found.points[2].tolist() == [[8, 2, 1], [8, 3, 1], [9, 2, 1], [9, 3, 1]]  # crops go there alone
+    assert list(found.points) == [2] and found.points[2].tolist() == [
+        [8, 2, 1],
+        [8, 3, 1],
+        [9, 2, 1],
+        [9, 3, 1],
+    ]  # crops go there alone
 
 
 def test_parts__hold_no_mask_of_the_whole_volume() -> None:
@@ -178,7 +183,9 @@ def test_parts__hold_no_mask_of_the_whole_volume() -> None:
     label[::8, ::8, ::8] = 1
     found = parts_of(label, [1])
     assert len(found.boxes) == 512 and sum(mask.nbytes for _, mask in found.pieces) == 512
-    assert (found.parts > 0).sum() == 512 and not any(isinstance(v, np.ndarray) and v.size >= label.size for v in vars(found).values())
+    assert (found.parts > 0).sum() == 512 and not any(
+        isinstance(v, np.ndarray) and v.size >= label.size for v in vars(found).values()
+    )
 
 
 def test_maps_of_some_structures__are_refused() -> None:

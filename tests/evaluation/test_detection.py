@@ -172,7 +172,9 @@ def random_images(seed: int, dims: int = 2, n: int = 8, ties: bool = True, crowd
         labels = rng.integers(0, 2, count)
         kinds = rng.integers(0, 2, len(found))
         hidden = rng.random(count) < (0.4 if crowds else 0.2)
-        images.append(ImageBoxes(boxes, labels, hidden, found, kinds, scores, hidden & (rng.random(count) < 0.5) if crowds else None))
+        images.append(
+            ImageBoxes(boxes, labels, hidden, found, kinds, scores, hidden & (rng.random(count) < 0.5) if crowds else None)
+        )
     return images
 
 

@@ -129,7 +129,10 @@ def test_settings__are_checked_together() -> None:
     [
         ({"detector": {"strides": 8}}, r"detector\.strides: 8; a list, each a whole number"),
         ({"detector": {"anchor_shapes": [1, 2]}}, r"detector\.anchor_shapes: \[1, 2\]; a list, each a list, each a number"),
-        ({"detector": {"strides": [8], "candidates": 1}}, r"detector\.candidates: 1; 1 or more, 2 or more where there is one level"),
+        (
+            {"detector": {"strides": [8], "candidates": 1}},
+            r"detector\.candidates: 1; 1 or more, 2 or more where there is one level",
+        ),
         ({"steps": "10", "lr": "fast"}, "steps: '10'; a whole number; lr: 'fast'; a number"),
         ({"batch": 1.5, "split": 1}, r"batch: 1\.5; a whole number; split: 1; true or false"),
         ({"augment": 3, "patience": True}, "augment: 3; keys and values; patience: True; a whole number or null"),

@@ -77,14 +77,32 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
     facts = {"image_size": [32, 32], "intensity": {"normalize": {"window": [0, 255]}}}
     weights = encoder_weights(smears / "weights", "image2d", {"model": "resnet10t", "in_channels": 3}, **facts)
     recipe = pictures(smears, "out", "encoder={}")
-    summary = api.label_curve(recipe, weights, counts=[4], seeds=[0, 1])
+    drawn: list[int] = []
+    bootstrap = box_tasks.bootstrap_interval
+    monkeypatch.setattr(box_tasks, "bootstrap_interval", lambda *a, **k: (drawn.append(1), bootstrap(*a, **k))[1])
+    between: list[Any] = []
+    seen = smears / "out" / "summary.json"
+
+    def look(number: int, *_: Any) -> None:
+        between.extend([json.loads(seen.read_text())["rows"][0]] if number == 3 else [])
+
+    summary = api.label_curve(recipe, weights, counts=[4], seeds=[0, 1], on_cell=look)
+    assert len(drawn) == 3  # two rows and a difference, once
+    assert between[0]["value"] is not None and between[0]["low"] is None and summary["rows"][0]["low"] is not None
     assert [(row["labels"], row["arm"], row["metric"]) for row in summary["rows"]] == [
         (4, "pretrained", "map_10_50"),
         (4, "scratch", "map_10_50"),
     ]
     assert [(row["labels"], row["arm"], row["seeds"]) for row in summary["differences"]] == [(4, "pretrained", [0, 1])]
     assert summary["shared"]["classes"] == ["class_1", "class_2"] and summary["shared"]["views"]["size"] == [32, 64]
-    assert summary["shared"]["boxes"] == {"dropped_empty": 0, "pictures": 12, "boxes": 17, "clipped": 0, "ignored": 0, "unmatched": 0}
+    assert summary["shared"]["boxes"] == {
+        "dropped_empty": 0,
+        "pictures": 12,
+        "boxes": 17,
+        "clipped": 0,
+        "ignored": 0,
+        "unmatched": 0,
+    }
     assert "| 4 | pretrained - scratch " in (smears / "out" / "table.md").read_text()
     cell = smears / "out" / "cells" / "pretrained_n4_s0"
     content = json.loads((cell / "results.json").read_text())
@@ -152,6 +170,12 @@ def test_whole_pictures__lead_back_to_the_boxes(smears: Path) -> None:
         found = coloured(case.image[0].numpy(), 1) * np.tile(case.scale, 2) + np.tile(case.offset, 2)
         real = case.boxes[case.labels == 1]
         assert box_iou(found[None], real).max() > 0.8
+
+
+def test_domain_and_sampler__are_part_of_what_cells_share(smears: Path) -> None:
+    recipe = pictures(smears, "none")
+    facts = box_tasks._pictures(recipe, recipe.source, box_tasks.BoxSettings(), None).facts
+    assert facts["domain"]["name"] == "microscopy" and facts["sampler"]["name"] == "planes"
 
 
 def test_turned_views__hold_the_whole_box() -> None:
@@ -251,6 +275,17 @@ def cohort(phantom_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return root
 
 
+def test_domain_of_a_cohort__gets_its_arguments_and_is_shared(cohort: Path) -> None:
+    roads = []
+    for domain in ("{name: mri}", "{name: mri, philips_scaling: true}"):
+        recipe = volumes(cohort, "none", f"cohort.domain={domain}")
+        section, _ = box_tasks._section(recipe, None)
+        roads.append(box_tasks._volumes(recipe, section, build.box_settings(recipe), None))
+    assert roads[0].facts["domain"] != roads[1].facts["domain"]
+    readers = [road.batches.reader for road in roads if isinstance(road.batches, box_tasks.VolumeBatches)]
+    assert [reader.domain.philips_scaling for reader in readers] == [False, True]
+
+
 def test_volumes__from_label_maps_pretrained_beside_scratch(cohort: Path) -> None:
     args = {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
     facts = {"image_size": [32, 32, 16], "intensity": {"normalize": "zscore"}}
@@ -262,6 +297,8 @@ def test_volumes__from_label_maps_pretrained_beside_scratch(cohort: Path) -> Non
     )
     assert content["cases"][0]["case"].startswith("case0") and content["cases"][0]["patient_id"].startswith("patient0")
     assert len(content["cases"][0]["real"][0][0]) == 6
+    names = (cohort.parent / "out" / "private" / "cases.csv").read_text().splitlines()
+    assert names[0] == "case,image,patient" and any(line.startswith(content["cases"][0]["case"] + ",") for line in names)
 
 
 def test_boxes_of_crops__are_those_of_the_parts(cohort: Path) -> None:
