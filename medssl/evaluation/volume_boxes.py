@@ -96,7 +96,7 @@ def parts_of(label: np.ndarray, structures: Sequence[int], *, split: bool = True
     pieces: list[tuple[Corner, np.ndarray]] = []
     facts: list[tuple[int, bool, bool]] = []
     left_out = 0
-    asked = [(k, value) for k, value in enumerate(structures)]
+    asked: list[tuple[int, int | None]] = [(k, value) for k, value in enumerate(structures)]
     asked += [(k, None) for k in range(len(structures)) if uncertain.any()]
     for k, value in asked:
         mask = uncertain if value is None else label == value
@@ -124,7 +124,8 @@ def parts_of(label: np.ndarray, structures: Sequence[int], *, split: bool = True
 
 def _points(corner: Corner, mask: np.ndarray) -> np.ndarray:
     """Return voxels (K, 3) of a part, in the volume."""
-    return structure_points(mask.astype(np.int16))[1] + np.array([side.start for side in corner])
+    found: np.ndarray = structure_points(mask.astype(np.int16))[1] + np.array([side.start for side in corner])
+    return found
 
 
 def extent(mask: np.ndarray) -> np.ndarray:

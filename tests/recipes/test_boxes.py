@@ -16,8 +16,10 @@ from medssl import api, box_tasks, build
 from medssl.archive.index import index
 from medssl.box_tasks import PictureBatches, in_view
 from medssl.errors import RecipeError, RequestError
+from medssl.evaluation.bootstrap import bootstrap_interval
 from medssl.evaluation.boxes import read_boxes
 from medssl.evaluation.detection import box_iou
+from medssl.evaluation.finetune_boxes import BoxSettings
 from medssl.networks.detection import DetectorSettings, build_detector
 from medssl.recipe import Recipe, recipe_folder
 from medssl.weights import load_part, save_part
@@ -78,8 +80,12 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
     weights = encoder_weights(smears / "weights", "image2d", {"model": "resnet10t", "in_channels": 3}, **facts)
     recipe = pictures(smears, "out", "encoder={}")
     drawn: list[int] = []
-    bootstrap = box_tasks.bootstrap_interval
-    monkeypatch.setattr(box_tasks, "bootstrap_interval", lambda *a, **k: (drawn.append(1), bootstrap(*a, **k))[1])
+
+    def drawing(*given: Any, **how: Any) -> Any:
+        drawn.append(1)
+        return bootstrap_interval(*given, **how)
+
+    monkeypatch.setattr(box_tasks, "bootstrap_interval", drawing)
     between: list[Any] = []
     seen = smears / "out" / "summary.json"
 
@@ -137,7 +143,7 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
 
 def batches(smears: Path, **augment: Any) -> PictureBatches:
     recipe = pictures(smears, "none")
-    return box_tasks._pictures(recipe, recipe.source, box_tasks.BoxSettings(augment=augment), None).batches  # type: ignore[return-value]
+    return box_tasks._pictures(recipe, recipe.source, BoxSettings(augment=augment), None).batches  # type: ignore[return-value]
 
 
 def coloured(image: np.ndarray, dark: int) -> np.ndarray:
@@ -174,7 +180,7 @@ def test_whole_pictures__lead_back_to_the_boxes(smears: Path) -> None:
 
 def test_domain_and_sampler__are_part_of_what_cells_share(smears: Path) -> None:
     recipe = pictures(smears, "none")
-    facts = box_tasks._pictures(recipe, recipe.source, box_tasks.BoxSettings(), None).facts
+    facts = box_tasks._pictures(recipe, recipe.source, BoxSettings(), None).facts
     assert facts["domain"]["name"] == "microscopy" and facts["sampler"]["name"] == "planes"
 
 
@@ -205,8 +211,8 @@ def test_boxes_that_cannot_be_used__are_refused_before_anything_is_written(smear
 def test_detector_that_does_not_fit__is_refused_before_anything_is_written(smears: Path) -> None:
     with pytest.raises(RequestError, match="strides"):
         api.finetune(pictures(smears, "unfit", "settings.detector={strides: [1], width: 8}"), None)
+    where = "source.where=split in ('train', 'test')"
     with pytest.raises(RequestError, match="patience needs validation cases"):
-        where = "source.where=split in ('train', 'test')"
         api.finetune(pictures(smears, "unfit", where, "settings.val_every=1", "settings.patience=1"), None)
     assert not (smears / "unfit").exists()
 
@@ -225,14 +231,14 @@ def test_pictures_of_one_name__are_refused_and_those_without_a_series_counted(sm
     assert "Quill" not in str(caught.value)
     (smears / "more.csv").write_text((smears / "boxes.csv").read_text() + "elsewhere.png,red,1,1,5,5\n")
     recipe = pictures(smears, "no", f"boxes.path={smears / 'more.csv'}")
-    assert box_tasks._pictures(recipe, recipe.source, box_tasks.BoxSettings(), None).counts["unmatched"] == 1
+    assert box_tasks._pictures(recipe, recipe.source, BoxSettings(), None).counts["unmatched"] == 1
 
 
 def test_cines_and_volumes_in_a_file_of_boxes__are_refused(tmp_path: Path) -> None:
     (tmp_path / "boxes.csv").write_text("image,class,xmin,ymin,xmax,ymax\na.dcm,red,1,1,5,5\n")
     table = read_boxes(tmp_path / "boxes.csv")
     for kind in ("image", "cine", "volume"):
-        row = SimpleNamespace(series_id="s", kind=kind)
+        row: Any = SimpleNamespace(series_id="s", kind=kind)
         shelf: Any = SimpleNamespace(rows=[row], archive=SimpleNamespace(files=lambda _: [Path("a.dcm")]))
         if kind == "image":
             assert box_tasks._listed(shelf, table) == [(row, "a.dcm")]
