@@ -2,7 +2,8 @@
 
 out/target_curve.json              what the cells have in common; a folder never mixes two settings
 out/cells/<arm>_n<labels>_s<seed>/ results.json (last: it says that the cell is done), network.safetensors with its manifest
-out/summary.json, out/table.md     rewritten after every cell
+out/summary.json, out/table.md     rewritten after every cell; intervals come with the last
+out/private/cases.csv, structures.csv   of a cohort: which file a case is, and what its files call structures that it does not list
 out/private/classes.csv            what class_1, class_2, ... are called in the file of boxes, where the recipe does not list them
 """
 
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from medssl import build, data_sources
+from medssl.archive.table import SeriesRow
 from medssl.build import load_recipe
 from medssl.cards.named import card_facts
 from medssl.cards.schema import find_card, load_card
 from medssl.errors import RequestError
-from medssl.evaluation.bootstrap import bootstrap_interval
-from medssl.evaluation.boxes import PictureBoxes, read_boxes
+from medssl.evaluation.bootstrap import Statistic, bootstrap_interval
+from medssl.evaluation.boxes import BoxTable, PictureBoxes, read_boxes
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.detection import Matches, match_classes, mean_average_precision, over_images
-from medssl.evaluation.finetune import structures_of
+from medssl.evaluation.finetune import structures_of, write_case_names, write_label_counts
 from medssl.evaluation.finetune_boxes import (
     ENCODER,
     BoxCases,
@@ -37,11 +41,12 @@ from medssl.evaluation.finetune_boxes import (
     WholeCase,
     finetune_boxes,
     image_boxes,
+    start,
     training_rows,
 )
 from medssl.evaluation.label_curve import SCRATCH, Cell, folder_key, plan
 from medssl.evaluation.volume_boxes import VolumeBoxes, extent, volume_boxes
-from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, known_values, structure_points, whole_image
+from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, known_values, whole_image
 from medssl.leakage import refuse_pretraining_images, refuse_pretraining_patients
 from medssl.recipe import FinetuneBoxesRecipe, SourceSection
 from medssl.sampling.items import Item
@@ -111,7 +116,7 @@ class PictureBatches:
         offset = shown @ np.array([-1.0, -1.0, 1.0])
         scale = (shown @ np.array([1.0, 1.0, 1.0]) - offset) / np.array(self.size)
         own = self.boxes[number]
-        return WholeCase(views[name][0], scale, offset, own.boxes, own.labels, own.ignore)
+        return WholeCase(views[name][0], scale, offset, own.boxes, own.labels, own.ignore, region=own.region)
 
     def shape(self, number: int) -> tuple[int, int]:
         """Return (rows, columns) of a picture."""
@@ -221,15 +226,14 @@ class VolumeBatches:
 
     def _with_parts(self, number: int) -> Volume:
         """Return the volume with its parts in the place of its label map, so that crops carry them along."""
-        volume, parts = self.reader(self.cases[number]), self.boxes(number).parts
-        return replace(volume, label=parts, points=structure_points(parts), labelled=None, raters=())
+        volume, own = self.reader(self.cases[number]), self.boxes(number)
+        return replace(volume, label=own.parts, points=own.points, labelled=None, raters=())
 
     def _target(self, number: int, parts: np.ndarray) -> dict[str, Tensor]:
         own = self.boxes(number)
         spacing = self.views.get("spacing_mm")
-        volume = self.reader(self.cases[number])
-        wanted = volume.spacing_mm if spacing is None else np.broadcast_to(np.asarray(spacing, dtype=np.float64), (3,))
-        expected = own.voxels * np.prod(np.asarray(volume.spacing_mm) / np.asarray(wanted))
+        wanted = own.spacing_mm if spacing is None else np.broadcast_to(np.asarray(spacing, dtype=np.float64), (3,))
+        expected = own.voxels * np.prod(np.asarray(own.spacing_mm) / np.asarray(wanted))
         boxes, labels, ignore = [], [], []
         for row in range(len(own.boxes)):
             seen = parts == row + 1
@@ -247,7 +251,7 @@ class VolumeBatches:
         spacing = None if given is None else np.broadcast_to(np.asarray(given, dtype=np.float64), (3,)).tolist()
         image, padding = whole_image(volume, self.views["normalize"], spacing, self.device)
         scale = np.asarray(volume.image.shape[1:]) / np.asarray(image.shape[2:])
-        return WholeCase(image, scale, np.zeros(3), own.boxes, own.labels, own.ignore, padding)
+        return WholeCase(image, scale, np.zeros(3), own.boxes, own.labels, own.ignore, padding, own.region)
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,7 @@ class _Road:
         leakage: What was checked.
         facts: Further facts for the folder.
         file_names: What the file of boxes calls the classes, where the recipe does not list them; for `private/` alone.
+        write_names: Writes what cases and structures are called in the files, for the owner alone, and what was counted in label maps.
     """
 
     cases: BoxCases
@@ -275,6 +280,7 @@ class _Road:
     leakage: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     file_names: Sequence[str] = ()
+    write_names: Callable[[Path], None] = lambda _: None
 
 
 def box_curve(
@@ -320,12 +326,14 @@ def box_curve(
         road = _pictures(recipe, section, settings, weights if pretrained else None)
     else:
         road = _volumes(recipe, section, settings, weights if pretrained else None)
-    if isinstance(road.batches, PictureBatches):
-        data_sources.check_items(road.batches.shelf, section, [next(iter(arms.values())).build(0)])
     counts = [recipe.labels or len(road.cases.where("train"))] if counts is None else list(counts)
     cells = plan(arms, counts, seeds)
+    encoder = next(iter(arms.values())).build(0)
+    if isinstance(road.batches, PictureBatches):
+        data_sources.check_items(road.batches.shelf, section, [encoder])
     for cell in cells:
         training_rows(road.cases, cell.labels, cell.seed)
+    start(encoder, road.batches.size, road.cases, settings, labels=cells[0].labels, seed=cells[0].seed)
     private_folder(out)
     if road.file_names:
         keep_names(out, road.cases.classes, road.file_names)
@@ -344,6 +352,7 @@ def box_curve(
         **road.facts,
     }
     claim(out, shared)
+    road.write_names(out)
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name
         content = read_cell(folder)
@@ -354,10 +363,11 @@ def box_curve(
                 pretrained=arm.weights is not None, arm=cell.arm, on_step=on_step,
             )  # fmt: skip
             content = _write_cell(folder, result, network, arm, section, road)
-        summary = write_summary(out, cells, shared, summarise)
+            if number < len(cells):
+                write_summary(out, cells, shared, partial(summarise, intervals=False))
         if on_cell is not None:
             on_cell(number, len(cells), cell, content)
-    return summary
+    return write_summary(out, cells, shared, summarise)
 
 
 def _section(recipe: FinetuneBoxesRecipe, manifest: Mapping[str, Any] | None) -> tuple[SourceSection, list[str]]:
@@ -378,24 +388,24 @@ def _pictures(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: Box
     assert recipe.boxes is not None
     table = read_boxes(recipe.boxes.path, classes=recipe.boxes.classes, drop_empty=recipe.boxes.drop_empty)
     shelf = data_sources.fill_shelf(NAME, section)
+    listed = _listed(shelf, table)
     found = []
-    for row in shelf.rows:
-        record = shelf.reader.record(row.series_id)
-        files = shelf.archive.files(row.series_id)
-        boxes = table.of(files[0].name, record.shape[-2:]) if files else None
-        if boxes is not None:
-            found.append((row, boxes))
+    for row, name in listed:
+        boxes = table.of(name, shelf.reader.record(row.series_id).shape[-2:])
+        assert boxes is not None
+        found.append((row, boxes))
     if not found:
         raise RequestError(
             f"none of the {len(shelf.rows)} selected pictures is listed in {table.path.name}; names are compared with the image file's name"
         )
-    listed = recipe.boxes.classes is not None
+    table.counts["unmatched"] = len(table.pictures) - len(found)
+    named = recipe.boxes.classes is not None
     known = not any("patient_unknown" in row.quality_flags for row, _ in found)
     cases = BoxCases(
         ids=np.arange(len(found)),
         split=np.array([row.split for row, _ in found]),
         groups=[row.patient_id for row, _ in found] if known else None,
-        classes=table.classes if listed else tuple(f"class_{k}" for k in range(1, len(table.classes) + 1)),
+        classes=table.classes if named else tuple(f"class_{k}" for k in range(1, len(table.classes) + 1)),
         present=_present([(boxes.labels, boxes.ignore) for _, boxes in found], len(table.classes)),
     )
     leakage = "no weights"
@@ -404,7 +414,8 @@ def _pictures(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: Box
         leakage = refuse_pretraining_patients(weights, replace(shelf, rows=[row for row in shelf.rows if row.series_id in scored]))
     series = {number: row.series_id for number, (row, _) in enumerate(found)}
     rows = sorted(
-        (row.series_id, row.split, boxes.boxes.tolist(), boxes.labels.tolist(), boxes.ignore.tolist()) for row, boxes in found
+        (row.series_id, row.split, *(part.tolist() for part in (boxes.boxes, boxes.labels, boxes.ignore, boxes.region)))
+        for row, boxes in found
     )
     return _Road(
         cases,
@@ -421,15 +432,40 @@ def _pictures(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: Box
         table.counts,
         lambda: hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest(),
         leakage,
-        file_names=() if listed else table.classes,
+        {"domain": section.domain.model_dump(), "sampler": section.sampler.model_dump()},
+        file_names=() if named else table.classes,
     )
+
+
+def _listed(shelf: data_sources.Shelf, table: BoxTable) -> list[tuple[SeriesRow, str]]:
+    """Return the selected pictures that a file of boxes lists, each with its file name.
+
+    Raises:
+        RequestError: Two of them have the same name there, or one is a volume or a cine.
+    """
+    found = [(row, files[0].name) for row in shelf.rows if (files := shelf.archive.files(row.series_id))]
+    found = [(row, name) for row, name in found if table.listed(name) is not None]
+    others = Counter(row.kind for row, _ in found if row.kind != "image")
+    if others:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
+        raise RequestError(
+            f"{table.path.name} lists selected series that are no pictures ({kinds}), and its boxes would be those of one frame; add kind = "
+            "'image' to source.where"
+        )
+    double = sum(n for n in Counter(table.listed(name) for _, name in found).values() if n > 1)
+    if double:
+        raise RequestError(
+            f"{double} of the {len(found)} selected pictures that {table.path.name} lists share a file name with another, and boxes are "
+            "joined by file name; narrow source.where to one folder, or rename the files and index them again"
+        )
+    return found
 
 
 def _volumes(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: BoxSettings, weights: Path | str | None) -> _Road:
     """Make boxes of the label maps of a cohort."""
     assert recipe.cohort is not None
     cohort = Cohort.load(recipe.cohort.path)
-    facts: dict[str, Any] = {"cohort": cohort.name}
+    facts: dict[str, Any] = {"cohort": cohort.name, "domain": recipe.cohort.domain.model_dump()}
     if recipe.cohort.card is not None:
         facts["data_cards"] = [card_facts(load_card(find_card(recipe.cohort.card)))]
     leakage = "no weights"
@@ -438,6 +474,7 @@ def _volumes(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: BoxS
         leakage = "no test image was pretrained on, as far as run folder and index are at hand"
     labelled = {number: case for number, case in enumerate(c for c in cohort.cases if c.label is not None)}
     reader = CaseReader(recipe.cohort.domain.name)
+    reader.domain = build.build_domain(recipe.cohort.domain)  # with its arguments
     structures = structures_of(cohort, reader)
     for case in labelled.values():
         known_values(reader(case), structures, case)
@@ -452,6 +489,11 @@ def _volumes(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: BoxS
         present=_present([(boxes.labels, boxes.ignore) for boxes in own], len(structures)),
         ranks=np.array(ranks),
     )
+
+    def write_names(out: Path) -> None:
+        write_case_names(out / "private" / "cases.csv", list(labelled.values()))
+        write_label_counts(out, reader, cohort)
+
     counts = {
         "boxes": int(sum(len(boxes.boxes) for boxes in own)),
         "ignored": int(sum(boxes.ignore.sum() for boxes in own)),
@@ -466,6 +508,7 @@ def _volumes(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: BoxS
         lambda: cohort.digest(folder_key(Path(recipe.out) / "private" / "cohort.key")),
         leakage,
         facts,
+        write_names=write_names,
     )
 
 
@@ -501,11 +544,16 @@ def _write_cell(
     return dict(content)
 
 
-def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(results: Sequence[Mapping[str, Any]], *, intervals: bool = True) -> dict[str, Any]:
     """Return the mAP over overlaps 0.1 to 0.5 with its interval per (labels, arm), the mean of all scores, and differences to scratch.
 
     Of several seeds it is the mean; intervals draw patients again with all seeds at once, as in `target_tasks.summarise`.
+
+    Args:
+        results: Of finished cells.
+        intervals: Whether to draw them: minutes where test cases have many boxes, so that they wait for the last cell.
     """
+    estimate = bootstrap_interval if intervals else _without_interval
     if not results:
         return {"metric": "", "rows": [], "differences": []}
     metric, n_classes = "map_10_50", len(results[0]["classes"])
@@ -522,7 +570,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for arm, by_seed in groups.items():
             _same_cases(by_seed.values(), names)
             score = over_images(_mean_of(list(scored[arm].values())), len(names))
-            value, low, high = bootstrap_interval(places, patients, draws=1000, statistic=score)
+            value, low, high = estimate(places, patients, draws=1000, statistic=score)
             scores: dict[str, list[float]] = {}
             for seed in sorted(by_seed):
                 for row in by_seed[seed]["rows"]:
@@ -540,12 +588,19 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 continue
             ours, theirs = (_mean_of([scored[name][seed] for seed in common]) for name in (arm, SCRATCH))
             gap = over_images(lambda times, ours=ours, theirs=theirs: ours(times) - theirs(times), len(names))
-            value, low, high = bootstrap_interval(places, patients, draws=1000, statistic=gap)
+            value, low, high = estimate(places, patients, draws=1000, statistic=gap)
             differences.append(
                 {"labels": labels, "arm": arm, "against": SCRATCH, "seeds": common, "difference": value}
                 | {"low": _finite(low), "high": _finite(high), "better": "higher"}
             )
     return {"metric": metric, "rows": rows, "differences": differences}
+
+
+def _without_interval(
+    places: np.ndarray, patients: Sequence[str] | None, *, draws: int, statistic: Statistic
+) -> tuple[float, float, float]:
+    """Stand in for `bootstrap_interval` while further cells are to come."""
+    return float(statistic(places)), float("nan"), float("nan")
 
 
 def _name(case: Mapping[str, Any]) -> str:

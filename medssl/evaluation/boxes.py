@@ -41,11 +41,13 @@ class PictureBoxes:
         boxes: (N, 4) float64.
         labels: (N,) int64, place in the classes.
         ignore: (N,) bool, counts neither way.
+        region: (N,) bool, those of `ignore` that hold any number of objects (`iscrowd`).
     """
 
     boxes: np.ndarray
     labels: np.ndarray
     ignore: np.ndarray
+    region: np.ndarray
 
 
 @dataclass
@@ -65,6 +67,10 @@ class BoxTable:
     drop_empty: bool
     counts: Counter[str] = field(default_factory=Counter)
 
+    def listed(self, name: str) -> str | None:
+        """Return the name under which the file lists a picture, with or without its suffix; None where it does not."""
+        return next((form for form in (name, Path(name).stem) if form in self.pictures), None)
+
     def of(self, name: str, size: Sequence[int]) -> PictureBoxes | None:
         """Return the boxes of a picture, clipped to it; None where the file does not list it.
 
@@ -75,9 +81,10 @@ class BoxTable:
         Raises:
             RequestError: A box lies wholly outside, and `drop_empty` is off.
         """
-        rows = self.pictures.get(name, self.pictures.get(Path(name).stem))
-        if rows is None:
+        listed = self.listed(name)
+        if listed is None:
             return None
+        rows = self.pictures[listed]
         kept = []
         limit = np.array([*size, *size], dtype=np.float64)
         for row in rows:
@@ -99,6 +106,7 @@ class BoxTable:
             np.array([box for box, _ in kept], dtype=np.float64).reshape(-1, 4),
             np.array([self.classes.index(row.label) for _, row in kept], dtype=np.int64),
             np.array([row.ignore for _, row in kept], dtype=bool),
+            np.array([row.region for _, row in kept], dtype=bool),
         )
 
 
@@ -110,6 +118,7 @@ class _Row:
     box: np.ndarray
     ignore: bool
     where: str
+    region: bool = False
 
 
 def read_boxes(path: Path | str, *, classes: Sequence[str] | None = None, drop_empty: bool = False) -> BoxTable:
@@ -232,10 +241,18 @@ def _read_coco(path: Path) -> Iterator[tuple[str, _Row | None]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as err:
         raise RequestError(f"boxes {path}: not readable as JSON; save it as COCO instances") from err
-    missing = [key for key in ("images", "annotations", "categories") if not isinstance(dict(content).get(key), list)]
+    if not isinstance(content, dict):
+        raise RequestError(f"boxes {path}: no COCO instances (a list of results, perhaps); save images, annotations and categories")
+    missing = [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]
     if missing:
         raise RequestError(f"boxes {path}: no list {', '.join(missing)}; a COCO file has images, annotations and categories")
     names = {item["id"]: Path(str(item["file_name"])).name for item in content["images"]}
+    double = sum(n for n in Counter(Path(str(item["file_name"])).name for item in content["images"]).values() if n > 1)
+    if double or len(names) < len(content["images"]):
+        raise RequestError(
+            f"boxes {path}: {double} of {len(content['images'])} images share a file name or an id with another; pictures are told apart by "
+            "file name without its folder: rename them, or give each folder a file of its own"
+        )
     labels = {item["id"]: str(item["name"]) for item in content["categories"]}
     for name in names.values():
         yield name, None
@@ -247,5 +264,6 @@ def _read_coco(path: Path) -> Iterator[tuple[str, _Row | None]]:
         if len(values) != 4:
             raise RequestError(f"boxes {path}: {where}: bbox is not x, y, width, height; correct it")
         x, y, width, height = values
-        row = _Row(labels[item["category_id"]], _box(x, y, x + width, y + height), bool(item.get("iscrowd", 0)), where)
+        crowd = bool(item.get("iscrowd", 0))
+        row = _Row(labels[item["category_id"]], _box(x, y, x + width, y + height), crowd, where, crowd)
         yield names[item["image_id"]], row

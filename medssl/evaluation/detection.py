@@ -2,7 +2,8 @@
 
 **Matching.** Within an image and a class, found boxes are taken from the best score down. Each takes the free real box that it overlaps most,
 if that is at least the threshold, and is right; else it is wrong. A found box that only meets a box marked `ignore` (difficult, uncertain)
-is neither, and a missed one of these is not missed.
+is neither, and a missed one of these is not missed. Of an ignored object overlap is intersection over union; of a region (a crowd, uncertain
+voxels) it is the share of the found box that lies in it, since any number of objects may be there.
 
 **Ties.** Found boxes of equal score are taken together: no order among them changes precision or recall. **Empty images** have no real box,
 and everything found there is wrong. A class without a real box has no score, and is left out of means.
@@ -38,6 +39,7 @@ class ImageBoxes:
         found: (M, 2 D) found boxes.
         found_labels: (M,).
         scores: (M,) higher is surer.
+        region: (N,) bool, those of `ignore` that are regions, not single objects; None for none.
     """
 
     boxes: np.ndarray
@@ -46,6 +48,12 @@ class ImageBoxes:
     found: np.ndarray
     found_labels: np.ndarray
     scores: np.ndarray
+    region: np.ndarray | None = None
+
+    @property
+    def regions(self) -> np.ndarray:
+        """(N,) bool, `region` or all False."""
+        return np.zeros(len(self.boxes), dtype=bool) if self.region is None else self.region
 
 
 @dataclass(frozen=True)
@@ -69,14 +77,26 @@ class Matches:
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the overlap (intersection over union) of boxes (N, 2 D) and (M, 2 D): (N, M), 0 where both are empty."""
+    shared, size_a, size_b = _shared(a, b)
+    union = size_a[:, None] + size_b[None] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)  # type: ignore[no-any-return]
+
+
+def box_cover(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the share of boxes (N, 2 D) that lies in boxes (M, 2 D): (N, M), 0 where the first is empty."""
+    shared, size_a, _ = _shared(a, b)
+    whole = np.broadcast_to(size_a[:, None], shared.shape)
+    return np.divide(shared, whole, out=np.zeros_like(shared), where=whole > 0)  # type: ignore[no-any-return]
+
+
+def _shared(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the intersections (N, M) of boxes, and the sizes of both."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     dims = a.shape[1] // 2
     low = np.maximum(a[:, None, :dims], b[None, :, :dims])
     high = np.minimum(a[:, None, dims:], b[None, :, dims:])
-    shared = np.clip(high - low, 0, None).prod(axis=2)
     size_a, size_b = ((x[:, dims:] - x[:, :dims]).prod(axis=1) for x in (a, b))
-    union = size_a[:, None] + size_b[None] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)  # type: ignore[no-any-return]
+    return np.clip(high - low, 0, None).prod(axis=2), size_a, size_b
 
 
 def match_image(image: ImageBoxes, label: int, overlaps: Sequence[float]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -95,7 +115,8 @@ def match_image(image: ImageBoxes, label: int, overlaps: Sequence[float]) -> tup
     mine = mine[np.argsort(-image.scores[mine], kind="stable")]
     dims = image.boxes.shape[1]
     found = image.found[mine].reshape(-1, dims)
-    with_real, with_hidden = box_iou(found, image.boxes[real]), box_iou(found, image.boxes[hidden])
+    with_real = box_iou(found, image.boxes[real])
+    with_hidden = np.where(image.regions[hidden], box_cover(found, image.boxes[hidden]), box_iou(found, image.boxes[hidden]))
     right = np.zeros((len(overlaps), len(mine)), dtype=np.int8)
     for row, threshold in enumerate(overlaps):
         free = np.ones(int(real.sum()), dtype=bool)

@@ -98,7 +98,7 @@ class BoxSettings:
     @property
     def network(self) -> DetectorSettings:
         """The settings of the detector."""
-        return settings_of(DetectorSettings, self.detector)
+        return settings_of(DetectorSettings, self.detector, prefix="detector.")
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class WholeCase:
         labels: (N,).
         ignore: (N,).
         padding: Value of the image where there is nothing.
+        region: (N,) as in `detection.ImageBoxes`.
     """
 
     image: Tensor
@@ -151,6 +152,7 @@ class WholeCase:
     labels: np.ndarray
     ignore: np.ndarray
     padding: float = 0.0
+    region: np.ndarray | None = None
 
 
 class BoxBatches(Protocol):
@@ -185,7 +187,7 @@ class BoxResult:
         task: `detection`.
         classes: Names of the classes.
         rows: Scores on the test cases, see `detection.detection_rows`.
-        cases: One dictionary per test case: id, `real` [[box, label, ignore]], `found` [[box, label, score]], in pixels of the case.
+        cases: One dictionary per test case: id, `real` [[box, label, ignore, region]], `found` [[box, label, score]], in pixels of the case.
         curve: What was logged.
         choice: Which state was scored, and which labels chose it.
         seconds: Of training, and per step (median).
@@ -255,6 +257,30 @@ def training_rows(cases: BoxCases, labels: int | None, seed: int) -> np.ndarray:
     return train
 
 
+def start(
+    encoder: nn.Module, size: Sequence[int], cases: BoxCases, settings: BoxSettings, *, labels: int | None, seed: int
+) -> tuple[np.ndarray, Any]:
+    """Return the training rows and the detector before its first step: everything that a run can be refused for.
+
+    Args:
+        encoder: With its start weights.
+        size: Of the training images.
+        cases: All labelled cases.
+        settings: See there.
+        labels: Training cases; None takes all.
+        seed: Of pyramid and heads.
+
+    Raises:
+        RequestError: Cases, settings and encoder do not go together.
+    """
+    train = training_rows(cases, labels, seed)
+    if settings.patience is not None and not len(cases.where("val")):
+        raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "finetune", "head"))
+        return train, build_detector(encoder, len(cases.classes), size, settings.network)
+
+
 def finetune_boxes(
     encoder: nn.Module,
     batches: BoxBatches,
@@ -287,12 +313,8 @@ def finetune_boxes(
         RequestError: Cases, settings and encoder do not go together; nothing was trained.
         TrainingStopped: The loss stopped being a number.
     """
-    train = training_rows(cases, labels, seed)
-    if settings.patience is not None and not len(cases.where("val")):
-        raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "finetune", "head"))
-        detector = build_detector(encoder, len(cases.classes), batches.size, settings.network).to(settings.device)
+    train, detector = start(encoder, batches.size, cases, settings, labels=labels, seed=seed)
+    detector.to(settings.device)
     learner = _Learner(detector, batches, cases, settings, train, seed, pretrained)
     curve, choice, seconds = learner.train(on_step)
     result = learner.score(arm, curve, choice, seconds)
@@ -399,8 +421,9 @@ class _Learner:
         scale, offset = np.tile(case.scale, 2), np.tile(case.offset, 2)
         boxes = found["boxes"].double().cpu().numpy() * scale + offset
         return ImageBoxes(
-            case.boxes, case.labels, case.ignore, boxes, found["labels"].cpu().numpy(), found["scores"].double().cpu().numpy()
-        )
+            case.boxes, case.labels, case.ignore, boxes, found["labels"].cpu().numpy(), found["scores"].double().cpu().numpy(),
+            case.region,
+        )  # fmt: skip
 
     def merit(self) -> float | None:
         """Return the mAP on validation cases; None without such cases, or boxes in them."""
@@ -432,7 +455,7 @@ def padded(image: Tensor, size: Sequence[int], value: float) -> Tensor:
 
 def plain_boxes(image: ImageBoxes) -> dict[str, list[Any]]:
     """Return boxes for JSON, `real` and `found`; hundredths of a pixel are kept."""
-    real = zip(image.boxes.round(2).tolist(), image.labels.tolist(), image.ignore.tolist())
+    real = zip(image.boxes.round(2).tolist(), image.labels.tolist(), image.ignore.tolist(), image.regions.tolist())
     found = zip(image.found.round(2).tolist(), image.found_labels.tolist(), image.scores.tolist())
     return {"real": [list(row) for row in real], "found": [list(row) for row in found]}
 
@@ -447,4 +470,5 @@ def image_boxes(case: Mapping[str, Any]) -> ImageBoxes:
 
     boxes, labels, ignore = columns(case["real"])
     found, found_labels, scores = columns(case["found"])
-    return ImageBoxes(boxes, labels, ignore.astype(bool), found, found_labels, scores.astype(np.float64))
+    region = np.array([len(row) > 3 and row[3] for row in case["real"]], dtype=bool)  # older results have no regions
+    return ImageBoxes(boxes, labels, ignore.astype(bool), found, found_labels, scores.astype(np.float64), region)

@@ -6,13 +6,15 @@ become boxes that count neither way, and so does what touches them, whose extent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from medssl.errors import RequestError
-from medssl.evaluation.volumes import Volume
+from medssl.evaluation.volumes import Volume, structure_points
+
+Corner = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True)
@@ -23,17 +25,36 @@ class VolumeBoxes:
         boxes: (N, 6) in voxels: low corner, high corner.
         labels: (N,) place in the structures.
         ignore: (N,) bool, counts neither way.
-        parts: (X, Y, Z) int16: the place of a voxel's box, from 1; 0 where there is none.
-        voxels: (N,) voxels of every part.
+        region: (N,) bool, those of `ignore` that are uncertain voxels, with any number of objects or none.
+        pieces: Per box its corner (three slices) and its voxels there: whole-volume masks of many parts would fill the memory.
+        shape: (X, Y, Z) of the volume.
+        points: Box, from 1, to (K, 3) voxels in it, for crops; without those that count neither way.
+        spacing_mm: Of the volume, so that it need not be read again.
         left_out: Parts with fewer voxels than asked for.
     """
 
     boxes: np.ndarray
     labels: np.ndarray
     ignore: np.ndarray
-    parts: np.ndarray
-    voxels: np.ndarray
+    region: np.ndarray
+    pieces: tuple[tuple[Corner, np.ndarray], ...]
+    shape: tuple[int, ...]
+    points: Mapping[int, np.ndarray]
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     left_out: int = 0
+
+    @property
+    def parts(self) -> np.ndarray:
+        """(X, Y, Z) int16: the place of a voxel's box, from 1; 0 where there is none. Made anew at each use."""
+        found = np.zeros(self.shape, dtype=np.int16)
+        for row, (corner, mask) in enumerate(self.pieces):
+            found[corner][mask] = row + 1
+        return found
+
+    @property
+    def voxels(self) -> np.ndarray:
+        """(N,) voxels of every part."""
+        return np.array([int(mask.sum()) for _, mask in self.pieces], dtype=np.int64)
 
     def boxes_mm(self, spacing_mm: Sequence[float]) -> np.ndarray:
         """Return the boxes in mm from the outer corner of the first voxel."""
@@ -61,7 +82,8 @@ def volume_boxes(volume: Volume, structures: Sequence[int], *, split: bool = Tru
             f"boxes from label maps: a map does not label structure {', '.join(map(str, lacking))}, which is not to say that it is absent; "
             "detection needs maps of all structures: take such cases out of the cohort, or list fewer structures"
         )
-    return parts_of(volume.label, structures, split=split, min_voxels=min_voxels)
+    found = parts_of(volume.label, structures, split=split, min_voxels=min_voxels)
+    return replace(found, spacing_mm=volume.spacing_mm)
 
 
 def parts_of(label: np.ndarray, structures: Sequence[int], *, split: bool = True, min_voxels: int = 1) -> VolumeBoxes:
@@ -71,34 +93,39 @@ def parts_of(label: np.ndarray, structures: Sequence[int], *, split: bool = True
     around = np.ones((3, 3, 3), dtype=bool)
     uncertain = label < 0
     near_doubt = ndimage.binary_dilation(uncertain, around) if uncertain.any() else uncertain
-    found: list[tuple[np.ndarray, int, bool]] = []
+    pieces: list[tuple[Corner, np.ndarray]] = []
+    facts: list[tuple[int, bool, bool]] = []
     left_out = 0
-    masks = [(k, label == value, False) for k, value in enumerate(structures)]
-    masks += [(k, uncertain, True) for k in range(len(structures)) if uncertain.any()]
-    for k, mask, hidden in masks:
-        numbered, count = ndimage.label(mask, around) if split or hidden else (mask.astype(np.int32), int(mask.any()))
-        for number, corner in enumerate(ndimage.find_objects(numbered), start=1):
-            if corner is None or number > count:
-                continue
-            part = np.zeros_like(mask)
-            part[corner] = numbered[corner] == number
-            if not hidden and part.sum() < min_voxels:
+    asked: list[tuple[int, int | None]] = [(k, value) for k, value in enumerate(structures)]
+    asked += [(k, None) for k in range(len(structures)) if uncertain.any()]
+    for k, value in asked:
+        mask = uncertain if value is None else label == value
+        numbered, count = ndimage.label(mask, around) if split or value is None else (mask.astype(np.int32), int(mask.any()))
+        for number, corner in enumerate(ndimage.find_objects(numbered, max_label=count), start=1):
+            part = numbered[corner] == number
+            if value is not None and part.sum() < min_voxels:
                 left_out += 1
                 continue
-            found.append((part, k, hidden or bool((part & near_doubt).any())))
-    parts = np.zeros(label.shape, dtype=np.int16)
-    boxes = np.zeros((len(found), 6))
-    for row, (part, _, _) in enumerate(found):
-        parts[part] = row + 1
-        boxes[row] = extent(part)
+            pieces.append((corner, part))
+            facts.append((k, value is None or bool((part & near_doubt[corner]).any()), value is None))
+    boxes = [[*(side.start for side in corner), *(side.stop for side in corner)] for corner, _ in pieces]
+    labels, ignore, region = (np.array([row[column] for row in facts]) for column in range(3))
     return VolumeBoxes(
-        boxes,
-        np.array([k for _, k, _ in found], dtype=np.int64),
-        np.array([hidden for _, _, hidden in found], dtype=bool),
-        parts,
-        np.array([int(part.sum()) for part, _, _ in found], dtype=np.int64),
-        left_out,
+        np.array(boxes, dtype=np.float64).reshape(-1, 6),
+        labels.astype(np.int64),
+        ignore.astype(bool),
+        region.astype(bool),
+        tuple(pieces),
+        label.shape,
+        {row + 1: _points(*pieces[row]) for row in range(len(pieces)) if not ignore[row]},
+        left_out=left_out,
     )
+
+
+def _points(corner: Corner, mask: np.ndarray) -> np.ndarray:
+    """Return voxels (K, 3) of a part, in the volume."""
+    found: np.ndarray = structure_points(mask.astype(np.int16))[1] + np.array([side.start for side in corner])
+    return found
 
 
 def extent(mask: np.ndarray) -> np.ndarray:

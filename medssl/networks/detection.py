@@ -173,12 +173,18 @@ def divisor(encoder: Any, pyramid: FeaturePyramid, dims: int) -> tuple[int, ...]
 
 def detector_faults(settings: DetectorSettings) -> list[str]:
     """Return what is wrong with settings, one clause each."""
+    # of a single candidate ATSS has no standard deviation, and takes none
+    chosen_from = settings.candidates * len(settings.strides) * max(1, len(settings.anchor_shapes))
     checks = (
         ("strides", min(settings.strides, default=0) >= 1, "whole numbers, each twice the one before"),
         ("width", settings.width >= 8 and settings.width % 8 == 0, "a multiple of 8"),
         ("anchor_scale", settings.anchor_scale > 0, "above 0"),
         ("anchor_shapes", all(min(shape, default=0) > 0 for shape in settings.anchor_shapes), "factors above 0"),
-        ("candidates", settings.candidates >= 1, "1 or more"),
+        (
+            "candidates",
+            settings.candidates >= 1 and chosen_from >= 2,
+            "1 or more, 2 or more where there is one level and one anchor",
+        ),
         ("class_loss", settings.class_loss in CLASS_LOSSES, " or ".join(CLASS_LOSSES)),
         ("box_loss", settings.box_loss in BOX_LOSSES, " or ".join(BOX_LOSSES)),
         ("score_threshold", 0 <= settings.score_threshold < 1, "0 to below 1"),

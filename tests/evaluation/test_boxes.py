@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,9 +57,19 @@ def test_three_forms__say_the_same(tmp_path: Path) -> None:
             and a.labels.tolist() == [0, 1]
             and a.ignore.tolist() == [False, True]
         )
+        assert a.region.tolist() == [False, path == coco]
         assert b.boxes.shape == (0, 4)
         assert found.of("c.png", (40, 40)) is None
         assert found.counts["pictures"] == 2 and found.counts["ignored"] == 1
+
+
+@pytest.mark.parametrize("second", [{"id": 2, "file_name": "test/Quill.png"}, {"id": 1, "file_name": "other.png"}])
+def test_coco_images_that_cannot_be_told_apart__are_refused(tmp_path: Path, second: dict[str, Any]) -> None:
+    images = [{"id": 1, "file_name": "train/Quill.png"}, second]
+    (tmp_path / "boxes.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    with pytest.raises(RequestError, match="of 2 images share a file name or an id with another") as caught:
+        read_boxes(tmp_path / "boxes.json")
+    assert "Quill" not in str(caught.value)
 
 
 def test_box_without_area__is_refused_with_its_row_or_dropped_and_counted(tmp_path: Path) -> None:
@@ -104,6 +115,7 @@ def test_wrong_files__say_what_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "x.txt").touch()
     (tmp_path / "none").mkdir()
     (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "results.json").write_text('[{"image_id": 1, "bbox": [1, 2, 3, 4]}]')
     (tmp_path / "x.csv").write_text("image,label\n")
     (tmp_path / "x.xml").write_text("<annotation>")
     for name, message in {
@@ -111,6 +123,7 @@ def test_wrong_files__say_what_is_accepted(tmp_path: Path) -> None:
         "x.txt": r"suffix \.txt; accepted",
         "none": r"no \.xml file in this folder",
         "x.json": "no list images, annotations, categories",
+        "results.json": "no COCO instances",
         "x.csv": "no column class, xmin, ymin, xmax, ymax",
         "x.xml": "not readable as XML",
     }.items():
@@ -156,6 +169,23 @@ def test_uncertain_voxels_and_what_touches_them__count_neither_way() -> None:
     found = parts_of(label, [1])
     by_box = {tuple(box): hidden for box, hidden in zip(found.boxes.tolist(), found.ignore.tolist())}
     assert by_box == {(1, 2, 3, 4, 5, 6): True, (8, 2, 1, 10, 4, 2): False, (4, 2, 3, 5, 5, 6): True}
+    assert found.region.tolist() == [False, False, True]
+    assert list(found.points) == [2] and found.points[2].tolist() == [
+        [8, 2, 1],
+        [8, 3, 1],
+        [9, 2, 1],
+        [9, 3, 1],
+    ]  # crops go there alone
+
+
+def test_parts__hold_no_mask_of_the_whole_volume() -> None:
+    label = np.zeros((64, 64, 64), dtype=np.int16)
+    label[::8, ::8, ::8] = 1
+    found = parts_of(label, [1])
+    assert len(found.boxes) == 512 and sum(mask.nbytes for _, mask in found.pieces) == 512
+    assert (found.parts > 0).sum() == 512 and not any(
+        isinstance(v, np.ndarray) and v.size >= label.size for v in vars(found).values()
+    )
 
 
 def test_maps_of_some_structures__are_refused() -> None:

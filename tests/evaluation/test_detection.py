@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,15 @@ def test_ignored_boxes__count_neither_way() -> None:
     assert match([both], 0, [0.5]).right.tolist() == [[1]]
 
 
+def test_regions__excuse_all_that_is_found_inside_them() -> None:
+    """Small boxes in a crowd overlap it by little, and objects by more than one: a single ignored object excuses them not."""
+    crowd, small, half = (0, 0, 100, 100), (5, 5, 15, 15), (-10, 40, 10, 60)
+    found = [(*small, 0.9), (*half, 0.8), (200, 0, 210, 10, 0.7)]
+    region = replace(image([crowd], found, ignore=[True]), region=np.array([True]))
+    assert match([region], 0, [0.5]).right.tolist() == [[-1, -1, 0]]
+    assert match([replace(region, region=None)], 0, [0.5]).right.tolist() == [[0, 0, 0]]
+
+
 def test_class_without_a_box__has_no_score_and_leaves_the_mean() -> None:
     images = [image([A], [(*A, 0.9, 0), (*FAR, 0.8, 1)])]
     ms = match_classes(images, 2)
@@ -103,6 +113,15 @@ def test_froc__by_hand() -> None:
     m = match([image([A], boxes) for boxes in found], 0, [0.5])
     assert froc(m, rates=[0, 0.125, 0.25, 0.5, 0.75, 8]).tolist() == [[0.25, 0.25, 0.5, 0.5, 0.75, 0.75]]
     assert froc(m)[0, -1] == 0.75 and len(RATES) == 7
+
+
+def slow_share(found: np.ndarray, region: np.ndarray) -> float:
+    """How much of a found box lies in a region, one axis after the other."""
+    dims, share = len(found) // 2, 1.0
+    for axis in range(dims):
+        inside = min(found[axis + dims], region[axis + dims]) - max(found[axis], region[axis])
+        share *= max(inside, 0.0) / (found[axis + dims] - found[axis])
+    return share
 
 
 def slow_average_precision(images: list[ImageBoxes], label: int, threshold: float) -> float:
@@ -121,6 +140,8 @@ def slow_average_precision(images: list[ImageBoxes], label: int, threshold: floa
                     if one.labels[j] != label or j in taken:
                         continue
                     value = float(box_iou(one.found[k : k + 1], one.boxes[j : j + 1])[0, 0])
+                    if one.ignore[j] and one.regions[j]:
+                        value = slow_share(one.found[k], one.boxes[j])
                     if one.ignore[j]:
                         excused = excused or value >= threshold
                     elif value > best_value or (best is None and value >= threshold):
@@ -135,7 +156,7 @@ def slow_average_precision(images: list[ImageBoxes], label: int, threshold: floa
     return float(np.mean(at))
 
 
-def random_images(seed: int, dims: int = 2, n: int = 8, ties: bool = True) -> list[ImageBoxes]:
+def random_images(seed: int, dims: int = 2, n: int = 8, ties: bool = True, crowds: bool = False) -> list[ImageBoxes]:
     rng = np.random.default_rng(seed)
     images = []
     for number in range(n):
@@ -150,14 +171,17 @@ def random_images(seed: int, dims: int = 2, n: int = 8, ties: bool = True) -> li
             scores = np.round(scores, 1)
         labels = rng.integers(0, 2, count)
         kinds = rng.integers(0, 2, len(found))
-        images.append(ImageBoxes(boxes, labels, rng.random(count) < 0.2, found, kinds, scores))
+        hidden = rng.random(count) < (0.4 if crowds else 0.2)
+        images.append(
+            ImageBoxes(boxes, labels, hidden, found, kinds, scores, hidden & (rng.random(count) < 0.5) if crowds else None)
+        )
     return images
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_average_precision__is_that_of_the_definition(dims: int, seed: int) -> None:
-    images = random_images(seed, dims)
+    images = random_images(seed, dims, crowds=True)
     for label in (0, 1):
         fast = average_precision(match(images, label, [0.1, 0.3, 0.5]))
         slow = [slow_average_precision(images, label, t) for t in (0.1, 0.3, 0.5)]

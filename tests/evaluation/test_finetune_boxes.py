@@ -120,8 +120,33 @@ def test_settings__are_checked_together() -> None:
         RequestError, match=r"steps: 0; 1 or more; warmup_steps: 0; 0 to below steps; detector\.nms: 2; between 0 and 1"
     ):
         settings_of(BoxSettings, {"steps": 0, "warmup_steps": 0, "detector": {"nms": 2}})
-    with pytest.raises(RequestError, match=r'unknown key strids \(did you mean "strides"\?\)'):
+    with pytest.raises(RequestError, match=r'unknown key detector\.strids \(did you mean "strides"\?\)'):
         settings_of(BoxSettings, {"detector": {"strids": [4]}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"detector": {"strides": 8}}, r"detector\.strides: 8; a list, each a whole number"),
+        ({"detector": {"anchor_shapes": [1, 2]}}, r"detector\.anchor_shapes: \[1, 2\]; a list, each a list, each a number"),
+        (
+            {"detector": {"strides": [8], "candidates": 1}},
+            r"detector\.candidates: 1; 1 or more, 2 or more where there is one level",
+        ),
+        ({"steps": "10", "lr": "fast"}, "steps: '10'; a whole number; lr: 'fast'; a number"),
+        ({"batch": 1.5, "split": 1}, r"batch: 1\.5; a whole number; split: 1; true or false"),
+        ({"augment": 3, "patience": True}, "augment: 3; keys and values; patience: True; a whole number or null"),
+    ],
+)
+def test_settings_of_other_types__are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        settings_of(BoxSettings, values)
+
+
+def test_settings_of_the_right_types__are_taken() -> None:
+    found = settings_of(BoxSettings, {"lr": 1, "patience": None, "detector": {"anchor_shapes": [[1, 2.0]], "strides": [8]}})
+    assert found.network.anchor_shapes == ([1, 2.0],) and found.lr == 1
+    assert settings_of(BoxSettings, {"detector": {"strides": [8, 16], "candidates": 1}}).network.candidates == 1
 
 
 def test_padding__is_behind_the_end() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from medssl import api, box_tasks, build
 from medssl.archive.index import index
 from medssl.box_tasks import PictureBatches, in_view
 from medssl.errors import RecipeError, RequestError
+from medssl.evaluation.bootstrap import bootstrap_interval
+from medssl.evaluation.boxes import read_boxes
 from medssl.evaluation.detection import box_iou
+from medssl.evaluation.finetune_boxes import BoxSettings
 from medssl.networks.detection import DetectorSettings, build_detector
 from medssl.recipe import Recipe, recipe_folder
 from medssl.weights import load_part, save_part
@@ -75,14 +79,36 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
     facts = {"image_size": [32, 32], "intensity": {"normalize": {"window": [0, 255]}}}
     weights = encoder_weights(smears / "weights", "image2d", {"model": "resnet10t", "in_channels": 3}, **facts)
     recipe = pictures(smears, "out", "encoder={}")
-    summary = api.label_curve(recipe, weights, counts=[4], seeds=[0, 1])
+    drawn: list[int] = []
+
+    def drawing(*given: Any, **how: Any) -> Any:
+        drawn.append(1)
+        return bootstrap_interval(*given, **how)
+
+    monkeypatch.setattr(box_tasks, "bootstrap_interval", drawing)
+    between: list[Any] = []
+    seen = smears / "out" / "summary.json"
+
+    def look(number: int, *_: Any) -> None:
+        between.extend([json.loads(seen.read_text())["rows"][0]] if number == 3 else [])
+
+    summary = api.label_curve(recipe, weights, counts=[4], seeds=[0, 1], on_cell=look)
+    assert len(drawn) == 3  # two rows and a difference, once
+    assert between[0]["value"] is not None and between[0]["low"] is None and summary["rows"][0]["low"] is not None
     assert [(row["labels"], row["arm"], row["metric"]) for row in summary["rows"]] == [
         (4, "pretrained", "map_10_50"),
         (4, "scratch", "map_10_50"),
     ]
     assert [(row["labels"], row["arm"], row["seeds"]) for row in summary["differences"]] == [(4, "pretrained", [0, 1])]
     assert summary["shared"]["classes"] == ["class_1", "class_2"] and summary["shared"]["views"]["size"] == [32, 64]
-    assert summary["shared"]["boxes"] == {"dropped_empty": 0, "pictures": 12, "boxes": 17, "clipped": 0, "ignored": 0}
+    assert summary["shared"]["boxes"] == {
+        "dropped_empty": 0,
+        "pictures": 12,
+        "boxes": 17,
+        "clipped": 0,
+        "ignored": 0,
+        "unmatched": 0,
+    }
     assert "| 4 | pretrained - scratch " in (smears / "out" / "table.md").read_text()
     cell = smears / "out" / "cells" / "pretrained_n4_s0"
     content = json.loads((cell / "results.json").read_text())
@@ -117,7 +143,7 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
 
 def batches(smears: Path, **augment: Any) -> PictureBatches:
     recipe = pictures(smears, "none")
-    return box_tasks._pictures(recipe, recipe.source, box_tasks.BoxSettings(augment=augment), None).batches  # type: ignore[return-value]
+    return box_tasks._pictures(recipe, recipe.source, BoxSettings(augment=augment), None).batches  # type: ignore[return-value]
 
 
 def coloured(image: np.ndarray, dark: int) -> np.ndarray:
@@ -152,6 +178,12 @@ def test_whole_pictures__lead_back_to_the_boxes(smears: Path) -> None:
         assert box_iou(found[None], real).max() > 0.8
 
 
+def test_domain_and_sampler__are_part_of_what_cells_share(smears: Path) -> None:
+    recipe = pictures(smears, "none")
+    facts = box_tasks._pictures(recipe, recipe.source, BoxSettings(), None).facts
+    assert facts["domain"]["name"] == "microscopy" and facts["sampler"]["name"] == "planes"
+
+
 def test_turned_views__hold_the_whole_box() -> None:
     """A quarter turn: rows become columns."""
     shown = np.array([[0.5, 0.0, 0.5], [0.0, -0.5, 0.5]])  # row from x, column from -y
@@ -174,6 +206,45 @@ def test_boxes_that_cannot_be_used__are_refused_before_anything_is_written(smear
     with pytest.raises(RequestError, match="7 labels are asked for, and 6 training cases have boxes"):
         api.finetune(pictures(smears, "no", "labels=7"), None)
     assert not (smears / "no").exists()
+
+
+def test_detector_that_does_not_fit__is_refused_before_anything_is_written(smears: Path) -> None:
+    with pytest.raises(RequestError, match="strides"):
+        api.finetune(pictures(smears, "unfit", "settings.detector={strides: [1], width: 8}"), None)
+    where = "source.where=split in ('train', 'test')"
+    with pytest.raises(RequestError, match="patience needs validation cases"):
+        api.finetune(pictures(smears, "unfit", where, "settings.val_every=1", "settings.patience=1"), None)
+    assert not (smears / "unfit").exists()
+
+
+def test_pictures_of_one_name__are_refused_and_those_without_a_series_counted(smears: Path) -> None:
+    root = smears / "twice"
+    for folder in ("P1", "P2"):
+        (root / folder).mkdir(parents=True)
+        number = 1 if folder == "P1" else 4
+        shutil.copy(smears / "images" / f"cell_{number}.png", root / folder / "Quill.png")
+    (root / "boxes.csv").write_text("image,class,xmin,ymin,xmax,ymax\nQuill.png,red,1,1,5,5\nQuill2.png,red,1,1,5,5\n")
+    assert index([root], root / "index", modality="GM").n_series == 2
+    given = (f"source.index={root / 'index'}", f"boxes.path={root / 'boxes.csv'}", "source.where=kind = 'image'")
+    with pytest.raises(RequestError, match=r"2 of the 2 selected pictures that boxes\.csv lists share a file name") as caught:
+        api.finetune(pictures(smears, "no", *given), None)
+    assert "Quill" not in str(caught.value)
+    (smears / "more.csv").write_text((smears / "boxes.csv").read_text() + "elsewhere.png,red,1,1,5,5\n")
+    recipe = pictures(smears, "no", f"boxes.path={smears / 'more.csv'}")
+    assert box_tasks._pictures(recipe, recipe.source, BoxSettings(), None).counts["unmatched"] == 1
+
+
+def test_cines_and_volumes_in_a_file_of_boxes__are_refused(tmp_path: Path) -> None:
+    (tmp_path / "boxes.csv").write_text("image,class,xmin,ymin,xmax,ymax\na.dcm,red,1,1,5,5\n")
+    table = read_boxes(tmp_path / "boxes.csv")
+    for kind in ("image", "cine", "volume"):
+        row: Any = SimpleNamespace(series_id="s", kind=kind)
+        shelf: Any = SimpleNamespace(rows=[row], archive=SimpleNamespace(files=lambda _: [Path("a.dcm")]))
+        if kind == "image":
+            assert box_tasks._listed(shelf, table) == [(row, "a.dcm")]
+            continue
+        with pytest.raises(RequestError, match=rf"series that are no pictures \(1 {kind}\)"):
+            box_tasks._listed(shelf, table)
 
 
 def test_recipes_with_faults__say_which_key(smears: Path) -> None:
@@ -210,6 +281,17 @@ def cohort(phantom_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return root
 
 
+def test_domain_of_a_cohort__gets_its_arguments_and_is_shared(cohort: Path) -> None:
+    roads = []
+    for domain in ("{name: mri}", "{name: mri, philips_scaling: true}"):
+        recipe = volumes(cohort, "none", f"cohort.domain={domain}")
+        section, _ = box_tasks._section(recipe, None)
+        roads.append(box_tasks._volumes(recipe, section, build.box_settings(recipe), None))
+    assert roads[0].facts["domain"] != roads[1].facts["domain"]
+    readers = [road.batches.reader for road in roads if isinstance(road.batches, box_tasks.VolumeBatches)]
+    assert [reader.domain.philips_scaling for reader in readers] == [False, True]
+
+
 def test_volumes__from_label_maps_pretrained_beside_scratch(cohort: Path) -> None:
     args = {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
     facts = {"image_size": [32, 32, 16], "intensity": {"normalize": "zscore"}}
@@ -221,6 +303,8 @@ def test_volumes__from_label_maps_pretrained_beside_scratch(cohort: Path) -> Non
     )
     assert content["cases"][0]["case"].startswith("case0") and content["cases"][0]["patient_id"].startswith("patient0")
     assert len(content["cases"][0]["real"][0][0]) == 6
+    names = (cohort.parent / "out" / "private" / "cases.csv").read_text().splitlines()
+    assert names[0] == "case,image,patient" and any(line.startswith(content["cases"][0]["case"] + ",") for line in names)
 
 
 def test_boxes_of_crops__are_those_of_the_parts(cohort: Path) -> None:
@@ -236,6 +320,12 @@ def test_boxes_of_crops__are_those_of_the_parts(cohort: Path) -> None:
     for target in first[1]:
         assert len(target["boxes"]) and (target["boxes"][:, 3:] > target["boxes"][:, :3]).all()
         assert float(target["boxes"].max()) <= 64
+    asked: list[str] = []
+    reader = road.batches.reader
+    road.batches.reader = lambda case: (asked.append(case.id), reader(case))[1]  # type: ignore[assignment,func-returns-value]
+    road.batches.training(ids, 4, 0, 2)
+    assert len(asked) == 2  # one look per crop: beyond its memory the reader reads the file each time
+    road.batches.reader = reader
     whole = road.batches.whole(ids[0])
     assert (whole.scale == 1).all() and len(whole.boxes) == len(whole.labels)
 
