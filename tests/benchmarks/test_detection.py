@@ -28,6 +28,7 @@ def test_lesion_phantoms__have_the_boxes_they_say_and_distractors() -> None:
     assert counts[::3] == [0] * 4 and max(counts) > 1
 
 
+@pytest.mark.slow
 def test_phantom_lesions__go_on_and_are_collected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     few = [

@@ -61,6 +61,7 @@ def test_slice_memory__does_not_grow_with_the_slices(tmp_path: Path) -> None:
     assert check["value"] is not None and grown < 0.1 * kept
 
 
+@pytest.mark.slow
 def test_joint_shapes__runs_both_modes(tmp_path: Path) -> None:
     arms = ["swav", "deepcluster standardised"]
     content = play(joint_shapes.main, ["--items", "12", "--epochs", "1", "--batch", "6", "--arms", *arms], tmp_path, repeats=1)

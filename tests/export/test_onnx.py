@@ -44,6 +44,7 @@ def assert_equal_features(file: Path, encoder: Any, shape: tuple[int, ...]) -> N
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_segresnet__takes_any_batch_and_size_and_says_what_it_is(segresnet_run: Path, tmp_path: Path) -> None:
     import onnx
 

@@ -292,6 +292,7 @@ def test_domain_of_a_cohort__gets_its_arguments_and_is_shared(cohort: Path) -> N
     assert [reader.domain.philips_scaling for reader in readers] == [False, True]
 
 
+@pytest.mark.slow
 def test_volumes__from_label_maps_pretrained_beside_scratch(cohort: Path) -> None:
     args = {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
     facts = {"image_size": [32, 32, 16], "intensity": {"normalize": "zscore"}}
@@ -330,6 +331,7 @@ def test_boxes_of_crops__are_those_of_the_parts(cohort: Path) -> None:
     assert (whole.scale == 1).all() and len(whole.boxes) == len(whole.labels)
 
 
+@pytest.mark.slow
 def test_cohort_without_listed_structures__has_those_of_its_training_maps(cohort: Path, tmp_path: Path) -> None:
     root = tmp_path / "cohort"
     shutil.copytree(cohort, root)
