@@ -473,8 +473,7 @@ def _volumes(recipe: FinetuneBoxesRecipe, section: SourceSection, settings: BoxS
         refuse_pretraining_images(weights, cohort)
         leakage = "no test image was pretrained on, as far as run folder and index are at hand"
     labelled = {number: case for number, case in enumerate(c for c in cohort.cases if c.label is not None)}
-    reader = CaseReader(recipe.cohort.domain.name)
-    reader.domain = build.build_domain(recipe.cohort.domain)  # with its arguments
+    reader = CaseReader(recipe.cohort.domain.name, recipe.cohort.domain.args)
     structures = structures_of(cohort, reader)
     for case in labelled.values():
         known_values(reader(case), structures, case)

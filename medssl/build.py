@@ -339,7 +339,8 @@ def finetune_settings(recipe: FinetuneRecipe) -> Any:
     from medssl.evaluation.finetune import FinetuneSettings
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = {"network": recipe.network, "domain": recipe.cohort.domain.name, "device": device, **recipe.settings}
+    domain = {"domain": recipe.cohort.domain.name, "domain_args": recipe.cohort.domain.args}
+    values = {"network": recipe.network, **domain, "device": device, **recipe.settings}
     if recipe.encoder:
         arguments = {key: value for key, value in recipe.encoder.items() if key != "name"}
         values["encoder"] = {"name": recipe.encoder["name"], "args": arguments}

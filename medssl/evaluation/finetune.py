@@ -72,6 +72,7 @@ class FinetuneSettings:
         encoder: `{"name": ..., "args": {...}}`. Weights, where given, decide the arguments; a scratch run alone has no
             other source.
         domain: Registered domain that reads the images.
+        domain_args: Its arguments.
         normalize: As in `VolumeViews`; must be what the encoder was pretrained with.
         spacing_mm: Voxel size to train at; None keeps each volume's own.
         crop: Training crop and inference window (X, Y, Z) in voxels.
@@ -111,6 +112,7 @@ class FinetuneSettings:
     network_args: Mapping[str, Any] = field(default_factory=dict)
     encoder: Mapping[str, Any] | None = None
     domain: str = "mri"
+    domain_args: Mapping[str, Any] = field(default_factory=dict)
     normalize: str | Mapping[str, Any] = "zscore"
     spacing_mm: tuple[float, float, float] | None = None
     crop: tuple[int, int, int] = (96, 96, 96)
@@ -344,7 +346,7 @@ def finetune(
     settings = with_encoder(settings, weights)
     if settings.dicom_seg:
         check_dicom_seg(test_cases)
-    reader = reader or CaseReader(settings.domain)
+    reader = reader or CaseReader(settings.domain, settings.domain_args)
     structures = structures_of(cohort, reader)
     device = torch.device(settings.device)
     network = build_network(settings, n_classes=1 + max(structures), seed=seed)

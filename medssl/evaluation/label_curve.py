@@ -91,7 +91,7 @@ def label_curve(
     if named is not None:
         settings = with_encoder(settings, named)  # the twin is built with the encoder of the weights
     claim(out, cohort, settings, arms)
-    reader = CaseReader(settings.domain)
+    reader = CaseReader(settings.domain, settings.domain_args)
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name
         result = read_cell(folder)
@@ -156,7 +156,7 @@ def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[s
     """
     path = out / "label_curve.json"
     weights = {arm: None if w is None else str(w.manifest.get("weights_hash")) for arm, w in arms.items()}
-    values = json.loads(json.dumps(asdict(settings)))
+    values = as_json(settings)
     key_file = out / "private" / "cohort.key"
     if path.is_file() and not key_file.is_file():
         raise RequestError(
@@ -177,9 +177,9 @@ def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[s
         if known["cohort_digest"] != shared["cohort_digest"]:
             faults.append("another cohort or split")
         free = UNUSED_SETTINGS if set(known["weights"]) - {SCRATCH} else UNUSED_SETTINGS + TRANSFER_SETTINGS
-        names = sorted({*known["settings"], *values} - set(free))
-        changed = [name for name in names if known["settings"].get(name) != values.get(name)]
-        faults += [f"{name} {known['settings'].get(name)} (now {values.get(name)})" for name in changed]
+        before = {**as_json(FinetuneSettings()), **known["settings"]}  # what came later had its default then
+        changed = [name for name in sorted({*before, *values} - set(free)) if before.get(name) != values.get(name)]
+        faults += [f"{name} {before.get(name)} (now {values.get(name)})" for name in changed]
         faults += [f"other weights for arm {arm}" for arm in weights if known["weights"].get(arm, weights[arm]) != weights[arm]]
         if faults:
             raise RequestError(
@@ -190,6 +190,12 @@ def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[s
         shared["data_cards"] = {**known.get("data_cards", {}), **cards}
     write_atomic(path, json.dumps(shared, indent=1).encode())
     return shared
+
+
+def as_json(settings: FinetuneSettings) -> dict[str, Any]:
+    """Return settings as JSON gives them back."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return plain
 
 
 def folder_key(path: Path) -> bytes:

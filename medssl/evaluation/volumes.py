@@ -81,6 +81,7 @@ class CaseReader:
 
     Args:
         domain: Registered domain name.
+        args: Arguments of the domain.
         budget_bytes: Volumes beyond this are read again at each use.
 
     Attributes:
@@ -88,8 +89,8 @@ class CaseReader:
             for all), for the cases where there is something to say.
     """
 
-    def __init__(self, domain: str, budget_bytes: int = 8 << 30) -> None:
-        self.domain = lookup("domain", domain)()
+    def __init__(self, domain: str, args: Mapping[str, Any] | None = None, budget_bytes: int = 8 << 30) -> None:
+        self.domain = lookup("domain", domain)(**(args or {}))
         self.left = budget_bytes
         self.kept: dict[str, Volume] = {}
         self.label_facts: dict[str, dict[str, Any]] = {}

@@ -164,6 +164,17 @@ def test_folder__never_mixes_settings_cohorts_or_weights(cohort: Cohort, tmp_pat
             claim(tmp_path, cohort, SETTINGS, {"scratch": None})
 
 
+def test_folder__begun_before_a_setting_existed_is_taken_to_have_had_its_default(cohort: Cohort, tmp_path: Path) -> None:
+    claim(tmp_path, cohort, SETTINGS, {"scratch": None})
+    path = tmp_path / "label_curve.json"
+    content = json.loads(path.read_text())
+    del content["settings"]["domain_args"]
+    path.write_text(json.dumps(content))
+    claim(tmp_path, cohort, SETTINGS, {"scratch": None})
+    with pytest.raises(RequestError, match=r"domain_args \{\} \(now \{'n4': True\}\)"):
+        claim(tmp_path, cohort, replace(SETTINGS, domain_args={"n4": True}), {"scratch": None})
+
+
 def test_folder__of_scratch_cells_alone_takes_another_way_of_transfer(cohort: Cohort, tmp_path: Path) -> None:
     claim(tmp_path, cohort, replace(SETTINGS, transfer="encoder_decoder"), {"scratch": None})
     claim(tmp_path, cohort, replace(SETTINGS, transfer="encoder"), {"scratch": None, "ours": pretrained()})
