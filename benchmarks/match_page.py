@@ -80,7 +80,8 @@ def page(matcher: EmbeddingMatcher, patients: Sequence[Patient], *, pairs: int, 
         f'<section id="{name}"><h2>{heading}</h2><p>{below}</p>{"".join(figures)}</section>'
         for (name, heading, below), figures in zip(parts, (matches, maps))
     )
-    return PAGE.format(subject=": matched points across patients", style=STYLE, nav=nav, body=body, privacy=privacy)
+    title = "Matched points across patients"
+    return PAGE.format(title=title, heading=title, lead="", style=STYLE, nav=nav, body=body, footer=privacy)
 
 
 def main(argv: list[str] | None = None) -> Path:

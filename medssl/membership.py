@@ -104,7 +104,7 @@ def default_held_out(section: SourceSection) -> str:
     Raises:
         RequestError: The source selects by more than a split.
     """
-    if re.fullmatch(r"\s*split\s*(=|in\b)\s*[^=<>]*", section.where, re.IGNORECASE):
+    if re.fullmatch(r"\s*split\s*(=|!=|<>|(not\s+)?in\b)\s*[^=<>]*", section.where, re.IGNORECASE):
         return HELD_OUT
     raise RequestError(
         f"membership: the recipe selects its images where {section.where}; images of other kinds would be told apart by their content: give "

@@ -85,7 +85,15 @@ def _pickle(path: Path) -> dict[str, Any]:
             f"{path} holds objects or code besides tensors and plain values, and was not opened; accepted is what "
             "torch.load(weights_only=True) takes; save the network's state_dict() alone in the project that made it"
         ) from err
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as err:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as err:  # what any other file looks like
         raise _unreadable(path, err) from err
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors; save the network's state_dict()")

@@ -166,7 +166,9 @@ def test_command__measures_a_run_and_export_takes_it(tmp_path: Path, capsys: pyt
     assert status == 2 and "0 held-out images" in err and not (tmp_path / "none.json").exists()
 
 
-@pytest.mark.parametrize("where", ["split = 'train'", " split in ('train', 'val')"])
+@pytest.mark.parametrize(
+    "where", ["split = 'train'", " split in ('train', 'val')", "split not in ('val', 'test')", "split != 'test'"]
+)
 def test_held_out__follows_where_the_recipe_selects_by_split(where: str) -> None:
     assert default_held_out(SourceSection(index="a", domain="mri", where=where, views={})) == HELD_OUT
 

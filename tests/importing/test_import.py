@@ -307,6 +307,7 @@ class Trap:
 def test_pickle_with_code__is_not_run(tmp_path: Path, entries: Any) -> None:
     torch.save({"state_dict": OrderedDict(a=torch.zeros(1)), "hook": Trap(tmp_path / "sprung")}, tmp_path / "bad.pt")
     (tmp_path / "text.pt").write_text("no weights at all")
+    (tmp_path / "table.pt").write_text("Quillfeather,train")  # Q is an opcode that takes from an empty stack
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\x00")
     torch.save(torch.zeros(3), tmp_path / "bare.pt")
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
@@ -315,6 +316,7 @@ def test_pickle_with_code__is_not_run(tmp_path: Path, entries: Any) -> None:
     for name, match in (
         ("bad.pt", r"bad.pt holds objects or code besides tensors .* was not opened"),
         ("text.pt", r"text.pt (holds objects or code|cannot be read)"),
+        ("table.pt", r"table.pt (holds objects or code|cannot be read)"),
         ("cut.safetensors", r"cut.safetensors cannot be read \(SafetensorError\)"),
         ("bare.pt", r"bare.pt holds a Tensor, not a dictionary of tensors"),
         ("empty.pt", r"empty.pt holds no tensors by name; accepted: a state dict, or one under network_weights, state_dict"),

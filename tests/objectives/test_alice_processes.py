@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,16 @@ from tests.objectives.alice_processes import play
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Compute in double precision, as the processes do."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.slow
-def test_two_processes__equal_one(tmp_path: Path) -> None:
+def test_two_processes__equal_one(tmp_path: Path, double: None) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
         [*command, "-m", "tests.objectives.alice_processes", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300

