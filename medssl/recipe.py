@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from medssl.errors import RecipeError, RequestError, near
 from medssl.yaml_models import Node, fault, marked, parse_yaml, read_mapping, shipped_folder
@@ -227,6 +227,15 @@ def quoted(names: Any) -> Any:
     return names
 
 
+ClassNames = Annotated[
+    list[str | int | float],
+    BeforeValidator(quoted),
+    Field(
+        description="Names of the classes in their order, as in the column, when results may tell them; else class_1, class_2, ..."
+    ),
+]
+
+
 class FinetuneTargetsRecipe(Node):
     """Fine-tuning of an encoder for one label per case, a class or a number, with its matched scratch twin."""
 
@@ -238,10 +247,7 @@ class FinetuneTargetsRecipe(Node):
     table: str = Field(description="CSV of labels")
     file_column: str = "file"
     target: str = Field(description="Column of the label")
-    classes: list[str | int | float] = Field(
-        default_factory=list,
-        description="Names of the classes in their order, as in the column, when results may tell them; else they are class_1, class_2, ...",
-    )
+    classes: ClassNames = Field(default_factory=list)
     encoder: dict[str, Any] = Field(
         default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
     )
@@ -254,11 +260,6 @@ class FinetuneTargetsRecipe(Node):
     labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
     force: bool = Field(False, description="Fine-tune on other views than the weights were pretrained with; the result says so")
     out: str = "runs/finetune"
-
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _quoted(cls, given: Any) -> Any:
-        return quoted(given)
 
 
 class BagsSection(Node):
@@ -281,10 +282,7 @@ class FinetuneBagsRecipe(Node):
     table: str = Field(description="CSV of slides: file, label, split, patient")
     file_column: str = "file"
     target: str = Field(description="Column of the label")
-    classes: list[str | int | float] = Field(
-        default_factory=list,
-        description="Names of the classes in their order, as in the column, when results may tell them; else they are class_1, class_2, ...",
-    )
+    classes: ClassNames = Field(default_factory=list)
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of TargetSettings")
     folds: int | None = Field(
         None,
@@ -293,11 +291,6 @@ class FinetuneBagsRecipe(Node):
     )
     labels: int | None = Field(None, gt=0, description="Use only the first n training slides in few-label order")
     out: str = "runs/finetune"
-
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _quoted(cls, given: Any) -> Any:
-        return quoted(given)
 
 
 class BoxesSection(Node):

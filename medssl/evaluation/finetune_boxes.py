@@ -8,7 +8,6 @@ The state that is scored is the last one, or with `patience` the best on validat
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError, TrainingStopped
+from medssl.evaluation.best_state import BestState
 from medssl.evaluation.detection import ImageBoxes, detection_rows, match_classes, mean_average_precision
 from medssl.evaluation.finetune_targets import learning_rate, parameter_groups
 from medssl.evaluation.settings import refuse_settings, settings_of
@@ -346,11 +346,11 @@ class _Learner:
         freeze = settings.freeze_steps if self.pretrained else 0
         optimizer = torch.optim.AdamW(parameter_groups(network, settings, self.pretrained, ENCODER), lr=settings.lr)
         ids = [int(number) for number in self.cases.ids[self.rows]]
-        best: tuple[float, int, dict[str, Tensor]] | None = None
+        best = BestState(settings.patience)
         curve: list[dict[str, Any]] = []
         losses: list[dict[str, float]] = []
         times: list[float] = []
-        waited, start = 0, time.perf_counter()
+        start = time.perf_counter()
         log_every = settings.val_every or max(1, settings.steps // 10)
         self.detector.train()
         for step in range(settings.steps):
@@ -372,18 +372,10 @@ class _Learner:
             curve.append(line)
             if on_step is not None:
                 on_step(done, settings.steps, {"loss": line["loss"]})
-            if settings.patience is not None and merit is not None:
-                if best is None or merit > best[0]:
-                    best, waited = (merit, done, copy.deepcopy(network.state_dict())), 0
-                else:
-                    waited += 1
-                if waited >= settings.patience:
-                    break
+            if best.seen(merit, done, network):
+                break
         seconds = {"train": time.perf_counter() - start, "per_step": float(np.median(times))}
-        if best is None:
-            return curve, "last state; validation labels chose nothing", seconds
-        network.load_state_dict(best[2])
-        return curve, f"step {best[1]}, the best of {len(self.cases.where('val'))} validation cases", seconds
+        return curve, best.restore(network, len(self.cases.where("val"))), seconds
 
     def step(self, ids: Sequence[int], step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Take one step and return its losses; the sampling of hard background depends on (seed, step)."""

@@ -10,7 +10,6 @@ Temperature and threshold are fitted on validation cases. Test cases are looked 
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError, TrainingStopped
+from medssl.evaluation.best_state import BestState
 from medssl.evaluation.calibration import calibration_rows, fit_temperature, reliability, softmax, threshold_at_specificity
 from medssl.evaluation.features import encode
 from medssl.evaluation.outside import Look, outside, training_range
@@ -503,11 +503,11 @@ class _Learner:
         freeze = settings.freeze_steps if self.pretrained else 0
         optimizer = torch.optim.AdamW(parameter_groups(network, settings, self.pretrained), lr=settings.lr)
         ids = [int(number) for number in self.cases.ids[self.rows]]
-        best: tuple[float, int, dict[str, Tensor]] | None = None
+        best = BestState(settings.patience)
         curve: list[dict[str, Any]] = []
         losses: list[float] = []
         times: list[float] = []
-        waited, start = 0, time.perf_counter()
+        start = time.perf_counter()
         network.train()
         for step in range(settings.steps):
             began = time.perf_counter()
@@ -544,18 +544,10 @@ class _Learner:
             curve.append(line)
             if on_step is not None:
                 on_step(done, settings.steps, {"loss": line["loss"]})
-            if settings.patience is not None and merit is not None:
-                if best is None or merit > best[0]:
-                    best, waited = (merit, done, copy.deepcopy(network.state_dict())), 0
-                else:
-                    waited += 1
-                if waited >= settings.patience:
-                    break
+            if best.seen(merit, done, network):
+                break
         seconds = {"train": time.perf_counter() - start, "per_step": float(np.median(times))}
-        if best is None:
-            return curve, "last state; validation labels chose nothing", seconds
-        network.load_state_dict(best[2])
-        return curve, f"step {best[1]}, the best of {len(self.cases.where('val'))} validation cases", seconds
+        return curve, best.restore(network, len(self.cases.where("val"))), seconds
 
     def features(self, ids: Sequence[int]) -> Tensor:
         """Return the pooled features of cases, in training mode as it was before."""
