@@ -29,8 +29,9 @@ from medssl import api, build
 from medssl.correspondence import embed
 from medssl.evaluation.bootstrap import paired_bootstrap
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import FinetuneResult, open_weights
+from medssl.evaluation.finetune import open_weights
 from medssl.evaluation.label_curve import label_curve, markdown, read_cell, score_table, summarise
+from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.leakage import refuse_pretraining_images
 from medssl.training.run_folder import facts_of_machine, now
 from medssl.weights import private_folder, write_atomic

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import Check, Result, finish, interleave, milliseconds, parser, times_faster, without_monai_warnings
-from medssl.evaluation import finetune
+from medssl.evaluation import finetune, segmentation_training
+from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.volumes import TrainingCrops, Volume, structure_points
 
 NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -54,7 +55,7 @@ def volumes(count: int, shape: tuple[int, int, int]) -> list[Volume]:
     return made
 
 
-def our_step(settings: finetune.FinetuneSettings, shelf: list[Volume]) -> tuple[Any, Callable[[], float]]:
+def our_step(settings: FinetuneSettings, shelf: list[Volume]) -> tuple[Any, Callable[[], float]]:
     """Return the network and a call that does what a turn of `finetune._train` does."""
     network = finetune.build_network(settings, n_classes=3, seed=0)
     network.to(memory_format=torch.channels_last_3d).train()  # type: ignore[call-overload]
@@ -62,17 +63,21 @@ def our_step(settings: finetune.FinetuneSettings, shelf: list[Volume]) -> tuple[
         size=settings.crop, spacing_mm=None, normalize=settings.normalize, augment={}, foreground=settings.foreground, seed=0,
         device=torch.device("cpu"),
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(finetune.parameter_groups(network, settings.weight_decay), lr=1e-4)
-    loss_of, order, steps = finetune.build_loss(settings), finetune.case_order(len(shelf), 0), iter(range(10**9))
+    optimizer = torch.optim.AdamW(segmentation_training.parameter_groups(network, settings.weight_decay), lr=1e-4)
+    loss_of, order, steps = (
+        segmentation_training.build_loss(settings),
+        segmentation_training.case_order(len(shelf), 0),
+        iter(range(10**9)),
+    )
 
     def step() -> float:
         images, labels = crops.batch([shelf[next(order)] for _ in range(settings.batch)], next(steps))
-        return finetune.train_step(network, optimizer, loss_of, (images, labels, None), settings)
+        return segmentation_training.train_step(network, optimizer, loss_of, (images, labels, None), settings)
 
     return network, step
 
 
-def monai_step(settings: finetune.FinetuneSettings, shelf: list[Volume]) -> tuple[Any, Callable[[], float]]:
+def monai_step(settings: FinetuneSettings, shelf: list[Volume]) -> tuple[Any, Callable[[], float]]:
     """Return the network and a call that does a step of MONAI's usual loop."""
     from monai.data import CacheDataset, DataLoader
     from monai.losses import DiceCELoss
@@ -111,7 +116,7 @@ def monai_step(settings: finetune.FinetuneSettings, shelf: list[Volume]) -> tupl
     return network, step
 
 
-def monai_inference(network: Any, volume: Volume, settings: finetune.FinetuneSettings) -> Callable[[], Any]:
+def monai_inference(network: Any, volume: Volume, settings: FinetuneSettings) -> Callable[[], Any]:
     """Return a call that segments a volume as MONAI's tutorials do."""
     from monai.inferers import SlidingWindowInferer
     from monai.transforms import AsDiscrete, Compose, EnsureType, NormalizeIntensity
@@ -139,7 +144,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows, checks, details = [], [], {}
     for name in options.networks:
         network, encoder, more = NETWORKS[name]
-        settings = finetune.FinetuneSettings(
+        settings = FinetuneSettings(
             network=network, encoder=encoder, network_args=more, crop=(options.crop,) * 3, batch=options.batch
         )
         shelf = volumes(4, tuple(options.size))

@@ -32,7 +32,7 @@ from medssl.evaluation.bootstrap import Statistic, bootstrap_interval
 from medssl.evaluation.boxes import BoxTable, PictureBoxes, read_boxes
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.detection import Matches, match_classes, mean_average_precision, over_images
-from medssl.evaluation.finetune import structures_of, write_case_names, write_label_counts
+from medssl.evaluation.finetune import structures_of
 from medssl.evaluation.finetune_boxes import (
     ENCODER,
     BoxCases,
@@ -45,6 +45,7 @@ from medssl.evaluation.finetune_boxes import (
     training_rows,
 )
 from medssl.evaluation.label_curve import SCRATCH, Cell, folder_key, plan
+from medssl.evaluation.segmentation_results import write_case_names, write_label_counts
 from medssl.evaluation.volume_boxes import VolumeBoxes, extent, volume_boxes
 from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, known_values, whole_image
 from medssl.leakage import refuse_pretraining_images, refuse_pretraining_patients

@@ -336,7 +336,7 @@ def target_settings(recipe: FinetuneTargetsRecipe | FinetuneBagsRecipe) -> Any:
 
 def finetune_settings(recipe: FinetuneRecipe) -> Any:
     """Return the `FinetuneSettings` of a recipe."""
-    from medssl.evaluation.finetune import FinetuneSettings
+    from medssl.evaluation.segmentation_settings import FinetuneSettings
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     domain = {"domain": recipe.cohort.domain.name, "domain_args": recipe.cohort.domain.args}

@@ -23,8 +23,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,157 +32,49 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medssl.domains.label_files.base import Grid
-from medssl.domains.label_files.write import check_source, in_file_axes, need_highdicom, write_dicom_seg
 from medssl.encoders.loading import load_into
 from medssl.errors import RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.features import encode
-from medssl.evaluation.metrics import dice, hd95_mm, mean_score, volumes_ml
+from medssl.evaluation.metrics import dice, hd95_mm, volumes_ml
 from medssl.evaluation.outside import Look, outside, training_range
-from medssl.evaluation.settings import refuse_settings, settings_of
+from medssl.evaluation.segmentation_results import (
+    CaseScore,
+    FinetuneResult,
+    check_dicom_seg,
+    plain,
+    write_case_names,
+    write_dicom_prediction,
+    write_figures,
+    write_label_counts,
+    write_prediction,
+)
+from medssl.evaluation.segmentation_settings import FinetuneSettings
+from medssl.evaluation.segmentation_training import (
+    autocast,
+    build_loss,
+    case_order,
+    class_frequencies,
+    learning_rates,
+    parameter_groups,
+    train_step,
+)
 from medssl.evaluation.volumes import (
     CaseReader,
     TrainingCrops,
     Volume,
     comparable,
-    cut,
     known_values,
     labelled_classes,
     whole_image,
 )
 from medssl.evaluation.worst import WorstCases
-from medssl.networks.segmentation import LoadReport, encoder_parameters, library_of, load_pretrained, set_head_prior
+from medssl.networks.segmentation import LoadReport, library_of, load_pretrained, set_head_prior
 from medssl.registry import lookup
-from medssl.seeding import counter_rng, derive_seed
-from medssl.weights import load_part, save_part, write_atomic, write_private
+from medssl.seeding import derive_seed
+from medssl.weights import load_part, save_part, write_atomic
 
 log = logging.getLogger(__name__)
-
-FIGURE_SIZE = 128  # voxels per axis that a picture keeps at most
-
-
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """Everything that a fine-tuning run depends on besides cohort, number of labels, seed and weights.
-
-    Args:
-        network: Registered network: `segresnet`, `unetr` or `swin_unetr`.
-        network_args: Further arguments of its builder.
-        encoder: `{"name": ..., "args": {...}}`. Weights, where given, decide the arguments; a scratch run alone has no
-            other source.
-        domain: Registered domain that reads the images.
-        domain_args: Its arguments.
-        normalize: As in `VolumeViews`; must be what the encoder was pretrained with.
-        spacing_mm: Voxel size to train at; None keeps each volume's own.
-        crop: Training crop and inference window (X, Y, Z) in voxels.
-        steps: Optimiser steps.
-        batch: Crops per step.
-        lr: Peak learning rate (AdamW).
-        encoder_lr_scale: Factor on the learning rate of a pretrained encoder; the scratch twin always has 1.
-        freeze_steps: First steps in which a pretrained encoder has learning rate 0, its gradients still flowing, so
-            that decoder and head settle first; then everything warms up again ("sawtooth"). 0 for the scratch twin.
-        transfer: `encoder`, or `encoder_decoder` for a SegResNet or SwinUNETR pretrained with its decoder.
-        weight_decay: Decoupled weight decay, not applied to norms and biases.
-        clip: Largest gradient norm.
-        warmup_steps: Steps of linear warm-up; cosine decay to 0 follows.
-        dice_weight: Weight of the Dice loss.
-        ce_weight: Weight of the cross-entropy.
-        batch_dice: Dice over the whole batch instead of the mean over samples: no empty structure in a crop then.
-        include_background: Whether Dice counts background as a structure.
-        head_prior: Whether the head starts at the class frequencies of the training labels, see `set_head_prior`:
-            without it a seed may lose a small structure for good.
-        foreground: Share of crops centred on a voxel of a structure, each structure equally often.
-        raters: What to learn from where a case has label maps of several raters: `majority`, or `draw`, one rater's map at random
-            for each crop. Scores always take the majority.
-        augment: Geometric and intensity operations of `VolumeViews`. Flips are absent on purpose: mirrored anatomy
-            turns left into right, which is a wrong label for every paired organ.
-        precision: `fp32`, or `bf16` autocast.
-        log_every: Steps between lines of the curve.
-        val_every: Steps between scores on validation cases; 0 has none. They choose nothing: tables use the last state.
-        val_cases: Validation cases scored for the curve.
-        overlap: Overlap of inference windows, 0 to below 1.
-        predictions: Whether to write predictions as NIfTI.
-        dicom_seg: Whether to write predictions as DICOM-SEG; images must be DICOM series, and highdicom installed (extra `seg`).
-        figures: Test cases pictured.
-        device: Torch device.
-    """
-
-    network: str = "segresnet"
-    network_args: Mapping[str, Any] = field(default_factory=dict)
-    encoder: Mapping[str, Any] | None = None
-    domain: str = "mri"
-    domain_args: Mapping[str, Any] = field(default_factory=dict)
-    normalize: str | Mapping[str, Any] = "zscore"
-    spacing_mm: tuple[float, float, float] | None = None
-    crop: tuple[int, int, int] = (96, 96, 96)
-    steps: int = 2000
-    batch: int = 2
-    lr: float = 3e-3
-    encoder_lr_scale: float = 1.0
-    freeze_steps: int = 0
-    transfer: str = "encoder"
-    weight_decay: float = 1e-2
-    clip: float = 1.0
-    warmup_steps: int = 50
-    dice_weight: float = 1.0
-    ce_weight: float = 1.0
-    batch_dice: bool = True
-    include_background: bool = False
-    head_prior: bool = True
-    foreground: float = 0.67
-    raters: str = "majority"
-    augment: Mapping[str, Any] = field(default_factory=dict)
-    precision: str = "fp32"
-    log_every: int = 10
-    val_every: int = 0
-    val_cases: int = 8
-    overlap: float = 0.5
-    predictions: bool = False
-    dicom_seg: bool = False
-    figures: int = 3
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        faults = [
-            f"{name}: {value!r}; {accepted}"
-            for name, value, good, accepted in (
-                (
-                    "transfer",
-                    self.transfer,
-                    self.transfer in ("encoder", "encoder_decoder"),
-                    "encoder or encoder_decoder",
-                ),
-                ("precision", self.precision, self.precision in ("fp32", "bf16"), "fp32 or bf16"),
-                ("raters", self.raters, self.raters in ("majority", "draw"), "majority or draw"),
-                ("steps", self.steps, self.steps >= 1, "1 or more"),
-                ("batch", self.batch, self.batch >= 1, "1 or more"),
-                ("lr", self.lr, self.lr > 0, "above 0"),
-                ("encoder_lr_scale", self.encoder_lr_scale, self.encoder_lr_scale >= 0, "0 or more"),
-                ("freeze_steps", self.freeze_steps, 0 <= self.freeze_steps < self.steps, "0 to below steps"),
-                ("warmup_steps", self.warmup_steps, 0 <= self.warmup_steps < self.steps, "0 to below steps"),
-                ("foreground", self.foreground, 0 <= self.foreground <= 1, "0 to 1"),
-                ("overlap", self.overlap, 0 <= self.overlap < 1, "0 to below 1"),
-                (
-                    "dice_weight + ce_weight",
-                    self.dice_weight + self.ce_weight,
-                    self.dice_weight + self.ce_weight > 0,
-                    "above 0",
-                ),
-                ("crop", self.crop, len(self.crop) == 3 and min(self.crop) >= 1, "three positive numbers"),
-            )
-            if not good
-        ]
-        refuse_settings(faults)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FinetuneSettings:
-        """Build settings from a recipe section or a results file; lists become tuples.
-
-        Raises:
-            RequestError: A key is unknown.
-        """
-        return settings_of(cls, values)
 
 
 @dataclass(frozen=True)
@@ -198,84 +90,6 @@ class Pretrained:
     state: Mapping[str, Tensor]
     manifest: Mapping[str, Any]
     decoder_state: Mapping[str, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class CaseScore:
-    """Scores of one test case, per structure name; None where the structure is in neither map, or not labelled (volumes).
-
-    Volumes in ml are of the prediction (`volume_ml`) and of the label map (`reference_ml`). `outside` says in what the case lies outside
-    the training range (`evaluation.outside`); None where nobody looked. `facts` are those of its series in the index.
-    """
-
-    id: str
-    patient: str
-    dice: dict[str, float | None]
-    hd95_mm: dict[str, float | None]
-    volume_ml: dict[str, float | None] = field(default_factory=dict)
-    reference_ml: dict[str, float | None] = field(default_factory=dict)
-    outside: list[dict[str, str]] | None = None
-    facts: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def mean_dice(self) -> float:
-        """Mean Dice over the structures that have one, NaN when none has."""
-        return mean_score({i: v for i, v in enumerate(self.dice.values()) if v is not None})
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What a run leaves, as in `results.json`.
-
-    Args:
-        arm: Name of the weights, or `scratch`.
-        labels: Labelled training cases used.
-        seed: Seed.
-        structures: Names of the structures.
-        cases: Scores of every test case.
-        curve: Lines of `curve.jsonl`.
-        loaded: Counts of the weight loading; None from scratch.
-        choice: Which state was scored and which labels chose it.
-        seconds: Wall time of training, and per step (median).
-        settings: Settings used.
-        training_range: What the training cases span, see `outside.TrainingRange.facts`; empty in results of earlier versions.
-    """
-
-    arm: str
-    labels: int
-    seed: int
-    structures: list[str]
-    cases: list[CaseScore]
-    curve: list[dict[str, Any]]
-    loaded: dict[str, int] | None
-    choice: str
-    seconds: dict[str, float]
-    settings: dict[str, Any]
-    training_range: dict[str, Any] = field(default_factory=dict)
-
-    def mean(self, metric: str = "dice") -> dict[str, float]:
-        """Return the mean of `dice` or `hd95_mm` per structure over the test cases that have it."""
-        means = {}
-        for name in self.structures:
-            values = [getattr(case, metric)[name] for case in self.cases]
-            kept = [value for value in values if value is not None]
-            means[name] = float(np.mean(kept)) if kept else float("nan")
-        return means
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values for JSON; NaN is null."""
-        content = asdict(self)
-        content["n_test"] = len(self.cases)
-        content["mean"] = {metric: {k: _plain(v) for k, v in self.mean(metric).items()} for metric in ("dice", "hd95_mm")}
-        content["mean_dice"] = _plain(float(np.nanmean([case.mean_dice for case in self.cases])) if self.cases else math.nan)
-        return content
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> FinetuneResult:
-        """Read what `to_json` made."""
-        values = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-        values["cases"] = [CaseScore(**case) for case in values["cases"]]
-        return cls(**values)
 
 
 def open_weights(path: Path | str, *, transfer: str = "encoder") -> Pretrained:
@@ -481,129 +295,6 @@ def structures_of(cohort: Cohort, reader: CaseReader) -> dict[int, str]:
     return {value: f"structure_{value}" for value in sorted(values)}
 
 
-def class_frequencies(volumes: Sequence[Volume], n_classes: int) -> list[float]:
-    """Return the share of sure voxels of each class, mean over the volumes that label it.
-
-    Background is what remains where some volumes label a structure and some do not.
-    """
-    shares = np.zeros((len(volumes), n_classes))
-    asked = np.array([[k == 0 or volume.labels(k) for k in range(n_classes)] for volume in volumes])
-    for row, volume in zip(shares, volumes):
-        assert volume.label is not None
-        sure = volume.label[volume.label >= 0]
-        row += np.bincount(sure.ravel(), minlength=n_classes)[:n_classes] / max(1, sure.size)
-    means = shares.sum(axis=0, where=asked) / np.maximum(asked.sum(axis=0), 1)
-    if not asked.all():
-        means[0] = max(0.0, 1.0 - means[1:].sum())
-    return [float(share) for share in means]
-
-
-def learning_rates(step: int, settings: FinetuneSettings, *, pretrained: bool) -> tuple[float, float]:
-    """Return the learning rates of encoder and rest at a step.
-
-    Linear warm-up and cosine decay to 0. With `freeze_steps` a pretrained encoder has 0 first while the rest warms up;
-    then both warm up from 0 ("sawtooth", OpenMind benchmark, arXiv 2412.17041).
-    """
-    freeze = settings.freeze_steps if pretrained else 0
-    rise = max(1, settings.warmup_steps)
-    if step < freeze:
-        return 0.0, settings.lr * min(1.0, (step + 1) / rise)
-    start = freeze + settings.warmup_steps
-    if step < start:
-        factor = (step - freeze + 1) / rise
-    else:
-        factor = 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, settings.steps - start)))
-    return settings.lr * factor * (settings.encoder_lr_scale if pretrained else 1.0), settings.lr * factor
-
-
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW groups: encoder and rest, each with and without decay (none on norms and biases)."""
-    encoder = encoder_parameters(network)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((name in encoder, parameter.ndim > 1), []).append(parameter)
-    return [
-        {"params": members, "encoder": is_encoder, "weight_decay": weight_decay if decays else 0.0}
-        for (is_encoder, decays), members in sorted(groups.items(), key=lambda item: item[0])
-    ]
-
-
-def build_loss(settings: FinetuneSettings) -> Callable[..., Tensor]:
-    """Return Dice plus cross-entropy on logits (B, K, *size) in float32 and labels (B, 1, *size), -1 uncertain.
-
-    A third argument, (B, K) bool, says which classes each sample labels (see `labelled_classes`); None stands for all classes and
-    no uncertain voxel, and is MONAI's own `DiceCELoss`. Otherwise:
-
-    - A sample's classes that it does not label are merged with its background: their probabilities are added, as nobody said
-      which of them a background voxel is. No gradient tells them from background.
-    - Uncertain voxels count in neither term.
-    - A class enters the mean of the Dice terms with the samples that label it; a class that none labels does not enter.
-
-    Reference:
-        Shi et al. 2021, "Marginal loss and exclusion loss for partially supervised multi-organ segmentation", section 3.2 (marginal
-        cross-entropy and Dice).
-    """
-    from monai.losses import DiceCELoss
-
-    loss = DiceCELoss(
-        include_background=settings.include_background,
-        to_onehot_y=True,
-        softmax=True,
-        batch=settings.batch_dice,
-        smooth_nr=1e-5,
-        smooth_dr=1e-5,
-        lambda_dice=settings.dice_weight,
-        lambda_ce=settings.ce_weight,
-    )
-
-    def loss_of(logits: Tensor, labels: Tensor, labelled: Tensor | None = None) -> Tensor:
-        whole: Tensor = loss(logits.float(), labels) if labelled is None else partial_loss(logits, labels, labelled, settings)
-        return whole
-
-    return loss_of
-
-
-def partial_loss(logits: Tensor, labels: Tensor, labelled: Tensor, settings: FinetuneSettings) -> Tensor:
-    """Return the loss of samples that label some of the classes, see `build_loss`.
-
-    Args:
-        logits: (B, K, *size).
-        labels: (B, 1, *size) int64; -1 uncertain, and no class that its sample does not label.
-        labelled: (B, K) bool, background True.
-        settings: Weights of the terms.
-    """
-    from monai.losses import DiceLoss
-
-    labelled = labelled.to(logits.device)
-    open_classes = labelled.view(*labelled.shape, *[1] * (logits.ndim - 2))
-    scores = logits.float().log_softmax(dim=1)
-    hidden = scores.masked_fill(open_classes, -math.inf)
-    background = torch.cat([scores[:, :1], hidden[:, 1:]], dim=1).logsumexp(dim=1, keepdim=True)
-    scores = torch.cat([background, scores[:, 1:].masked_fill(~open_classes[:, 1:], -1e4)], dim=1)  # exp(-1e4) is 0
-    sure = labels >= 0
-    target = labels.clamp(min=0)
-    entropy = -scores.gather(1, target)[sure].sum() / sure.sum().clamp(min=1)
-    onehot = torch.zeros_like(scores).scatter_(1, target, 1.0)
-    terms: Tensor = DiceLoss(include_background=True, batch=settings.batch_dice, smooth_nr=1e-5, smooth_dr=1e-5, reduction="none")(
-        scores.exp() * sure, onehot * sure
-    )
-    counted = labelled.any(dim=0) if settings.batch_dice else labelled  # (K,) or (B, K)
-    terms = terms.reshape(counted.shape)
-    if not settings.include_background:
-        terms, counted = terms[..., 1:], counted[..., 1:]
-    dice_term: Tensor = terms[counted].sum() / counted.sum().clamp(min=1)
-    return settings.dice_weight * dice_term + settings.ce_weight * entropy
-
-
-def case_order(n_cases: int, seed: int) -> Iterator[int]:
-    """Yield case numbers for ever: one shuffled pass over all cases after another, so each is seen equally often."""
-    epoch = 0
-    while True:
-        yield from (int(i) for i in counter_rng(seed, "finetune", "order", epoch).permutation(n_cases))
-        epoch += 1
-
-
 def _train(
     run: _Run,
     cases: Sequence[Case],
@@ -663,38 +354,6 @@ def _train(
             if on_step is not None:
                 on_step(done, settings.steps, {"loss": line["loss"]})
     return curve, {"train": time.perf_counter() - start, "per_step": float(np.median(times))}
-
-
-def train_step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss_of: Callable[..., Tensor],
-    batch: tuple[Tensor, Tensor, Tensor | None],
-    settings: FinetuneSettings,
-) -> float:
-    """Do one optimiser step and return its loss.
-
-    Args:
-        network: In training mode.
-        optimizer: Of its parameters, learning rates set.
-        loss_of: See `build_loss`.
-        batch: Images (B, C, *size), labels (B, 1, *size), and which classes each labels.
-        settings: Precision and largest gradient norm.
-    """
-    images, labels, labelled = batch
-    with autocast(settings, images.device):
-        logits = network(images)
-    loss = loss_of(logits, labels, labelled)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
-    optimizer.step()
-    return float(loss.detach())
-
-
-def autocast(settings: FinetuneSettings, device: torch.device) -> torch.autocast:
-    """Return the autocast context of the settings; a no-op with fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16")
 
 
 @torch.no_grad()
@@ -760,8 +419,8 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
             CaseScore(
                 id=case.id,
                 patient=case.patient_id,
-                dice={name: _plain(overlap.get(value, math.nan)) for value, name in run.structures.items()},
-                hd95_mm={name: _plain(distance.get(value, math.nan)) for value, name in run.structures.items()},
+                dice={name: plain(overlap.get(value, math.nan)) for value, name in run.structures.items()},
+                hd95_mm={name: plain(distance.get(value, math.nan)) for value, name in run.structures.items()},
                 volume_ml={run.structures[k]: ml for k, ml in volumes_ml(sure, scored, volume.affine).items()},
                 reference_ml={run.structures[k]: ml for k, ml in volumes_ml(label, scored, volume.affine).items()},
                 facts=dict(case.facts),
@@ -781,108 +440,6 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
     if worst.kept:
         write_atomic(out / "figures" / "worst.npz", worst.to_npz(run.structures))
     return scores
-
-
-def check_dicom_seg(cases: Sequence[Case]) -> None:
-    """Refuse a run that could not write its predictions as DICOM-SEG, before the first step.
-
-    Raises:
-        RequestError: highdicom is missing, or an image is no DICOM series of single slices.
-    """
-    need_highdicom()
-    for case in cases:
-        try:
-            check_source(case.image_files)
-        except RequestError as err:
-            raise RequestError(f"case {case.id}: {err}") from None
-
-
-def write_dicom_prediction(path: Path, label: np.ndarray, volume: Volume, case: Case, structures: Mapping[int, str]) -> None:
-    """Write a label map as DICOM-SEG on the slices of its series, for the owner alone; see `label_files.write.write_dicom_seg`."""
-    from medssl import __version__
-
-    x, y, z = label.shape
-    write_dicom_seg(path, label, Grid(volume.affine, (x, y, z)), case.image_files, structures, version=__version__)
-
-
-def write_prediction(path: Path, label: np.ndarray, volume: Volume, case: Case) -> None:
-    """Write a label map as NIfTI on the grid of its image, atomically.
-
-    Where the image is one file, axes run as they do in the file; for a DICOM series they are canonical (RAS).
-    """
-    import gzip
-
-    import nibabel
-
-    image = nibabel.Nifti1Image(*in_file_axes(label, volume.affine, case.image_files))
-    image.header.set_xyzt_units("mm")
-    write_atomic(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
-
-
-def write_case_names(path: Path, cases: Sequence[Case]) -> None:
-    """Write case id, image name and patient for the owner alone (mode 0600 in a folder of mode 0700)."""
-    import csv
-    import io
-
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["case", "image", "patient"])
-    writer.writerows([case.id, case.series_id or case.image.name, case.patient] for case in cases)
-    write_private(path, text.getvalue().encode())
-
-
-def write_label_counts(out: Path, reader: CaseReader, cohort: Cohort) -> None:
-    """Write what the label readers counted, and for the owner alone the structure names of files where the cohort lists none."""
-    rows = {case.id: reader.label_facts[case.id] for case in cohort.cases if case.id in reader.label_facts}
-    if rows:
-        content = {"overlap": "the higher value has the voxel", "cases": rows}
-        write_atomic(out / "labels.json", json.dumps(content, indent=1).encode())
-    if cohort.file_names:
-        import csv
-        import io
-
-        text = io.StringIO()
-        csv.writer(text).writerows([["value", "name"], *([str(value), name] for value, name in cohort.file_names.items())])
-        write_private(out / "private" / "structures.csv", text.getvalue().encode())
-
-
-def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float]], structures: Mapping[int, str]) -> None:
-    """Write a few cases as `segmentation.npz`, cut around their structures to one common size.
-
-    `image` (N, X, Y, Z) float32, `label` and `prediction` (N, X, Y, Z) uint8 with structure k as k-th name,
-    `spacing_mm` (N, 3), `dice` (N,), `structures` (K,) str.
-    """
-    import io
-
-    shapes = np.array([volume.image.shape[1:] for volume, _, _ in pictures])
-    size = np.minimum(shapes.max(axis=0), FIGURE_SIZE)
-    rank = np.zeros(max(structures) + 1, dtype=np.uint8)
-    rank[list(structures)] = np.arange(1, len(structures) + 1)
-    images: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    predictions: list[np.ndarray] = []
-    for volume, found, _ in pictures:
-        assert volume.label is not None
-        where = np.argwhere(volume.label > 0)
-        shape = np.array(volume.label.shape)
-        centre = where.mean(axis=0).round().astype(int) if len(where) else shape // 2
-        low = np.where(shape <= size, -((size - shape) // 2), np.clip(centre - size // 2, 0, np.maximum(shape - size, 0)))
-        darkest = np.float32(volume.image.min())
-        images.append(cut(volume.image[0].astype(np.float32) - darkest, low, low + size) + darkest)
-        for kept, array in ((labels, volume.label), (predictions, found)):
-            values = cut(array, low, low + size)
-            kept.append(rank[np.where((values >= 0) & (values < len(rank)), values, 0)])
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        image=np.stack(images),
-        label=np.stack(labels),
-        prediction=np.stack(predictions),
-        spacing_mm=np.array([volume.spacing_mm for volume, _, _ in pictures]),
-        dice=np.array([score for _, _, score in pictures]),
-        structures=np.array(list(structures.values())),
-    )
-    write_atomic(path, buffer.getvalue())
 
 
 def data_cards(cohort: Cohort, weights: Pretrained | None) -> list[dict[str, Any]]:
@@ -910,7 +467,3 @@ def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | N
     }
     save_part(out, "network", run.network.state_dict(), manifest)
     write_atomic(out / "results.json", json.dumps(result.to_json(), indent=1, allow_nan=False).encode())
-
-
-def _plain(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)

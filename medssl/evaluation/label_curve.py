@@ -27,7 +27,9 @@ import numpy as np
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import FinetuneResult, FinetuneSettings, Pretrained, data_cards, finetune, with_encoder
+from medssl.evaluation.finetune import Pretrained, data_cards, finetune, with_encoder
+from medssl.evaluation.segmentation_results import FinetuneResult
+from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.volumes import CaseReader
 from medssl.weights import write_atomic, write_private
 

@@ -13,21 +13,10 @@ import torch
 from medssl.encoders.segresnet3d import SegResNet3D
 from medssl.errors import GeometryError, RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import (
-    FinetuneResult,
-    FinetuneSettings,
-    Pretrained,
-    build_loss,
-    build_network,
-    case_order,
-    class_frequencies,
-    finetune,
-    learning_rates,
-    load,
-    open_weights,
-    parameter_groups,
-    predict,
-)
+from medssl.evaluation.finetune import Pretrained, build_network, finetune, load, open_weights, predict
+from medssl.evaluation.segmentation_results import FinetuneResult
+from medssl.evaluation.segmentation_settings import FinetuneSettings
+from medssl.evaluation.segmentation_training import build_loss, case_order, class_frequencies, learning_rates, parameter_groups
 from medssl.evaluation.volumes import CaseReader, TrainingCrops
 from medssl.networks.segmentation import encoder_parameters
 from medssl.weights import load_part, save_part

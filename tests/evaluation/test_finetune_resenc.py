@@ -9,7 +9,8 @@ import torch
 
 from medssl.encoders.resenc3d import ResEnc3D
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import FinetuneSettings, finetune, open_weights
+from medssl.evaluation.finetune import finetune, open_weights
+from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.weights import load_part
 from tests.evaluation.tiny_cohort import write_cohort
 from tests.export.conftest import save_run

@@ -12,8 +12,9 @@ from medssl.errors import RequestError
 from medssl.evaluation import label_curve as module
 from medssl.evaluation.bootstrap import paired_bootstrap
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import CaseScore, FinetuneResult, FinetuneSettings
 from medssl.evaluation.label_curve import Cell, claim, label_curve, markdown, plan, score_table, summarise
+from medssl.evaluation.segmentation_results import CaseScore, FinetuneResult
+from medssl.evaluation.segmentation_settings import FinetuneSettings
 from tests.evaluation.test_finetune import pretrained
 from tests.evaluation.tiny_cohort import TINY_ENCODER, write_cohort
 

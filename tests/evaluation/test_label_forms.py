@@ -15,8 +15,10 @@ import torch
 from medssl.archive.table import Archive
 from medssl.errors import GeometryError, ImageError, RequestError
 from medssl.evaluation.cohort import Case, Cohort, LabelRules
-from medssl.evaluation.finetune import FinetuneSettings, build_loss, class_frequencies, finetune, partial_loss
+from medssl.evaluation.finetune import finetune
 from medssl.evaluation.metrics import dice
+from medssl.evaluation.segmentation_settings import FinetuneSettings
+from medssl.evaluation.segmentation_training import build_loss, class_frequencies, partial_loss
 from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, comparable, labelled_classes, majority
 from medssl.types import DrawKey
 from tests.archive.small import set_public, small_archive
@@ -410,7 +412,7 @@ def test_rules__without_a_list_number_names_by_file(tmp_path: Path) -> None:
 def test_predictions__lie_on_the_file_of_their_image(tmp_path: Path) -> None:
     import nibabel
 
-    from medssl.evaluation.finetune import write_prediction
+    from medssl.evaluation.segmentation_results import write_prediction
 
     image, label = tiny_volume(0)
     affine = oblique_affine((1.0, 1.2, 2.0))
@@ -428,7 +430,7 @@ def test_predictions__lie_on_the_file_of_their_image(tmp_path: Path) -> None:
 
 
 def test_dicom_predictions__are_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medssl.evaluation import finetune as module
+    from medssl.evaluation import segmentation_results as module
 
     for n in range(2):
         image, label = tiny_volume(n)

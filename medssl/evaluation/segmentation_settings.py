@@ -1,0 +1,132 @@
+"""What a fine-tuning run for segmentation depends on besides cohort, number of labels, seed and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from medssl.evaluation.settings import refuse_settings, settings_of
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Everything that a fine-tuning run depends on besides cohort, number of labels, seed and weights.
+
+    Args:
+        network: Registered network: `segresnet`, `unetr` or `swin_unetr`.
+        network_args: Further arguments of its builder.
+        encoder: `{"name": ..., "args": {...}}`. Weights, where given, decide the arguments; a scratch run alone has no
+            other source.
+        domain: Registered domain that reads the images.
+        domain_args: Its arguments.
+        normalize: As in `VolumeViews`; must be what the encoder was pretrained with.
+        spacing_mm: Voxel size to train at; None keeps each volume's own.
+        crop: Training crop and inference window (X, Y, Z) in voxels.
+        steps: Optimiser steps.
+        batch: Crops per step.
+        lr: Peak learning rate (AdamW).
+        encoder_lr_scale: Factor on the learning rate of a pretrained encoder; the scratch twin always has 1.
+        freeze_steps: First steps in which a pretrained encoder has learning rate 0, its gradients still flowing, so
+            that decoder and head settle first; then everything warms up again ("sawtooth"). 0 for the scratch twin.
+        transfer: `encoder`, or `encoder_decoder` for a SegResNet or SwinUNETR pretrained with its decoder.
+        weight_decay: Decoupled weight decay, not applied to norms and biases.
+        clip: Largest gradient norm.
+        warmup_steps: Steps of linear warm-up; cosine decay to 0 follows.
+        dice_weight: Weight of the Dice loss.
+        ce_weight: Weight of the cross-entropy.
+        batch_dice: Dice over the whole batch instead of the mean over samples: no empty structure in a crop then.
+        include_background: Whether Dice counts background as a structure.
+        head_prior: Whether the head starts at the class frequencies of the training labels, see `set_head_prior`:
+            without it a seed may lose a small structure for good.
+        foreground: Share of crops centred on a voxel of a structure, each structure equally often.
+        raters: What to learn from where a case has label maps of several raters: `majority`, or `draw`, one rater's map at random
+            for each crop. Scores always take the majority.
+        augment: Geometric and intensity operations of `VolumeViews`. Flips are absent on purpose: mirrored anatomy
+            turns left into right, which is a wrong label for every paired organ.
+        precision: `fp32`, or `bf16` autocast.
+        log_every: Steps between lines of the curve.
+        val_every: Steps between scores on validation cases; 0 has none. They choose nothing: tables use the last state.
+        val_cases: Validation cases scored for the curve.
+        overlap: Overlap of inference windows, 0 to below 1.
+        predictions: Whether to write predictions as NIfTI.
+        dicom_seg: Whether to write predictions as DICOM-SEG; images must be DICOM series, and highdicom installed (extra `seg`).
+        figures: Test cases pictured.
+        device: Torch device.
+    """
+
+    network: str = "segresnet"
+    network_args: Mapping[str, Any] = field(default_factory=dict)
+    encoder: Mapping[str, Any] | None = None
+    domain: str = "mri"
+    domain_args: Mapping[str, Any] = field(default_factory=dict)
+    normalize: str | Mapping[str, Any] = "zscore"
+    spacing_mm: tuple[float, float, float] | None = None
+    crop: tuple[int, int, int] = (96, 96, 96)
+    steps: int = 2000
+    batch: int = 2
+    lr: float = 3e-3
+    encoder_lr_scale: float = 1.0
+    freeze_steps: int = 0
+    transfer: str = "encoder"
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    warmup_steps: int = 50
+    dice_weight: float = 1.0
+    ce_weight: float = 1.0
+    batch_dice: bool = True
+    include_background: bool = False
+    head_prior: bool = True
+    foreground: float = 0.67
+    raters: str = "majority"
+    augment: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+    log_every: int = 10
+    val_every: int = 0
+    val_cases: int = 8
+    overlap: float = 0.5
+    predictions: bool = False
+    dicom_seg: bool = False
+    figures: int = 3
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name}: {value!r}; {accepted}"
+            for name, value, good, accepted in (
+                (
+                    "transfer",
+                    self.transfer,
+                    self.transfer in ("encoder", "encoder_decoder"),
+                    "encoder or encoder_decoder",
+                ),
+                ("precision", self.precision, self.precision in ("fp32", "bf16"), "fp32 or bf16"),
+                ("raters", self.raters, self.raters in ("majority", "draw"), "majority or draw"),
+                ("steps", self.steps, self.steps >= 1, "1 or more"),
+                ("batch", self.batch, self.batch >= 1, "1 or more"),
+                ("lr", self.lr, self.lr > 0, "above 0"),
+                ("encoder_lr_scale", self.encoder_lr_scale, self.encoder_lr_scale >= 0, "0 or more"),
+                ("freeze_steps", self.freeze_steps, 0 <= self.freeze_steps < self.steps, "0 to below steps"),
+                ("warmup_steps", self.warmup_steps, 0 <= self.warmup_steps < self.steps, "0 to below steps"),
+                ("foreground", self.foreground, 0 <= self.foreground <= 1, "0 to 1"),
+                ("overlap", self.overlap, 0 <= self.overlap < 1, "0 to below 1"),
+                (
+                    "dice_weight + ce_weight",
+                    self.dice_weight + self.ce_weight,
+                    self.dice_weight + self.ce_weight > 0,
+                    "above 0",
+                ),
+                ("crop", self.crop, len(self.crop) == 3 and min(self.crop) >= 1, "three positive numbers"),
+            )
+            if not good
+        ]
+        refuse_settings(faults)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FinetuneSettings:
+        """Build settings from a recipe section or a results file; lists become tuples.
+
+        Raises:
+            RequestError: A key is unknown.
+        """
+        return settings_of(cls, values)

@@ -1,0 +1,171 @@
+"""The parts of a training step for segmentation: order of cases, learning rates, loss, and the step itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medssl.evaluation.segmentation_settings import FinetuneSettings
+from medssl.evaluation.volumes import Volume
+from medssl.networks.segmentation import encoder_parameters
+from medssl.seeding import counter_rng
+
+
+def learning_rates(step: int, settings: FinetuneSettings, *, pretrained: bool) -> tuple[float, float]:
+    """Return the learning rates of encoder and rest at a step.
+
+    Linear warm-up and cosine decay to 0. With `freeze_steps` a pretrained encoder has 0 first while the rest warms up;
+    then both warm up from 0 ("sawtooth", OpenMind benchmark, arXiv 2412.17041).
+    """
+    freeze = settings.freeze_steps if pretrained else 0
+    rise = max(1, settings.warmup_steps)
+    if step < freeze:
+        return 0.0, settings.lr * min(1.0, (step + 1) / rise)
+    start = freeze + settings.warmup_steps
+    if step < start:
+        factor = (step - freeze + 1) / rise
+    else:
+        factor = 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, settings.steps - start)))
+    return settings.lr * factor * (settings.encoder_lr_scale if pretrained else 1.0), settings.lr * factor
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW groups: encoder and rest, each with and without decay (none on norms and biases)."""
+    encoder = encoder_parameters(network)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name in encoder, parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": members, "encoder": is_encoder, "weight_decay": weight_decay if decays else 0.0}
+        for (is_encoder, decays), members in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def build_loss(settings: FinetuneSettings) -> Callable[..., Tensor]:
+    """Return Dice plus cross-entropy on logits (B, K, *size) in float32 and labels (B, 1, *size), -1 uncertain.
+
+    A third argument, (B, K) bool, says which classes each sample labels (see `labelled_classes`); None stands for all classes and
+    no uncertain voxel, and is MONAI's own `DiceCELoss`. Otherwise:
+
+    - A sample's classes that it does not label are merged with its background: their probabilities are added, as nobody said
+      which of them a background voxel is. No gradient tells them from background.
+    - Uncertain voxels count in neither term.
+    - A class enters the mean of the Dice terms with the samples that label it; a class that none labels does not enter.
+
+    Reference:
+        Shi et al. 2021, "Marginal loss and exclusion loss for partially supervised multi-organ segmentation", section 3.2 (marginal
+        cross-entropy and Dice).
+    """
+    from monai.losses import DiceCELoss
+
+    loss = DiceCELoss(
+        include_background=settings.include_background,
+        to_onehot_y=True,
+        softmax=True,
+        batch=settings.batch_dice,
+        smooth_nr=1e-5,
+        smooth_dr=1e-5,
+        lambda_dice=settings.dice_weight,
+        lambda_ce=settings.ce_weight,
+    )
+
+    def loss_of(logits: Tensor, labels: Tensor, labelled: Tensor | None = None) -> Tensor:
+        whole: Tensor = loss(logits.float(), labels) if labelled is None else partial_loss(logits, labels, labelled, settings)
+        return whole
+
+    return loss_of
+
+
+def partial_loss(logits: Tensor, labels: Tensor, labelled: Tensor, settings: FinetuneSettings) -> Tensor:
+    """Return the loss of samples that label some of the classes, see `build_loss`.
+
+    Args:
+        logits: (B, K, *size).
+        labels: (B, 1, *size) int64; -1 uncertain, and no class that its sample does not label.
+        labelled: (B, K) bool, background True.
+        settings: Weights of the terms.
+    """
+    from monai.losses import DiceLoss
+
+    labelled = labelled.to(logits.device)
+    open_classes = labelled.view(*labelled.shape, *[1] * (logits.ndim - 2))
+    scores = logits.float().log_softmax(dim=1)
+    hidden = scores.masked_fill(open_classes, -math.inf)
+    background = torch.cat([scores[:, :1], hidden[:, 1:]], dim=1).logsumexp(dim=1, keepdim=True)
+    scores = torch.cat([background, scores[:, 1:].masked_fill(~open_classes[:, 1:], -1e4)], dim=1)  # exp(-1e4) is 0
+    sure = labels >= 0
+    target = labels.clamp(min=0)
+    entropy = -scores.gather(1, target)[sure].sum() / sure.sum().clamp(min=1)
+    onehot = torch.zeros_like(scores).scatter_(1, target, 1.0)
+    terms: Tensor = DiceLoss(include_background=True, batch=settings.batch_dice, smooth_nr=1e-5, smooth_dr=1e-5, reduction="none")(
+        scores.exp() * sure, onehot * sure
+    )
+    counted = labelled.any(dim=0) if settings.batch_dice else labelled  # (K,) or (B, K)
+    terms = terms.reshape(counted.shape)
+    if not settings.include_background:
+        terms, counted = terms[..., 1:], counted[..., 1:]
+    dice_term: Tensor = terms[counted].sum() / counted.sum().clamp(min=1)
+    return settings.dice_weight * dice_term + settings.ce_weight * entropy
+
+
+def case_order(n_cases: int, seed: int) -> Iterator[int]:
+    """Yield case numbers for ever: one shuffled pass over all cases after another, so each is seen equally often."""
+    epoch = 0
+    while True:
+        yield from (int(i) for i in counter_rng(seed, "finetune", "order", epoch).permutation(n_cases))
+        epoch += 1
+
+
+def class_frequencies(volumes: Sequence[Volume], n_classes: int) -> list[float]:
+    """Return the share of sure voxels of each class, mean over the volumes that label it.
+
+    Background is what remains where some volumes label a structure and some do not.
+    """
+    shares = np.zeros((len(volumes), n_classes))
+    asked = np.array([[k == 0 or volume.labels(k) for k in range(n_classes)] for volume in volumes])
+    for row, volume in zip(shares, volumes):
+        assert volume.label is not None
+        sure = volume.label[volume.label >= 0]
+        row += np.bincount(sure.ravel(), minlength=n_classes)[:n_classes] / max(1, sure.size)
+    means = shares.sum(axis=0, where=asked) / np.maximum(asked.sum(axis=0), 1)
+    if not asked.all():
+        means[0] = max(0.0, 1.0 - means[1:].sum())
+    return [float(share) for share in means]
+
+
+def train_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[..., Tensor],
+    batch: tuple[Tensor, Tensor, Tensor | None],
+    settings: FinetuneSettings,
+) -> float:
+    """Do one optimiser step and return its loss.
+
+    Args:
+        network: In training mode.
+        optimizer: Of its parameters, learning rates set.
+        loss_of: See `build_loss`.
+        batch: Images (B, C, *size), labels (B, 1, *size), and which classes each labels.
+        settings: Precision and largest gradient norm.
+    """
+    images, labels, labelled = batch
+    with autocast(settings, images.device):
+        logits = network(images)
+    loss = loss_of(logits, labels, labelled)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+    optimizer.step()
+    return float(loss.detach())
+
+
+def autocast(settings: FinetuneSettings, device: torch.device) -> torch.autocast:
+    """Return the autocast context of the settings; a no-op with fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bf16")
