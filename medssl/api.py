@@ -185,15 +185,24 @@ def label_curve(
         cohort = replace(cohort, card=card_facts(load_card(find_card(recipe.cohort.card))))
     arms: dict[str, Any] = {}
     if weights is not None and str(weights) != "scratch":
-        refuse_pretraining_images(weights, cohort)
+        refuse_pretraining_images(weights, cohort, every=recipe.folds is not None)
         arms["pretrained"] = open_weights(weights, transfer=settings.transfer)
     if twin or not arms:
         arms["scratch"] = None
     private_folder(Path(recipe.out))
     if counts is None:
-        counts = [recipe.labels or len(cohort.split("train"))]
+        dealt = curve.deals(cohort, recipe.folds, seeds).values()
+        counts = [recipe.labels or min(len(one.split("train")) for one in dealt)]
     return curve.label_curve(
-        cohort, settings, Path(recipe.out), arms=arms, counts=counts, seeds=seeds, on_cell=on_cell, on_step=on_step
+        cohort,
+        settings,
+        Path(recipe.out),
+        arms=arms,
+        counts=counts,
+        seeds=seeds,
+        folds=recipe.folds,
+        on_cell=on_cell,
+        on_step=on_step,
     )
 
 

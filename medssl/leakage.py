@@ -48,8 +48,10 @@ def refuse_pretraining_patients(weights: Path | str, shelf: data_sources.Shelf) 
     return "no patient of this evaluation was pretrained on"
 
 
-def refuse_pretraining_images(weights: Path | str, cohort: Any) -> None:
+def refuse_pretraining_images(weights: Path | str, cohort: Any, *, every: bool = False) -> None:
     """Refuse a test set whose image files the weights were pretrained on, as far as run folder and archive are at hand.
+
+    With `every` all labelled cases are the test set, as they are where folds are dealt.
 
     Files are compared by content, so that renamed copies are found.
 
@@ -73,7 +75,7 @@ def refuse_pretraining_images(weights: Path | str, cohort: Any) -> None:
         for item in items:
             if item.source == name:
                 seen.update(archive.digests(item.series_id))
-    test = [case for case in cohort.cases if case.split == "test"]
+    test = [case for case in cohort.cases if case.split == "test" or (every and case.label is not None)]
     both = [case for case in test if seen & set(file_digests(case.image))]
     if both:
         raise LeakageError(

@@ -205,6 +205,15 @@ class CohortSection(Node):
     domain: ComponentField = Field(default_factory=lambda: Component(name="mri"))
 
 
+Folds = Annotated[
+    int | None,
+    Field(
+        ge=3,
+        description="Deal all labelled patients into so many folds, each tested once, instead of the given splits; every seed deals anew",
+    ),
+]
+
+
 class FinetuneRecipe(Node):
     """Fine-tuning of a MONAI segmentation network, with its matched scratch twin."""
 
@@ -216,6 +225,7 @@ class FinetuneRecipe(Node):
         default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of FinetuneSettings")
+    folds: Folds = None
     labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
     out: str = "runs/finetune"
 
@@ -252,11 +262,7 @@ class FinetuneTargetsRecipe(Node):
         default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of TargetSettings")
-    folds: int | None = Field(
-        None,
-        ge=3,
-        description="Deal all labelled patients into so many folds, each tested once, instead of the given splits; every seed deals anew",
-    )
+    folds: Folds = None
     labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
     force: bool = Field(False, description="Fine-tune on other views than the weights were pretrained with; the result says so")
     out: str = "runs/finetune"
@@ -284,11 +290,7 @@ class FinetuneBagsRecipe(Node):
     target: str = Field(description="Column of the label")
     classes: ClassNames = Field(default_factory=list)
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of TargetSettings")
-    folds: int | None = Field(
-        None,
-        ge=3,
-        description="Deal all labelled patients into so many folds, each tested once, instead of the given splits; every seed deals anew",
-    )
+    folds: Folds = None
     labels: int | None = Field(None, gt=0, description="Use only the first n training slides in few-label order")
     out: str = "runs/finetune"
 

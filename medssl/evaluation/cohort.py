@@ -38,7 +38,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medssl.errors import ImageError, RequestError, header_words, near
+from medssl.evaluation.scores import patient_folds
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
@@ -198,6 +201,32 @@ class Cohort:
                 else f"cohort {self.name}: no labelled training cases; mark some as train in its table"
             )
         return cases if count is None else cases[:count]
+
+    def dealt(self, folds: int, seed: int, fold: int) -> Cohort:
+        """Return the cohort with other splits: one fold of patients is tested, the next validates, the others train.
+
+        Args:
+            folds: Number of folds, 3 or more.
+            seed: Another seed deals the patients anew.
+            fold: The fold that is tested.
+
+        Raises:
+            RequestError: There are fewer labelled patients than folds.
+        """
+        places = [place for place, case in enumerate(self.cases) if case.label is not None]
+        patients = [self.cases[place].patient for place in places]
+        if len(set(patients)) < folds:
+            raise RequestError(
+                f"cohort {self.name}: {folds} folds of {len(set(patients))} labelled patients; ask for {max(3, len(set(patients)))} or fewer"
+                if len(set(patients)) >= 3
+                else f"cohort {self.name}: folds need 3 labelled patients or more, it has {len(set(patients))}; label more, or give splits"
+            )
+        numbers = patient_folds(np.zeros(len(places)), patients, folds=folds, seed=seed)
+        cases = list(self.cases)
+        for place, number in zip(places, numbers):
+            side = "test" if number == fold else "val" if number == (fold + 1) % folds else "train"
+            cases[place] = replace(cases[place], split=side)
+        return replace(self, cases=tuple(cases))
 
     def digest(self, key: bytes) -> str:
         """Return a keyed hex digest of images, splits, patients and ranks: cohorts that differ share no table.

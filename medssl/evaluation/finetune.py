@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from medssl.encoders.loading import load_into
 from medssl.errors import RequestError, TrainingStopped, WeightsError
+from medssl.evaluation.best_state import BestState
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.features import encode
 from medssl.evaluation.metrics import dice, hd95_mm, volumes_ml
@@ -55,6 +56,8 @@ from medssl.evaluation.segmentation_training import (
     build_loss,
     case_order,
     class_frequencies,
+    class_weights,
+    encoder_scales,
     learning_rates,
     parameter_groups,
     train_step,
@@ -132,12 +135,13 @@ def finetune(
     seed: int = 0,
     weights: Pretrained | None = None,
     arm: str | None = None,
+    fold: tuple[int | None, int | None] = (None, None),
     reader: CaseReader | None = None,
     on_step: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> FinetuneResult:
-    """Train on the first labelled cases, score all test cases with the last state, and write everything to a folder.
+    """Train on the first labelled cases, score all test cases, and write everything to a folder.
 
-    Test labels are read after the last step. Validation labels draw the curve and choose nothing.
+    Test labels are read after the last step. Validation labels draw the curve; with `patience` they choose the state that is scored.
 
     Args:
         cohort: The labelled set.
@@ -147,6 +151,7 @@ def finetune(
         seed: Seed of start weights and draws. Equal seeds pair a pretrained run with its scratch twin.
         weights: Pretrained weights; None is the scratch twin.
         arm: Name in the results; None is `pretrained` or `scratch`.
+        fold: Tested fold and number of folds, for the results, where the splits of the cohort were dealt.
         reader: To share loaded volumes between runs.
         on_step: Called with (step, steps, values) at every log point.
 
@@ -155,8 +160,13 @@ def finetune(
         TrainingStopped: The loss stopped being a number.
     """
     train_cases, test_cases = cohort.first(labels), cohort.split("test")
+    val_cases = cohort.split("val")[: settings.val_cases]
     if not test_cases:
         raise RequestError(f"cohort {cohort.name}: no labelled test cases; mark some as test in its table")
+    if settings.patience is not None and not val_cases:
+        raise RequestError(
+            f"cohort {cohort.name}: patience needs labelled validation cases, it has none; mark some as val, or set patience: null"
+        )
     settings = with_encoder(settings, weights)
     if settings.dicom_seg:
         check_dicom_seg(test_cases)
@@ -165,15 +175,19 @@ def finetune(
     device = torch.device(settings.device)
     network = build_network(settings, n_classes=1 + max(structures), seed=seed)
     loaded = load(network, weights) if weights is not None else None
+    frequencies = class_frequencies([reader(case) for case in train_cases], 1 + max(structures))
     if settings.head_prior:
-        set_head_prior(network, class_frequencies([reader(case) for case in train_cases], 1 + max(structures)))
+        set_head_prior(network, frequencies)
+    loss_of = build_loss(settings, class_weights(settings, frequencies))
     run = _Run(settings, network.to(device), device, seed, structures, reader)
     log.info("fine-tuning on %d volumes, %d steps", len(train_cases), settings.steps)
     out = Path(out)
     write_atomic(out / "curve.jsonl", b"")  # a folder that cannot be written says so now, not after the last step
     encoder = start_encoder(settings, weights, seed).to(device)
     span = training_range([look_at(encoder, reader(case), case, settings) for case in train_cases])
-    curve, seconds = _train(run, train_cases, cohort.split("val")[: settings.val_cases], out, weights is not None, on_step)
+    scales = encoder_scales(network, encoder, settings.layer_decay) if weights is not None else {}
+    optimizer = torch.optim.AdamW(parameter_groups(network, settings.weight_decay, scales), lr=settings.lr)
+    curve, choice, seconds = _train(run, optimizer, loss_of, train_cases, val_cases, out, weights is not None, on_step)
     flags = {case.id: outside(look_at(encoder, reader(case), case, settings), span) for case in test_cases}
     scores = [replace(score, outside=flags[score.id]) for score in _test(run, test_cases, out)]
     result = FinetuneResult(
@@ -184,10 +198,12 @@ def finetune(
         cases=scores,
         curve=curve,
         loaded=None if loaded is None else asdict(loaded),
-        choice="last state; validation labels chose nothing",
+        choice=choice,
         seconds=seconds,
         settings=asdict(settings),
         training_range=span.facts(),
+        fold=fold[0],
+        of_folds=fold[1],
     )
     _write(run, result, out, weights, data_cards(cohort, weights))
     write_label_counts(out, reader, cohort)
@@ -297,13 +313,15 @@ def structures_of(cohort: Cohort, reader: CaseReader) -> dict[int, str]:
 
 def _train(
     run: _Run,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[..., Tensor],
     cases: Sequence[Case],
     val_cases: Sequence[Case],
     out: Path,
     pretrained: bool,
     on_step: Callable[[int, int, Mapping[str, float]], None] | None,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Run all steps; return the curve and the seconds taken."""
+) -> tuple[list[dict[str, Any]], str, dict[str, float]]:
+    """Run all steps, or until validation stops; return the curve, which state is left to be scored, and the seconds taken."""
     settings, network = run.settings, run.network
     if run.device.type == "cpu":
         network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # 1.1 to 1.5x on CPU
@@ -319,8 +337,7 @@ def _train(
     )
     volumes = [run.reader(case) for case in cases]
     order = case_order(len(cases), run.seed)
-    loss_of = build_loss(settings)
-    optimizer = torch.optim.AdamW(parameter_groups(network, settings.weight_decay), lr=settings.lr)
+    best = BestState(settings.patience)
     curve: list[dict[str, Any]] = []
     times: list[float] = []
     losses: list[float] = []
@@ -330,11 +347,13 @@ def _train(
         began = time.perf_counter()
         encoder_lr, lr = learning_rates(step, settings, pretrained=pretrained)
         for group in optimizer.param_groups:
-            group["lr"] = encoder_lr if group["encoder"] else lr
+            group["lr"] = group["scale"] * (encoder_lr if group["encoder"] else lr)
         chosen = [volumes[next(order)] for _ in range(settings.batch)]
         images, labels = crops.batch(chosen, step)
         labelled = labelled_classes(chosen, 1 + max(run.structures))
-        losses.append(train_step(network, optimizer, loss_of, (images, labels, labelled), settings))
+        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(run.seed, "finetune", "step", step))  # dropout, equal for both arms
+            losses.append(train_step(network, optimizer, loss_of, (images, labels, labelled), settings))
         times.append(time.perf_counter() - began)
         if not math.isfinite(losses[-1]):
             raise TrainingStopped(
@@ -346,24 +365,30 @@ def _train(
         if validate or done % settings.log_every == 0 or done == settings.steps:
             line: dict[str, Any] = {"step": done, "loss": float(np.mean(losses)), "lr": lr, "encoder_lr": encoder_lr}
             losses.clear()
+            stop = False
             if validate:
                 line["val_dice"] = _validation_dice(run, val_cases)
+                found = [value for value in line["val_dice"].values() if value is not None]
+                stop = best.seen(float(np.mean(found)) if found else None, done, network)
             curve.append(line)
             if validate or done == settings.steps:
                 write_atomic(out / "curve.jsonl", "".join(json.dumps(row) + "\n" for row in curve).encode())
             if on_step is not None:
                 on_step(done, settings.steps, {"loss": line["loss"]})
-    return curve, {"train": time.perf_counter() - start, "per_step": float(np.median(times))}
+            if stop:
+                break
+    choice = best.restore(network, len(val_cases))
+    return curve, choice, {"train": time.perf_counter() - start, "per_step": float(np.median(times))}
 
 
 @torch.no_grad()
 def predict(network: nn.Module, volume: Volume, settings: FinetuneSettings) -> np.ndarray:
-    """Segment a whole volume with MONAI's sliding window.
+    """Segment a whole volume with MONAI's sliding window, and its mirrored views where asked.
 
     Args:
         network: In any mode; it is left in eval mode.
         volume: As `CaseReader` returns it.
-        settings: Crop, overlap, normalisation, spacing and precision.
+        settings: Crop, overlap, flips, normalisation, spacing and precision.
 
     Returns:
         (X, Y, Z) int16 label map on the grid of the volume.
@@ -373,12 +398,19 @@ def predict(network: nn.Module, volume: Volume, settings: FinetuneSettings) -> n
     network.eval()
     device = next(network.parameters()).device
     image, padding = whole_image(volume, settings.normalize, settings.spacing_mm, device)  # (1, C, *resampled)
-    with autocast(settings, device):
-        logits = sliding_window_inference(
-            image, settings.crop, settings.batch, network, overlap=settings.overlap, mode="gaussian", cval=padding
-        )
-    assert isinstance(logits, Tensor)
-    logits = logits.float()
+
+    def look(shown: Tensor) -> Tensor:
+        with autocast(settings, device):
+            logits = sliding_window_inference(
+                shown, settings.crop, settings.batch, network, overlap=settings.overlap, mode="gaussian", cval=padding
+            )
+        assert isinstance(logits, Tensor)
+        return logits.float()
+
+    logits = look(image)
+    if settings.flips:
+        mirrored = [look(image.flip(2 + axis)).flip(2 + axis).softmax(dim=1) for axis in settings.flips]
+        logits = torch.stack([logits.softmax(dim=1), *mirrored]).mean(dim=0)
     shape = volume.image.shape[1:]
     if tuple(logits.shape[2:]) != tuple(shape):
         logits = nn.functional.interpolate(logits, size=tuple(shape), mode="trilinear", align_corners=False)

@@ -319,12 +319,12 @@ def layer_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
     """Return the factor on the learning rate of every parameter of an encoder: decay to the power of its distance from the head.
 
     What comes before the first of `encoder.blocks` (patch embedding, stem, positions) is one step further away than that block; what comes
-    after the last (a norm) is as far as the last.
+    after the last (a norm) is as far as the last. The blocks of a decoder that the encoder carries are not counted.
 
     Reference:
         Clark et al. 2020 (ELECTRA); Bao et al. 2022 (BEiT), appendix H.
     """
-    blocks = list(getattr(encoder, "blocks", []))
+    blocks = encoder_blocks(encoder)
     depth = {id(p): number for number, block in enumerate(blocks, start=1) for p in block.parameters()}
     seen, scales = False, {}
     for name, parameter in encoder.named_parameters():
@@ -333,6 +333,18 @@ def layer_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
         place = inside if inside is not None else (len(blocks) if seen else 0)
         scales[name] = decay ** (len(blocks) + 1 - place)
     return scales
+
+
+def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
+    """Return `encoder.blocks` without those of a decoder, as SegResNet, SwinUNETR and the residual-encoder U-Net have one."""
+    groups: Mapping[str, Sequence[str]] = getattr(encoder, "key_groups", {})
+    net = getattr(encoder, "net", encoder)
+    own = {id(p) for name, p in net.named_parameters() if name.startswith(tuple(groups.get("encoder", [""])))}
+    return [
+        block
+        for block in getattr(encoder, "blocks", [])
+        if "encoder" not in groups or any(id(p) in own for p in block.parameters())
+    ]
 
 
 def learning_rate(step: int, settings: Schedule, freeze: int) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 Result = Mapping[str, Any]
-OF_ONE_FOLD = ("fold", "reliability", "fitted", "training_range", "curve")
+OF_ONE_FOLD = ("fold", "reliability", "fitted", "training_range", "curve", "mean", "mean_dice", "n_test")
 """Parts of a result that belong to the network of one fold; pooled results have none of them."""
 
 
@@ -38,7 +38,7 @@ def _pooled(group: Sequence[Result]) -> dict[str, Any]:
     group = sorted(group, key=lambda result: int(result["fold"]))
     values: dict[str, list[float]] = {}
     for result in group:
-        for row in result["rows"]:
+        for row in result.get("rows") or []:  # segmentation has scores of cases alone
             if row["value"] is not None:
                 values.setdefault(row["metric"], []).append(row["value"])
     choices = list(dict.fromkeys(str(result["choice"]) for result in group if result.get("choice")))

@@ -18,7 +18,7 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ from medssl.weights import write_atomic, write_private
 log = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
-UNUSED_SETTINGS = ("device", "figures", "predictions", "log_every", "val_every", "val_cases")  # change no score
-TRANSFER_SETTINGS = ("encoder_lr_scale", "freeze_steps", "transfer")  # change no score of a scratch cell
+UNUSED_SETTINGS = ("device", "figures", "predictions", "log_every")  # change no score
+VALIDATION_SETTINGS = ("val_every", "val_cases")  # change no score without `patience`
+TRANSFER_SETTINGS = ("encoder_lr_scale", "layer_decay", "freeze_steps", "transfer")  # change no score of a scratch cell
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def label_curve(
     arms: Mapping[str, Pretrained | None],
     counts: Sequence[int],
     seeds: Sequence[int],
+    folds: int | None = None,
     on_cell: Callable[[int, int, Cell, FinetuneResult], None] | None = None,
     on_step: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> dict[str, Any]:
@@ -76,6 +78,7 @@ def label_curve(
         arms: Name to weights; `scratch` to None is the twin that differences are taken against.
         counts: Numbers of labelled training cases.
         seeds: Seeds; the same for every arm, so that cells are pairs.
+        folds: Deal all labelled patients into so many folds, each tested once; every seed deals anew. None keeps the given splits.
         on_cell: Called with (cells done, cells, cell, result) after each.
         on_step: Passed on to `finetune`.
 
@@ -86,26 +89,29 @@ def label_curve(
         RequestError: The folder holds cells of other settings, weights were chosen by labels, or the request is empty or unnamed.
     """
     out = Path(out)
-    cells = plan(arms, counts, seeds)
+    cells = plan(arms, counts, seeds, folds)
     refuse_chosen(arms)
-    cohort.first(max(counts))  # too many labels asked for: say so before the first hour, not after it
+    dealt = deals(cohort, folds, seeds)
+    for one in dealt.values():
+        one.first(max(counts))  # too many labels asked for: say so before the first hour, not after it
     named = next((weights for weights in arms.values() if weights is not None), None)
     if named is not None:
         settings = with_encoder(settings, named)  # the twin is built with the encoder of the weights
-    claim(out, cohort, settings, arms)
+    claim(out, cohort, settings, arms, folds)
     reader = CaseReader(settings.domain, settings.domain_args)
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name
         result = read_cell(folder)
         if result is None:
             result = finetune(
-                cohort,
+                dealt[cell.seed, cell.fold],
                 settings,
                 folder,
                 labels=cell.labels,
                 seed=cell.seed,
                 weights=arms[cell.arm],
                 arm=cell.arm,
+                fold=(cell.fold, cell.folds),
                 reader=reader,
                 on_step=on_step,
             )
@@ -147,7 +153,16 @@ def refuse_chosen(arms: Mapping[str, Pretrained | None]) -> None:
             )
 
 
-def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[str, Pretrained | None]) -> dict[str, Any]:
+def deals(cohort: Cohort, folds: int | None, seeds: Sequence[int]) -> dict[tuple[int, int | None], Cohort]:
+    """Return (seed, fold) -> the cohort with the splits of that cell; (seed, None) where the splits are given."""
+    if folds is None:
+        return {(seed, None): cohort for seed in seeds}
+    return {(seed, fold): cohort.dealt(folds, seed, fold) for seed in seeds for fold in range(folds)}
+
+
+def claim(
+    out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[str, Pretrained | None], folds: int | None = None
+) -> dict[str, Any]:
     """Write what the cells of a folder have in common, or check it against what is there.
 
     New arms may join later; known ones must have the same weights. How weights are transferred may still change while only
@@ -170,6 +185,7 @@ def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[s
         "cohort": cohort.name,
         "cohort_digest": cohort.digest(key),
         "settings": values,
+        "folds": folds,
         "weights": weights,
         "data_cards": cards,
     }
@@ -178,7 +194,10 @@ def claim(out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[s
         faults = []
         if known["cohort_digest"] != shared["cohort_digest"]:
             faults.append("another cohort or split")
-        free = UNUSED_SETTINGS if set(known["weights"]) - {SCRATCH} else UNUSED_SETTINGS + TRANSFER_SETTINGS
+        if known.get("folds") != folds:
+            faults.append(f"folds {known.get('folds')} (now {folds})")
+        free = UNUSED_SETTINGS + (() if settings.patience is not None else VALIDATION_SETTINGS)
+        free += () if set(known["weights"]) - {SCRATCH} else TRANSFER_SETTINGS
         before = {**as_json(FinetuneSettings()), **known["settings"]}  # what came later had its default then
         changed = [name for name in sorted({*before, *values} - set(free)) if before.get(name) != values.get(name)]
         faults += [f"{name} {before.get(name)} (now {values.get(name)})" for name in changed]
@@ -227,7 +246,7 @@ def write_summary(out: Path, cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def summarise(results: Sequence[FinetuneResult]) -> dict[str, Any]:
-    """Return means with intervals per (labels, arm), and the paired differences to scratch per labels.
+    """Return means with intervals per (labels, arm), and the paired differences to scratch per labels; folds are taken together.
 
     A patient's score is the mean over structures, then over seeds; intervals come from a bootstrap over test patients.
     They say how far the mean could move with other patients, not with other seeds or other training cases: the spread
@@ -238,6 +257,7 @@ def summarise(results: Sequence[FinetuneResult]) -> dict[str, Any]:
         structures {name: mean}, hd95_mm {name: mean}, seconds (mean). `differences`: labels, arm, against, seeds (those
         both have), difference, low, high, seed_differences. All Dice as fractions.
     """
+    results = together(results)
     rows, differences = [], []
     for labels in sorted({result.labels for result in results}):
         groups: dict[str, dict[int, FinetuneResult]] = {}
@@ -252,6 +272,21 @@ def summarise(results: Sequence[FinetuneResult]) -> dict[str, Any]:
                 pair = [[by_seed[s] for s in common], [twins[s] for s in common]]
                 differences.append(_difference(labels, arm, common, *pair))
     return {"metric": "mean Dice over structures", "rows": rows, "differences": differences}
+
+
+def together(results: Sequence[FinetuneResult]) -> list[FinetuneResult]:
+    """Return one result per arm, labels and seed, with the tested cases of all its folds; a seed that lacks a fold is left out."""
+    whole = [result for result in results if result.fold is None]
+    groups: dict[tuple[str, int, int], list[FinetuneResult]] = {}
+    for result in results:
+        if result.fold is not None:
+            groups.setdefault((result.arm, result.labels, result.seed), []).append(result)
+    for group in groups.values():
+        if len(group) == group[0].of_folds:
+            cases = [case for result in sorted(group, key=lambda r: r.fold or 0) for case in result.cases]
+            seconds = {key: float(np.mean([result.seconds[key] for result in group])) for key in group[0].seconds}
+            whole.append(replace(group[0], cases=cases, curve=[], seconds=seconds, training_range={}, fold=None))
+    return whole
 
 
 def _row(labels: int, arm: str, by_seed: Mapping[int, FinetuneResult]) -> dict[str, Any]:

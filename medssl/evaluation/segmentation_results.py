@@ -61,6 +61,8 @@ class FinetuneResult:
         seconds: Wall time of training, and per step (median).
         settings: Settings used.
         training_range: What the training cases span, see `outside.TrainingRange.facts`; empty in results of earlier versions.
+        fold: The fold that was tested, of `of_folds`; None where the splits were given.
+        of_folds: Number of folds.
     """
 
     arm: str
@@ -74,6 +76,8 @@ class FinetuneResult:
     seconds: dict[str, float]
     settings: dict[str, Any]
     training_range: dict[str, Any] = field(default_factory=dict)
+    fold: int | None = None
+    of_folds: int | None = None
 
     def mean(self, metric: str = "dice") -> dict[str, float]:
         """Return the mean of `dice` or `hd95_mm` per structure over the test cases that have it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ class FinetuneSettings:
         batch: Crops per step.
         lr: Peak learning rate (AdamW).
         encoder_lr_scale: Factor on the learning rate of a pretrained encoder; the scratch twin always has 1.
+        layer_decay: Factor from block to block of a pretrained encoder, counted from the decoder (`finetune_targets.layer_scales`); the
+            scratch twin has 1.
         freeze_steps: First steps in which a pretrained encoder has learning rate 0, its gradients still flowing, so
             that decoder and head settle first; then everything warms up again ("sawtooth"). 0 for the scratch twin.
         transfer: `encoder`, or `encoder_decoder` for a SegResNet or SwinUNETR pretrained with its decoder.
@@ -37,6 +39,8 @@ class FinetuneSettings:
         ce_weight: Weight of the cross-entropy.
         batch_dice: Dice over the whole batch instead of the mean over samples: no empty structure in a crop then.
         include_background: Whether Dice counts background as a structure.
+        class_weights: Of the cross-entropy; Dice counts every structure alike already. `none`, `balanced` (one over the share of voxels
+            of the class in the training labels, mean 1 over the voxels), or one number per class, background first.
         head_prior: Whether the head starts at the class frequencies of the training labels, see `set_head_prior`:
             without it a seed may lose a small structure for good.
         foreground: Share of crops centred on a voxel of a structure, each structure equally often.
@@ -46,9 +50,13 @@ class FinetuneSettings:
             turns left into right, which is a wrong label for every paired organ.
         precision: `fp32`, or `bf16` autocast.
         log_every: Steps between lines of the curve.
-        val_every: Steps between scores on validation cases; 0 has none. They choose nothing: tables use the last state.
+        val_every: Steps between scores on validation cases; 0 has none. Without `patience` they choose nothing: tables use the last state.
         val_cases: Validation cases scored for the curve.
+        patience: Validations without a better mean Dice after which training stops; the best state is then scored, and the result says
+            that validation labels chose it. None scores the last state.
         overlap: Overlap of inference windows, 0 to below 1.
+        flips: Axes (0 is X) along which a volume is also shown mirrored when it is segmented; the class probabilities are averaged. None by
+            default: mirrored anatomy is a wrong label for everything that has a side.
         predictions: Whether to write predictions as NIfTI.
         dicom_seg: Whether to write predictions as DICOM-SEG; images must be DICOM series, and highdicom installed (extra `seg`).
         figures: Test cases pictured.
@@ -67,6 +75,7 @@ class FinetuneSettings:
     batch: int = 2
     lr: float = 3e-3
     encoder_lr_scale: float = 1.0
+    layer_decay: float = 1.0
     freeze_steps: int = 0
     transfer: str = "encoder"
     weight_decay: float = 1e-2
@@ -76,6 +85,7 @@ class FinetuneSettings:
     ce_weight: float = 1.0
     batch_dice: bool = True
     include_background: bool = False
+    class_weights: str | Sequence[float] = "none"
     head_prior: bool = True
     foreground: float = 0.67
     raters: str = "majority"
@@ -84,7 +94,9 @@ class FinetuneSettings:
     log_every: int = 10
     val_every: int = 0
     val_cases: int = 8
+    patience: int | None = None
     overlap: float = 0.5
+    flips: tuple[int, ...] = ()
     predictions: bool = False
     dicom_seg: bool = False
     figures: int = 3
@@ -106,6 +118,26 @@ class FinetuneSettings:
                 ("batch", self.batch, self.batch >= 1, "1 or more"),
                 ("lr", self.lr, self.lr > 0, "above 0"),
                 ("encoder_lr_scale", self.encoder_lr_scale, self.encoder_lr_scale >= 0, "0 or more"),
+                ("layer_decay", self.layer_decay, 0 < self.layer_decay <= 1, "above 0, at most 1"),
+                (
+                    "class_weights",
+                    self.class_weights,
+                    self.class_weights in ("none", "balanced")
+                    or (not isinstance(self.class_weights, str) and all(w >= 0 for w in self.class_weights)),
+                    "none, balanced, or one number per class, 0 or more",
+                ),
+                (
+                    "patience",
+                    self.patience,
+                    self.patience is None or (self.patience >= 1 and self.val_every > 0 and self.val_cases > 0),
+                    "1 or more, with val_every and val_cases above 0",
+                ),
+                (
+                    "flips",
+                    self.flips,
+                    set(self.flips) <= {0, 1, 2} and len(set(self.flips)) == len(self.flips),
+                    "axes 0 to 2, none twice",
+                ),
                 ("freeze_steps", self.freeze_steps, 0 <= self.freeze_steps < self.steps, "0 to below steps"),
                 ("warmup_steps", self.warmup_steps, 0 <= self.warmup_steps < self.steps, "0 to below steps"),
                 ("foreground", self.foreground, 0 <= self.foreground <= 1, "0 to 1"),

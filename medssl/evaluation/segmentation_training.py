@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from medssl.errors import RequestError
+from medssl.evaluation.finetune_targets import layer_scales
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.volumes import Volume
-from medssl.networks.segmentation import encoder_parameters
+from medssl.networks.segmentation import encoder_parameters, encoder_tensors
 from medssl.seeding import counter_rng
 
 
@@ -34,55 +37,105 @@ def learning_rates(step: int, settings: FinetuneSettings, *, pretrained: bool) -
     return settings.lr * factor * (settings.encoder_lr_scale if pretrained else 1.0), settings.lr * factor
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW groups: encoder and rest, each with and without decay (none on norms and biases)."""
-    encoder = encoder_parameters(network)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+def parameter_groups(network: nn.Module, weight_decay: float, scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+    """Return AdamW groups: encoder and rest, by factor, each with and without decay (none on norms and biases).
+
+    Args:
+        network: Result of a builder of `networks.segmentation`.
+        weight_decay: Of weights of more than one axis.
+        scales: Factors on the learning rate by name in the network, see `encoder_scales`; 1 for what is not named.
+    """
+    encoder, scales = encoder_parameters(network), scales or {}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name in encoder, parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((name in encoder, scales.get(name, 1.0), parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": members, "encoder": is_encoder, "weight_decay": weight_decay if decays else 0.0}
-        for (is_encoder, decays), members in sorted(groups.items(), key=lambda item: item[0])
+        {"params": members, "encoder": is_encoder, "scale": scale, "weight_decay": weight_decay if decays else 0.0}
+        for (is_encoder, scale, decays), members in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
-def build_loss(settings: FinetuneSettings) -> Callable[..., Tensor]:
+def encoder_scales(network: nn.Module, encoder: nn.Module, decay: float) -> dict[str, float]:
+    """Return the factors of layer-wise decay by name in the network.
+
+    Args:
+        network: Result of a builder of `networks.segmentation`.
+        encoder: An encoder of the same form, which says what its blocks are.
+        decay: Factor from block to block, see `finetune_targets.layer_scales`.
+    """
+    factors = {name.removeprefix("net."): factor for name, factor in layer_scales(encoder, decay).items()}
+    return {name: factors[key] for key, name in encoder_tensors(network).items() if key in factors}
+
+
+def class_weights(settings: FinetuneSettings, frequencies: Sequence[float]) -> Tensor | None:
+    """Return one weight per class, or None for equal ones.
+
+    Args:
+        settings: `class_weights`: `none`, `balanced` or numbers.
+        frequencies: Share of voxels per class, background first; shares under 1e-4 count as 1e-4, and a class without any voxel as well.
+
+    Raises:
+        RequestError: There are more or fewer weights than classes.
+    """
+    if settings.class_weights == "none":
+        return None
+    if settings.class_weights == "balanced":
+        shares = torch.tensor([max(float(f), 1e-4) for f in frequencies], dtype=torch.float64)
+        return (1 / (len(shares) * shares)).float()
+    given = [float(w) for w in settings.class_weights]
+    if len(given) != len(frequencies):
+        raise RequestError(
+            f"class_weights: {len(given)} numbers for {len(frequencies)} classes, background included; give one per class, background first"
+        )
+    return torch.tensor(given)
+
+
+def build_loss(settings: FinetuneSettings, weights: Tensor | None = None) -> Callable[..., Tensor]:
     """Return Dice plus cross-entropy on logits (B, K, *size) in float32 and labels (B, 1, *size), -1 uncertain.
 
     A third argument, (B, K) bool, says which classes each sample labels (see `labelled_classes`); None stands for all classes and
-    no uncertain voxel, and is MONAI's own `DiceCELoss`. Otherwise:
+    no uncertain voxel, and is MONAI's `DiceCELoss`. Otherwise:
 
     - A sample's classes that it does not label are merged with its background: their probabilities are added, as nobody said
       which of them a background voxel is. No gradient tells them from background.
     - Uncertain voxels count in neither term.
     - A class enters the mean of the Dice terms with the samples that label it; a class that none labels does not enter.
 
+    Args:
+        settings: See there.
+        weights: (K,) weights of the classes in the cross-entropy, which is divided by the sum of the weights of its voxels.
+
     Reference:
         Shi et al. 2021, "Marginal loss and exclusion loss for partially supervised multi-organ segmentation", section 3.2 (marginal
         cross-entropy and Dice).
     """
-    from monai.losses import DiceCELoss
+    from monai.losses import DiceLoss
 
-    loss = DiceCELoss(
+    dice = DiceLoss(
         include_background=settings.include_background,
         to_onehot_y=True,
         softmax=True,
         batch=settings.batch_dice,
         smooth_nr=1e-5,
         smooth_dr=1e-5,
-        lambda_dice=settings.dice_weight,
-        lambda_ce=settings.ce_weight,
     )
 
     def loss_of(logits: Tensor, labels: Tensor, labelled: Tensor | None = None) -> Tensor:
-        whole: Tensor = loss(logits.float(), labels) if labelled is None else partial_loss(logits, labels, labelled, settings)
+        own = None if weights is None else weights.to(logits.device)
+        if labelled is not None:
+            return partial_loss(logits, labels, labelled, settings, own)
+        logits = logits.float()
+        entropy = functional.cross_entropy(logits, labels[:, 0], weight=own)
+        whole: Tensor = settings.dice_weight * dice(logits, labels) + settings.ce_weight * entropy
         return whole
 
     return loss_of
 
 
-def partial_loss(logits: Tensor, labels: Tensor, labelled: Tensor, settings: FinetuneSettings) -> Tensor:
+def partial_loss(
+    logits: Tensor, labels: Tensor, labelled: Tensor, settings: FinetuneSettings, weights: Tensor | None = None
+) -> Tensor:
     """Return the loss of samples that label some of the classes, see `build_loss`.
 
     Args:
@@ -90,6 +143,7 @@ def partial_loss(logits: Tensor, labels: Tensor, labelled: Tensor, settings: Fin
         labels: (B, 1, *size) int64; -1 uncertain, and no class that its sample does not label.
         labelled: (B, K) bool, background True.
         settings: Weights of the terms.
+        weights: (K,) weights of the classes in the cross-entropy.
     """
     from monai.losses import DiceLoss
 
@@ -101,7 +155,8 @@ def partial_loss(logits: Tensor, labels: Tensor, labelled: Tensor, settings: Fin
     scores = torch.cat([background, scores[:, 1:].masked_fill(~open_classes[:, 1:], -1e4)], dim=1)  # exp(-1e4) is 0
     sure = labels >= 0
     target = labels.clamp(min=0)
-    entropy = -scores.gather(1, target)[sure].sum() / sure.sum().clamp(min=1)
+    counts = sure.float() if weights is None else weights[target] * sure
+    entropy = -(scores.gather(1, target) * counts).sum() / counts.sum().clamp(min=1e-6)
     onehot = torch.zeros_like(scores).scatter_(1, target, 1.0)
     terms: Tensor = DiceLoss(include_background=True, batch=settings.batch_dice, smooth_nr=1e-5, smooth_dr=1e-5, reduction="none")(
         scores.exp() * sure, onehot * sure

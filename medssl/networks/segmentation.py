@@ -284,14 +284,14 @@ def load_pretrained(
     Raises:
         WeightsError: Another kind of network, other input channels, or any name or shape that does not match.
     """
-    library, prefix, encoder_keys, decoder_keys = _plan(network)
+    library, _, _, decoder_keys = _plan(network)
     found = manifest.get("library", library)
     if found != library:
         name = dict(manifest.get("encoder", {})).get("name", found)
         fits = LIBRARIES.get(str(found), "the one they were made for")
         raise WeightsError(f"the weights are of {found} (encoder {name}); this network needs {library}; choose network {fits}")
     own = network.state_dict()
-    wanted = {key.removeprefix(prefix): key for key in own if key.startswith(encoder_keys)}
+    wanted = encoder_tensors(network)
     other = tuple(key for group, keys in dict(manifest.get("key_groups", {})).items() if group != "encoder" for key in keys)
     given = {key: tensor for key, tensor in state.items() if not (other and key.startswith(other))}
     _check_channels(given, own, wanted)
@@ -341,6 +341,12 @@ def set_head_prior(network: Network, frequencies: Sequence[float]) -> None:
     values = torch.tensor([max(float(f), 1e-4) for f in frequencies], dtype=torch.float64).log()
     with torch.no_grad():
         fitting[-1].bias.copy_(values)
+
+
+def encoder_tensors(network: Network) -> dict[str, str]:
+    """Return the names that the tensors of the pretrainable encoder have in its weights, and in the network."""
+    _, prefix, keys, _ = _plan(network)
+    return {key.removeprefix(prefix): key for key in network.state_dict() if key.startswith(keys)}
 
 
 def encoder_parameters(network: Network) -> set[str]:

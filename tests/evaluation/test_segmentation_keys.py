@@ -1,0 +1,250 @@
+"""Keys of segmentation recipes: layer-wise decay, class weights, mirrored views, early stopping, folds of patients."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from medssl import api
+from medssl.errors import RequestError
+from medssl.evaluation import finetune as module
+from medssl.evaluation.clinical import clinical_facts
+from medssl.evaluation.cohort import Case, Cohort
+from medssl.evaluation.finetune import build_network, finetune, predict, start_encoder
+from medssl.evaluation.finetune_targets import layer_scales
+from medssl.evaluation.label_curve import label_curve
+from medssl.evaluation.segmentation_settings import FinetuneSettings
+from medssl.evaluation.segmentation_training import (
+    build_loss,
+    class_weights,
+    encoder_scales,
+    parameter_groups,
+    partial_loss,
+)
+from medssl.evaluation.volumes import CaseReader
+from medssl.weights import load_part
+from tests.evaluation.test_finetune import SETTINGS, pretrained
+from tests.evaluation.tiny_cohort import TINY_ENCODER, write_cohort
+
+VIT = {"name": "vit3d", "args": {"image_size": [16, 16, 16], "patch_size": 16, "hidden_size": 24, "num_heads": 2}}
+SWIN = {"name": "swin3d", "args": {"feature_size": 12, "window_size": 2}}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return Cohort.load(write_cohort(tmp_path_factory.mktemp("cohort")))
+
+
+# --- layer-wise decay
+
+
+@pytest.mark.parametrize(
+    ("network", "encoder", "first", "last"),
+    [
+        ("segresnet", TINY_ENCODER, ("convInit.conv.weight", 3), ("down_layers.1.1.conv1.conv.weight", 1)),
+        ("unetr", VIT, ("vit.patch_embedding.patch_embeddings.weight", 13), ("vit.blocks.11.mlp.linear1.weight", 1)),
+        ("swin_unetr", SWIN, ("swinViT.patch_embed.proj.weight", 5), ("swinViT.layers4.0.blocks.0.mlp.linear1.weight", 1)),
+    ],
+)
+def test_layer_decay__falls_from_the_decoder_to_the_stem(network: str, encoder: Any, first: Any, last: Any) -> None:
+    settings = replace(SETTINGS, network=network, encoder=encoder, crop=(64, 32, 32), layer_decay=0.5)
+    net = build_network(settings, n_classes=3, seed=0)
+    scales = encoder_scales(net, start_encoder(settings, None, 0), 0.5)
+    assert {name: scales[name] for name, _ in (first, last)} == {name: 0.5**steps for name, steps in (first, last)}
+    groups = parameter_groups(net, 0.1, scales)
+    by_id = {id(p): group["scale"] for group in groups for p in group["params"]}
+    names = dict(net.named_parameters())
+    assert by_id[id(names[first[0]])] == 0.5 ** first[1]
+    assert {group["scale"] for group in groups if not group["encoder"]} == {1.0}
+
+
+@pytest.mark.parametrize("encoder", [TINY_ENCODER, SWIN], ids=["segresnet3d", "swin3d"])
+def test_layer_scales__do_not_count_the_blocks_of_a_decoder(encoder: Any) -> None:
+    scales = layer_scales(start_encoder(replace(SETTINGS, encoder=encoder, crop=(64, 32, 32)), None, 0), 0.5)
+    inside = {name: s for name, s in scales.items() if name.startswith(("net.convInit", "net.down_layers", "net.swinViT"))}
+    assert max(inside.values()) == 0.5  # the last stage is one step from the decoder, with or without a decoder inside
+
+
+def test_layer_decay__slows_a_pretrained_encoder_and_leaves_the_scratch_twin(cohort: Cohort, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, steps=1, warmup_steps=0, weight_decay=0.0)
+    moved: dict[Any, dict[str, float]] = {}
+    for decay in (1.0, 0.1):
+        for weights in (pretrained(), None):
+            start = build_network(replace(settings, encoder=TINY_ENCODER), n_classes=3, seed=0).state_dict()
+            finetune(cohort, replace(settings, layer_decay=decay), tmp_path / "run", weights=weights)
+            state, _ = load_part(tmp_path / "run" / "network.safetensors")
+            before = {**start, **(weights.state if weights else {})}
+            moved[decay, weights is not None] = {key: float((state[key] - before[key]).abs().max()) for key in state}
+    stem, head = "convInit.conv.weight", "conv_final.2.conv.weight"
+    assert moved[0.1, True][stem] == pytest.approx(moved[1.0, True][stem] * 0.1**3, rel=1e-2)
+    assert moved[0.1, True][head] == pytest.approx(moved[1.0, True][head], rel=1e-3)
+    assert moved[0.1, False] == moved[1.0, False]
+
+
+# --- class weights
+
+
+def test_class_weights__are_a_weighted_mean_of_the_voxels() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 4, 5, 3), torch.randint(0, 3, (2, 1, 4, 5, 3))
+    weights = torch.tensor([0.2, 1.0, 3.0])
+    settings = replace(SETTINGS, dice_weight=0.0, ce_weight=1.0)
+    losses = -logits.log_softmax(dim=1).gather(1, labels)
+    expected = (weights[labels] * losses).sum() / weights[labels].sum()
+    torch.testing.assert_close(build_loss(settings, weights)(logits, labels), expected)
+    every = torch.ones(2, 3, dtype=torch.bool)
+    torch.testing.assert_close(partial_loss(logits, labels, every, settings, weights), expected)
+    unsure = labels.clone()
+    unsure[0] = -1
+    torch.testing.assert_close(
+        partial_loss(logits, unsure, every, settings, weights), functional.cross_entropy(logits[1:], labels[1:, 0], weight=weights)
+    )
+
+
+def test_balanced_weights__have_a_mean_of_one_over_the_voxels() -> None:
+    shares = [0.9, 0.08, 0.02]
+    weights = class_weights(replace(SETTINGS, class_weights="balanced"), shares)
+    assert weights is not None
+    assert float((weights * torch.tensor(shares)).sum()) == pytest.approx(1.0)
+    assert float(weights[2] / weights[0]) == pytest.approx(45.0)
+    assert class_weights(SETTINGS, shares) is None
+    assert class_weights(replace(SETTINGS, class_weights=(1, 2, 4)), shares).tolist() == [1, 2, 4]  # type: ignore[union-attr]
+    with pytest.raises(RequestError, match="2 numbers for 3 classes, background included"):
+        class_weights(replace(SETTINGS, class_weights=(1, 2)), shares)
+
+
+def test_class_weights__that_are_wrong_stop_the_run_before_it_writes(cohort: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="class_weights: 2 numbers for 3 classes"):
+        finetune(cohort, replace(SETTINGS, class_weights=(1.0, 2.0)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RequestError, match="class_weights: 'some'; none, balanced, or one number per class"):
+        replace(SETTINGS, class_weights="some")
+
+
+# --- mirrored views
+
+
+def test_flips__make_a_prediction_that_mirrors_with_its_volume(cohort: Cohort) -> None:
+    network = build_network(SETTINGS, n_classes=3, seed=0)
+    volume = CaseReader("mri")(cohort.cases[0])
+    mirrored = replace(volume, image=volume.image[:, ::-1].copy(), valid=volume.valid[::-1].copy())
+    settings = replace(SETTINGS, overlap=0.0, crop=(20, 18, 16))
+    plain = [predict(network, v, settings) for v in (volume, mirrored)]
+    assert not np.array_equal(plain[0], plain[1][::-1])
+    both = [predict(network, v, replace(settings, flips=(0,))) for v in (volume, mirrored)]
+    assert (both[0] != both[1][::-1]).mean() < 1e-3  # sums in another order may tip a voxel
+    with pytest.raises(RequestError, match="flips"):
+        replace(SETTINGS, flips=(0, 0))
+
+
+# --- early stopping
+
+
+def test_patience__scores_the_best_state_and_says_who_chose_it(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merits = iter([0.3, 0.7, 0.6, 0.5, 0.9])
+    states: list[dict[str, torch.Tensor]] = []
+
+    def validation(run: Any, cases: Any) -> dict[str, float | None]:
+        states.append({key: value.clone() for key, value in run.network.state_dict().items()})
+        return {"structure_1": next(merits), "structure_2": None}
+
+    monkeypatch.setattr(module, "_validation_dice", validation)
+    result = finetune(cohort, replace(SETTINGS, steps=10, val_every=1, patience=2), tmp_path)
+    assert [line["step"] for line in result.curve] == [1, 2, 3, 4]
+    assert result.choice == "step 2, the best of 1 validation cases"
+    state, _ = load_part(tmp_path / "network.safetensors")
+    assert all(torch.equal(state[key], value) for key, value in states[1].items())
+
+
+def test_patience__without_validation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="patience: 2; 1 or more, with val_every"):
+        replace(SETTINGS, patience=2)
+    cohort = Cohort.load(write_cohort(tmp_path / "cohort", val=0))
+    with pytest.raises(RequestError, match="patience needs labelled validation cases"):
+        finetune(cohort, replace(SETTINGS, val_every=1, patience=2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dropout__is_drawn_from_the_seed_of_the_run(cohort: Cohort, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, network_args={"dropout_prob": 0.5})
+    losses = []
+    for number in (0, 1):
+        torch.manual_seed(number)  # what else the process has drawn says nothing
+        losses.append([line["loss"] for line in finetune(cohort, settings, tmp_path / str(number)).curve])
+    assert losses[0] == losses[1]
+
+
+# --- folds
+
+
+def patients_of(cases: list[Case]) -> set[str]:
+    return {case.patient for case in cases}
+
+
+def test_folds__test_every_labelled_patient_once(cohort: Cohort) -> None:
+    twice = [replace(case, patient=f"p{number // 2}") for number, case in enumerate(cohort.cases)]
+    cohort = replace(cohort, cases=tuple(twice))
+    dealt = [cohort.dealt(3, 0, fold) for fold in range(3)]
+    assert sorted(case.id for one in dealt for case in one.split("test")) == sorted(case.id for case in cohort.cases)
+    for one in dealt:
+        sides = [patients_of(one.split(side)) for side in ("train", "val", "test")]
+        assert all(sides) and not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert any(cohort.dealt(3, seed, 0) != dealt[0] for seed in range(1, 6))
+    with pytest.raises(RequestError, match="4 folds of 3 labelled patients; ask for 3 or fewer"):
+        cohort.dealt(4, 0, 0)
+
+
+def test_folds__are_one_test_set_of_a_curve_and_of_the_page(cohort: Cohort, tmp_path: Path) -> None:
+    settings = FinetuneSettings(encoder=TINY_ENCODER, crop=(16, 16, 16), steps=1, warmup_steps=0, figures=0)
+    summary = label_curve(cohort, settings, tmp_path, arms={"scratch": None}, counts=[2], seeds=[0], folds=3)
+    assert summary["cells"] == {"planned": 3, "done": 3}
+    (row,) = summary["rows"]
+    assert row["n_test"] == len(cohort.cases) and row["seeds"] == [0]
+    cells = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("cells/*/results.json"))]
+    scores = {
+        case["id"]: np.nanmean([v for v in case["dice"].values() if v is not None]) for cell in cells for case in cell["cases"]
+    }
+    assert row["dice"] == pytest.approx(np.mean(list(scores.values())))
+    facts = clinical_facts(cells, draws=20)
+    assert facts["folds"] == 3 and facts["headlines"][0]["n_cases"] == len(cohort.cases)
+    (tmp_path / "cells" / "scratch_n2_s0_f1" / "results.json").unlink()
+    with pytest.raises(RequestError, match=r"folds 3 \(now None\)"):
+        label_curve(cohort, settings, tmp_path, arms={"scratch": None}, counts=[2], seeds=[0])
+    with pytest.raises(RequestError, match="3 labelled training cases asked for"):
+        label_curve(cohort, settings, tmp_path / "b", arms={"scratch": None}, counts=[3], seeds=[0], folds=3)
+    assert not (tmp_path / "b").exists()
+
+
+def test_unfinished_folds__are_left_out_of_the_table(cohort: Cohort, tmp_path: Path) -> None:
+    settings = FinetuneSettings(encoder=TINY_ENCODER, crop=(16, 16, 16), steps=1, warmup_steps=0, figures=0)
+
+    def stop(number: int, total: int, cell: Any, result: Any) -> None:
+        if number == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        label_curve(cohort, settings, tmp_path, arms={"scratch": None}, counts=[2], seeds=[0, 1], folds=3, on_cell=stop)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["cells"] == {"planned": 6, "done": 4} and summary["rows"][0]["seeds"] == [0]
+
+
+def test_folds__are_a_key_of_the_recipe(tmp_path: Path) -> None:
+    folder = write_cohort(tmp_path / "cohort")
+    recipe = {
+        "kind": "finetune", "cohort": {"path": str(folder), "domain": "mri"}, "network": "segresnet",
+        "encoder": {"name": "segresnet3d", **TINY_ENCODER["args"]}, "folds": 3, "out": str(tmp_path / "out"),
+        "settings": {"crop": [16, 16, 16], "steps": 1, "warmup_steps": 0, "figures": 0, "device": "cpu"},
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    summary = api.finetune(path, None)
+    assert summary["cells"] == {"planned": 3, "done": 3} and summary["rows"][0]["labels"] == 2
