@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from benchmarks import joint_data, joint_probes, joint_runs
+from benchmarks import joint_data, joint_probes, joint_runs, medmnist_labels
 from medssl.archive.index import index
 from medssl.archive.operations.leakage import find_leakage
 from medssl.archive.pixels.checks import content_hash
@@ -215,6 +215,31 @@ def test_check_apart__finds_a_trained_image_by_its_pixels(toy: tuple[Path, Path]
     trained = joint_probes.medmnist(shared, "breastmnist", "train")[0][5]
     with pytest.raises(LeakageError, match="1 of 10 training items"):
         joint_probes.check_apart(run, held_out(shared) | {content_hash(trained)})
+
+
+@pytest.mark.slow
+def test_label_shares__of_one_set_are_tested_beside_the_scratch_twin(toy: tuple[Path, Path], tmp_path: Path) -> None:
+    from medssl import api
+
+    shared, root = toy
+    joint_data.write_medmnist(shared / "medmnist" / "breastmnist.npz", tmp_path / "tree" / "breastmnist")
+    key = root / "archive" / "private" / "id.key"
+    table = tmp_path / "tree" / "breastmnist" / "labels.csv"
+    index([table.parent], tmp_path / "archive", modality="US", splits=table, site="breastmnist", key_file=key)
+    run = api.pretrain(root / "toy.yaml", [f"out={root / 'labels'}"]).path
+    asked = ["--weights", str(run), "--data", str(tmp_path), "--folder", str(tmp_path / "cells"), "--out", str(tmp_path)]
+    asked += ["--sets", "breastmnist", "--seeds", "0", "--steps", "2"]
+    medmnist_labels.main(asked)
+    content = json.loads((tmp_path / "medmnist_labels.json").read_text())
+    summary = content["sets"]["breastmnist"]
+    assert summary["cells"]["done"] == 4  # 1 and 10 % of ten images are four labels, 100 % are ten
+    assert [(row["labels"], row["arm"]) for row in summary["rows"]] == [
+        (count, arm) for count in (4, 10) for arm in ("pretrained", "scratch")
+    ]
+    assert content["weights"]["weights_hash"] and {row["n_test"] for row in summary["rows"]} == {6}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("results.json")}
+    medmnist_labels.main(asked)  # finished cells are kept
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").rglob("results.json")}
 
 
 def alike(one: Path, small: Path) -> float:
