@@ -47,8 +47,8 @@ class RunResult:
     Args:
         path: The run folder.
         status: `finished` or `interrupted`.
-        items: Volumes trained on.
-        failed: series_id -> (reason, message) of volumes that could not be used.
+        items: Items trained on: volumes, pictures or clips.
+        failed: series_id -> (reason, message) of items that could not be used.
     """
 
     path: Path

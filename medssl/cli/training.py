@@ -38,9 +38,9 @@ def pretrain(
         stop()
     if environment()[0] != 0:
         return
-    lines = [f"{done.status}: {done.items} volumes, run folder {done.path}"]
+    lines = [f"{done.status}: {done.items} items, run folder {done.path}"]
     if done.failed:
-        lines += [f"{len(done.failed)} volumes could not be used:", *show.failures(done.failed)]
+        lines += [f"{len(done.failed)} items could not be used:", *show.failures(done.failed)]
     if done.status == "interrupted":
         lines.append(f"continue with: medssl pretrain {done.path} --resume")
     value = {"run": str(done.path), "status": done.status, "items": done.items, "failed": {k: v[0] for k, v in done.failed.items()}}

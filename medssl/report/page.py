@@ -121,9 +121,7 @@ def render(found: Leftovers, *, with_images: bool) -> str:
         Section("result", "Result", _result(found, lines)),
         Section("ran", "What ran", _what_ran(found)),
         Section("curves", "Loss and monitors", _curves(found)),
-        Section("reconstructions", "Reconstructions", _reconstructions(found, with_images)),
-        Section("segmentation", "Segmentation", _segmentation(found, with_images)),
-        *([Section("clips", "Clips", _clips(found))] if found.clips or found.regressions else []),
+        *_pictures(found, with_images),
         Section("probes", "Probes and controls", _probes(found)),
         Section("data", "Data", _data(found)),
         Section("caveats", "Before you use this", _caveats(found, lines, with_images)),
@@ -134,6 +132,17 @@ def render(found: Leftovers, *, with_images: bool) -> str:
     lead = f"Self-supervised pretraining, and what it was worth. Research only, not for diagnosis. {privacy}"
     footer = "Made by medssl from the files of one folder."
     return whole_page("medssl report", f"medssl report{subject}", lead, sections, footer=footer, before=_faults(found))
+
+
+def _pictures(found: Leftovers, with_images: bool) -> list[Section]:
+    """Return the sections with pictures; a page about clips says nothing of volumes that are not there."""
+    of_clips = bool(found.clips or found.regressions)
+    sections = []
+    if found.reconstructions or not of_clips:
+        sections.append(Section("reconstructions", "Reconstructions", _reconstructions(found, with_images)))
+    if found.segmentations or not of_clips:
+        sections.append(Section("segmentation", "Segmentation", _segmentation(found, with_images)))
+    return [*sections, Section("clips", "Clips", _clips(found))] if of_clips else sections
 
 
 def _faults(found: Leftovers) -> str:
@@ -148,7 +157,7 @@ def _result(found: Leftovers, lines: Sequence[Comparison]) -> str:
     raw = found.demo.get("table")
     if not lines and not raw:
         how = "Run <code>medssl finetune</code> with the weights and with <code>--weights scratch</code>."
-        return absent("No segmentation result was found in this folder.", how)
+        return absent("No fine-tuning result was found in this folder.", how)
     if not lines:
         return f"<pre>{text(raw)}</pre>" if isinstance(raw, str) else _as_it_stands(raw)
     first, *others = (text(verdict(line, budget(found))) for line in lines[:6])

@@ -101,6 +101,7 @@ def test_page__shows_clips_and_regressions_and_names_what_is_broken(tmp_path: Pa
     assert any("token grids that divide" in fault for fault in found.faults)
     page = report(tmp_path, tmp_path / "page.html").read_text()
     assert "Clip 1: frames over time" in page and "predictions on patients of other folds" in page
+    assert "Reconstructions" not in page and "Segmentation" not in page  # there are none of volumes, and nobody would look for them
     shared = report(tmp_path, tmp_path / "shared.html", with_images=False).read_text()
     assert "Clip 1" not in shared and "<img" not in shared
 

@@ -201,7 +201,7 @@ def test_report__empty_folder_says_what_is_absent(tmp_path: Path) -> None:
     outline = read(report(tmp_path / "run", tmp_path / "deep" / "report.html"))
     assert tuple(outline.titles) == TITLES
     words = "".join(outline.words)
-    for missing in ("run.json", "metrics.jsonl", "reconstruction.npz", "segmentation.npz", "evaluate.json", "segmentation result"):
+    for missing in ("run.json", "metrics.jsonl", "reconstruction.npz", "segmentation.npz", "evaluate.json", "fine-tuning result"):
         assert re.search(rf"No \S*{re.escape(missing)}", words), missing
 
 
