@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError
-from medssl.evaluation.finetune_targets import layer_scales
+from medssl.evaluation.learning_rates import layer_scales
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.volumes import Volume
 from medssl.networks.segmentation import encoder_parameters, encoder_tensors
