@@ -6,8 +6,8 @@ Every patient is tested once, so the tested cases of all folds are one test set.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import Field, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from medssl.evaluation.scores import patient_folds
 class SplitCases(Protocol):
     """A frozen dataclass of labelled cases with a field `split`."""
 
-    __dataclass_fields__: Any
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def groups(self) -> Sequence[str] | None:

@@ -88,5 +88,5 @@ def _through(
 def _grey(image: np.ndarray) -> np.ndarray:
     """Return an image (..., C) as float32 from 0 to 1, without its last axis where it has one channel."""
     low, high = np.percentile(image, [0.5, 99.5])
-    shown = np.clip((image - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
+    shown: np.ndarray = np.clip((image - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
     return shown if shown.shape[-1] == 3 else shown[..., 0]

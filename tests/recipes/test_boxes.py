@@ -211,7 +211,10 @@ def test_boxes__follow_the_views(smears: Path, augment: dict[str, Any]) -> None:
 
 def test_whole_pictures__lead_back_to_the_boxes(smears: Path) -> None:
     source = batches(smears)
-    for number in (0, 1, 2):
+    red = [
+        number for number, own in source.boxes.items() if 1 in own.labels
+    ]  # which picture has none is drawn with the key of the index
+    for number in red[:3]:
         case = source.whole(number)
         found = coloured(case.image[0].numpy(), 1) * np.tile(case.scale, 2) + np.tile(case.offset, 2)
         real = case.boxes[case.labels == 1]
