@@ -11,21 +11,17 @@ script and start it again to go on.
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, rounded
-from benchmarks.match_accuracy import finished
-from medssl import api
+from benchmarks import detection_runs
 from medssl.archive.index import index
 from medssl.recipe import Recipe, apply_overrides
 from medssl.seeding import counter_rng
-from medssl.training.run_folder import facts_of_machine, now
 from medssl.weights import private_folder, write_atomic
 
 ENCODER = {"name": "segresnet3d", "init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}
@@ -99,14 +95,11 @@ def write_volumes(folder: Path, *, unlabelled: int, train: int, test: int, size:
     write_atomic(folder / "cohort" / "split.csv", ("\n".join(lines) + "\n").encode())
 
 
-def pretrain(folder: Path, steps: int, overrides: Sequence[str] = ()) -> Path:
-    """Pretrain with `mae_cnn` on the unlabelled volumes, or go on; nothing happens when the run is finished."""
-    run = folder / "pretrain"
-    if finished(run):
-        return run
+def pretraining(folder: Path, steps: int) -> dict[str, Any]:
+    """Index the unlabelled volumes, and return the recipe of the pretraining with `mae_cnn` on them."""
     if not (folder / "archive").is_dir():
         index([folder / "unlabelled"], folder / "archive", modality="MR", site="phantom")
-    recipe = {
+    return {
         "kind": "pretrain",
         "data": {"index": str(folder / "archive"), "where": "true", "domain": "mri"},
         "views": {"size": [32, 32, 32], "normalize": "zscore", "mask": {"ratio": 0.6, "cell": 8}},
@@ -121,20 +114,12 @@ def pretrain(folder: Path, steps: int, overrides: Sequence[str] = ()) -> Path:
             "monitor_items": 0,
             "tensorboard": False,
         },
-        "out": str(run),
     }
-    result = api.pretrain(Recipe.parse(apply_overrides(recipe, overrides)), resume=True)
-    if result.status != "finished":
-        raise SystemExit(f"pretraining: {result.status}; start again to go on")
-    print(f"{now()} pretrained", flush=True)
-    return run
 
 
-def curve(
-    folder: Path, run: Path, counts: Sequence[int], seeds: Sequence[int], steps: int, overrides: Sequence[str]
-) -> dict[str, Any]:
-    """Compute the cells that are missing."""
-    recipe = {
+def detection(folder: Path, steps: int) -> dict[str, Any]:
+    """Return the recipe of the fine-tuning."""
+    return {
         "kind": "finetune",
         "task": "detection",
         "cohort": {"path": str(folder / "cohort"), "domain": "mri"},
@@ -147,50 +132,21 @@ def curve(
         "out": str(folder / "detection"),
     }  # fmt: skip
 
-    def said(done: int, total: int, cell: Any, content: Any) -> None:
-        row = next(row for row in content["rows"] if row["metric"] == "froc")
-        print(f"{now()} {done}/{total} {cell.name}: FROC {row['value']:.3f}, {content['seconds']['train']:.0f} s", flush=True)
-
-    return api.label_curve(Recipe.parse(apply_overrides(recipe, overrides)), run, counts=counts, seeds=seeds, on_cell=said)
-
-
-def collect(folder: Path) -> dict[str, Any]:
-    """Return FROC and mAP of every finished cell, without single boxes, and the summary."""
-    cells = []
-    for path in sorted((folder / "detection" / "cells").glob("*/results.json")):
-        content = json.loads(path.read_text())
-        cells.append(
-            {
-                key: content[key]
-                for key in ("arm", "labels", "seed", "rows", "curve", "choice", "seconds", "hardware", "versions", "git")
-            }
-        )
-    summary = json.loads((folder / "detection" / "summary.json").read_text())
-    return {"benchmark": "phantom_lesions", "when": now(), "summary": summary, "cells": cells, **facts_of_machine()}
-
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/phantom_lesions"))
+    parser = detection_runs.parser(__doc__, "runs/phantom_lesions", [8, 24], 600)
     parser.add_argument("--volumes", type=int, nargs=3, default=[120, 24, 60], help="unlabelled, training, test")
-    parser.add_argument("--labels", type=int, nargs="+", default=[8, 24])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pretrain-steps", type=int, default=600)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--pretrain", nargs="*", default=[], help="overrides of the pretraining")
-    parser.add_argument("--detection", nargs="*", default=[], help="overrides of the fine-tuning")
-    parser.add_argument("--collect", action="store_true", help="gather finished cells into --out, and stop")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     if options.collect:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.out / "phantom_lesions.json", (json.dumps(rounded(collect(options.folder)), indent=1) + "\n").encode())
+        detection_runs.write_collected("phantom_lesions", options)
         return
     unlabelled, train, test = options.volumes
     write_volumes(options.folder, unlabelled=unlabelled, train=train, test=test)
-    run = pretrain(options.folder, options.pretrain_steps, options.pretrain)
-    curve(options.folder, run, options.labels, options.seeds, options.steps, options.detection)
-    print((options.folder / "detection" / "table.md").read_text())
+    wanted = partial(pretraining, options.folder, options.pretrain_steps)
+    run = detection_runs.pretrained(options.folder / "pretrain", wanted, options.pretrain)
+    recipe = Recipe.parse(apply_overrides(detection(options.folder, options.steps), options.detection))
+    detection_runs.curve(recipe, run, options, "froc")
 
 
 if __name__ == "__main__":

@@ -171,14 +171,15 @@ def label_curve(
 
         refuse_weights(weights)
         return bag_curve(recipe, counts=counts, seeds=seeds, on_cell=on_cell, on_step=on_step)
-    if recipe.task in TARGET_TASKS:
-        from medssl.target_tasks import target_curve
+    if recipe.task in TARGET_TASKS or recipe.task == "detection":
+        from medssl.box_tasks import BoxRoad
+        from medssl.finetune_cells import source_curve
+        from medssl.target_tasks import TargetRoad
 
-        return target_curve(recipe, weights, counts=counts, seeds=seeds, twin=twin, on_cell=on_cell, on_step=on_step)
-    if recipe.task == "detection":
-        from medssl.box_tasks import box_curve
-
-        return box_curve(recipe, weights, counts=counts, seeds=seeds, twin=twin, on_cell=on_cell, on_step=on_step)
+        road: Any = BoxRoad if recipe.task == "detection" else TargetRoad
+        return source_curve(
+            recipe, weights, open_road=road, counts=counts, seeds=seeds, twin=twin, on_cell=on_cell, on_step=on_step
+        )
     settings = build.finetune_settings(recipe)
     cohort = Cohort.load(recipe.cohort.path)
     if recipe.cohort.card is not None:

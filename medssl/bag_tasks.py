@@ -1,8 +1,7 @@
 """Fine-tuning a head on bags of tile features, one label a slide: the road around `evaluation.bags`.
 
-out/                               as `target_tasks` leaves it; cases are called slide0001, ... in the order of the table
+out/                               as `finetune_cells` leaves it; cases are called slide0001, ... in the order of the table
 out/private/slides.csv             what these are called in the table
-out/private/classes.csv            as of `target_tasks`
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,13 @@ from medssl import build
 from medssl.errors import RequestError
 from medssl.evaluation.bags import BagBatches, BagEncoder, LabelledBags, case_name, labelled_bags
 from medssl.evaluation.finetune_targets import finetune_targets
-from medssl.evaluation.label_curve import folder_key, plan
+from medssl.evaluation.folds import deals, fewest, refuse_counts
+from medssl.evaluation.label_curve import Cell, folder_key, plan
+from medssl.evaluation.target_cases import training_rows
+from medssl.evaluation.target_summary import summarise
+from medssl.finetune_cells import OnCell, OnStep, claim, fill, keep_names, same_settings
 from medssl.recipe import FinetuneBagsRecipe
-from medssl.target_tasks import (
-    OnCell,
-    OnStep,
-    claim,
-    deals,
-    fewest,
-    keep_names,
-    read_cell,
-    refuse_counts,
-    summarise,
-    write_cell,
-    write_summary,
-)
+from medssl.target_tasks import write_targets
 from medssl.weights import private_folder, write_private
 
 ARM = "features"
@@ -60,7 +51,7 @@ def bag_curve(
         on_step: Progress within a cell.
 
     Returns:
-        As `target_tasks.target_curve`; the only arm is `features`.
+        As `finetune_cells.source_curve`; the only arm is `features`.
 
     Raises:
         RequestError: Table and features do not go together; nothing was trained.
@@ -71,9 +62,9 @@ def bag_curve(
         file_column=recipe.file_column, split_column=recipe.bags.split_column, patient_column=recipe.bags.patient_column,
     )  # fmt: skip
     cases = found.cases
-    dealt = deals(cases, recipe.folds, seeds)
+    dealt = deals(cases, recipe.folds, seeds, training_rows)
     counts = [recipe.labels or fewest(dealt)] if counts is None else list(counts)
-    refuse_counts(dealt, counts)
+    refuse_counts(dealt, counts, training_rows)
     out = Path(recipe.out)
     names = {number: case_name(number) for number in found.files}
     cells = plan({ARM: None}, counts, seeds, recipe.folds)
@@ -84,7 +75,7 @@ def bag_curve(
         "folds": recipe.folds,
         "classes": list(cases.classes),
         "cases": "",
-        "settings": json.loads(json.dumps(asdict(replace(settings, device="")))),
+        "settings": same_settings(asdict(settings)),
         "views": {"kind": "bag", "tokens": recipe.bags.tokens},
         "encoder": {"name": found.made_by or "not stated", "width": found.dim},
         "weights": {ARM: None},
@@ -99,20 +90,17 @@ def bag_curve(
     if found.values and not recipe.classes:
         keep_names(out, cases.classes, found.values)
     batches = BagBatches(found.files, recipe.bags.tokens, torch.device(settings.device))
-    for number, cell in enumerate(cells, start=1):
-        content = read_cell(out / "cells" / cell.name)
-        if content is None:
-            result, network = finetune_targets(
-                BagEncoder(found.dim), batches, dealt[cell.seed, cell.fold], settings, labels=cell.labels, seed=cell.seed,
-                pretrained=True, arm=ARM, on_step=on_step,
-            )  # fmt: skip
-            facts = {"encoder": {"name": "bag", "args": {"dim": found.dim}}, "views": shared["views"], "made_by": found.made_by}
-            facts |= {"axis_order": "none: features", "channels": found.dim}
-            content = write_cell(out, cell, result, network, facts, cases, names)
-        summary = write_summary(out, cells, shared, summarise)
-        if on_cell is not None:
-            on_cell(number, len(cells), cell, content)
-    return summary
+
+    def compute(folder: Path, cell: Cell) -> dict[str, Any]:
+        result, network = finetune_targets(
+            BagEncoder(found.dim), batches, dealt[cell.seed, cell.fold], settings, labels=cell.labels, seed=cell.seed,
+            pretrained=True, arm=ARM, on_step=on_step,
+        )  # fmt: skip
+        facts = {"encoder": {"name": "bag", "args": {"dim": found.dim}}, "views": shared["views"], "made_by": found.made_by}
+        facts |= {"axis_order": "none: features", "channels": found.dim}
+        return write_targets(folder, cell, result, network, facts, cases, names)
+
+    return fill(out, cells, shared, compute, lambda results, _: summarise(results), on_cell)
 
 
 def _keep_slides(out: Path, found: LabelledBags, names: dict[int, str]) -> None:

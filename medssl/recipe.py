@@ -318,6 +318,7 @@ class FinetuneBoxesRecipe(Node):
         default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of BoxSettings")
+    folds: Folds = None
     labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
     force: bool = Field(False, description="Fine-tune on other views than the weights were pretrained with; the result says so")
     out: str = "runs/finetune"

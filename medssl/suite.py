@@ -27,8 +27,8 @@ from medssl.build import load_recipe
 from medssl.errors import RequestError
 from medssl.evaluation import suite_rows
 from medssl.evaluation.aggregate import holm
-from medssl.evaluation.finetune_targets import Cases
 from medssl.evaluation.suite_rows import TIERS, skip
+from medssl.evaluation.target_cases import Cases
 from medssl.leakage import refuse_pretraining_patients
 from medssl.probe_tasks import evaluation_section
 from medssl.recipe import FinetuneTargetsRecipe, Recipe, SuiteRecipe

@@ -22,14 +22,14 @@ from medssl.evaluation.clinical import OPEN_COLUMNS
 from medssl.evaluation.controls import control_features
 from medssl.evaluation.corruptions import corrupt, relative_robustness
 from medssl.evaluation.features import Batch, embed
-from medssl.evaluation.finetune_targets import Cases, few_label_order, mean_auc
 from medssl.evaluation.frozen import few_shot, fewest, fit_probe, predicted
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_probe
 from medssl.evaluation.retrieval import precisions, reidentified
-from medssl.evaluation.scores import mae, r2, score_row
+from medssl.evaluation.scores import mae, mean_auc, r2, score_row
 from medssl.evaluation.subgroups import POSITIVES, SMALLEST, subgroup_rows
 from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, Row, row_of, skip
+from medssl.evaluation.target_cases import Cases, few_label_order
 from medssl.feature_statistics import alignment, effective_rank, uniformity
 from medssl.recipe import CurveSection, FinetuneTargetsRecipe, Recipe, SourceSection, SuiteRecipe
 
@@ -372,10 +372,11 @@ def _curve(
     """Run a label curve and return its rows; one that cannot run is a skipped part, not a lost suite.
 
     A refused request (a folder that is not there, weights that do not fit) can be corrected, so it is tried again by the next run. A
-    training that a monitor stopped would stop again.
+    training that a monitor stopped would stop again; the cells that were done before it stay in the table.
     """
     folder = out / tier / (name or "curve")
     task = name or Path(str(section.recipe)).stem
+    stopped: list[dict[str, str]] = []
     try:
         recipe = recipe.model_copy(update={"out": str(folder)})
         counts = list(counts or _counts_of(section, recipe))
@@ -383,8 +384,20 @@ def _curve(
     except RequestError as err:
         return Found(skipped=[skip(task, "fine-tuning", f"{err}; the next run tries again")], again=True)
     except TrainingStopped as err:
-        return Found(skipped=[skip(task, "fine-tuning", str(err))])
-    patients = _patients_of(folder)
+        path = folder / "summary.json"
+        if not path.is_file():
+            return Found(skipped=[skip(task, "fine-tuning", str(err))])
+        summary = json.loads(path.read_text())
+        cells = summary["cells"]
+        stopped = [skip(task, f"fine-tuning, {cells['planned'] - cells['done']} of {cells['planned']} cells", str(err))]
+    rows = _curve_rows(summary, tier, task, _patients_of(folder))
+    if tier != "classification":
+        stopped.append(skip(task, ", ".join(CONTROLS), "a control makes no such prediction; the twin stands beside"))
+    return Found(rows=rows, skipped=stopped)
+
+
+def _curve_rows(summary: Mapping[str, Any], tier: str, task: str, patients: int | None) -> list[Row]:
+    """Return the rows of a curve from its summary."""
     rows = []
     for entry in summary["rows"]:
         score = {
@@ -398,12 +411,7 @@ def _curve(
         }
         most = entry["labels"] == max(row["labels"] for row in summary["rows"])
         rows.append(row_of(score, tier, task, f"{entry['labels']} labels", seeds=len(entry["seeds"]), main=most))
-    skipped = (
-        []
-        if tier == "classification"
-        else [skip(task, ", ".join(CONTROLS), "a control makes no such prediction; the twin stands beside")]
-    )
-    return Found(rows=rows, skipped=skipped)
+    return rows
 
 
 def _counts_of(section: CurveSection, recipe: Any) -> list[int]:

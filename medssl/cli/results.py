@@ -203,7 +203,8 @@ def _clinical_report(folder: Path, out: Path, with_images: bool) -> Path:
     """Draw the page of one fine-tuning: what `finetune` and `label-curve` left in a folder."""
     import json
 
-    from medssl.evaluation.clinical import clinical_facts
+    from medssl.evaluation.clinical import clinical_facts, code_of
+    from medssl.report import box_figures
     from medssl.report.clinical_page import clinical_page, read_worst
     from medssl.weights import write_atomic
 
@@ -216,12 +217,19 @@ def _clinical_report(folder: Path, out: Path, with_images: bool) -> Path:
             f"{folder}: no cell is done yet; run the same `medssl finetune` or `label-curve` again, it goes on where it stopped"
         )
     facts = clinical_facts(list(results.values()))
-    pictures = None
+    pictures: dict[str, Any] | None = None
     structures: list[str] = []
     if with_images:
+        pictures = {}
         chosen = (facts["arm"], facts["labels"], facts["seed"])
-        own = next(f for f, result in results.items() if (result["arm"], result["labels"], result["seed"]) == chosen)
-        pictures, structures = read_worst(own / "figures" / "worst.npz")
+        own = [f for f, result in results.items() if (result["arm"], result["labels"], result["seed"]) == chosen]
+        for file in [cell / "figures" / "worst.npz" for cell in own]:  # of folds each has its own
+            if facts["task"] == "detection":
+                found = box_figures.read_worst(file)
+                pictures |= {code_of({"series_id": name, "case": name}, 0): cuts for name, cuts in found.items()}
+            else:
+                more, structures = read_worst(file)
+                pictures |= more
     page = clinical_page(facts, pictures=pictures, structures=structures)
     write_atomic(out, page.encode(), mode=0o600)  # without pictures too it has rows of single patients
     return out

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from medssl.domains.slides.features import read_features, read_shape
 from medssl.errors import RequestError, StoreError
-from medssl.evaluation.finetune_targets import Cases
 from medssl.evaluation.scores import Task
+from medssl.evaluation.target_cases import Cases
 from medssl.seeding import counter_rng
 from medssl.types import EncoderOutput
 

@@ -46,14 +46,46 @@ def bootstrap_interval(
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile interval), with clusters as
         units (Davison and Hinkley 1997, section 3.8).
     """
+    asked = lambda rows: np.array([float(statistic(rows))])  # noqa: E731
+    found = bootstrap_vector(values, groups, draws=draws, seed=seed, level=level, statistic=asked)
+    value, low, high = (float(numbers[0]) for numbers in found)
+    return value, low, high
+
+
+def bootstrap_vector(
+    values: np.ndarray,
+    groups: Sequence[str] | None,
+    *,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Estimate several numbers and their percentile intervals from the same draws; see `bootstrap_interval`.
+
+    Args:
+        values: See there.
+        groups: See there.
+        statistic: Function of the drawn rows to (K,) numbers.
+        draws: Number of draws, 1 or more.
+        seed: Seed of the draws.
+        level: Coverage, between 0 and 1.
+
+    Returns:
+        Estimates, lower and upper bounds, (K,) each.
+
+    Raises:
+        RequestError: As `bootstrap_interval`.
+    """
     values = np.asarray(values, dtype=np.float64)
     _check_values(values, draws, level)
-    estimate = float(statistic(values))
+    estimate = np.asarray(statistic(values), dtype=np.float64)
     members = _members(len(values), groups)
     if len(members) < 2:
-        return estimate, float("nan"), float("nan")
-    results = np.array([float(statistic(values[rows])) for rows in _draws(members, draws, seed)])
-    return estimate, *_bounds(results, level)
+        return estimate, np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
+    results = np.array([statistic(values[rows]) for rows in _draws(members, draws, seed)], dtype=np.float64)
+    bounds = np.array([_bounds(column, level) for column in results.T])
+    return estimate, bounds[:, 0], bounds[:, 1]
 
 
 def paired_bootstrap(

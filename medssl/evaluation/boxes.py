@@ -5,7 +5,8 @@
     CSV    columns image, class, xmin, ymin, xmax, ymax; optional ignore (0 or 1). A line with an image alone says that it has no box
 
 Edges are places between pixels, from the outer corner of the first pixel: a box from 0 to 10 has 10 pixels. Here and everywhere else boxes
-are (low row, low column, high row, high column). A picture that the file does not list is unlabelled, which is not empty.
+are (low row, low column, high row, high column). A picture that the file does not list is unlabelled, which is not empty. Pictures are named
+by file name or by path: `BoxTable.names_of` says which image file that is.
 
 A box without an area is refused, or with `drop_empty` dropped and counted. A box that reaches beyond its picture is clipped and counted.
 
@@ -17,10 +18,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
@@ -57,7 +59,7 @@ class BoxTable:
     Args:
         path: The file or folder.
         classes: Names, in the order given or sorted.
-        pictures: Name as the file has it -> its boxes, each with where it stands.
+        pictures: Name or path as the file has it, with `/` -> its boxes, each with where it stands.
         counts: `pictures`, `boxes`, `dropped_empty`, `clipped`, `dropped_outside`, `ignored`.
     """
 
@@ -67,21 +69,35 @@ class BoxTable:
     drop_empty: bool
     counts: Counter[str] = field(default_factory=Counter)
 
+    def names_of(self, files: Sequence[Path]) -> list[str | None]:
+        """Return the names under which the file lists pictures, with or without their suffix; None where it does not.
+
+        A name with folders is that of the file whose path ends so, or that lies there seen from the folder of this table. Where no file
+        does, the name without folders counts, if one file and one picture of the table have it.
+
+        Args:
+            files: Image files.
+
+        Raises:
+            RequestError: A picture lies at no path that the file names, and several files or pictures have its name.
+        """
+        return _join(self.pictures, files, self.path.parent)
+
     def listed(self, name: str) -> str | None:
-        """Return the name under which the file lists a picture, with or without its suffix; None where it does not."""
-        return next((form for form in (name, Path(name).stem) if form in self.pictures), None)
+        """Return the name under which the file lists a picture; see `names_of`."""
+        return self.names_of([Path(name)])[0]
 
     def of(self, name: str, size: Sequence[int]) -> PictureBoxes | None:
         """Return the boxes of a picture, clipped to it; None where the file does not list it.
 
         Args:
-            name: File name; with or without its suffix, as the file of boxes has it.
+            name: As the file of boxes has it, or as `listed` finds it.
             size: (rows, columns).
 
         Raises:
             RequestError: A box lies wholly outside, and `drop_empty` is off.
         """
-        listed = self.listed(name)
+        listed = name if name in self.pictures else self.listed(name)
         if listed is None:
             return None
         rows = self.pictures[listed]
@@ -121,6 +137,56 @@ class _Row:
     region: bool = False
 
 
+def _join(listed: Iterable[str], files: Sequence[Path], folder: Path) -> list[str | None]:
+    """Return for each file the listed name that is its own; see `BoxTable.names_of`."""
+    by_path = {tuple(name.split("/")): name for name in listed}
+    paths = [_parts(os.path.abspath(file), folder) for file in files]
+    found = [next((by_path[end] for end in _ends(path) if end in by_path), None) for path in paths]
+    for name in [name for name, n in Counter(found).items() if name is not None and n > 1]:
+        there = _parts(os.path.abspath(folder / name), folder)
+        if there in paths:  # of several whose paths end so, the one that is seen from the table
+            found = [None if own == name and path != there else own for own, path in zip(found, paths)]
+    taken = set(found)
+    rest: dict[str, list[str]] = {}
+    for path, name in by_path.items():
+        if name not in taken and len(path) > 1:
+            rest.setdefault(path[-1], []).append(name)
+    free: dict[str, list[int]] = {}
+    alike = Counter(form for path in paths for form in set(_last(path)))
+    for number, path in enumerate(paths):
+        if found[number] is None and (form := next((form for form in _last(path) if form in rest), None)) is not None:
+            free.setdefault(form, []).append(number)
+    unclear = [form for form, numbers in free.items() if alike[form] > 1 or len(rest[form]) > 1]
+    if unclear:
+        raise RequestError(
+            f"boxes: {sum(len(rest[form]) for form in unclear)} pictures are listed with a folder in which no selected image file lies, and their "
+            "names are those of several files or pictures; write paths that end as those of the image files do, or relative to the table"
+        )
+    for form, (number,) in free.items():
+        found[number] = rest[form][0]
+    return found
+
+
+def _parts(name: str, folder: Path) -> tuple[str, ...]:
+    """Return the parts of a path; one that climbs (`../`) is seen from the folder of the table."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if ".." in parts:
+        parts = PurePosixPath(os.path.abspath(folder / name)).parts
+    return tuple(part for part in parts if part != "/")
+
+
+def _last(path: tuple[str, ...]) -> tuple[str, str]:
+    """Return the name of a file with and without its suffix."""
+    return path[-1], PurePosixPath(path[-1]).stem
+
+
+def _ends(path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yield the ends of a path, the longest first, each with and without suffix."""
+    for begin in range(len(path)):
+        for form in _last(path):
+            yield (*path[begin:-1], form)
+
+
 def read_boxes(path: Path | str, *, classes: Sequence[str] | None = None, drop_empty: bool = False) -> BoxTable:
     """Read a file of boxes.
 
@@ -142,7 +208,7 @@ def read_boxes(path: Path | str, *, classes: Sequence[str] | None = None, drop_e
     pictures: dict[str, list[_Row]] = {}
     dropped = 0
     for name, row in readers[kind](path):
-        rows = pictures.setdefault(name, [])
+        rows = pictures.setdefault("/".join(_parts(name, path.parent)), [])
         if row is None:
             continue
         if not np.isfinite(row.box).all():
@@ -246,12 +312,12 @@ def _read_coco(path: Path) -> Iterator[tuple[str, _Row | None]]:
     missing = [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]
     if missing:
         raise RequestError(f"boxes {path}: no list {', '.join(missing)}; a COCO file has images, annotations and categories")
-    names = {item["id"]: Path(str(item["file_name"])).name for item in content["images"]}
-    double = sum(n for n in Counter(Path(str(item["file_name"])).name for item in content["images"]).values() if n > 1)
+    names = {item["id"]: str(item["file_name"]) for item in content["images"]}
+    double = sum(n for n in Counter(names.values()).values() if n > 1)
     if double or len(names) < len(content["images"]):
         raise RequestError(
-            f"boxes {path}: {double} of {len(content['images'])} images share a file name or an id with another; pictures are told apart by "
-            "file name without its folder: rename them, or give each folder a file of its own"
+            f"boxes {path}: {double} of {len(content['images'])} images share a file name or an id with another; give each image an id and a "
+            "path of its own"
         )
     labels = {item["id"]: str(item["name"]) for item in content["categories"]}
     for name in names.values():

@@ -3,6 +3,8 @@
 Scores of cells with several seeds are means over seeds, patient by patient. What belongs to one network (volumes, thresholds, calibration,
 worst cases) is that of the first seed at the most labels. The tested cases of all folds of a seed are one test set. Cases go by their
 code: `case0007` of a cohort, `slide0007` of a table of slides, or the first eight digits of the pseudonym of a series.
+
+What boxes need besides lies in `clinical_boxes`.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from typing import Any
 import numpy as np
 
 from medssl.errors import RequestError
+from medssl.evaluation import clinical_boxes
 from medssl.evaluation.agreement import bland_altman
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval
+from medssl.evaluation.box_summary import DRAWS
 from medssl.evaluation.calibration import calibration_rows, reliability
-from medssl.evaluation.finetune_targets import SPECIFICITY, mean_auc
+from medssl.evaluation.finetune_targets import SPECIFICITY
 from medssl.evaluation.folds import pool_folds
 from medssl.evaluation.label_curve import SCRATCH
-from medssl.evaluation.scores import mae
+from medssl.evaluation.scores import mae, mean_auc
 from medssl.evaluation.subgroups import POSITIVES, SMALLEST, subgroup_rows
 
 WORST = 10
@@ -50,7 +54,8 @@ def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str,
     Raises:
         RequestError: There is no result with test cases, or they are of several tasks.
     """
-    usable = pool_folds([result for result in results if result.get("cases")])
+    counted = [clinical_boxes.counted(r) if task_of(r) == "detection" else r for r in results if r.get("cases")]
+    usable = [clinical_boxes.by_name(r) if task_of(r) == "detection" else r for r in pool_folds(counted)]
     tasks = sorted({task_of(result) for result in usable})
     if len(tasks) != 1 or tasks[0] not in MAIN:
         found = ", ".join(tasks) or "none"
@@ -81,13 +86,10 @@ def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str,
         "agreement": _agreement(task, {arm: runs[0] for arm, runs in arms.items()}, draws),
         "sensitivity": _sensitivity(task, {arm: runs[0] for arm, runs in arms.items()}, draws),
         "calibration": _calibration(task, {arm: runs[0] for arm, runs in arms.items()}, draws),
-        "worst": worst_cases(first) if task != "detection" else _why("boxes of a case are not summed up to one number yet."),
-        "subgroups": subgroups(first, draws=draws)
-        if task != "detection"
-        else _why("results of detection do not tell patients apart yet."),
-        "outside": outside_facts(first)
-        if task != "detection"
-        else _why("detection does not compare test with training cases yet."),
+        "worst": worst_cases(first),
+        "subgroups": subgroups(first, draws=draws),
+        "outside": outside_facts(first),
+        "unit": "volume" if task != "detection" or clinical_boxes.is_volume(first) else "image",
     }
 
 
@@ -99,7 +101,7 @@ def task_of(result: Result) -> str:
 def code_of(case: Mapping[str, Any], place: int) -> str:
     """Return what a test case may be called: its code in the cohort or table, or the beginning of its pseudonym; else its place."""
     series = str(case.get("series_id", ""))
-    for name in (str(case.get("id", "")), series):
+    for name in (str(case.get("id", "")), str(case.get("case", "")), series):
         if re.fullmatch(r"(case|slide)[0-9]+", name):
             return name
     return series[:8] if re.fullmatch(r"[0-9a-f]{16,}", series) else f"test case {place + 1}"
@@ -166,20 +168,11 @@ def _scores(task: str, results: Sequence[Result]) -> tuple[np.ndarray, list[str]
 
 def _headline(task: str, results: Sequence[Result], draws: int) -> dict[str, Any]:
     if task == "detection":
-        return _given_headline(results)
+        return clinical_boxes.headline(results)
     values, patients, statistic = _scores(task, results)
     found: dict[str, Any] = {"labels": int(results[0]["labels"]), "arm": str(results[0]["arm"]), "seeds": len(results)}
     found |= {"n_cases": len(values), "n_patients": None if patients is None else len(set(patients))}
     return found | (_interval(values, patients, draws, statistic) if len(values) else {"value": None, "low": None, "high": None})
-
-
-def _given_headline(results: Sequence[Result]) -> dict[str, Any]:
-    """Return the main score of the first seed as its cell has it: boxes are matched there."""
-    first = results[0]
-    row = next((row for row in first["rows"] if row["metric"].startswith("map")), first["rows"][0])
-    known = {"labels": int(first["labels"]), "arm": str(first["arm"]), "seeds": 1}
-    counts = {"n_cases": row["n_images"], "n_patients": row["n_patients"]}
-    return {**known, **counts, **{key: row[key] for key in ("value", "low", "high")}}
 
 
 def _structures(arms: Mapping[str, Sequence[Result]], draws: int) -> dict[str, Any]:
@@ -266,7 +259,7 @@ def _pairs(
 
 def _sensitivity(task: str, arms: Mapping[str, Result], draws: int) -> dict[str, Any]:
     if task == "detection":
-        return _froc(arms)
+        return clinical_boxes.sensitivity(arms, {arm: _patients(run["cases"]) for arm, run in arms.items()}, draws)
     if task != "classification":
         return _why("an operating point is a matter of classes and of findings; this network gives neither.")
     if len(next(iter(arms.values())).get("classes") or []) != 2:
@@ -316,24 +309,6 @@ def _pooled_calibration(result: Result, draws: int) -> tuple[list[dict[str, Any]
     return rows, reliability(chances, targets)
 
 
-def _froc(arms: Mapping[str, Result]) -> dict[str, Any]:
-    """Return sensitivities at fixed numbers of false positives per image, and their mean with its interval."""
-    found = {arm: row for arm, result in arms.items() for row in result["rows"] if row["metric"] == "froc" and row.get("at")}
-    if not found:
-        return _why("the results hold no FROC.")
-    rows = [
-        {
-            "arm": arm,
-            "at": dict(row["at"]),
-            **{key: row[key] for key in ("value", "low", "high")},
-            "n": row["n_images"],
-            "n_boxes": row.get("n_boxes"),
-        }
-        for arm, row in found.items()
-    ]
-    return {"froc": rows, "overlap": next(iter(found.values())).get("overlap")}
-
-
 def _calibration(task: str, arms: Mapping[str, Result], draws: int) -> dict[str, Any]:
     if task != "classification":
         return _why("the network states no probability of a finding for a case.")
@@ -351,10 +326,12 @@ def _calibration(task: str, arms: Mapping[str, Result], draws: int) -> dict[str,
 
 
 def badness(task: str, case: Mapping[str, Any]) -> float | None:
-    """Return how bad a case is: 1 - Dice, -ln p of the true class, or the absolute error; None without a score."""
+    """Return how bad a case is: 1 - Dice, 1 - F1, -ln p of the true class, or the absolute error; None without a score."""
     if task == "segmentation":
         dice = _dice_of(case)
         return None if dice is None else 1 - dice
+    if task == "detection":
+        return 1 - float(case["f1"])
     if task == "classification":
         return -math.log(max(float(case["probability"][int(case["target"])]), 1e-12))
     return abs(float(case["prediction"]) - float(case["target"]))
@@ -365,7 +342,7 @@ def worst_cases(result: Result, count: int = WORST) -> dict[str, Any]:
     task, rows = task_of(result), []
     for place, case in enumerate(result["cases"]):
         bad = badness(task, case)
-        if bad is None:
+        if bad is None or (task == "detection" and not bad):
             continue
         row: dict[str, Any] = {
             "case": code_of(case, place),
@@ -374,21 +351,25 @@ def worst_cases(result: Result, count: int = WORST) -> dict[str, Any]:
         }
         if task == "segmentation":
             row |= {"dice": dict(case["dice"]), "hd95_mm": dict(case["hd95_mm"])}
+        elif task == "detection":
+            row |= {key: case[key] for key in ("f1", "objects", "right", "missed", "wrong", "threshold", "fitted")}
         elif task == "classification":
             chances = case["probability"]
             row |= {"target": int(case["target"]), "called": int(np.argmax(chances)), "p": float(chances[int(case["target"])])}
         else:
             row |= {"target": float(case["target"]), "prediction": float(case["prediction"])}
         rows.append(row)
-    rows.sort(key=lambda row: -float(row["bad"]))
-    return {"rows": rows[:count], "n": len(rows)}
+    rows.sort(key=lambda row: (-float(row["bad"]), -row.get("missed", 0) - row.get("wrong", 0)))
+    return {"rows": rows[:count], "n": len(result["cases"]) if task == "detection" else len(rows)}
 
 
 def failed(task: str, case: Mapping[str, Any], limit: float = math.inf) -> bool:
-    """Say whether a case failed: mean Dice below 0.5 or 0 for a structure; the wrong class; an error above a limit."""
+    """Say whether a case failed: mean Dice below 0.5 or 0 for a structure; F1 below 0.5; the wrong class; an error above a limit."""
     if task == "segmentation":
         dice = _dice_of(case)
         return dice is not None and (dice < FAILED_DICE or 0 in case["dice"].values())
+    if task == "detection":
+        return bool(case["f1"] < FAILED_DICE)
     if task == "classification":
         return int(np.argmax(case["probability"])) != int(case["target"])
     return abs(float(case["prediction"]) - float(case["target"])) > limit
@@ -405,7 +386,8 @@ def subgroups(result: Result, *, draws: int = 2000) -> dict[str, Any]:
     columns = [name for name in (cases[0].get("facts") or {} if cases else {}) if any(_known(case, name) for case in cases)]
     if not columns:
         return _why("nothing is known of the patients and scanners of these cases; a cohort that is a query of an index brings it.")
-    values, statistic, positives = _grouped(task, cases)
+    values, statistic, positives = _grouped(task, cases, len(result.get("classes") or []))
+    draws = min(draws, DRAWS) if task == "detection" else draws
     errors = [badness(task, case) or 0.0 for case in cases]
     limit = float(np.quantile(errors, 0.9)) if task == "regression" else math.inf
     tables = {}
@@ -421,6 +403,7 @@ def subgroups(result: Result, *, draws: int = 2000) -> dict[str, Any]:
         tables[name] = [{key: row[key] for key in keys} for row in rows]
     how = {
         "segmentation": f"mean Dice below {FAILED_DICE}, or a structure with Dice 0 (missed wholly, or predicted where the label has none)",
+        "detection": f"F1 below {FAILED_DICE}, of found boxes with real ones at the score threshold of the worst cases",
         "classification": "the most likely class was the wrong one",
         "regression": f"an error above {limit:.3g}, which one in ten of all test cases has",
     }[task]
@@ -431,9 +414,11 @@ def _known(case: Mapping[str, Any], name: str) -> bool:
     return (case.get("facts") or {}).get(name) not in (None, "", "unknown")
 
 
-def _grouped(task: str, cases: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, Statistic, list[bool] | None]:
+def _grouped(task: str, cases: Sequence[Mapping[str, Any]], n_classes: int) -> tuple[np.ndarray, Statistic, list[bool] | None]:
     if task == "segmentation":
         return np.array([_dice_of(case) for case in cases], dtype=np.float64), np.mean, None
+    if task == "detection":
+        return *clinical_boxes.group_map(cases, n_classes), None
     rows = np.array([[case["target"], *(case.get("probability") or [case["prediction"]])] for case in cases], dtype=np.float64)
     if task == "regression":
         return rows, mae, None

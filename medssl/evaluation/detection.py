@@ -25,6 +25,10 @@ OVERLAPS = tuple(round(0.1 + 0.05 * k, 2) for k in range(9))
 """0.1 to 0.5 in steps of 0.05: a box that is roughly right helps in medicine, and thin objects never reach 0.75."""
 RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 """False positives per image at which FROC is read (LUNA16)."""
+FROC_OVERLAP = 0.1
+"""Overlap from which a box counts as found in FROC: something is looked for, and where it is matters more than how large."""
+OPERATING_RATE = 1.0
+"""False positives per image that the threshold of a single answer allows on the cases it is fitted on."""
 RECALLS = np.linspace(0, 1, 101)
 
 
@@ -110,24 +114,32 @@ def match_image(image: ImageBoxes, label: int, overlaps: Sequence[float]) -> tup
     Returns:
         Scores (M,) falling, outcomes (T, M) as in `Matches`, and the number of boxes to be found.
     """
-    real, hidden = ((image.labels == label) & flag for flag in (~image.ignore, image.ignore))
+    mine, real, with_real, with_hidden = _candidates(image, label)
+    right = [_taken(with_real, with_hidden, threshold)[0] for threshold in overlaps]
+    return image.scores[mine].astype(np.float64), np.array(right, dtype=np.int8).reshape(len(overlaps), len(mine)), len(real)
+
+
+def _candidates(image: ImageBoxes, label: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return places of found boxes of a class, best first, and of real ones, and how much the found overlap these and hidden ones."""
+    real, hidden = (np.flatnonzero((image.labels == label) & flag) for flag in (~image.ignore, image.ignore))
     mine = np.flatnonzero(image.found_labels == label)
     mine = mine[np.argsort(-image.scores[mine], kind="stable")]
-    dims = image.boxes.shape[1]
-    found = image.found[mine].reshape(-1, dims)
-    with_real = box_iou(found, image.boxes[real])
+    found = image.found[mine].reshape(-1, image.boxes.shape[1])
     with_hidden = np.where(image.regions[hidden], box_cover(found, image.boxes[hidden]), box_iou(found, image.boxes[hidden]))
-    right = np.zeros((len(overlaps), len(mine)), dtype=np.int8)
-    for row, threshold in enumerate(overlaps):
-        free = np.ones(int(real.sum()), dtype=bool)
-        for k in range(len(mine)):
-            values = np.where(free, with_real[k], -1.0)
-            if len(values) and values.max() >= threshold:
-                free[int(values.argmax())] = False
-                right[row, k] = 1
-            elif with_hidden.shape[1] and with_hidden[k].max() >= threshold:
-                right[row, k] = -1
-    return image.scores[mine].astype(np.float64), right, int(real.sum())
+    return mine, real, box_iou(found, image.boxes[real]), with_hidden
+
+
+def _taken(with_real: np.ndarray, with_hidden: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return outcomes (M,) as in `Matches`, and (R,) whether each real box was taken."""
+    right, free = np.zeros(len(with_real), dtype=np.int8), np.ones(with_real.shape[1], dtype=bool)
+    for k in range(len(with_real)):
+        values = np.where(free, with_real[k], -1.0)
+        if len(values) and values.max() >= threshold:
+            free[int(values.argmax())] = False
+            right[k] = 1
+        elif with_hidden.shape[1] and with_hidden[k].max() >= threshold:
+            right[k] = -1
+    return right, ~free
 
 
 def match(images: Sequence[ImageBoxes], label: int, overlaps: Sequence[float] = OVERLAPS) -> Matches:
@@ -230,6 +242,49 @@ def mean_sensitivity(matches: Matches, times: np.ndarray | None = None) -> float
     return float(froc(matches, times).mean())
 
 
+def score_threshold(matches: Matches, rate: float) -> float:
+    """Return the lowest score down to which there are at most so many false positives per image: the point at which `froc` is read.
+
+    Args:
+        matches: At one overlap, see `pick`; of one class, or of several (`together`).
+        rate: False positives per image.
+
+    Returns:
+        A score above all found ones where the best of them are too many already; 0 where nothing is found.
+    """
+    if not len(matches.scores):
+        return 0.0
+    _, wrong, _ = _counts(matches, None)
+    ends = np.flatnonzero(np.append(matches.scores[1:] < matches.scores[:-1], True))
+    allowed = int(np.searchsorted(wrong[0], rate * len(matches.real) + 1e-9, side="right"))
+    return float(matches.scores[ends[allowed - 1]]) if allowed else float(np.nextafter(matches.scores[0], np.inf))
+
+
+def operating_point(images: Sequence[ImageBoxes], n_classes: int) -> float:
+    """Return `score_threshold` of all classes together at `OPERATING_RATE`, boxes counting as found from `FROC_OVERLAP`."""
+    return score_threshold(together(match_classes(images, n_classes, (FROC_OVERLAP,))), OPERATING_RATE)
+
+
+def outcomes(image: ImageBoxes, threshold: float, overlap: float = FROC_OVERLAP) -> tuple[np.ndarray, np.ndarray]:
+    """Say of every box in an image what became of it at a score threshold.
+
+    Args:
+        image: See there.
+        threshold: Found boxes below it are as if not found.
+        overlap: From which a box counts as found.
+
+    Returns:
+        (N,) of the real boxes: 1 found, 0 missed, -1 counts neither way; (M,) of the found ones: 1 right, 0 wrong, -1 neither, -2 below.
+    """
+    real = np.where(image.ignore, -1, 0)
+    found = np.full(len(image.scores), -2)
+    for label in np.unique(np.concatenate([image.labels, image.found_labels])):
+        mine, own, with_real, with_hidden = _candidates(image, int(label))
+        count = int((image.scores[mine] >= threshold).sum())
+        found[mine[:count]], real[own] = _taken(with_real[:count], with_hidden[:count], overlap)
+    return real, found
+
+
 def match_classes(images: Sequence[ImageBoxes], n_classes: int, overlaps: Sequence[float] = OVERLAPS) -> list[Matches]:
     """Match every class.
 
@@ -260,7 +315,7 @@ def detection_rows(
     *,
     draws: int = 1000,
     seed: int = 0,
-    froc_overlap: float = 0.1,
+    froc_overlap: float = FROC_OVERLAP,
 ) -> list[dict[str, Any]]:
     """Return mAP over 0.1 to 0.5, mAP at 0.5, each class's AP, and FROC, with intervals.
 

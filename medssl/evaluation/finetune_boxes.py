@@ -4,6 +4,9 @@ A run is a function of (cases, settings, labels, seed, weights), as in `finetune
 with the same augmentation, and start from the same pyramid and heads. Where pictures come from is the caller's business (`BoxBatches`).
 
 The state that is scored is the last one, or with `patience` the best on validation cases, which then have chosen it; the result says so.
+The score threshold of a single answer is fitted on validation cases: at most one false positive per image there.
+
+Which cases train is settled in `box_cases`, how fast each part learns in `learning_rates`; here are the settings, the steps and the scores.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +24,21 @@ from torch.nn import functional
 
 from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.best_state import BestState
-from medssl.evaluation.detection import ImageBoxes, detection_rows, match_classes, mean_average_precision
-from medssl.evaluation.finetune_targets import learning_rate, parameter_groups
+from medssl.evaluation.box_cases import BoxBatches, BoxCases, WholeCase, plain_boxes, training_rows
+from medssl.evaluation.detection import (
+    OPERATING_RATE,
+    ImageBoxes,
+    detection_rows,
+    match_classes,
+    mean_average_precision,
+    operating_point,
+)
+from medssl.evaluation.features import encode, evaluation_mode
+from medssl.evaluation.learning_rates import learning_rate, parameter_groups
+from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.settings import refuse_settings, settings_of
 from medssl.networks.detection import DetectorSettings, build_detector, detect, detector_faults, losses_of
-from medssl.seeding import counter_rng, derive_seed
+from medssl.seeding import derive_seed
 
 ENCODER = "feature_extractor.encoder"
 
@@ -53,6 +66,7 @@ class BoxSettings:
         min_voxels: Of label maps: smaller parts are left out and counted.
         foreground: Of volumes: share of crops centred on an object.
         augment: Geometric and intensity operations of the views, in training only.
+        figures: Worst test cases that are kept as pictures with their boxes; 0 keeps none.
         device: Torch device.
     """
 
@@ -74,6 +88,7 @@ class BoxSettings:
     min_voxels: int = 1
     foreground: float = 0.67
     augment: Mapping[str, Any] = field(default_factory=dict)
+    figures: int = 10
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -91,6 +106,7 @@ class BoxSettings:
             ("overlap", 0 <= self.overlap < 1, "0 to below 1"),
             ("min_voxels", self.min_voxels >= 1, "1 or more"),
             ("foreground", 0 <= self.foreground <= 1, "0 to 1"),
+            ("figures", self.figures >= 0, "0 or more"),
         )
         faults = [f"{name}: {getattr(self, name)!r}; {accepted}" for name, good, accepted in checks if not good]
         refuse_settings(faults + [f"detector.{fault}" for fault in detector_faults(self.network)])
@@ -99,81 +115,6 @@ class BoxSettings:
     def network(self) -> DetectorSettings:
         """The settings of the detector."""
         return settings_of(DetectorSettings, self.detector, prefix="detector.")
-
-
-@dataclass(frozen=True)
-class BoxCases:
-    """Labelled cases.
-
-    Args:
-        ids: (N,) int64.
-        split: (N,) `train`, `val` or `test`.
-        groups: Patient of each case, or None.
-        classes: Names of the classes.
-        present: (N, K) boxes of every class in each case, without those that count neither way.
-        ranks: (N,) place in a few-label order of the cohort's own, from 1, NaN for none; None draws one by seed.
-    """
-
-    ids: np.ndarray
-    split: np.ndarray
-    groups: Sequence[str] | None
-    classes: Sequence[str]
-    present: np.ndarray
-    ranks: np.ndarray | None = None
-
-    def where(self, split: str) -> np.ndarray:
-        """Return the rows of a split."""
-        return np.flatnonzero(self.split == split)
-
-    def patients(self, rows: np.ndarray) -> list[str] | None:
-        """Return the patients of rows, or None when they are unknown."""
-        return None if self.groups is None else [str(self.groups[int(row)]) for row in rows]
-
-
-@dataclass(frozen=True)
-class WholeCase:
-    """A whole case as the network sees it, and what is in it.
-
-    Args:
-        image: (1, C, *size).
-        scale: (D,) pixels of the case per pixel of the image.
-        offset: (D,) where the image begins in the case, in pixels of the case.
-        boxes: (N, 2 D) in pixels of the case.
-        labels: (N,).
-        ignore: (N,).
-        padding: Value of the image where there is nothing.
-        region: (N,) as in `detection.ImageBoxes`.
-    """
-
-    image: Tensor
-    scale: np.ndarray
-    offset: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
-    ignore: np.ndarray
-    padding: float = 0.0
-    region: np.ndarray | None = None
-
-
-class BoxBatches(Protocol):
-    """Where pictures and their boxes come from.
-
-    Attributes:
-        size: Of the training images.
-    """
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        """Size of the training images."""
-        ...
-
-    def training(self, ids: Sequence[int], step: int, seed: int, batch: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Return augmented images (B, C, *size) and {boxes, labels, ignore} of each; equal arguments give equal images."""
-        ...
-
-    def whole(self, number: int) -> WholeCase:
-        """Return a case without augmentation."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -187,11 +128,15 @@ class BoxResult:
         task: `detection`.
         classes: Names of the classes.
         rows: Scores on the test cases, see `detection.detection_rows`.
-        cases: One dictionary per test case: id, `real` [[box, label, ignore, region]], `found` [[box, label, score]], in pixels of the case.
+        cases: One dictionary per test case: id, `real` [[box, label, ignore, region]], `found` [[box, label, score]], in pixels of the case;
+            `outside` (see `evaluation.outside`), `facts`.
+        fitted: `threshold` of scores as fitted on validation cases, null where there were none, and the `rate` of false positives per image
+            that it allows there.
         curve: What was logged.
         choice: Which state was scored, and which labels chose it.
         seconds: Of training, and per step (median).
         settings: Settings used.
+        training_range: What the training cases span, see `outside.TrainingRange.facts`.
     """
 
     arm: str
@@ -201,60 +146,12 @@ class BoxResult:
     classes: list[str]
     rows: list[dict[str, Any]]
     cases: list[dict[str, Any]]
+    fitted: dict[str, float | None]
     curve: list[dict[str, Any]]
     choice: str
     seconds: dict[str, float]
     settings: dict[str, Any]
-
-
-def few_label_order(cases: BoxCases, seed: int) -> np.ndarray:
-    """Return the rows of the training cases: the cohort's own order, or one drawn by seed that begins with all classes.
-
-    Patients stay together. Of the drawn order the first patients are the first that have the rarest class, then the next rarest not yet
-    seen, so that few cases have an object of each.
-
-    Args:
-        cases: The cases.
-        seed: Another seed draws other patients first.
-    """
-    rows = cases.where("train")
-    if cases.ranks is not None and np.isfinite(cases.ranks[rows]).any():
-        return rows[np.argsort(np.nan_to_num(cases.ranks[rows], nan=np.inf), kind="stable")]
-    patients = cases.patients(rows) or [str(cases.ids[row]) for row in rows]
-    names = sorted(set(patients))
-    shuffled = [names[int(k)] for k in counter_rng(seed, "few labels", "boxes").permutation(len(names))]
-    of_patient = {name: [int(row) for row, patient in zip(rows, patients) if patient == name] for name in names}
-    has = {name: cases.present[members].sum(axis=0) > 0 for name, members in of_patient.items()}
-    first: list[str] = []
-    for k in np.argsort(cases.present[rows].sum(axis=0), kind="stable"):
-        if any(has[name][k] for name in first):
-            continue
-        first += [name for name in shuffled if has[name][k]][:1]
-    order = first + [name for name in shuffled if name not in first]
-    return np.array([row for name in order for row in of_patient[name]], dtype=np.int64)
-
-
-def training_rows(cases: BoxCases, labels: int | None, seed: int) -> np.ndarray:
-    """Return the rows of the first training cases, after checking that they can be learnt from, and the test cases scored.
-
-    Raises:
-        RequestError: There are fewer, a split is empty, a class has no box among them, or no test case has a box.
-    """
-    train = few_label_order(cases, seed)[:labels]
-    if labels is not None and len(train) < labels:
-        raise RequestError(f"{labels} labels are asked for, and {len(train)} training cases have boxes; ask for fewer")
-    for split, rows in (("train", train), ("test", cases.where("test"))):
-        if not len(rows):
-            raise RequestError(f"no case with boxes is marked {split}; mark some, and run again")
-    absent = [name for name, n in zip(cases.classes, cases.present[train].sum(axis=0)) if n == 0]
-    if absent or not len(cases.classes):
-        raise RequestError(
-            f"class {', '.join(absent) or '(none at all)'} has no box among the {len(train)} training cases; give more labels, or leave "
-            "the class out"
-        )
-    if not cases.present[cases.where("test")].any():
-        raise RequestError("no test case has a box, so nothing can be scored; mark other cases as test")
-    return train
+    training_range: dict[str, Any] = field(default_factory=dict)
 
 
 def start(
@@ -316,6 +213,7 @@ def finetune_boxes(
     train, detector = start(encoder, batches.size, cases, settings, labels=labels, seed=seed)
     detector.to(settings.device)
     learner = _Learner(detector, batches, cases, settings, train, seed, pretrained)
+    learner.compare()
     curve, choice, seconds = learner.train(on_step)
     result = learner.score(arm, curve, choice, seconds)
     network: nn.Module = detector.network
@@ -337,6 +235,25 @@ class _Learner:
     ) -> None:
         self.detector, self.batches, self.cases, self.settings = detector, batches, cases, settings
         self.rows, self.seed, self.pretrained = train, seed, pretrained
+
+    def compare(self) -> None:
+        """Compare the test cases with the training cases by the encoder as it is before the first step: it is not fitted to these yet."""
+        encoder = self.detector.network.get_submodule(ENCODER)
+
+        def looks(rows: np.ndarray) -> list[Look]:
+            known = [self.cases.looks[int(row)] if self.cases.looks else Look() for row in rows]
+            patients: Sequence[str | None] = self.cases.patients(rows) or [None for _ in rows]
+            found = []
+            with evaluation_mode(encoder):
+                for row, look, patient in zip(rows, known, patients, strict=True):
+                    image = middle(self.batches.whole(int(self.cases.ids[row])), self.batches.size)
+                    feature = encode(encoder, image).pooled[0].float().cpu().numpy()
+                    found.append(replace(look, feature=feature, patient=patient))
+            return found
+
+        span = training_range(looks(self.rows))
+        self.span = span.facts()
+        self.outside = [outside(look, span) for look in looks(self.cases.where("test"))]
 
     def train(
         self, on_step: Callable[[int, int, Mapping[str, float]], None] | None
@@ -426,15 +343,34 @@ class _Learner:
         return None if math.isnan(value) else value
 
     def score(self, arm: str, curve: list[dict[str, Any]], choice: str, seconds: dict[str, float]) -> BoxResult:
-        """Score the test cases."""
-        rows = self.cases.where("test")
+        """Fit the threshold on validation cases, then score the test cases."""
+        cases, rows, val = self.cases, self.cases.where("test"), self.cases.where("val")
+        threshold = operating_point(self.look(val), len(cases.classes)) if len(val) else None
         images = self.look(rows)
-        table = detection_rows(arm, images, self.cases.classes, self.cases.patients(rows))
-        facts = [{"id": int(self.cases.ids[row]), **plain_boxes(one)} for row, one in zip(rows, images, strict=True)]
+        table = detection_rows(arm, images, cases.classes, cases.patients(rows))
+        facts = [
+            {"id": int(cases.ids[row]), **plain_boxes(one), "outside": flags}
+            | ({"facts": dict(cases.facts[int(row)])} if cases.facts else {})
+            for row, one, flags in zip(rows, images, self.outside, strict=True)
+        ]
         return BoxResult(
-            arm=arm, labels=len(self.rows), seed=self.seed, task="detection", classes=list(self.cases.classes), rows=table, cases=facts,
-            curve=curve, choice=choice, seconds=seconds, settings=asdict(self.settings),
+            arm=arm, labels=len(self.rows), seed=self.seed, task="detection", classes=list(cases.classes), rows=table, cases=facts,
+            fitted={"threshold": threshold, "rate": OPERATING_RATE}, curve=curve, choice=choice, seconds=seconds,
+            settings=asdict(self.settings), training_range=self.span,
         )  # fmt: skip
+
+
+def middle(case: WholeCase, size: Sequence[int]) -> Tensor:
+    """Return the middle of a case (1, C, *size), padded at both ends where it is smaller."""
+    image = case.image
+    for axis, want in enumerate(size, start=2):
+        spare = image.shape[axis] - want
+        if spare > 0:
+            image = image.narrow(axis, spare // 2, want)
+        elif spare < 0:
+            ends = [0, 0] * (image.ndim - 1 - axis) + [-spare // 2, -spare - (-spare // 2)]
+            image = functional.pad(image, ends, value=case.padding)
+    return image
 
 
 def padded(image: Tensor, size: Sequence[int], value: float) -> Tensor:
@@ -443,24 +379,3 @@ def padded(image: Tensor, size: Sequence[int], value: float) -> Tensor:
     if not any(missing):
         return image
     return functional.pad(image, [v for m in reversed(missing) for v in (0, m)], value=value)
-
-
-def plain_boxes(image: ImageBoxes) -> dict[str, list[Any]]:
-    """Return boxes for JSON, `real` and `found`; hundredths of a pixel are kept."""
-    real = zip(image.boxes.round(2).tolist(), image.labels.tolist(), image.ignore.tolist(), image.regions.tolist())
-    found = zip(image.found.round(2).tolist(), image.found_labels.tolist(), image.scores.tolist())
-    return {"real": [list(row) for row in real], "found": [list(row) for row in found]}
-
-
-def image_boxes(case: Mapping[str, Any]) -> ImageBoxes:
-    """Read what `plain_boxes` made."""
-    dims = len((case["real"] or case["found"] or [[[0.0] * 4]])[0][0])
-
-    def columns(rows: Sequence[Sequence[Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        boxes = np.array([row[0] for row in rows], dtype=np.float64).reshape(-1, dims)
-        return boxes, np.array([row[1] for row in rows], dtype=np.int64), np.array([row[2] for row in rows])
-
-    boxes, labels, ignore = columns(case["real"])
-    found, found_labels, scores = columns(case["found"])
-    region = np.array([len(row) > 3 and row[3] for row in case["real"]], dtype=bool)  # older results have no regions
-    return ImageBoxes(boxes, labels, ignore.astype(bool), found, found_labels, scores.astype(np.float64), region)

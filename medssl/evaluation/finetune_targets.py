@@ -6,6 +6,8 @@ cases in the same order with the same augmentation, and start from the same head
 
 The state that is scored is the last one, or with `patience` the best on validation cases, which then have chosen it; the result says so.
 Temperature and threshold are fitted on validation cases. Test cases are looked at once, after that.
+
+Which cases train is settled in `target_cases`, how fast each part learns in `learning_rates`; here are the settings, the steps and the scores.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.best_state import BestState
 from medssl.evaluation.calibration import calibration_rows, fit_temperature, reliability, softmax, threshold_at_specificity
 from medssl.evaluation.features import encode
+from medssl.evaluation.learning_rates import learning_rate, parameter_groups
 from medssl.evaluation.outside import Look, outside, training_range
-from medssl.evaluation.scores import Task, balanced_accuracy, mae, patient_folds, r2, roc_auc, score_row
+from medssl.evaluation.scores import balanced_accuracy, mae, mean_auc, r2, score_row
 from medssl.evaluation.settings import refuse_settings, settings_of
+from medssl.evaluation.target_cases import Cases, training_rows
 from medssl.networks.classification import LinearHead, build_head
-from medssl.seeding import counter_rng, derive_seed
+from medssl.seeding import derive_seed
 from medssl.types import ClipBatch, Stack
 
 Images = Tensor | Stack | ClipBatch
@@ -116,71 +120,6 @@ class TargetSettings:
         return settings_of(cls, values)
 
 
-@dataclass(frozen=True)
-class Cases:
-    """Labelled cases.
-
-    Args:
-        ids: (N,) int64.
-        targets: (N,) float64: the number, or the place of the class in `classes`.
-        groups: Patient of each case, or None.
-        split: (N,) `train`, `val` or `test`.
-        classes: Names; empty for numbers.
-        looks: Voxel size and vendor of each case where they are known, or empty.
-        facts: What the index says of person and scanner of each case, or empty.
-    """
-
-    ids: np.ndarray
-    targets: np.ndarray
-    groups: Sequence[str] | None
-    split: np.ndarray
-    classes: Sequence[Any] = ()
-    looks: Sequence[Look] = ()
-    facts: Sequence[Mapping[str, str]] = ()
-
-    @property
-    def task(self) -> Task:
-        """`classification` or `regression`."""
-        return "classification" if len(self.classes) else "regression"
-
-    def where(self, split: str) -> np.ndarray:
-        """Return the rows of a split."""
-        return np.flatnonzero(self.split == split)
-
-    def patients(self, rows: np.ndarray) -> list[str] | None:
-        """Return the patients of rows, or None when they are unknown."""
-        return None if self.groups is None else [str(self.groups[int(row)]) for row in rows]
-
-
-class Schedule(Protocol):
-    """What learning rates depend on."""
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps."""
-        ...
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps of linear warm-up."""
-        ...
-
-    @property
-    def weight_decay(self) -> float:
-        """Decoupled weight decay."""
-        ...
-
-    @property
-    def layer_decay(self) -> float:
-        """Factor from block to block of a pretrained encoder."""
-        ...
-
-    @property
-    def encoder_lr_scale(self) -> float:
-        """Factor on the learning rate of a pretrained encoder."""
-        ...
-
-
 class Batches(Protocol):
     """Where pictures come from."""
 
@@ -243,146 +182,6 @@ class Classifier(nn.Module):
         return scores
 
 
-def few_label_order(cases: Cases, seed: int) -> np.ndarray:
-    """Return the rows of the training cases in an order of which every beginning holds all classes in about their shares.
-
-    Patients stay together where they are known, so that n labels are of as few patients as that allows.
-
-    Args:
-        cases: The cases.
-        seed: Another seed draws other patients first.
-    """
-    rows = cases.where("train")
-    patients = cases.patients(rows) or [str(cases.ids[row]) for row in rows]
-    names = sorted(set(patients))
-    of_patient = {name: [int(row) for row, patient in zip(rows, patients) if patient == name] for name in names}
-    kinds: dict[float, list[str]] = {}
-    for name in names:  # a patient counts for the class that most of its cases have
-        values = cases.targets[of_patient[name]]
-        kind = float(np.bincount(values.astype(int)).argmax()) if cases.task == "classification" else 0.0
-        kinds.setdefault(kind, []).append(name)
-    placed = []
-    for kind, members in sorted(kinds.items()):
-        shuffled = counter_rng(seed, "few labels", str(kind)).permutation(len(members))
-        placed += [((place + 0.5) / len(members), -len(members), members[int(k)]) for place, k in enumerate(shuffled)]
-    # the first of every class before the second of any
-    first = {kind: min(p for p in placed if p[2] in set(members)) for kind, members in kinds.items()}
-    begin = sorted(first.values())
-    rest = sorted(set(placed) - set(begin))
-    return np.array([row for _, _, name in [*begin, *rest] for row in of_patient[name]], dtype=np.int64)
-
-
-def deal(cases: Cases, folds: int, seed: int, fold: int) -> Cases:
-    """Return the cases with other splits: one fold of patients is tested, the next validates, the others train.
-
-    Args:
-        cases: The cases; their own splits are set aside.
-        folds: Number of folds, 3 or more.
-        seed: Another seed deals the patients anew.
-        fold: The fold that is tested.
-
-    Raises:
-        RequestError: There are fewer patients than folds.
-    """
-    number = patient_folds(cases.targets, cases.groups, folds=folds, seed=seed)
-    if number.max() + 1 < folds:
-        raise RequestError(f"folds: {folds}, and the labelled cases are of {number.max() + 1} patients; ask for fewer folds")
-    split = np.where(number == fold, "test", np.where(number == (fold + 1) % folds, "val", "train"))
-    return replace(cases, split=split)
-
-
-def check(cases: Cases, train: np.ndarray) -> None:
-    """Refuse cases that cannot be learnt from or scored.
-
-    Raises:
-        RequestError: A split is empty, a class has no training case, a test case has a class of its own, or numbers do not vary.
-    """
-    for split, rows in (("train", train), ("test", cases.where("test"))):
-        if not len(rows):
-            raise RequestError(f"no labelled case is marked {split}; splits come from the index (`medssl archive split`, --splits)")
-    if cases.task == "regression":
-        if np.ptp(cases.targets[train]) == 0:
-            raise RequestError(
-                f"all {len(train)} training targets are {cases.targets[train][0]:g}; nothing can be learnt from them"
-            )
-        return
-    there = set(cases.targets[train].astype(int))
-    absent = [str(name) for k, name in enumerate(cases.classes) if k not in there]
-    if absent:
-        raise RequestError(
-            f"{', '.join(absent)} of {len(cases.classes)} classes: no case among the {len(train)} training cases; give more labels, or leave "
-            "it out. Classes that the recipe does not name are counted in the order of their sorted values"
-        )
-
-
-def layer_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
-    """Return the factor on the learning rate of every parameter of an encoder: decay to the power of its distance from the head.
-
-    What comes before the first of `encoder.blocks` (patch embedding, stem, positions) is one step further away than that block; what comes
-    after the last (a norm) is as far as the last. The blocks of a decoder that the encoder carries are not counted.
-
-    Reference:
-        Clark et al. 2020 (ELECTRA); Bao et al. 2022 (BEiT), appendix H.
-    """
-    blocks = encoder_blocks(encoder)
-    depth = {id(p): number for number, block in enumerate(blocks, start=1) for p in block.parameters()}
-    seen, scales = False, {}
-    for name, parameter in encoder.named_parameters():
-        inside = depth.get(id(parameter))
-        seen = seen or inside is not None
-        place = inside if inside is not None else (len(blocks) if seen else 0)
-        scales[name] = decay ** (len(blocks) + 1 - place)
-    return scales
-
-
-def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
-    """Return `encoder.blocks` without those of a decoder, as SegResNet, SwinUNETR and the residual-encoder U-Net have one."""
-    groups: Mapping[str, Sequence[str]] = getattr(encoder, "key_groups", {})
-    net = getattr(encoder, "net", encoder)
-    own = {id(p) for name, p in net.named_parameters() if name.startswith(tuple(groups.get("encoder", [""])))}
-    return [
-        block
-        for block in getattr(encoder, "blocks", [])
-        if "encoder" not in groups or any(id(p) in own for p in block.parameters())
-    ]
-
-
-def learning_rate(step: int, settings: Schedule, freeze: int) -> tuple[float, float]:
-    """Return the factors on the learning rates of encoder and head: warm-up and cosine; the encoder has 0 first, then both start anew."""
-    rise = max(1, settings.warmup_steps)
-    if step < freeze:
-        return 0.0, min(1.0, (step + 1) / rise)
-    start = freeze + settings.warmup_steps
-    if step < start:
-        factor = (step - freeze + 1) / rise
-    else:
-        factor = 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, settings.steps - start)))
-    return factor, factor
-
-
-def parameter_groups(network: nn.Module, settings: Schedule, pretrained: bool, encoder: str = "encoder") -> list[dict[str, Any]]:
-    """Return AdamW groups, by part, factor and decay (none on norms and biases).
-
-    Args:
-        network: Has an encoder somewhere inside.
-        settings: See there.
-        pretrained: Whether the encoder is.
-        encoder: Where it is, in dotted names.
-    """
-    scales = layer_scales(network.get_submodule(encoder), settings.layer_decay if pretrained else 1.0)
-    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        inside = name.startswith(f"{encoder}.")
-        scale = scales[name[len(encoder) + 1 :]] * (settings.encoder_lr_scale if pretrained else 1.0) if inside else 1.0
-        groups.setdefault((inside, scale, parameter.ndim > 1), []).append(parameter)
-    return [
-        {"params": members, "encoder": inside, "scale": scale, "weight_decay": settings.weight_decay if decays else 0.0}
-        for (inside, scale, decays), members in sorted(groups.items(), key=lambda item: item[0])
-    ]
-
-
 def class_weights(settings: TargetSettings, targets: np.ndarray, classes: int) -> Tensor | None:
     """Return one weight per class, mean 1 over the cases, or None.
 
@@ -419,7 +218,7 @@ def finetune_targets(
         batches: Where pictures come from.
         cases: All labelled cases.
         settings: See there.
-        labels: Training cases, in `few_label_order` of the seed; None takes all.
+        labels: Training cases, in `target_cases.few_label_order` of the seed; None takes all.
         seed: Seed of head, order and augmentation.
         pretrained: Whether the encoder is; the scratch twin has no layer decay, no factor and no frozen steps.
         arm: Name in the results.
@@ -432,10 +231,7 @@ def finetune_targets(
         RequestError: Cases and settings do not go together; nothing was trained.
         TrainingStopped: The loss stopped being a number.
     """
-    train = few_label_order(cases, seed)[:labels]
-    if labels is not None and len(train) < labels:
-        raise RequestError(f"{labels} labels are asked for, and {len(train)} training cases have one; ask for fewer")
-    check(cases, train)
+    train = training_rows(cases, labels, seed)
     if settings.patience is not None and not len(cases.where("val")):
         raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
     network = _network(encoder, cases, settings, seed)
@@ -657,13 +453,6 @@ def classification_rows(
             if len(inside):
                 table.append(score_row(name, "finetune", metric, right, own))
     return table
-
-
-def mean_auc(rows: np.ndarray) -> float:
-    """Return the area under the ROC curve, with more than two classes the mean of each against the rest; rows (N, 1 + K)."""
-    classes = rows.shape[1] - 1
-    kinds = [1] if classes == 2 else range(classes)
-    return float(np.mean([roc_auc(np.stack([rows[:, 0] == k, rows[:, 1 + k]], axis=1).astype(float)) for k in kinds]))
 
 
 def _plain(value: float) -> float | None:

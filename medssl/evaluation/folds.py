@@ -1,15 +1,99 @@
-"""Results of folds put together: every patient is tested once, so the tested cases of all folds are one test set."""
+"""Repeated patient-level folds: patients dealt anew for every seed, and the results of a seed's folds put together.
+
+Every patient is tested once, so the tested cases of all folds are one test set.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
+from medssl.errors import RequestError
+from medssl.evaluation.scores import patient_folds
+
+
+class SplitCases(Protocol):
+    """A frozen dataclass of labelled cases with a field `split`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def groups(self) -> Sequence[str] | None:
+        """Patient of each case, or None."""
+        ...
+
+    @property
+    def balance(self) -> np.ndarray:
+        """(N,) number of each case in which folds are to be alike."""
+        ...
+
+    def where(self, split: str) -> np.ndarray:
+        """Return the rows of a split."""
+        ...
+
+
+C = TypeVar("C", bound=SplitCases)
+TrainingRows = Callable[[Any, int | None, int], np.ndarray]
+"""(cases, labels, seed) -> rows of the first training cases (None: all), refused where they cannot be learnt from or nothing be scored."""
+Dealt = Mapping[tuple[int, int | None], C]
+"""(seed, fold) -> the cases with the splits of that cell; fold None where the splits are given."""
 Result = Mapping[str, Any]
 OF_ONE_FOLD = ("fold", "reliability", "fitted", "training_range", "curve", "mean", "mean_dice", "n_test")
 """Parts of a result that belong to the network of one fold; pooled results have none of them."""
+
+
+def deal(cases: C, folds: int, seed: int, fold: int) -> C:
+    """Return the cases with other splits: one fold of patients is tested, the next validates, the others train.
+
+    Args:
+        cases: The cases; their own splits are set aside.
+        folds: Number of folds, 3 or more.
+        seed: Another seed deals the patients anew.
+        fold: The fold that is tested.
+
+    Raises:
+        RequestError: There are fewer patients than folds.
+    """
+    number = patient_folds(cases.balance, cases.groups, folds=folds, seed=seed)
+    if number.max() + 1 < folds:
+        raise RequestError(f"folds: {folds}, and the labelled cases are of {number.max() + 1} patients; ask for fewer folds")
+    split = np.where(number == fold, "test", np.where(number == (fold + 1) % folds, "val", "train"))
+    return replace(cases, split=split)
+
+
+def deals(cases: C, folds: int | None, seeds: Sequence[int], training_rows: TrainingRows) -> dict[tuple[int, int | None], C]:
+    """Return (seed, fold) -> the cases with the splits of that cell, each checked with all its training cases.
+
+    Raises:
+        RequestError: A split cannot be learnt from or scored.
+    """
+    found: dict[tuple[int, int | None], C]
+    if folds is None:
+        found = {(seed, None): cases for seed in seeds}
+    else:
+        found = {(seed, k): deal(cases, folds, seed, k) for seed in seeds for k in range(folds)}
+    for (seed, _), one in found.items():
+        training_rows(one, None, seed)
+    return found
+
+
+def refuse_counts(dealt: Dealt[C], counts: Sequence[int], training_rows: TrainingRows) -> None:
+    """Refuse label counts that a cell could not train with, before any does.
+
+    Raises:
+        RequestError: A cell has fewer training cases, or a class is not among the first.
+    """
+    for (seed, _), cases in dealt.items():
+        for count in counts:
+            training_rows(cases, count, seed)
+
+
+def fewest(dealt: Dealt[C]) -> int:
+    """Return how many training cases every cell has at least."""
+    return min(len(cases.where("train")) for cases in dealt.values())
 
 
 def pool_folds(results: Sequence[Result]) -> list[Result]:
@@ -36,17 +120,17 @@ def pool_folds(results: Sequence[Result]) -> list[Result]:
 
 def _pooled(group: Sequence[Result]) -> dict[str, Any]:
     group = sorted(group, key=lambda result: int(result["fold"]))
-    values: dict[str, list[float]] = {}
+    values: dict[tuple[str, Any], list[float]] = {}
     for result in group:
         for row in result.get("rows") or []:  # segmentation has scores of cases alone
             if row["value"] is not None:
-                values.setdefault(row["metric"], []).append(row["value"])
+                values.setdefault((row["metric"], row.get("class")), []).append(row["value"])
     choices = list(dict.fromkeys(str(result["choice"]) for result in group if result.get("choice")))
     shared = {key: value for key, value in group[0].items() if key not in OF_ONE_FOLD}
     return {
         **shared,
         "cases": [{**case, "fold": result["fold"]} for result in group for case in result["cases"]],
-        "rows": [{"metric": metric, "value": float(np.mean(found))} for metric, found in values.items()],
+        "rows": [{"metric": metric, "class": kind, "value": float(np.mean(found))} for (metric, kind), found in values.items()],
         "seconds": {"train": float(np.mean([result["seconds"]["train"] for result in group]))},
         "choice": choices[0] if len(choices) == 1 else "by fold: " + "; ".join(choices) if choices else None,
         "folds": [{key: result.get(key) for key in ("fold", "fitted", "training_range")} for result in group],

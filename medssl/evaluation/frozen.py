@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from medssl.evaluation.calibration import softmax
-from medssl.evaluation.finetune_targets import Cases
 from medssl.evaluation.linear_probe import LinearModel, fit_linear, fit_on_validation, logistic_path
+from medssl.evaluation.target_cases import Cases
 from medssl.seeding import counter_rng
 
 

@@ -66,6 +66,13 @@ def roc_auc(rows: np.ndarray) -> float:
     return float((ranks[target].sum() - ones * (ones + 1) / 2) / (ones * zeros))
 
 
+def mean_auc(rows: np.ndarray) -> float:
+    """Return the area under the ROC curve, with more than two classes the mean of each against the rest; rows (N, 1 + K)."""
+    classes = rows.shape[1] - 1
+    kinds = [1] if classes == 2 else range(classes)
+    return float(np.mean([roc_auc(np.stack([rows[:, 0] == k, rows[:, 1 + k]], axis=1).astype(float)) for k in kinds]))
+
+
 METRICS: dict[str, dict[str, Statistic]] = {
     "regression": {"r2": r2, "mae": mae},
     "classification": {"balanced_accuracy": balanced_accuracy, "accuracy": accuracy},

@@ -27,7 +27,7 @@ class FinetuneSettings:
         batch: Crops per step.
         lr: Peak learning rate (AdamW).
         encoder_lr_scale: Factor on the learning rate of a pretrained encoder; the scratch twin always has 1.
-        layer_decay: Factor from block to block of a pretrained encoder, counted from the decoder (`finetune_targets.layer_scales`); the
+        layer_decay: Factor from block to block of a pretrained encoder, counted from the decoder (`learning_rates.layer_scales`); the
             scratch twin has 1.
         freeze_steps: First steps in which a pretrained encoder has learning rate 0, its gradients still flowing, so
             that decoder and head settle first; then everything warms up again ("sawtooth"). 0 for the scratch twin.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError
-from medssl.evaluation.finetune_targets import layer_scales
+from medssl.evaluation.learning_rates import layer_scales
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.volumes import Volume
 from medssl.networks.segmentation import encoder_parameters, encoder_tensors
@@ -62,7 +62,7 @@ def encoder_scales(network: nn.Module, encoder: nn.Module, decay: float) -> dict
     Args:
         network: Result of a builder of `networks.segmentation`.
         encoder: An encoder of the same form, which says what its blocks are.
-        decay: Factor from block to block, see `finetune_targets.layer_scales`.
+        decay: Factor from block to block, see `learning_rates.layer_scales`.
     """
     factors = {name.removeprefix("net."): factor for name, factor in layer_scales(encoder, decay).items()}
     return {name: factors[key] for key, name in encoder_tensors(network).items() if key in factors}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from medssl.report import clinical_figures, figures
+from medssl.report import clinical_boxes, clinical_figures, figures
 from medssl.report.elements import Section, absent, decimal, image, interval_svg, plain, span_of, table, text, whole_page, written
 from medssl.report.headline import Estimate
 
@@ -45,6 +45,7 @@ _NAMES = {
 
 _FEW = 10  # groups below it are not counted out
 _OPEN, _PICTURED = 6, 3  # plots and pictures that are not folded away
+_FIXED = {"detection": "fixed false positives"}
 _NOT_ASKED = {
     "segmentation": ("sensitivity", "calibration"),
     "classification": ("structures", "agreement"),
@@ -54,20 +55,19 @@ _NOT_ASKED = {
 """Questions that a task has no answer to: the last section says so in one line."""
 
 
-def clinical_page(
-    facts: Facts, *, pictures: Mapping[str, Mapping[str, figures.Cut]] | None = None, structures: Sequence[str] = ()
-) -> str:
+def clinical_page(facts: Facts, *, pictures: Mapping[str, Mapping[str, Any]] | None = None, structures: Sequence[str] = ()) -> str:
     """Return the page as text.
 
     Args:
         facts: What `evaluation.clinical.clinical_facts` returned.
-        pictures: Case code -> plane -> slice with the maps `label` and `prediction`, of the worst cases; None shows no patient.
+        pictures: Case code -> plane -> slice of the worst cases: with the maps `label` and `prediction` (`figures.Cut`), or with boxes
+            (`box_figures.BoxCut`); None shows no patient.
         structures: Names of the label values from 1, for pictures.
     """
     asked = [
         Section("structures", "Structures", _structures(facts)),
         Section("agreement", "Volumes" if facts["task"] == "segmentation" else "Agreement", _agreement(facts)),
-        Section("sensitivity", "Sensitivity at a fixed operating point", _sensitivity(facts)),
+        Section("sensitivity", f"Sensitivity at {_FIXED.get(facts['task'], 'a fixed operating point')}", _sensitivity(facts)),
         Section("calibration", "Calibration", _calibration(facts)),
     ]
     sections = [
@@ -293,26 +293,6 @@ def measured(value: float | None) -> str:
     return decimal(value, 0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 4)
 
 
-def _froc(found: Mapping[str, Any]) -> str:
-    rates = list(found["froc"][0]["at"])
-    cells = [
-        [
-            text(_arm(row["arm"])),
-            *(decimal(row["at"].get(rate), 2) for rate in rates),
-            written(_estimate(row)),
-            plain(row["n"]),
-            plain(row["n_boxes"]),
-        ]
-        for row in found["froc"]
-    ]
-    head = ["network", *(f"at {text(rate)}" for rate in rates), "mean (95 % interval)", "images", "objects"]
-    caption = (
-        "Share of objects found at so many false positives per image, and its mean over these rates. An object counts as found from an overlap of "
-        f"{plain(found['overlap'])}. Only the mean has an interval."
-    )
-    return table(head, cells, caption=caption)
-
-
 def _class(facts: Facts, k: int) -> str:
     names = facts["classes"]
     return str(names[k]).replace("_", " ") if k < len(names) else f"class {k + 1}"
@@ -323,7 +303,7 @@ def _sensitivity(facts: Facts) -> str:
     if "why" in found:
         return absent("Not shown:", text(found["why"]))
     if "froc" in found:
-        return _froc(found)
+        return clinical_boxes.sensitivity(facts, {row["arm"]: _arm(row["arm"]) for row in found["froc"]})
     cells = [
         [f"{text(_NAMES.get(row['metric'], row['metric']))}", text(_arm(row["arm"])), written(_estimate(row)), plain(row["n"])]
         for row in found["rows"]
@@ -369,10 +349,12 @@ def _calibration(facts: Facts) -> str:
     return "".join(parts)
 
 
-def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, figures.Cut]] | None, structures: Sequence[str]) -> str:
+def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, Any]] | None, structures: Sequence[str]) -> str:
     found, task = facts["worst"], facts["task"]
     if "why" in found:
         return absent("Not shown:", text(found["why"]))
+    if not found["rows"]:
+        return f"<p>None of {found['n']} test cases has an error.</p>"
     cells = []
     for place, row in enumerate(found["rows"], start=1):
         flags = "; ".join(row["outside"])
@@ -381,6 +363,8 @@ def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, figures.Cut]] | Non
             scores = ", ".join(f"{name.replace('_', ' ')} {decimal(v, 2)}" for name, v in row["dice"].items() if v is not None)
             far = ", ".join(f"{name.replace('_', ' ')} {decimal(v, 1)}" for name, v in row["hd95_mm"].items() if v is not None)
             cells.append([case, decimal(1 - row["bad"], 2), text(scores), text(far), text(flags) or "–"])
+        elif task == "detection":
+            cells.append(clinical_boxes.worst_cells(row, place))
         elif task == "classification":
             true, called = (_class(facts, row[key]) for key in ("target", "called"))
             cells.append([case, decimal(row["p"], 3), text(true), text(called), text(flags) or "–"])
@@ -388,6 +372,7 @@ def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, figures.Cut]] | Non
             cells.append([case, plain(row["bad"]), plain(row["target"]), plain(row["prediction"]), text(flags) or "–"])
     heads = {
         "segmentation": ["case", "mean Dice", "Dice", "HD95 mm", "outside the training range"],
+        "detection": clinical_boxes.HEAD,
         "classification": ["case", "probability of the true class", "true", "called", "outside the training range"],
         "regression": ["case", "absolute error", "reference", "network", "outside the training range"],
     }
@@ -395,14 +380,18 @@ def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, figures.Cut]] | Non
         f"Of {found['n']} test cases, seed {facts['seed']}. Codes are those of the results; the owner of the cohort finds the images by "
         "them in private/cases.csv, or in the index."
     )
+    caption += clinical_boxes.threshold_sentence(facts) if task == "detection" else ""
     parts = [table(heads[task], cells, caption=text(caption), numeric=task != "segmentation")]
-    if task != "segmentation":
+    if task not in ("segmentation", "detection"):
         return parts[0]
     if pictures is None:
         return parts[0] + absent("Left out:", "images. <code>--with-images</code> adds them.")
     drawn = []
     for row in found["rows"]:
-        if cuts := pictures.get(row["case"]):
+        cuts = pictures.get(row["case"])
+        if cuts and task == "detection":
+            drawn.append(clinical_boxes.worst_picture(row, cuts))
+        elif cuts:
             said = f"{row['case']}: mean Dice {decimal(1 - row['bad'], 2)}. Slices in which label and prediction differ most."
             png = figures.segmentation_png(cuts, [name.replace("_", " ") for name in structures])
             drawn.append(image(png, f"Label and prediction of {row['case']} in three planes", caption=text(said)))

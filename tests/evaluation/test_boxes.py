@@ -63,7 +63,7 @@ def test_three_forms__say_the_same(tmp_path: Path) -> None:
         assert found.counts["pictures"] == 2 and found.counts["ignored"] == 1
 
 
-@pytest.mark.parametrize("second", [{"id": 2, "file_name": "test/Quill.png"}, {"id": 1, "file_name": "other.png"}])
+@pytest.mark.parametrize("second", [{"id": 2, "file_name": "train/Quill.png"}, {"id": 1, "file_name": "other.png"}])
 def test_coco_images_that_cannot_be_told_apart__are_refused(tmp_path: Path, second: dict[str, Any]) -> None:
     images = [{"id": 1, "file_name": "train/Quill.png"}, second]
     (tmp_path / "boxes.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
@@ -194,3 +194,42 @@ def test_maps_of_some_structures__are_refused() -> None:
     assert len(volume_boxes(volume, [1]).boxes) == 2
     with pytest.raises(RequestError, match="does not label structure 2, which is not to say that it is absent"):
         volume_boxes(volume, [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("listed", "files", "expected"),
+    [
+        (["images/a.png"], ["/data/images/a.png"], ["images/a.png"]),
+        (["images\\a.png"], ["/data/images/a.png"], ["images/a.png"]),
+        (["./images/a"], ["/data/images/a.png"], ["images/a"]),
+        (["P1/a.png", "P2/a.png"], ["/data/P2/a.png", "/data/P1/a.png", "/data/P3/a.png"], ["P2/a.png", "P1/a.png", None]),
+        (["train/a.png", "b.png"], ["/elsewhere/a.png", "/elsewhere/b.png"], ["train/a.png", "b.png"]),
+        (["train/a.png", "a.png"], ["/x/train/a.png"], ["train/a.png"]),
+        (["train/a.png"], ["/x/b.png"], [None]),
+        (["x/a.png"], ["/q/x/a.png", "{folder}/x/a.png"], [None, "x/a.png"]),
+        (["../a.png"], ["/q/a.png", "{folder}/../a.png"], [None, "{up}/a.png"]),
+        (["a.png"], ["/q/a.png", "/r/a.png"], ["a.png", "a.png"]),  # the caller refuses them: which one is meant cannot be told
+    ],
+)
+def test_names_with_folders__are_joined_by_path_then_by_a_name_that_is_unique(
+    tmp_path: Path, listed: list[str], files: list[str], expected: list[str | None]
+) -> None:
+    found = read_boxes(table(tmp_path, *(f"{name},cell,1,1,5,5,0" for name in listed)))
+    given = [Path(name.format(folder=tmp_path)) for name in files]
+    wanted = [None if name is None else name.format(up=str(tmp_path.parent).lstrip("/")) for name in expected]
+    assert found.names_of(given) == wanted
+
+
+@pytest.mark.parametrize(
+    ("listed", "files"),
+    [
+        (["train/Quill.png"], ["/x/P1/Quill.png", "/x/P2/Quill.png"]),
+        (["train/Quill.png", "test/Quill.png"], ["/x/Quill.png"]),
+        (["train/Quill.png", "test/Quill.png"], ["/x/train/Quill.png", "/x/all/Quill.png"]),
+    ],
+)
+def test_names_that_several_files_or_pictures_have__are_refused(tmp_path: Path, listed: list[str], files: list[str]) -> None:
+    found = read_boxes(table(tmp_path, *(f"{name},cell,1,1,5,5,0" for name in listed)))
+    with pytest.raises(RequestError, match="listed with a folder in which no selected image file lies") as caught:
+        found.names_of([Path(name) for name in files])
+    assert "Quill" not in str(caught.value)

@@ -9,7 +9,7 @@ import pytest
 
 from medssl.errors import RequestError
 from medssl.evaluation.clinical import clinical_facts, code_of, numbered
-from tests.report.clinical_results import SECRET, classification, folds, regression, segmentation
+from tests.report.clinical_results import SECRET, classification, detection, folds, regression, segmentation
 
 
 def test_segmentation__headline_is_the_mean_over_patients_and_seeds() -> None:
@@ -127,3 +127,45 @@ def test_results_of_several_tasks__are_refused() -> None:
         clinical_facts([regression(), segmentation()], draws=100)
     with pytest.raises(RequestError, match="tasks none"):
         clinical_facts([], draws=100)
+
+
+def test_detection__cases_are_counted_at_the_fitted_threshold_and_the_worst_come_first() -> None:
+    facts = clinical_facts([detection(), detection("scratch", miss=2)], draws=50)
+    rows = facts["worst"]["rows"]
+    assert facts["unit"] == "image" and facts["worst"]["n"] == 60 and len(rows) == 9  # cases 1, 8, 15 ..., and the fourth
+    assert {key: rows[0][key] for key in ("f1", "objects", "right", "missed", "wrong")} == {
+        "f1": 0.0, "objects": 2, "right": 0, "missed": 2, "wrong": 3,
+    }  # fmt: skip
+    assert rows[0]["outside"] == ["vendor ge, in training siemens"] and rows[1]["f1"] == pytest.approx(2 / 3)
+    point = {row["metric"]: row for row in facts["sensitivity"]["rows"] if row["arm"] == "pretrained"}
+    assert point["sensitivity"]["value"] == pytest.approx(
+        (108 - 2 - 8) / 108
+    )  # of these 2 in the fourth, 1 in each of eight others
+    assert point["false_positives"]["value"] == pytest.approx(3 / 60) and point["false_positives"]["low"] is not None
+    froc = {row["arm"]: row for row in facts["sensitivity"]["froc"]}["pretrained"]
+    assert froc["at"]["1"]["value"] == pytest.approx(98 / 108) and froc["at"]["1"]["low"] < 98 / 108 <= froc["at"]["1"]["high"]
+    assert (froc["n"], froc["n_boxes"]) == (60, 108)
+    groups = {row["group"]: row for row in facts["subgroups"]["tables"]["sex"]}
+    assert groups["F"]["sufficient"] and groups["F"]["failed"] == 1 and not groups["M"]["sufficient"]
+    assert facts["outside"]["n"] == 60 and facts["outside"]["counts"] == {"vendor": 1} and SECRET not in json.dumps(facts)
+
+
+def test_detection__without_validation_cases_is_counted_at_frocs_own_point() -> None:
+    facts = clinical_facts([detection(fitted=None)], draws=20)
+    assert facts["sensitivity"]["rows"] == [] and not facts["worst"]["rows"][0]["fitted"]
+    assert facts["sensitivity"]["threshold"]["pretrained"] == [0.8]  # 3 wrong boxes above 0.3, and 59 more than 60 allow there
+
+
+def test_detection__folds_are_one_test_set_and_seeds_a_mean() -> None:
+    whole = [detection(seed=seed) for seed in (0, 1)]
+    cells = [
+        {**run, "fold": fold, "of_folds": 2, "cases": run["cases"][30 * (1 - fold) : 30 * (2 - fold)]}
+        for run in whole
+        for fold in (0, 1)
+    ]
+    facts, given = clinical_facts(cells, draws=50), clinical_facts(whole[:1], draws=50)
+    main = facts["headlines"][0]
+    assert facts["folds"] == 2 and (main["seeds"], main["n_cases"], main["n_patients"]) == (2, 60, 30)
+    assert main["value"] == pytest.approx(given["headlines"][0]["value"]) and main["low"] < main["value"]
+    assert facts["sensitivity"]["froc"][0]["at"] == given["sensitivity"]["froc"][0]["at"]
+    assert [row["case"] for row in facts["worst"]["rows"]] == [row["case"] for row in given["worst"]["rows"]]

@@ -22,6 +22,8 @@ from medssl.evaluation.detection import (
     match,
     match_classes,
     mean_average_precision,
+    outcomes,
+    score_threshold,
     together,
 )
 
@@ -234,3 +236,26 @@ def test_rows__have_intervals_by_patient() -> None:
     assert list(rows[-1]["at"]) == ["0.125", "0.25", "0.5", "1", "2", "4", "8"]
     alone = detection_rows("toy", images, ["a", "b", "c"], None, draws=10)
     assert alone[0]["by"] == "by image" and next(row for row in alone if row["class"] == "c")["value"] is None
+
+
+def test_outcomes__agree_with_matching_and_say_which_object_was_missed() -> None:
+    one = image([A, B, FAR], [(*A, 0.9), (*A, 0.8), (40, 40, 44, 44, 0.7), (*B, 0.2), (*FAR, 0.6)], ignore=[0, 0, 1])
+    real, found = outcomes(one, 0.5)
+    assert real.tolist() == [1, 0, -1] and found.tolist() == [1, 0, 0, -2, -1]
+    real, found = outcomes(one, 0.1)
+    m = match([one], 0, [0.1])
+    assert real.tolist() == [1, 1, -1] and sorted(found) == sorted(m.right[0])
+    other = image([A], [(*A, 0.9, 1)], labels=[0])
+    assert [part.tolist() for part in outcomes(other, 0.5)] == [[0], [0]]  # of another class: missed, and wrong
+
+
+def test_score_threshold__is_where_froc_is_read() -> None:
+    images = [image([A, B], [(*A, 0.9), (*FAR, 0.8), (*B, 0.7), (*FAR, 0.6)]), image((), [(*A, 0.65)])]
+    m = match(images, 0, [0.1])
+    for rate in (0.25, 0.5, 1.0, 2.0):
+        threshold = score_threshold(m, rate)
+        counts = [outcomes(one, threshold) for one in images]
+        assert sum((found == 0).sum() for _, found in counts) <= 2 * rate
+        assert sum((real == 1).sum() for real, _ in counts) / 2 == froc(m, rates=[rate])[0, 0]
+    assert score_threshold(match([image([A])], 0, [0.1]), 1.0) == 0.0
+    assert score_threshold(match([image((), [(*A, 0.9)])], 0, [0.1]), 0.5) > 0.9

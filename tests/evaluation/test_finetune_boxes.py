@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from medssl.errors import RequestError, TrainingStopped
+from medssl.evaluation.box_cases import few_label_order, image_boxes, training_rows
 from medssl.evaluation.detection import match_classes, mean_average_precision
-from medssl.evaluation.finetune_boxes import BoxSettings, few_label_order, finetune_boxes, image_boxes, padded
+from medssl.evaluation.finetune_boxes import BoxSettings, finetune_boxes, middle, padded
+from medssl.evaluation.folds import deal, deals, pool_folds
+from medssl.evaluation.outside import Look
 from medssl.evaluation.settings import settings_of
 from tests.evaluation.toy_boxes import Squares, Toy
 
@@ -158,3 +161,62 @@ def test_padding__is_behind_the_end() -> None:
         and (out[0, 0, 3] == -2).all()
         and (out[0, 0, :, 4:] == -2).all()
     )
+
+
+def test_folds__test_every_patient_once_and_each_has_all_classes() -> None:
+    cases = Squares(60).box_cases()
+    dealt = deals(cases, 4, [0, 1], training_rows)
+    for seed in (0, 1):
+        folds = [dealt[seed, k] for k in range(4)]
+        assert sum((one.split == "test").astype(int) for one in folds).tolist() == [1] * 60
+        for one in folds:
+            sides = [set(one.patients(one.where(side)) or []) for side in ("train", "val", "test")]
+            assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+            assert (one.present[one.where("test")].sum(axis=0) > 0).all()
+    assert (dealt[0, 0].split != dealt[1, 0].split).any()
+    with pytest.raises(RequestError, match="folds: 21, and the labelled cases are of 20 patients"):
+        deal(cases, 21, 0, 0)
+
+
+def test_folds__have_about_as_many_boxes_of_a_rare_class() -> None:
+    cases = Squares(60).box_cases(groups=False)
+    rare = cases.present.copy()
+    rare[:, 1] = 0
+    rare[::10, 1] = 1  # in 6 of 60
+    folds = [deal(replace(cases, present=rare), 3, 0, k) for k in range(3)]
+    assert [int(one.present[one.where("test"), 1].sum()) for one in folds] == [2, 2, 2]
+
+
+def test_unlike_cases__are_flagged_and_the_threshold_is_fitted_on_validation() -> None:
+    squares = Squares(18)
+    cases = squares.box_cases()
+    looks = [Look((1.0, 1.0), "siemens") for _ in range(18)]
+    odd = int(cases.where("test")[0])
+    looks[odd] = Look((5.0, 1.0), "ge")
+    facts = [{"sex": "F"} for _ in range(18)]
+    result, _ = run(squares, cases=replace(cases, looks=looks, facts=facts))
+    flags = {case["id"]: {flag["by"] for flag in case["outside"]} for case in result.cases}
+    assert {"spacing", "vendor"} <= flags[odd] and all(not found & {"spacing", "vendor"} for k, found in flags.items() if k != odd)
+    assert result.training_range["n"] == 9 and result.cases[0]["facts"] == {"sex": "F"}
+    assert result.fitted["threshold"] is not None and result.fitted["rate"] == 1.0
+    without = replace(cases, split=np.where(cases.split == "val", "train", cases.split))
+    assert run(squares, cases=without)[0].fitted["threshold"] is None
+
+
+def test_middle__is_cut_or_padded_at_both_ends() -> None:
+    case = Squares(3).whole(1)
+    assert torch.equal(middle(case, (16, 32))[0, 0], case.image[0, 0, 8:24])
+    wide = middle(replace(case, padding=7.0), (32, 35))
+    assert (
+        wide.shape == (1, 1, 32, 35)
+        and (wide[..., 0] == 7).all()
+        and (wide[..., -2:] == 7).all()
+        and torch.equal(wide[..., 1:33], case.image)
+    )
+
+
+def test_pooled_folds__keep_the_scores_of_classes_apart() -> None:
+    rows = [{"metric": "ap_50", "class": name, "value": value} for name, value in (("a", 0.2), ("b", 0.6))]
+    shared = {"arm": "x", "labels": 3, "seed": 0, "rows": rows, "cases": [], "seconds": {"train": 1.0}, "of_folds": 2}
+    (pooled,) = pool_folds([{**shared, "fold": fold} for fold in (0, 1)])
+    assert {row["class"]: row["value"] for row in pooled["rows"]} == {"a": 0.2, "b": 0.6}

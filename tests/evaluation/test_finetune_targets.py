@@ -13,18 +13,11 @@ from torch import Tensor, nn
 
 from medssl.encoders.vit3d import ViT3D
 from medssl.errors import RequestError
-from medssl.evaluation.finetune_targets import (
-    Cases,
-    TargetSettings,
-    class_weights,
-    few_label_order,
-    finetune_targets,
-    layer_scales,
-    learning_rate,
-    mean_auc,
-)
+from medssl.evaluation.finetune_targets import TargetSettings, class_weights, finetune_targets
+from medssl.evaluation.learning_rates import layer_scales, learning_rate
 from medssl.evaluation.outside import Look
-from medssl.evaluation.scores import roc_auc
+from medssl.evaluation.scores import mean_auc, roc_auc
+from medssl.evaluation.target_cases import Cases, few_label_order
 from medssl.types import EncoderOutput
 
 QUICK = TargetSettings(steps=40, batch=8, lr=3e-2, warmup_steps=2, val_every=10, layer_decay=1.0)

@@ -18,8 +18,8 @@ from medssl.evaluation import finetune as module
 from medssl.evaluation.clinical import clinical_facts
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.finetune import build_network, finetune, predict, start_encoder
-from medssl.evaluation.finetune_targets import layer_scales
 from medssl.evaluation.label_curve import label_curve
+from medssl.evaluation.learning_rates import layer_scales
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.segmentation_training import (
     build_loss,

@@ -10,11 +10,12 @@ import pytest
 from medssl.errors import RequestError
 from medssl.evaluation import retrieval
 from medssl.evaluation.bootstrap import paired_p
-from medssl.evaluation.finetune_targets import Cases, mean_auc
 from medssl.evaluation.frozen import few_shot, fewest, fit_probe, predicted
 from medssl.evaluation.linear_probe import RIDGE_ALPHAS, fit_on_validation
 from medssl.evaluation.retrieval import precision_at_k, precisions, reidentified
+from medssl.evaluation.scores import mean_auc
 from medssl.evaluation.suite_rows import markdown, overall, pairs, row_of, skip, tables
+from medssl.evaluation.target_cases import Cases
 
 
 def blobs(n: int = 60, seed: int = 0) -> tuple[np.ndarray, Cases]:

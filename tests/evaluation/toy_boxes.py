@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medssl.evaluation.finetune_boxes import BoxCases, WholeCase
+from medssl.evaluation.box_cases import BoxCases, WholeCase
 from medssl.layers.tokens import flatten_tokens
 from medssl.types import EncoderOutput
 
@@ -27,6 +27,9 @@ class Toy(nn.Module):
         self.blocks = nn.ModuleList([kind(n, 16, 3, stride=2, padding=1) for n in (1, 16, 16)])
 
     def forward(self, x: Tensor) -> EncoderOutput:
+        return self.forward_features(x)
+
+    def forward_features(self, x: Tensor) -> EncoderOutput:
         maps = []
         for block in self.blocks:
             x = torch.relu(block(x))

@@ -11,8 +11,8 @@ import torch
 
 from medssl import api
 from medssl.errors import MedsslError
+from medssl.evaluation.target_summary import summarise
 from medssl.recipe import FinetuneBagsRecipe, Recipe, recipe_folder
-from medssl.target_tasks import summarise
 from medssl.weights import load_part
 from tests.cli.test_bad_input import medssl
 from tests.evaluation.test_bags import write_slides

@@ -14,15 +14,19 @@ from safetensors.torch import load_file
 
 from medssl import api, box_tasks, build
 from medssl.archive.index import index
-from medssl.box_tasks import PictureBatches, in_view
+from medssl.box_pictures import PictureBatches, in_view, listed_pictures, picture_source
+from medssl.box_volumes import VolumeBatches, volume_source
 from medssl.errors import RecipeError, RequestError
+from medssl.evaluation import cell_summary
 from medssl.evaluation.bootstrap import bootstrap_interval
 from medssl.evaluation.boxes import read_boxes
 from medssl.evaluation.detection import box_iou
 from medssl.evaluation.finetune_boxes import BoxSettings
+from medssl.finetune_cells import section_of
 from medssl.networks.detection import DetectorSettings, build_detector
 from medssl.recipe import Recipe, recipe_folder
 from medssl.weights import load_part, save_part
+from tests.cli.test_bad_input import medssl
 
 QUICK = ["settings.steps=2", "settings.batch=2", "settings.warmup_steps=1", "settings.detector={strides: [8, 16], width: 8}"]
 CELLS = {"index": "", "where": "split is not null", "domain": "microscopy"}
@@ -85,7 +89,7 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
         drawn.append(1)
         return bootstrap_interval(*given, **how)
 
-    monkeypatch.setattr(box_tasks, "bootstrap_interval", drawing)
+    monkeypatch.setattr(cell_summary, "bootstrap_interval", drawing)
     between: list[Any] = []
     seen = smears / "out" / "summary.json"
 
@@ -112,7 +116,9 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
     assert "| 4 | pretrained - scratch " in (smears / "out" / "table.md").read_text()
     cell = smears / "out" / "cells" / "pretrained_n4_s0"
     content = json.loads((cell / "results.json").read_text())
-    assert len(content["cases"]) == 3 and {"series_id", "patient_id", "real", "found"} == set(content["cases"][0])
+    assert len(content["cases"]) == 3 and {"series_id", "patient_id", "real", "found", "outside", "facts"} == set(
+        content["cases"][0]
+    )
     assert {key.split(".")[0] for key in load_file(cell / "network.safetensors")} == {
         "feature_extractor",
         "classification_head",
@@ -141,9 +147,43 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
     assert not (smears / "grey").exists() and not (smears / "other").exists()
 
 
+def test_folds__test_every_picture_once_and_leave_a_page(smears: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = "source.where=split is not null or true"
+    summary = api.finetune(pictures(smears, "folds", "folds=3", where, "settings.figures=2"), None)
+    (row,) = summary["rows"]
+    assert (row["n_test"], row["seeds"], summary["cells"]["done"], summary["shared"]["folds"]) == (12, [0], 3, 3)
+    cells = sorted((smears / "folds" / "cells").iterdir())
+    assert [cell.name[-2:] for cell in cells] == ["f0", "f1", "f2"]
+    results = [json.loads((cell / "results.json").read_text()) for cell in cells]
+    assert len({case["series_id"] for result in results for case in result["cases"]}) == 12
+    assert all(result["fitted"]["threshold"] is not None and result["of_folds"] == 3 for result in results)
+    status, _, stderr = medssl(capsys, "report", smears / "folds", "--with-images")
+    assert status == 0, stderr
+    page = (smears / "folds" / "report.html").read_text()
+    assert "test cases of 3 folds are taken together" in page and "Boxes that are there and boxes found in" in page
+    assert "cell_" not in page
+    with pytest.raises(RequestError, match="folds: 13, and the labelled cases are of 12 patients; ask for fewer folds"):
+        api.finetune(pictures(smears, "many", "folds=13"), None)
+    with pytest.raises(RequestError, match="cells computed with other folds"):
+        api.finetune(pictures(smears, "folds"), None)
+    assert not (smears / "many").exists()
+
+
+def test_boxes_named_with_folders__are_joined_to_their_pictures(smears: Path) -> None:
+    lines = (smears / "boxes.csv").read_text().splitlines()
+    (smears / "by_path.csv").write_text("\n".join([lines[0], *(f"images/{line}" for line in lines[1:])]))
+    found = picture_source(pictures(smears, "no", f"boxes.path={smears / 'by_path.csv'}"), *given_to_source(smears))
+    plain = picture_source(pictures(smears, "no"), *given_to_source(smears))
+    assert found.counts == plain.counts and found.counts["unmatched"] == 0 and found.digest() == plain.digest()
+
+
+def given_to_source(smears: Path) -> Any:
+    return pictures(smears, "no").source, BoxSettings(), None
+
+
 def batches(smears: Path, **augment: Any) -> PictureBatches:
     recipe = pictures(smears, "none")
-    return box_tasks._pictures(recipe, recipe.source, BoxSettings(augment=augment), None).batches  # type: ignore[return-value]
+    return picture_source(recipe, recipe.source, BoxSettings(augment=augment), None).batches  # type: ignore[return-value]
 
 
 def coloured(image: np.ndarray, dark: int) -> np.ndarray:
@@ -171,7 +211,10 @@ def test_boxes__follow_the_views(smears: Path, augment: dict[str, Any]) -> None:
 
 def test_whole_pictures__lead_back_to_the_boxes(smears: Path) -> None:
     source = batches(smears)
-    for number in (0, 1, 2):
+    red = [
+        number for number, own in source.boxes.items() if 1 in own.labels
+    ]  # which picture has none is drawn with the key of the index
+    for number in red[:3]:
         case = source.whole(number)
         found = coloured(case.image[0].numpy(), 1) * np.tile(case.scale, 2) + np.tile(case.offset, 2)
         real = case.boxes[case.labels == 1]
@@ -180,7 +223,7 @@ def test_whole_pictures__lead_back_to_the_boxes(smears: Path) -> None:
 
 def test_domain_and_sampler__are_part_of_what_cells_share(smears: Path) -> None:
     recipe = pictures(smears, "none")
-    facts = box_tasks._pictures(recipe, recipe.source, BoxSettings(), None).facts
+    facts = picture_source(recipe, recipe.source, BoxSettings(), None).facts
     assert facts["domain"]["name"] == "microscopy" and facts["sampler"]["name"] == "planes"
 
 
@@ -231,7 +274,7 @@ def test_pictures_of_one_name__are_refused_and_those_without_a_series_counted(sm
     assert "Quill" not in str(caught.value)
     (smears / "more.csv").write_text((smears / "boxes.csv").read_text() + "elsewhere.png,red,1,1,5,5\n")
     recipe = pictures(smears, "no", f"boxes.path={smears / 'more.csv'}")
-    assert box_tasks._pictures(recipe, recipe.source, BoxSettings(), None).counts["unmatched"] == 1
+    assert picture_source(recipe, recipe.source, BoxSettings(), None).counts["unmatched"] == 1
 
 
 def test_cines_and_volumes_in_a_file_of_boxes__are_refused(tmp_path: Path) -> None:
@@ -241,10 +284,10 @@ def test_cines_and_volumes_in_a_file_of_boxes__are_refused(tmp_path: Path) -> No
         row: Any = SimpleNamespace(series_id="s", kind=kind)
         shelf: Any = SimpleNamespace(rows=[row], archive=SimpleNamespace(files=lambda _: [Path("a.dcm")]))
         if kind == "image":
-            assert box_tasks._listed(shelf, table) == [(row, "a.dcm")]
+            assert listed_pictures(shelf, table) == [(row, "a.dcm")]
             continue
         with pytest.raises(RequestError, match=rf"series that are no pictures \(1 {kind}\)"):
-            box_tasks._listed(shelf, table)
+            listed_pictures(shelf, table)
 
 
 def test_recipes_with_faults__say_which_key(smears: Path) -> None:
@@ -285,10 +328,10 @@ def test_domain_of_a_cohort__gets_its_arguments_and_is_shared(cohort: Path) -> N
     roads = []
     for domain in ("{name: mri}", "{name: mri, philips_scaling: true}"):
         recipe = volumes(cohort, "none", f"cohort.domain={domain}")
-        section, _ = box_tasks._section(recipe, None)
-        roads.append(box_tasks._volumes(recipe, section, build.box_settings(recipe), None))
+        section, _ = section_of(recipe, None)
+        roads.append(volume_source(recipe, section, build.box_settings(recipe), None))
     assert roads[0].facts["domain"] != roads[1].facts["domain"]
-    readers = [road.batches.reader for road in roads if isinstance(road.batches, box_tasks.VolumeBatches)]
+    readers = [road.batches.reader for road in roads if isinstance(road.batches, VolumeBatches)]
     assert [reader.domain.philips_scaling for reader in readers] == [False, True]
 
 
@@ -311,9 +354,9 @@ def test_volumes__from_label_maps_pretrained_beside_scratch(cohort: Path) -> Non
 def test_boxes_of_crops__are_those_of_the_parts(cohort: Path) -> None:
     recipe = volumes(cohort, "none", "views.spacing_mm=null", "views.size=[64, 48, 32]")
     settings = build.box_settings(recipe)
-    section, _ = box_tasks._section(recipe, None)
-    road = box_tasks._volumes(recipe, section, settings, None)
-    assert isinstance(road.batches, box_tasks.VolumeBatches)
+    section, _ = section_of(recipe, None)
+    road = volume_source(recipe, section, settings, None)
+    assert isinstance(road.batches, VolumeBatches)
     ids = [int(n) for n in road.cases.ids]
     first = road.batches.training(ids, 3, 0, 2)
     again = road.batches.training(ids, 3, 0, 2)

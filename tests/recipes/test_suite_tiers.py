@@ -14,8 +14,10 @@ import pytest
 from medssl import suite, suite_tiers
 from medssl.build import suite_faults
 from medssl.errors import LeakageError, RequestError, TrainingStopped
-from medssl.evaluation.finetune_targets import Cases
+from medssl.evaluation.label_curve import Cell, plan
 from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS
+from medssl.evaluation.target_cases import Cases
+from medssl.finetune_cells import fill
 from medssl.recipe import CurveSection, SourceSection, SuiteRecipe
 from medssl.suite_tiers import Bench, Found
 
@@ -119,6 +121,34 @@ def test_curve_that_fails__is_skipped_and_tried_again_where_that_can_help(
     assert {row["model"] for row in first["rows"]} == set(CONTROLS)
     monkeypatch.setattr(suite, "RUN", {"classification": lambda *_: Found(skipped=[{"task": "", "what": "again", "why": ""}])})
     assert (suite.run_tier("classification", bench, tmp_path)["skipped"][0]["what"] == "again") is not finished
+
+
+def test_stopped_curve__keeps_its_finished_cells_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops(recipe: Any, *_: Any, **__: Any) -> None:
+        """As `finetune_cells.fill` stops: the first of four cells is done."""
+        out = Path(recipe.out)
+        cells = plan({"pretrained": None, "scratch": None}, [4], [0, 1])
+
+        def compute(folder: Path, cell: Cell) -> dict[str, Any]:
+            if cell.arm == "scratch":
+                raise TrainingStopped("the loss is nan")
+            content = {"arm": cell.arm, "labels": 4, "seed": 0, "cases": [{"patient_id": "a"}, {"patient_id": "b"}]}
+            folder.mkdir(parents=True)
+            (folder / "results.json").write_text(json.dumps(content))
+            return content
+
+        def summarise(results: Any, last: bool) -> dict[str, Any]:
+            row = {"labels": 4, "arm": "pretrained", "seeds": [0], "n_test": 2, "metric": "auroc", "value": 0.7}
+            row |= {"low": 0.6 if last else None, "high": 0.8 if last else None, "seed_means": [0.7], "scores": {}}
+            return {"metric": "auroc", "rows": [row for _ in results], "differences": []}
+
+        fill(out, cells, {}, compute, summarise, None)
+
+    monkeypatch.setattr(suite_tiers, "run_curve", stops)
+    found = suite.run_tier("classification", thirds(classification={"counts": [4], "seeds": [0, 1]}), tmp_path)
+    (row,) = [row for row in found["rows"] if row["model"] == WEIGHTS]
+    assert (row["value"], row["low"], row["patients"], row["seeds"]) == (0.7, 0.6, 2, 1)
+    assert found["finished"] and "3 of 4 cells" in found["skipped"][0]["what"] and "loss is nan" in found["skipped"][0]["why"]
 
 
 @pytest.mark.parametrize("task", ["regression", "classification"])

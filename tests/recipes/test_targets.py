@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from medssl import api, target_tasks
 from medssl.errors import LeakageError, MedsslError, RequestError
+from medssl.finetune_cells import claim
 from medssl.recipe import Recipe, recipe_folder
+from medssl.target_tasks import TargetRoad
 
 SHORT = [
     "settings.steps=2",
@@ -79,6 +81,22 @@ def test_classes__pretrained_beside_scratch_and_finished_cells_are_kept(
     assert api.label_curve(recipe, house / "run", counts=[4], seeds=[0, 1])["rows"] == summary["rows"]
     with pytest.raises(RequestError, match="cells computed with other settings; cells of one folder share"):
         api.label_curve(load(house, phantom_archive, "settings.lr=0.1"), house / "run", counts=[4], seeds=[0])
+
+
+def test_another_sampler__is_another_folder(house: Path, phantom_archive: Path) -> None:
+    samplers = [f"source.sampler={name}" for name in ("crops", "pairs")]
+    recipes = [load(house, phantom_archive, f"out={house / 'sampled'}", sampler) for sampler in samplers]
+    road = [TargetRoad(recipe, recipe.source, None) for recipe in recipes]
+    claim(house / "sampled", {"weights": {}, **road[0].facts()})
+    with pytest.raises(RequestError, match="cells computed with other sampler; cells of one folder share"):
+        claim(house / "sampled", {"weights": {}, **road[1].facts()})
+    record = house / "sampled" / "target_curve.json"
+    old = {key: value for key, value in json.loads(record.read_text()).items() if key != "sampler"}
+    record.write_text(json.dumps(old))  # of an earlier medssl, which did not say: the first that goes on says so
+    claim(house / "sampled", {"weights": {}, **road[1].facts()})
+    assert json.loads(record.read_text())["sampler"]["name"] == "pairs"
+    with pytest.raises(RequestError, match="other sampler"):
+        claim(house / "sampled", {"weights": {}, **road[0].facts()})
 
 
 def test_classes_of_the_recipe__are_named_in_its_order(house: Path, phantom_archive: Path) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from medssl.evaluation.box_cases import image_boxes
 from medssl.evaluation.calibration import brier, expected_calibration_error, reliability
+from medssl.evaluation.detection import detection_rows
 from medssl.evaluation.scores import score_row
 
 SECRET = "St Elsewhere"
@@ -114,22 +116,47 @@ def folds(arm: str = "pretrained", seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def detection(arm: str = "pretrained") -> dict[str, Any]:
-    """Rows as detection leaves them."""
-    score = {
-        "name": arm,
-        "probe": "finetune",
-        "class": None,
-        "low": 0.5,
-        "high": 0.7,
-        "n_images": 30,
-        "n_patients": 28,
-        "n_boxes": 90,
+def detection(arm: str = "pretrained", seed: int = 0, n: int = 60, *, fitted: float | None = 0.5, miss: int = 7) -> dict[str, Any]:
+    """Two objects in each picture but every tenth, which has none: one of every `miss`-th is missed, all of the fourth, with much for nothing.
+
+    Found boxes are sure (0.9); every picture also has one that is wrong and unsure (0.3).
+    """
+    cases: list[dict[str, Any]] = []
+    for k in range(n):
+        boxes = [] if k % 10 == 9 else [[10.0, 10.0, 20.0, 20.0], [40.0, 10.0, 50.0, 20.0]]
+        right = [] if k == 3 else boxes[k % miss == 1 :]
+        found = [[box, 0, 0.9 - 0.001 * seed] for box in right] + [[[70.0, 70.0, 75.0, 75.0], 0, 0.3]]
+        if k == 3:
+            found = [[[60.0 + m, 5.0, 70.0 + m, 9.0], 0, 0.8] for m in range(3)]
+        flags = [{"by": "vendor", "reason": "vendor ge, in training siemens"}] if k == 3 else []
+        cases.append(
+            {
+                "series_id": f"{k + 16**8:032x}"[::-1],
+                "patient_id": f"{k // 2:032x}",
+                "real": [[box, 0, False, False] for box in boxes],
+                "found": found,
+                "outside": flags,
+                "facts": {"sex": "F" if k % 8 else "M", "vendor": "ge", "site": SECRET},
+            }
+        )
+    images, patients = [image_boxes(case) for case in cases], [case["patient_id"] for case in cases]
+    facts = {"arm": arm, "seed": seed, "labels": 9, "task": "detection", "classes": ["class_1"], "cases": cases}
+    span = {
+        "n": 9,
+        "n_patients": 5,
+        "spacing_mm": None,
+        "vendors": ["siemens"],
+        "knn_limit": None,
+        "neighbours": 0,
+        "quantile": 0.99,
     }
-    rows = [{**score, "metric": "map_10_50", "value": 0.6}, {**score, "metric": "froc", "value": 0.65, "overlap": 0.1}]
-    rows[1]["at"] = {"0.125": 0.4, "1": 0.7, "8": 0.9}
-    cases = [{"series_id": "ab" * 16, "patient_id": "p", "real": [], "found": []}]
-    return {"arm": arm, "seed": 0, "labels": 9, "task": "detection", "classes": ["class_1"], "cases": cases, "rows": rows}
+    return {
+        **facts,
+        "rows": detection_rows(arm, images, ["class_1"], patients, draws=20),
+        "fitted": {"threshold": fitted, "rate": 1.0},
+        "training_range": span,
+        "seconds": {"train": 1.0},
+    }
 
 
 def regression(arm: str = "pretrained", n: int = 30) -> dict[str, Any]:

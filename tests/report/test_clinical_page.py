@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from medssl.errors import RequestError
+from medssl.evaluation.box_cases import WholeCase
 from medssl.evaluation.clinical import clinical_facts
 from medssl.evaluation.worst import WorstCases, slices
+from medssl.evaluation.worst_boxes import worst_npz
+from medssl.report import box_figures
 from medssl.report.clinical_page import clinical_page, headline, read_worst
 from tests.cli.test_bad_input import medssl
 from tests.report.clinical_results import SECRET, classification, detection, folds, regression, segmentation
@@ -106,10 +110,72 @@ def test_what_is_missing__is_said() -> None:
     assert "earlier medssl" in said and "nothing is known of the patients and scanners" in said
 
 
-def test_detection__shows_sensitivity_at_fixed_false_positives() -> None:
-    said = words(clinical_page(clinical_facts([detection(), detection("scratch")], draws=50)))
-    assert "mAP 0.60, interval 0.50 to 0.70 (width 0.20), 28 patients" in said
-    assert "at 0.125" in said and "0.90" in said and "false positives per image" in said and "not summed up" in said
+def test_detection__every_question_has_its_section() -> None:
+    page = clinical_page(clinical_facts([detection(), detection("scratch", miss=2)], draws=50))
+    assert outline_of(page).titles == [
+        "At a glance",
+        "Sensitivity at fixed false positives",
+        "The ten worst cases",
+        "Failures by subgroup",
+        "Cases outside the training range",
+        "Before you use this",
+    ]
+    said = words(page)
+    assert re.search(r"mAP 0\.\d\d, interval 0\.\d\d to 0\.\d\d \(width 0\.\d\d\), 30 patients", said)
+    assert "at most 0.125" in said and "false positives per image" in said and "fitted on validation cases alone" in said
+    row = next(row for row in page.split("<tr>") if ">at most 1<" in row)
+    assert row.count("<small>(") == 2  # both arms have an interval at every rate
+    assert "1 of 60 test cases are flagged" in said and "vendor ge, in training siemens" in said and "insufficient" in said
+    assert "F1 below 0.5" in said and SECRET not in page and "images. --with-images adds them" in said
+
+
+def test_detection_without_validation_cases__says_where_its_threshold_is_from() -> None:
+    said = words(clinical_page(clinical_facts([detection(fitted=None)], draws=20)))
+    assert "No threshold was fitted" in said and "as there were no validation cases" in said
+
+
+def test_detection_without_an_error__has_no_worst_case() -> None:
+    result = detection(n=1)
+    assert "None of 1 test cases has an error" in words(clinical_page(clinical_facts([result], draws=20)))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_worst_detections__are_kept_as_pictures_with_boxes_and_read_again(tmp_path: Path, dims: int) -> None:
+    """A view of 20 pixels along each axis shows a case of 40; the box of the second case is missed."""
+    low, high, away = [8.0] * dims, [16.0] * dims, [30.0] * dims
+    boxes = [[*low, *high]]
+    cases = [
+        {"case": f"case000{k}", "patient_id": "p", "real": [[boxes[0], 0, False, False]], "found": [[found, 0, 0.9]]}
+        for k, found in enumerate((boxes[0], [*away, *[33.0] * dims]))
+    ]
+    result = {"classes": ["lesion"], "cases": cases, "fitted": {"threshold": 0.5}}
+    asked: list[str] = []
+
+    def whole(name: str) -> WholeCase:
+        asked.append(name)
+        image = torch.linspace(0, 1, 20**dims).reshape(1, 1, *[20] * dims)
+        return WholeCase(image, np.full(dims, 2.0), np.zeros(dims), np.array(boxes), np.zeros(1, int), np.zeros(1, bool))
+
+    (tmp_path / "worst.npz").write_bytes(worst_npz(result, whole, 5))
+    assert set(asked) == {"case0001"}  # the other has no error, and is not shown
+    pictures = box_figures.read_worst(tmp_path / "worst.npz")
+    assert list(pictures) == ["case0001"] and len(pictures["case0001"]) == (1 if dims == 2 else 3)
+    cut = next(iter(pictures["case0001"].values()))
+    assert cut.real.tolist() == [[4, 4, 8, 8]] and cut.real_kind.tolist() == [0] and cut.spacing.tolist() == [2, 2]
+    assert len(cut.found) == (1 if dims == 2 else 0)  # the slices go through what was missed
+    assert box_figures.boxes_png(pictures["case0001"])[:4] == b"\x89PNG"
+    assert box_figures.read_worst(tmp_path / "none.npz") == {}
+
+
+def test_boxes_of_slices__turn_with_the_picture() -> None:
+    image = np.zeros((6, 4))
+    image[1:3, 0:1] = 1
+    cut = box_figures.BoxCut(
+        image, np.ones(2), np.array([[1.0, 0, 3, 1]]), *(np.zeros(0) for _ in range(1)), np.zeros((0, 4)), *[np.zeros(0)] * 2
+    )
+    turned = box_figures._upright(cut)
+    (top, left, bottom, right) = turned.real[0].astype(int)
+    assert turned.image[top:bottom, left:right].all() and turned.image.sum() == 2 and turned.image.shape == (4, 6)
 
 
 def test_worst_cases__are_kept_as_slices_and_read_again(tmp_path: Path) -> None:
@@ -159,3 +225,22 @@ def test_command__draws_the_clinical_page_of_a_fine_tuning(tmp_path: Path, capsy
 def test_facts__of_no_results_are_refused() -> None:
     with pytest.raises(RequestError, match="it takes the folder of one fine-tuning"):
         clinical_facts([])
+
+
+def test_command__gathers_the_pictures_of_all_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = detection(n=8)
+    folder = tmp_path / "finetune"
+    for fold in (0, 1):
+        cell = folder / "cells" / f"pretrained_n9_s0_f{fold}"
+        result = {**whole, "fold": fold, "of_folds": 2, "cases": whole["cases"][4 * fold : 4 * fold + 4]}
+        write_json(cell / "results.json", result)
+        view = WholeCase(torch.rand(1, 1, 80, 80), np.ones(2), np.zeros(2), np.zeros((0, 4)), np.zeros(0), np.zeros(0))
+        (cell / "figures").mkdir()
+        (cell / "figures" / "worst.npz").write_bytes(worst_npz(result, lambda _, view=view: view, 10))
+    write_json(folder / "target_curve.json", {})
+    for images, count in (([], 0), (["--with-images"], 2)):
+        status, _, stderr = medssl(capsys, "report", folder, *images)
+        assert status == 0, stderr
+        page = (folder / "report.html").read_text()
+        assert page.count("Boxes that are there and boxes found in") == count and ("Private: shows images" in page) is bool(images)
+        assert "test cases of 2 folds are taken together" in words(page)

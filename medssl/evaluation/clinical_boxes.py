@@ -1,0 +1,165 @@
+"""What a clinician asks of a detector, from the results of its cells: what is missed and what is found for nothing, case by case.
+
+FROC is read over all scores. For single cases an answer takes a threshold: the one that was fitted on validation cases, to at most one false
+positive per image there; where there were none, the score at which the test cases of the same cell have as many, which is FROC's own point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from medssl.evaluation.bootstrap import Statistic, bootstrap_interval, bootstrap_vector
+from medssl.evaluation.box_cases import image_boxes
+from medssl.evaluation.box_summary import DRAWS, in_order, map_score, matches_of
+from medssl.evaluation.detection import (
+    FROC_OVERLAP,
+    OPERATING_RATE,
+    RATES,
+    froc,
+    match_classes,
+    mean_average_precision,
+    operating_point,
+    outcomes,
+    over_images,
+    pick,
+    together,
+)
+
+Result = Mapping[str, Any]
+
+
+def counted(result: Result) -> dict[str, Any]:
+    """Return the result of a cell with its cases counted at its threshold.
+
+    Cases get `threshold`, `fitted` (whether on validation cases), `objects`, `right`, `missed`, `wrong` and `f1`: twice what is right over
+    objects and found boxes together; 1 where nothing is and nothing was found.
+    """
+    images = [image_boxes(case) for case in result["cases"]]
+    known = (result.get("fitted") or {}).get("threshold")
+    threshold = operating_point(images, len(result["classes"])) if known is None else float(known)
+    cases = []
+    for case, image in zip(result["cases"], images):
+        real, found = outcomes(image, threshold)
+        right, missed, wrong = int((real == 1).sum()), int((real == 0).sum()), int((found == 0).sum())
+        every = 2 * right + missed + wrong
+        counts = {
+            "objects": right + missed,
+            "right": right,
+            "missed": missed,
+            "wrong": wrong,
+            "f1": 2 * right / every if every else 1.0,
+        }
+        cases.append({**case, "threshold": threshold, "fitted": known is not None, **counts})
+    return {**result, "cases": cases}
+
+
+def by_name(result: Result) -> dict[str, Any]:
+    """Return a result with its cases in the order of their names: that in which `box_summary` matches them."""
+    return {**result, "cases": in_order(result)}
+
+
+def worst_first(cases: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return counted cases by F1, lowest first, of equal ones those with most errors; cases without an error are left out."""
+    bad = [case for case in cases if case["f1"] < 1]
+    return sorted(bad, key=lambda case: (case["f1"], -case["missed"] - case["wrong"]))
+
+
+def headline(results: Sequence[Result]) -> dict[str, Any]:
+    """Return the mAP of one number of labels and arm, the mean over seeds."""
+    first = results[0]
+    found: dict[str, Any] = {"labels": int(first["labels"]), "arm": str(first["arm"]), "seeds": len(results)}
+    row = next(row for row in first["rows"] if row["metric"] == "map_10_50")
+    if len(results) == 1 and "low" in row:  # as the cell has it: minutes less where there are many boxes
+        counts = {"n_cases": row["n_images"], "n_patients": row["n_patients"]}
+        return {**found, **counts, **{key: row[key] for key in ("value", "low", "high")}}
+    places, patients, statistic = map_score(results)(results, None)
+    value, low, high = (_finite(v) for v in bootstrap_interval(places, patients, draws=DRAWS, statistic=statistic))
+    counts = {"n_cases": len(places), "n_patients": None if patients is None else len(set(patients))}
+    return {**found, **counts, "value": value, "low": low, "high": high}
+
+
+def froc_row(arm: str, result: Result, patients: Sequence[str] | None, draws: int) -> dict[str, Any]:
+    """Return the sensitivity at each rate of false positives per image, and their mean, all with intervals.
+
+    Args:
+        arm: Its name.
+        result: Of one seed, folds put together.
+        patients: Of its cases in the order of their names, or None.
+        draws: Bootstrap draws.
+
+    Returns:
+        `at` (rate -> value, low, high), `value`, `low` and `high` of the mean, `n` cases, `n_boxes` objects.
+    """
+    matches = together([pick(m, FROC_OVERLAP) for m in matches_of(result)])
+    n = len(matches.real)
+
+    def asked(rows: np.ndarray) -> np.ndarray:
+        at = froc(matches, np.bincount(np.asarray(rows, dtype=np.int64), minlength=n))[0]
+        return np.append(at, at.mean())
+
+    found = bootstrap_vector(np.arange(n, dtype=np.float64), patients, draws=min(draws, DRAWS), statistic=asked)
+    rows = [dict(zip(("value", "low", "high"), map(_finite, numbers))) for numbers in zip(*found)]
+    at = {f"{rate:g}": row for rate, row in zip(RATES, rows)}
+    return {"arm": arm, "at": at, **rows[-1], "n": n, "n_boxes": int(matches.real.sum())}
+
+
+def operating_rows(
+    arm: str, cases: Sequence[Mapping[str, Any]], patients: Sequence[str] | None, draws: int
+) -> list[dict[str, Any]]:
+    """Return sensitivity and false positives per image on test cases at thresholds fitted on validation cases; none where one was not.
+
+    Args:
+        arm: Its name.
+        cases: Counted ones.
+        patients: Of these, or None.
+        draws: Bootstrap draws.
+    """
+    if not all(case["fitted"] for case in cases):
+        return []
+    counts = np.array([[case["right"], case["objects"], case["wrong"]] for case in cases], dtype=np.float64)
+    asked: dict[str, Statistic] = {
+        "sensitivity": lambda rows: rows[:, 0].sum() / rows[:, 1].sum() if rows[:, 1].any() else float("nan"),
+        "false_positives": lambda rows: rows[:, 2].mean(),
+    }
+    found = []
+    for metric, statistic in asked.items():
+        value, low, high = (_finite(v) for v in bootstrap_interval(counts, patients, draws=draws, statistic=statistic))
+        found.append({"arm": arm, "metric": metric, "value": value, "low": low, "high": high, "n": len(cases)})
+    return found
+
+
+def sensitivity(arms: Mapping[str, Result], patients: Mapping[str, Sequence[str] | None], draws: int) -> dict[str, Any]:
+    """Return FROC and operating points of the arms.
+
+    Args:
+        arms: Name -> result of one seed, its cases counted and in the order of their names.
+        patients: Name -> patient of each case, or None.
+        draws: Bootstrap draws.
+    """
+    rows = [row for arm, run in arms.items() for row in operating_rows(arm, run["cases"], patients[arm], draws)]
+    return {
+        "froc": [froc_row(arm, run, patients[arm], draws) for arm, run in arms.items()],
+        "rows": rows,
+        "overlap": FROC_OVERLAP,
+        "rate": OPERATING_RATE,
+        "threshold": {arm: sorted({case["threshold"] for case in run["cases"]}) for arm, run in arms.items()},
+    }
+
+
+def group_map(cases: Sequence[Mapping[str, Any]], n_classes: int) -> tuple[np.ndarray, Statistic]:
+    """Return places of cases, and the mAP as a statistic of some of them."""
+    matches = match_classes([image_boxes(case) for case in cases], n_classes)
+    return np.arange(len(cases), dtype=np.float64), over_images(lambda times: mean_average_precision(matches, times), len(cases))
+
+
+def is_volume(result: Result) -> bool:
+    """Say whether the cases are volumes."""
+    boxes = (row[0] for case in result["cases"] for row in [*case["real"], *case["found"]])
+    return len(next(boxes, [0] * 4)) == 6
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

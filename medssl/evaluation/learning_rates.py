@@ -1,0 +1,106 @@
+"""Learning rates of an encoder and what was put on it: warm-up and cosine, frozen steps, decay from layer to layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class Schedule(Protocol):
+    """What learning rates depend on."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        ...
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled weight decay."""
+        ...
+
+    @property
+    def layer_decay(self) -> float:
+        """Factor from block to block of a pretrained encoder."""
+        ...
+
+    @property
+    def encoder_lr_scale(self) -> float:
+        """Factor on the learning rate of a pretrained encoder."""
+        ...
+
+
+def layer_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
+    """Return the factor on the learning rate of every parameter of an encoder: decay to the power of its distance from the head.
+
+    What comes before the first of `encoder.blocks` (patch embedding, stem, positions) is one step further away than that block; what comes
+    after the last (a norm) is as far as the last. The blocks of a decoder that the encoder carries are not counted.
+
+    Reference:
+        Clark et al. 2020 (ELECTRA); Bao et al. 2022 (BEiT), appendix H.
+    """
+    blocks = encoder_blocks(encoder)
+    depth = {id(p): number for number, block in enumerate(blocks, start=1) for p in block.parameters()}
+    seen, scales = False, {}
+    for name, parameter in encoder.named_parameters():
+        inside = depth.get(id(parameter))
+        seen = seen or inside is not None
+        place = inside if inside is not None else (len(blocks) if seen else 0)
+        scales[name] = decay ** (len(blocks) + 1 - place)
+    return scales
+
+
+def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
+    """Return `encoder.blocks` without those of a decoder, as SegResNet, SwinUNETR and the residual-encoder U-Net have one."""
+    groups: Mapping[str, Sequence[str]] = getattr(encoder, "key_groups", {})
+    net = getattr(encoder, "net", encoder)
+    own = {id(p) for name, p in net.named_parameters() if name.startswith(tuple(groups.get("encoder", [""])))}
+    return [
+        block
+        for block in getattr(encoder, "blocks", [])
+        if "encoder" not in groups or any(id(p) in own for p in block.parameters())
+    ]
+
+
+def learning_rate(step: int, settings: Schedule, freeze: int) -> tuple[float, float]:
+    """Return the factors on the learning rates of encoder and head: warm-up and cosine; the encoder has 0 first, then both start anew."""
+    rise = max(1, settings.warmup_steps)
+    if step < freeze:
+        return 0.0, min(1.0, (step + 1) / rise)
+    start = freeze + settings.warmup_steps
+    if step < start:
+        factor = (step - freeze + 1) / rise
+    else:
+        factor = 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, settings.steps - start)))
+    return factor, factor
+
+
+def parameter_groups(network: nn.Module, settings: Schedule, pretrained: bool, encoder: str = "encoder") -> list[dict[str, Any]]:
+    """Return AdamW groups, by part, factor and decay (none on norms and biases).
+
+    Args:
+        network: Has an encoder somewhere inside.
+        settings: See there.
+        pretrained: Whether the encoder is.
+        encoder: Where it is, in dotted names.
+    """
+    scales = layer_scales(network.get_submodule(encoder), settings.layer_decay if pretrained else 1.0)
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        inside = name.startswith(f"{encoder}.")
+        scale = scales[name[len(encoder) + 1 :]] * (settings.encoder_lr_scale if pretrained else 1.0) if inside else 1.0
+        groups.setdefault((inside, scale, parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": members, "encoder": inside, "scale": scale, "weight_decay": settings.weight_decay if decays else 0.0}
+        for (inside, scale, decays), members in sorted(groups.items(), key=lambda item: item[0])
+    ]
