@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def refuse_pretraining_images(weights: Path | str, cohort: Any, *, every: bool =
             if item.source == name:
                 seen.update(archive.digests(item.series_id))
     test = [case for case in cohort.cases if case.split == "test" or (every and case.label is not None)]
-    both = [case for case in test if seen & set(file_digests(case.image))]
+    both = [case for case in test if seen & set(file_digests(case.image_files))]
     if both:
         raise LeakageError(
             f"{len(both)} of {len(test)} test images were used for pretraining (same file content); pretrain on an index whose "
@@ -90,9 +90,8 @@ def run_of(weights: Path | str) -> Path:
     return file.parent.parent.parent
 
 
-def file_digests(image: Path) -> list[str]:
-    """Return the content digests of an image file, or of all files of a DICOM folder, as the archive computes them."""
+def file_digests(files: Iterable[Path]) -> list[str]:
+    """Return the content digests of files, as the archive computes them."""
     from medssl.archive.scanning.scan import file_digest
 
-    files = sorted(path for path in image.iterdir() if path.is_file()) if image.is_dir() else [image]
     return [file_digest(path) for path in files]
