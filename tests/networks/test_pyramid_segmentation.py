@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from medssl.errors import RequestError, WeightsError
 from medssl.networks.flexible_unet import build_flexible_unet
-from medssl.networks.pyramid_segmentation import Climb, build_pyramid, enlarged
+from medssl.networks.pyramid_segmentation import Climb, PyramidSegmenter, build_pyramid, enlarged
 from medssl.networks.segmentation import build_unetr, encoder_parameters, library_of, load_pretrained, set_head_prior
 from medssl.registry import lookup
+from tests.evaluation.toy_boxes import Toy
 
-RESNET = {"name": "image2d", "args": {"model": "resnet10t", "in_channels": 1}}
+RESNET = {"name": "image2d", "args": {"model": "test_resnet", "in_channels": 1}}
 RESNET18 = {"name": "image2d", "args": {"model": "resnet18", "in_channels": 1}}
 TIMM_VIT = {"name": "image2d", "args": {"model": "vit_tiny_patch16_224", "image_size": [64, 96], "model_args": {"depth": 2}}}
 SEGRESNET = {"name": "segresnet3d", "args": {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1]}}
@@ -98,7 +99,7 @@ def test_weights_that_do_not_fit__are_named_and_change_nothing() -> None:
     with pytest.raises(WeightsError, match=r"this is a PyramidSegmenter; transfer the encoder alone"):
         load_pretrained(network, state, manifest, decoder_state={"up_layers.x": torch.zeros(1)})
     grey = built(RESNET, (64, 64))
-    _, coloured, facts = part({"name": "image2d", "args": {"model": "resnet10t", "in_channels": 3}})
+    _, coloured, facts = part({"name": "image2d", "args": {"model": "test_resnet", "in_channels": 3}})
     with pytest.raises(WeightsError, match=r"of another shape|take 3 input channel"):
         load_pretrained(grey, coloured, facts)
     assert all(torch.equal(value, before[k]) for k, value in network.state_dict().items())
@@ -150,9 +151,9 @@ def test_pyramid__learns_where_a_square_is() -> None:
     for k in range(4):
         images[k, :, 4 * k : 4 * k + 12, 8 * k + 8 : 8 * k + 24] += 2
         labels[k, 4 * k : 4 * k + 12, 8 * k + 8 : 8 * k + 24] = 1
-    network = built({"name": "image2d", "args": {"model": "resnet10t", "in_channels": 1, "norm": "frozen"}}, (32, 64), classes=2)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    for _ in range(25):
+    network = PyramidSegmenter(Toy(2), out_channels=2, image_size=(32, 64), width=8)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    for _ in range(30):
         loss = nn.functional.cross_entropy(network(images), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -171,7 +172,7 @@ def test_pyramid__learns_where_a_square_is() -> None:
         (SEGRESNET, (16, 16, 16), {"strides": (0, 0)}, "each must be twice the one before"),
         (RESNET, (64, 64), {"strides": (1, 2)}, "has maps at strides 2, 4, 8, 16, 32; asked for 1, 2"),
         ({"name": "slice_volume", "args": {}}, (64, 64), {}, "give the weights of its slice encoder"),
-        ({"name": "video_vit", "args": {}}, (64, 64), {}, "sees clips or stacks"),
+        ({"name": "video_vit", "args": {"num_layers": 1, "hidden_size": 24, "num_heads": 2}}, (64, 64), {}, "sees clips or stacks"),
     ],
 )
 def test_requests_that_do_not_fit__are_refused(
@@ -209,7 +210,7 @@ def test_flexible_unet__has_the_features_of_the_encoder_and_loads_it_strictly() 
     [
         (SEGRESNET, (64, 64), 'the encoder is "segresnet3d"; it is built around a ResNet of image2d; choose network "segresnet"'),
         (TIMM_VIT, (64, 96), "the encoder is vit_tiny_patch16_224 with model_args depth; .*choose network pyramid"),
-        (RESNET, (64, 64), "the encoder is resnet10t; MONAI's FlexibleUNet takes the plain resnet18"),
+        (RESNET, (64, 64), "the encoder is test_resnet; MONAI's FlexibleUNet takes the plain resnet18"),
         ({"name": "image2d", "args": {"model": "resnet18", "norm": "frozen"}}, (64, 64), "resnet18 with norm frozen"),
         (RESNET18, (64, 64, 64), r"has 3 axes; it segments images: give \[H, W\]"),
         (RESNET18, (40, 64), "every axis must be a multiple of 32, and one of them 64 or more, .*use 64x64"),
