@@ -254,6 +254,19 @@ out: {tmp_path / "out"}
         assert "in three planes" not in html
 
 
+@pytest.mark.slow
+def test_flexible_unet__goes_the_same_road(cohort: Cohort, tmp_path: Path) -> None:
+    encoder = {"name": "image2d", "args": {"model": "resnet18", "in_channels": 1}}
+    torch.manual_seed(0)
+    made = lookup("encoder", "image2d")(**encoder["args"])  # type: ignore[call-overload]
+    given = Pretrained(made.net.state_dict(), made.part("encoder").manifest)
+    settings = replace(SETTINGS, network="flexible_unet", network_args={}, encoder=encoder, crop=(64, 64), layer_decay=0.7)
+    result = finetune(cohort, settings, tmp_path / "out", labels=2, weights=given)
+    assert result.loaded is not None and (result.loaded["matched"], result.loaded["missing"]) == (120, 0)
+    assert json.loads((tmp_path / "out" / "network.json").read_text())["library"] == "monai.FlexibleUNet"
+    assert all(set(case.dice) == {"disc", "square"} for case in result.cases)
+
+
 def test_training__finds_the_shapes(cohort: Cohort, tmp_path: Path) -> None:
     settings = replace(SETTINGS, steps=40, batch=4, lr=5e-3, warmup_steps=5, augment={}, log_every=20, figures=0)
     result = finetune(cohort, settings, tmp_path / "out", seed=0)
