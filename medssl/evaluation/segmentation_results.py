@@ -121,21 +121,33 @@ def score_case(
         structures: Names of all; those that cannot be scored have None.
     """
     overlap, distance = dice(found, label, scored), dict[int, float]()
-    sizes: dict[str, dict[str, float | None]] = {}
+    volumes: tuple[dict[int, float], ...] = ({}, {})  # of the prediction, of the label map
+    areas: tuple[dict[int, float], ...] = ({}, {})
     if not volume.picture:
         distance = hd95_mm(found, label, scored, volume.spacing_mm)
-        for key, array in (("volume_ml", found), ("reference_ml", label)):
-            sizes[key] = {scored[k]: ml for k, ml in volumes_ml(array, scored, volume.affine).items()}
+        volumes = (volumes_ml(found, scored, volume.affine), volumes_ml(label, scored, volume.affine))
     elif volume.measured:  # in the plane: along a single slice every pixel would lie on a surface
         distance = hd95_mm(found[..., 0], label[..., 0], scored, volume.spacing_mm[:2])
-        for key, array in (("area_mm2", found), ("reference_mm2", label)):
-            sizes[key] = {scored[k]: mm2 for k, mm2 in areas_mm2(array, scored, volume.spacing_mm).items()}
+        areas = (areas_mm2(found, scored, volume.spacing_mm), areas_mm2(label, scored, volume.spacing_mm))
     values, names = {name: value for value, name in scored.items()}, list(structures)
 
     def by_name(of: Mapping[int, float]) -> dict[str, float | None]:
         return {name: plain(of.get(values.get(name, -1), math.nan)) for name in names}
 
-    return CaseScore(case.id, case.patient_id, by_name(overlap), by_name(distance), facts=dict(case.facts), **sizes)
+    def sizes(of: Mapping[int, float]) -> dict[str, float | None]:
+        return {scored[value]: size for value, size in of.items()}
+
+    return CaseScore(
+        id=case.id,
+        patient=case.patient_id,
+        dice=by_name(overlap),
+        hd95_mm=by_name(distance),
+        volume_ml=sizes(volumes[0]),
+        reference_ml=sizes(volumes[1]),
+        facts=dict(case.facts),
+        area_mm2=sizes(areas[0]),
+        reference_mm2=sizes(areas[1]),
+    )
 
 
 def check_dicom_seg(cases: Sequence[Case]) -> None:

@@ -15,6 +15,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,31 +129,34 @@ class CaseReader:
             raise ImageError(
                 "unsupported_format", f"case {case.id}: a clip of {len(sample.image)} frames; give single pictures or volumes"
             )
-        if sample.meta.kind == "image":
-            volume = picture_volume(sample)
-            rows_columns = volume.image.shape[1:3]
-            return self._labelled(volume, case, lambda path: read_picture_labels(path, rows_columns))
-        shape = sample.image.shape[1:]
-        volume = Volume(
-            image=sample.image,
-            valid=np.ones(shape, dtype=bool) if sample.valid is None else sample.valid,
-            label=None,
-            spacing_mm=sample.spacing_mm,
-            affine=sample.affine,
-            stats=sample.meta.stats,
-        )
-        grid = Grid.of(sample, frame_of_reference(files[0])) if case.maps else None
-        return self._labelled(volume, case, lambda path: read_labels(path, grid, case.rules.names or None))
-
-    def _labelled(self, volume: Volume, case: Case, read: Callable[[Path], LabelMap]) -> Volume:
-        """Return the volume with its label maps, and note what there is to say of them."""
+        volume = picture_volume(sample) if sample.meta.kind == "image" else whole_volume(sample)
         if case.label is None:
             return volume
+        read: Callable[[Path], LabelMap]
+        if volume.picture:
+            read = partial(read_picture_labels, shape=volume.image.shape[1:3])
+        else:
+            grid = Grid.of(sample, frame_of_reference(files[0]))
+            read = partial(read_labels, grid=grid, structures=case.rules.names or None)
         volume = _with_labels(volume, case, read)
         labelled = None if volume.labelled is None else list(volume.labelled)
         if volume.counts or volume.flags or labelled is not None:
             self.label_facts[case.id] = {"counts": dict(volume.counts), "flags": list(volume.flags), "labelled": labelled}
         return volume
+
+
+def whole_volume(sample: Sample) -> Volume:
+    """Return a volume as its domain delivers it."""
+    assert sample.spacing_mm is not None and sample.affine is not None
+    x, y, z = sample.spacing_mm
+    return Volume(
+        image=sample.image,
+        valid=np.ones(sample.image.shape[1:], dtype=bool) if sample.valid is None else sample.valid,
+        label=None,
+        spacing_mm=(x, y, z),
+        affine=sample.affine,
+        stats=sample.meta.stats,
+    )
 
 
 def picture_volume(sample: Sample) -> Volume:
@@ -429,7 +433,7 @@ def picture_augment(augment: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = dict(augment)
     for key in ("rotate_deg", "flip"):
-        value = found.get(key)
+        value: Any = found.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool):
             found[key] = (0, 0, value) if key == "rotate_deg" else (value, value, 0)
         elif value is not None and key == "rotate_deg":

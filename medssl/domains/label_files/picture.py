@@ -90,4 +90,5 @@ def _whole(array: np.ndarray) -> np.ndarray:
     whole = np.rint(array).astype(np.int64) if array.dtype.kind == "f" else array.astype(np.int64)
     if array.dtype.kind == "f" and not np.array_equal(whole, array):
         raise ImageError("unsupported_pixels", "a label map with values that are not whole numbers; export labels as integers")
-    return np.clip(whole, -(2**31), 2**31 - 1).astype(np.int32)
+    clipped: np.ndarray = np.clip(whole, -(2**31), 2**31 - 1).astype(np.int32)
+    return clipped
