@@ -314,6 +314,10 @@ def box_faults(recipe: FinetuneBoxesRecipe) -> list[str]:
         faults += component_faults("cohort.domain", "domain", recipe.cohort.domain) + view_faults("views", {"size": 16, **views})
         if not faults and views.get("kind", "volume") != "volume":
             faults.append("views.kind: a cohort holds volumes; leave it out")
+        if not faults and "volume" not in getattr(lookup("domain", recipe.cohort.domain.name), "kinds", ("volume",)):
+            faults.append(
+                f"cohort.domain: {recipe.cohort.domain.name} reads pictures; boxes in pictures come from an index (source) and a table"
+            )
     try:
         settings = box_settings(recipe)
     except RequestError as err:

@@ -338,6 +338,14 @@ def test_volumes_under_a_domain_of_pictures__are_refused_by_the_recipe_and_the_r
     shutil.rmtree(root)
 
 
+def test_boxes__are_not_made_of_label_maps_of_pictures(folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    content = {"kind": "finetune", "task": "detection", "cohort": {"path": str(folder), "domain": "xray"}, "encoder": ENCODER}
+    recipe.write_text(json.dumps(content))
+    with pytest.raises(RecipeError, match=r"cohort\.domain: xray reads pictures; boxes in pictures come from an index"):
+        api.finetune(recipe, None, [f"out={tmp_path / 'out'}"])
+
+
 def test_weights_of_the_whole_joint_run__say_which_part_to_give(cohort: Cohort, tmp_path: Path) -> None:
     manifest = {"library": "medssl.SliceVolumeEncoder", "encoder": {"name": "slice_volume", "args": {}}}
     with pytest.raises((RequestError, WeightsError), match="give the weights of its slice encoder"):
