@@ -342,7 +342,7 @@ class TrainingCrops:
         unknown = [f"{name}{near(name, known)}" for name in augment if name not in known]
         if unknown:
             raise RequestError(f"augment: unknown key {', '.join(unknown)}; accepted are {', '.join(known)}; correct it")
-        self.axes = len(size)
+        self.axes = 2 if not isinstance(size, int) and len(size) == 2 else 3
         if self.axes == 2:
             augment = picture_augment(augment)
         own = None if spacing_mm is None else one_slice(spacing_mm)
@@ -415,8 +415,10 @@ class TrainingCrops:
         return Box((float(start[0]), float(start[1]), float(start[2])), (float(size[0]), float(size[1]), float(size[2])))
 
 
-def one_slice(sizes: Sequence[Any]) -> tuple[Any, ...]:
-    """Return sizes along three axes: those of a picture, and 1 for its slice."""
+def one_slice(sizes: float | Sequence[float]) -> tuple[Any, ...]:
+    """Return sizes along three axes: those of a picture, and 1 for its slice; one number stands for all axes of a volume."""
+    if isinstance(sizes, int | float):
+        return (sizes,) * 3
     return (*sizes, 1) if len(sizes) == 2 else tuple(sizes)
 
 
