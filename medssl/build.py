@@ -258,11 +258,16 @@ def suite_faults(recipe: SuiteRecipe) -> list[str]:
 def finetune_faults(recipe: FinetuneRecipe) -> list[str]:
     """Check the settings of a fine-tuning recipe."""
     faults = card_faults({"cohort.card": [recipe.cohort.card]}) if recipe.cohort.card else []
+    from medssl.evaluation.segmentation_settings import refuse_dimensions
+
+    faults += component_faults("cohort.domain", "domain", recipe.cohort.domain)
     try:
-        finetune_settings(recipe)
+        settings = finetune_settings(recipe)
+        if not faults:
+            refuse_dimensions(settings)
     except RequestError as err:
         faults.append(f"settings: {err}")
-    return faults + component_faults("cohort.domain", "domain", recipe.cohort.domain)
+    return faults
 
 
 def target_faults(recipe: FinetuneTargetsRecipe) -> list[str]:
@@ -309,6 +314,10 @@ def box_faults(recipe: FinetuneBoxesRecipe) -> list[str]:
         faults += component_faults("cohort.domain", "domain", recipe.cohort.domain) + view_faults("views", {"size": 16, **views})
         if not faults and views.get("kind", "volume") != "volume":
             faults.append("views.kind: a cohort holds volumes; leave it out")
+        if not faults and "volume" not in getattr(lookup("domain", recipe.cohort.domain.name), "kinds", ("volume",)):
+            faults.append(
+                f"cohort.domain: {recipe.cohort.domain.name} reads pictures; boxes in pictures come from an index (source) and a table"
+            )
     try:
         settings = box_settings(recipe)
     except RequestError as err:

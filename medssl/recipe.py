@@ -220,7 +220,7 @@ class FinetuneRecipe(Node):
     kind: Literal["finetune"] = "finetune"
     task: Literal["segmentation"] = "segmentation"
     cohort: CohortSection
-    network: Literal["unetr", "segresnet", "swin_unetr", "resenc_unet"]
+    network: Literal["unetr", "segresnet", "swin_unetr", "resenc_unet", "pyramid", "flexible_unet"]
     encoder: dict[str, Any] = Field(
         default_factory=dict, description="Encoder arguments for a scratch run; weights bring their own"
     )

@@ -52,6 +52,8 @@ NETWORKS: dict[str, str] = {
     "segresnet": "medssl.networks.segmentation:build_segresnet",
     "swin_unetr": "medssl.networks.segmentation:build_swin_unetr",
     "resenc_unet": "medssl.networks.segmentation:build_resenc_unet",
+    "pyramid": "medssl.networks.pyramid_segmentation:build_pyramid",
+    "flexible_unet": "medssl.networks.flexible_unet:build_flexible_unet",
 }
 TABLES: dict[str, dict[str, str]] = {
     "encoder": ENCODERS,

@@ -10,7 +10,8 @@ Five forms are read:
     query     a JSON {index, where, maps, attached, labels}: the series of an archive that a condition selects, `maps` a folder of
               label maps named by series id, `attached` what `medssl labels attach` wrote
 
-An image is a file, or a folder that holds the slices of one DICOM series. A label is a file or folder of any form of
+An image is a file (a volume, or a picture), or a folder that holds the slices of one DICOM series. The label of a picture is PNG or TIFF of
+values, or NIfTI of one slice (`domains.label_files.picture`). That of a volume is a file or folder of any form of
 `domains.label_files`: a map of whole numbers, .seg.nrrd, DICOM-SEG, RTSTRUCT, or a folder of one mask per organ.
 
 **Values.** 0 is background, -1 uncertain; a structure named `ignore` (nnU-Net) is uncertain too. Where structures are listed
@@ -58,7 +59,9 @@ FORMS = (
     "accepted: a folder with images/, labels/ and split.csv; a Decathlon JSON; an nnU-Net raw folder with "
     "dataset.json, imagesTr and labelsTr; a CSV with columns image, label, split; a JSON with index, where and maps"
 )
-LABEL_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".dcm", "")
+LABEL_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".dcm", ".png", ".tif", ".tiff", "")
+PLAIN_MAPS = (".nii", ".nii.gz", ".mha", ".mhd", ".png", ".tif", ".tiff")
+PICTURE_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
 IGNORE = "ignore"
 
 
@@ -381,11 +384,11 @@ def _read_nnunet(path: Path) -> _Table:
     """
     content = _json(path / "dataset.json")
     channels = content.get("channel_names", content.get("modality", {"0": "image"}))
-    if len(channels) != 1:
+    ending = str(content.get("file_ending", ".nii.gz"))
+    if len(channels) != 1 and not ending.lower().endswith(PICTURE_ENDINGS):  # a picture holds its colours in one file
         raise RequestError(
             f"cohort {path}: {len(channels)} channels; one channel is read so far; make a set of one of the channels"
         )
-    ending = str(content.get("file_ending", ".nii.gz"))
     sides: dict[str, dict[str, str]] = {}
     if (path / "split.csv").is_file():
         for _, row in _rows(path / "split.csv", required=("file", "split"), optional=("few_label_rank", "patient", "labelled")):
@@ -472,7 +475,7 @@ def _names_in_maps(cases: list[Case], path: Path) -> dict[str, int]:
     kinds = set()
     for case in cases:
         for file in case.maps if case.split == "train" else ():
-            plain = file.is_file() and file.name.lower().endswith((".nii", ".nii.gz", ".mha", ".mhd"))
+            plain = file.is_file() and file.name.lower().endswith(PLAIN_MAPS)
             try:
                 names = [] if plain else names_in(file)
             except ImageError as err:

@@ -1,4 +1,4 @@
-"""Fine-tuning a MONAI segmentation network on few labelled volumes, pretrained or from scratch, all else equal.
+"""Fine-tuning a MONAI segmentation network on few labelled volumes or pictures, pretrained or from scratch, all else equal.
 
 A run is a function of (cohort, settings, labels, seed, weights). The pretrained network and its scratch twin see the
 same cases in the same order, the same crops and the same augmentation, and start from the same decoder and head: draws
@@ -10,7 +10,7 @@ encoder.
     out/network.safetensors, .json   the last state, under the stock network's keys
     out/figures/segmentation.npz     slices, labels and predictions of a few test cases
     out/figures/worst.npz            the slices of the worst test cases where prediction and label differ most
-    out/predictions/<case>.nii.gz    optional, on the grid of the image, axes in the order of its file
+    out/predictions/<case>.nii.gz    optional, on the grid of the image, axes in the order of its file; <case>.png of a picture
     out/private/predictions/<case>.dcm   optional, DICOM-SEG on the slices of the series: holds the patient's identity
     out/labels.json                  what the label readers counted: overlaps, voxels outside, ties of raters ...; only where something was
     out/private/cases.csv            beside predictions: which file a case is, readable by the owner alone
@@ -37,20 +37,20 @@ from medssl.errors import RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.best_state import BestState
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.features import encode
-from medssl.evaluation.metrics import dice, hd95_mm, volumes_ml
+from medssl.evaluation.metrics import dice
 from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.segmentation_results import (
     CaseScore,
     FinetuneResult,
     check_dicom_seg,
-    plain,
+    score_case,
     write_case_names,
     write_dicom_prediction,
     write_figures,
     write_label_counts,
     write_prediction,
 )
-from medssl.evaluation.segmentation_settings import FinetuneSettings
+from medssl.evaluation.segmentation_settings import FinetuneSettings, refuse_dimensions
 from medssl.evaluation.segmentation_training import (
     autocast,
     build_loss,
@@ -66,6 +66,7 @@ from medssl.evaluation.volumes import (
     CaseReader,
     TrainingCrops,
     Volume,
+    as_seen,
     comparable,
     known_values,
     labelled_classes,
@@ -168,6 +169,7 @@ def finetune(
             f"cohort {cohort.name}: patience needs labelled validation cases, it has none; mark some as val, or set patience: null"
         )
     settings = with_encoder(settings, weights)
+    refuse_dimensions(settings)
     if settings.dicom_seg:
         check_dicom_seg(test_cases)
     reader = reader or CaseReader(settings.domain, settings.domain_args)
@@ -175,6 +177,7 @@ def finetune(
     device = torch.device(settings.device)
     network = build_network(settings, n_classes=1 + max(structures), seed=seed)
     loaded = load(network, weights) if weights is not None else None
+    refuse_images([reader(case) for case in train_cases], settings)
     frequencies = class_frequencies([reader(case) for case in train_cases], 1 + max(structures))
     if settings.head_prior:
         set_head_prior(network, frequencies)
@@ -240,6 +243,28 @@ def with_encoder(settings: FinetuneSettings, weights: Pretrained | None) -> Fine
     return replace(settings, encoder=encoder)
 
 
+def refuse_images(volumes: Sequence[Volume], settings: FinetuneSettings) -> None:
+    """Refuse images that the encoder cannot see, or that cannot be brought to the voxel size asked for.
+
+    Raises:
+        RequestError: They have other channels than the encoder takes, or no spacing where one is asked for.
+    """
+    assert settings.encoder is not None
+    wanted = int(dict(settings.encoder.get("args") or {}).get("in_channels", 1))
+    others = sum(len(volume.image) != wanted for volume in volumes)
+    if others:
+        found = sorted({len(volume.image) for volume in volumes})
+        raise RequestError(
+            f"{others} of {len(volumes)} training images have {' or '.join(map(str, found))} channel(s), the encoder takes {wanted}; read them "
+            "with that many (domain xray has colour: true, which gives grey), or take an encoder with that in_channels"
+        )
+    unmeasured = sum(not volume.measured for volume in volumes)
+    if unmeasured and settings.spacing_mm is not None:
+        raise RequestError(
+            f"spacing_mm: {unmeasured} of {len(volumes)} training pictures do not say how large their pixels are; set spacing_mm: null"
+        )
+
+
 def _plain_normalize(how: Any) -> Any:
     return json.loads(json.dumps(dict(how) if isinstance(how, Mapping) else how))
 
@@ -262,11 +287,12 @@ def start_encoder(settings: FinetuneSettings, weights: Pretrained | None, seed: 
     """
     assert settings.encoder is not None
     args = dict(settings.encoder.get("args") or {})
-    if "image_size" in args:
+    kind = lookup("encoder", settings.encoder["name"])
+    if "image_size" in args and not settings.pictures:  # networks of timm resize their table themselves
         args["image_size"] = settings.crop
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "finetune", "look"))
-        encoder = lookup("encoder", settings.encoder["name"])(**args)
+        encoder = kind(**args)
     if weights is not None:
         load_into(encoder, weights.state, {"part": "encoder", **weights.manifest})
     return encoder.eval()
@@ -277,6 +303,7 @@ def look_at(encoder: Any, volume: Volume, case: Case, settings: FinetuneSettings
     """Return voxel size, vendor and encoder feature of a case: the mean over the middle crop, as the network sees it."""
     device = next(encoder.parameters()).device
     image, padding = whole_image(volume, settings.normalize, settings.spacing_mm, device)
+    image = as_seen(image, len(settings.crop))
     for axis, size in enumerate(settings.crop, start=2):
         spare = image.shape[axis] - size
         if spare > 0:
@@ -286,8 +313,9 @@ def look_at(encoder: Any, volume: Volume, case: Case, settings: FinetuneSettings
             after = torch.full_like(image.narrow(axis, 0, 1), padding).repeat_interleave(-spare - (-spare // 2), dim=axis)
             image = torch.cat([before, image, after], dim=axis)
     channels = encoder.config()["args"].get("in_channels", 1)
-    feature = encode(encoder, image.expand(-1, channels, -1, -1, -1)).pooled[0].float().cpu().numpy()
-    return Look(tuple(volume.spacing_mm), case.facts.get("vendor"), feature, case.patient)
+    feature = encode(encoder, image.expand(-1, channels, *[-1] * len(settings.crop))).pooled[0].float().cpu().numpy()
+    spacing = tuple(volume.spacing_mm[: len(settings.crop)]) if volume.measured else None
+    return Look(spacing, case.facts.get("vendor"), feature, case.patient)
 
 
 def load(network: nn.Module, weights: Pretrained) -> LoadReport:
@@ -324,7 +352,8 @@ def _train(
     """Run all steps, or until validation stops; return the curve, which state is left to be scored, and the seconds taken."""
     settings, network = run.settings, run.network
     if run.device.type == "cpu":
-        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # 1.1 to 1.5x on CPU
+        memory = torch.channels_last if settings.pictures else torch.channels_last_3d
+        network.to(memory_format=memory)  # type: ignore[call-overload]  # volumes: 1.1 to 1.5x on CPU
     crops = TrainingCrops(
         size=settings.crop,
         spacing_mm=settings.spacing_mm,
@@ -391,13 +420,14 @@ def predict(network: nn.Module, volume: Volume, settings: FinetuneSettings) -> n
         settings: Crop, overlap, flips, normalisation, spacing and precision.
 
     Returns:
-        (X, Y, Z) int16 label map on the grid of the volume.
+        (X, Y, Z) int16 label map on the grid of the volume; of a picture (H, W, 1).
     """
     from monai.inferers import sliding_window_inference
 
     network.eval()
     device = next(network.parameters()).device
     image, padding = whole_image(volume, settings.normalize, settings.spacing_mm, device)  # (1, C, *resampled)
+    axes = len(settings.crop)
 
     def look(shown: Tensor) -> Tensor:
         with autocast(settings, device):
@@ -407,15 +437,17 @@ def predict(network: nn.Module, volume: Volume, settings: FinetuneSettings) -> n
         assert isinstance(logits, Tensor)
         return logits.float()
 
-    logits = look(image)
+    shown_whole = as_seen(image, axes)
+    logits = look(shown_whole)
     if settings.flips:
-        mirrored = [look(image.flip(2 + axis)).flip(2 + axis).softmax(dim=1) for axis in settings.flips]
+        mirrored = [look(shown_whole.flip(2 + axis)).flip(2 + axis).softmax(dim=1) for axis in settings.flips]
         logits = torch.stack([logits.softmax(dim=1), *mirrored]).mean(dim=0)
-    shape = volume.image.shape[1:]
-    if tuple(logits.shape[2:]) != tuple(shape):
-        logits = nn.functional.interpolate(logits, size=tuple(shape), mode="trilinear", align_corners=False)
+    shape = tuple(volume.image.shape[1 : 1 + axes])
+    if tuple(logits.shape[2:]) != shape:
+        mode = "bilinear" if axes == 2 else "trilinear"
+        logits = nn.functional.interpolate(logits, size=shape, mode=mode, align_corners=False)
     label: np.ndarray = logits[0].argmax(dim=0).to(torch.int16).cpu().numpy()
-    return label
+    return label[..., None] if axes == 2 else label
 
 
 def _validation_dice(run: _Run, cases: Sequence[Case]) -> dict[str, float | None]:
@@ -439,31 +471,20 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
 
     A structure that a case does not label has no score there, as one that is in neither map.
     """
-    scores, pictures, worst = [], [], WorstCases()
+    scores, pictures, worst = [], [], WorstCases(picture=run.settings.pictures)
     for number, case in enumerate(cases):
         volume = run.reader(case)
         known_values(volume, run.structures, case)
         found = predict(run.network, volume, run.settings)
         sure, label, scored = comparable(found, volume, run.structures)
-        overlap = dice(sure, label, scored)
-        distance = hd95_mm(sure, label, scored, volume.spacing_mm)
-        scores.append(
-            CaseScore(
-                id=case.id,
-                patient=case.patient_id,
-                dice={name: plain(overlap.get(value, math.nan)) for value, name in run.structures.items()},
-                hd95_mm={name: plain(distance.get(value, math.nan)) for value, name in run.structures.items()},
-                volume_ml={run.structures[k]: ml for k, ml in volumes_ml(sure, scored, volume.affine).items()},
-                reference_ml={run.structures[k]: ml for k, ml in volumes_ml(label, scored, volume.affine).items()},
-                facts=dict(case.facts),
-            )
-        )
+        scores.append(score_case(case, volume, sure, label, {k: run.structures[k] for k in scored}, run.structures.values()))
         if run.settings.figures:
             worst.show(case.id, scores[-1].mean_dice, volume.image[0], label, sure, volume.spacing_mm)
         if number < run.settings.figures:
             pictures.append((volume, found, scores[-1].mean_dice))
         if run.settings.predictions:
-            write_prediction(out / "predictions" / f"{case.id}.nii.gz", found, volume, case)
+            suffix = "png" if volume.picture else "nii.gz"
+            write_prediction(out / "predictions" / f"{case.id}.{suffix}", found, volume, case)
         if run.settings.dicom_seg:
             write_dicom_prediction(out / "private" / "predictions" / f"{case.id}.dcm", found, volume, case, run.structures)
     write_case_names(out / "private" / "cases.csv", cases)
@@ -489,8 +510,8 @@ def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | N
         "network_args": dict(run.settings.network_args),
         "out_channels": 1 + max(run.structures),
         "structures": {str(value): name for value, name in run.structures.items()},
-        "axis_order": "XYZ-RAS",
-        "channels": 1,
+        "axis_order": "HW" if run.settings.pictures else "XYZ-RAS",
+        "channels": int(dict((run.settings.encoder or {}).get("args") or {}).get("in_channels", 1)),
         "crop": list(run.settings.crop),
         "spacing_mm": run.settings.spacing_mm,
         "intensity": {"normalize": run.settings.normalize},

@@ -37,10 +37,10 @@ def hd95_mm(prediction: np.ndarray, label: np.ndarray, structures: Iterable[int]
     counts.
 
     Args:
-        prediction: (X, Y, Z) integer label map.
-        label: (X, Y, Z) integer label map.
+        prediction: (X, Y, Z) or (H, W) integer label map.
+        label: Of the same shape.
         structures: Label values to score.
-        spacing_mm: Voxel size along X, Y, Z in mm.
+        spacing_mm: Voxel size along each axis in mm.
 
     Returns:
         Structure to mm. NaN where the structure is in neither map. Where it is in one only there is no distance: the
@@ -79,6 +79,12 @@ def volumes_ml(label: np.ndarray, structures: Iterable[int], affine: np.ndarray)
     """Return the volume of each structure of a label map (X, Y, Z) in ml, of voxels as large as the affine (4, 4) to mm says."""
     voxel = abs(float(np.linalg.det(np.asarray(affine, dtype=np.float64)[:3, :3]))) / 1000
     return {structure: float((label == structure).sum()) * voxel for structure in structures}
+
+
+def areas_mm2(label: np.ndarray, structures: Iterable[int], spacing_mm: Sequence[float]) -> dict[int, float]:
+    """Return the area of each structure of the label map of a picture, of pixels of `spacing_mm` (rows, columns) mm."""
+    pixel = float(spacing_mm[0]) * float(spacing_mm[1])
+    return {structure: float((label == structure).sum()) * pixel for structure in structures}
 
 
 def mean_score(scores: Mapping[int, float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from medssl.domains.label_files.base import Grid
 from medssl.domains.label_files.write import check_source, in_file_axes, need_highdicom, write_dicom_seg
 from medssl.errors import RequestError
 from medssl.evaluation.cohort import Case, Cohort
-from medssl.evaluation.metrics import mean_score
+from medssl.evaluation.metrics import areas_mm2, dice, hd95_mm, mean_score, volumes_ml
 from medssl.evaluation.volumes import CaseReader, Volume, cut
 from medssl.weights import write_atomic, write_private
 
@@ -26,8 +26,9 @@ FIGURE_SIZE = 128  # voxels per axis that a picture keeps at most
 class CaseScore:
     """Scores of one test case, per structure name; None where the structure is in neither map, or not labelled (volumes).
 
-    Volumes in ml are of the prediction (`volume_ml`) and of the label map (`reference_ml`). `outside` says in what the case lies outside
-    the training range (`evaluation.outside`); None where nobody looked. `facts` are those of its series in the index.
+    Volumes in ml are of the prediction (`volume_ml`) and of the label map (`reference_ml`). A picture has areas (`area_mm2`,
+    `reference_mm2`) in their place, and where it does not say how large its pixels are it has neither, nor distances. `outside` says in
+    what the case lies outside the training range (`evaluation.outside`); None where nobody looked. `facts` are those of its series in the index.
     """
 
     id: str
@@ -38,6 +39,8 @@ class CaseScore:
     reference_ml: dict[str, float | None] = field(default_factory=dict)
     outside: list[dict[str, str]] | None = None
     facts: dict[str, str] = field(default_factory=dict)
+    area_mm2: dict[str, float | None] = field(default_factory=dict)
+    reference_mm2: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def mean_dice(self) -> float:
@@ -104,6 +107,49 @@ class FinetuneResult:
         return cls(**values)
 
 
+def score_case(
+    case: Case, volume: Volume, found: np.ndarray, label: np.ndarray, scored: Mapping[int, str], structures: Iterable[str]
+) -> CaseScore:
+    """Return the scores of a prediction against the label map of its case, both without uncertain voxels.
+
+    Args:
+        case: Which.
+        volume: Its image, for the size of voxels.
+        found: Prediction, of the shape of the label map.
+        label: (X, Y, Z), of a picture (H, W, 1).
+        scored: Value to name of the structures that can be scored.
+        structures: Names of all; those that cannot be scored have None.
+    """
+    overlap, distance = dice(found, label, scored), dict[int, float]()
+    volumes: tuple[dict[int, float], ...] = ({}, {})  # of the prediction, of the label map
+    areas: tuple[dict[int, float], ...] = ({}, {})
+    if not volume.picture:
+        distance = hd95_mm(found, label, scored, volume.spacing_mm)
+        volumes = (volumes_ml(found, scored, volume.affine), volumes_ml(label, scored, volume.affine))
+    elif volume.measured:  # in the plane: along a single slice every pixel would lie on a surface
+        distance = hd95_mm(found[..., 0], label[..., 0], scored, volume.spacing_mm[:2])
+        areas = (areas_mm2(found, scored, volume.spacing_mm), areas_mm2(label, scored, volume.spacing_mm))
+    values, names = {name: value for value, name in scored.items()}, list(structures)
+
+    def by_name(of: Mapping[int, float]) -> dict[str, float | None]:
+        return {name: plain(of.get(values.get(name, -1), math.nan)) for name in names}
+
+    def sizes(of: Mapping[int, float]) -> dict[str, float | None]:
+        return {scored[value]: size for value, size in of.items()}
+
+    return CaseScore(
+        id=case.id,
+        patient=case.patient_id,
+        dice=by_name(overlap),
+        hd95_mm=by_name(distance),
+        volume_ml=sizes(volumes[0]),
+        reference_ml=sizes(volumes[1]),
+        facts=dict(case.facts),
+        area_mm2=sizes(areas[0]),
+        reference_mm2=sizes(areas[1]),
+    )
+
+
 def check_dicom_seg(cases: Sequence[Case]) -> None:
     """Refuse a run that could not write its predictions as DICOM-SEG, before the first step.
 
@@ -127,10 +173,13 @@ def write_dicom_prediction(path: Path, label: np.ndarray, volume: Volume, case: 
 
 
 def write_prediction(path: Path, label: np.ndarray, volume: Volume, case: Case) -> None:
-    """Write a label map as NIfTI on the grid of its image, atomically.
+    """Write a label map on the grid of its image, atomically: as NIfTI, of a picture as PNG of its values.
 
     Where the image is one file, axes run as they do in the file; for a DICOM series they are canonical (RAS).
     """
+    if volume.picture:
+        write_atomic(path, _png(label[..., 0]))
+        return
     import gzip
 
     import nibabel
@@ -138,6 +187,16 @@ def write_prediction(path: Path, label: np.ndarray, volume: Volume, case: Case) 
     image = nibabel.Nifti1Image(*in_file_axes(label, volume.affine, case.image_files))
     image.header.set_xyzt_units("mm")
     write_atomic(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+
+
+def _png(label: np.ndarray) -> bytes:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(label.astype(np.uint8 if label.max(initial=0) < 256 else np.uint16)).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def write_case_names(path: Path, cases: Sequence[Case]) -> None:
@@ -171,7 +230,7 @@ def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float
     """Write a few cases as `segmentation.npz`, cut around their structures to one common size.
 
     `image` (N, X, Y, Z) float32, `label` and `prediction` (N, X, Y, Z) uint8 with structure k as k-th name,
-    `spacing_mm` (N, 3), `dice` (N,), `structures` (K,) str.
+    `spacing_mm` (N, 3), `dice` (N,), `structures` (K,) str, `picture` bool: the cases are pictures (N, H, W, 1), first channel alone.
     """
     import io
 
@@ -202,6 +261,7 @@ def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float
         spacing_mm=np.array([volume.spacing_mm for volume, _, _ in pictures]),
         dice=np.array([score for _, _, score in pictures]),
         structures=np.array(list(structures.values())),
+        picture=np.array(pictures[0][0].picture),
     )
     write_atomic(path, buffer.getvalue())
 

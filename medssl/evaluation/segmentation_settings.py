@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from medssl.errors import RequestError
 from medssl.evaluation.settings import refuse_settings, settings_of
+from medssl.registry import lookup
 
 
 @dataclass(frozen=True)
@@ -14,15 +16,15 @@ class FinetuneSettings:
     """Everything that a fine-tuning run depends on besides cohort, number of labels, seed and weights.
 
     Args:
-        network: Registered network: `segresnet`, `unetr` or `swin_unetr`.
+        network: Registered network: `segresnet`, `unetr`, `swin_unetr`, `resenc_unet`, `pyramid` or `flexible_unet`.
         network_args: Further arguments of its builder.
         encoder: `{"name": ..., "args": {...}}`. Weights, where given, decide the arguments; a scratch run alone has no
             other source.
         domain: Registered domain that reads the images.
         domain_args: Its arguments.
         normalize: As in `VolumeViews`; must be what the encoder was pretrained with.
-        spacing_mm: Voxel size to train at; None keeps each volume's own.
-        crop: Training crop and inference window (X, Y, Z) in voxels.
+        spacing_mm: Voxel size to train at, one number per axis of the crop; None keeps each volume's own.
+        crop: Training crop and inference window: (X, Y, Z) in voxels, or (H, W) in pixels, which says that the cohort is of pictures.
         steps: Optimiser steps.
         batch: Crops per step.
         lr: Peak learning rate (AdamW).
@@ -55,9 +57,9 @@ class FinetuneSettings:
         patience: Validations without a better mean Dice after which training stops; the best state is then scored, and the result says
             that validation labels chose it. None scores the last state.
         overlap: Overlap of inference windows, 0 to below 1.
-        flips: Axes (0 is X) along which a volume is also shown mirrored when it is segmented; the class probabilities are averaged. None by
+        flips: Axes (0 is X, or H) along which a volume is also shown mirrored when it is segmented; the class probabilities are averaged. None by
             default: mirrored anatomy is a wrong label for everything that has a side.
-        predictions: Whether to write predictions as NIfTI.
+        predictions: Whether to write predictions, as NIfTI, of pictures as PNG.
         dicom_seg: Whether to write predictions as DICOM-SEG; images must be DICOM series, and highdicom installed (extra `seg`).
         figures: Test cases pictured.
         device: Torch device.
@@ -69,8 +71,8 @@ class FinetuneSettings:
     domain: str = "mri"
     domain_args: Mapping[str, Any] = field(default_factory=dict)
     normalize: str | Mapping[str, Any] = "zscore"
-    spacing_mm: tuple[float, float, float] | None = None
-    crop: tuple[int, int, int] = (96, 96, 96)
+    spacing_mm: tuple[float, float, float] | tuple[float, float] | None = None
+    crop: tuple[int, int, int] | tuple[int, int] = (96, 96, 96)
     steps: int = 2000
     batch: int = 2
     lr: float = 3e-3
@@ -135,8 +137,8 @@ class FinetuneSettings:
                 (
                     "flips",
                     self.flips,
-                    set(self.flips) <= {0, 1, 2} and len(set(self.flips)) == len(self.flips),
-                    "axes 0 to 2, none twice",
+                    set(self.flips) <= set(range(len(self.crop))) and len(set(self.flips)) == len(self.flips),
+                    f"axes 0 to {len(self.crop) - 1}, none twice",
                 ),
                 ("freeze_steps", self.freeze_steps, 0 <= self.freeze_steps < self.steps, "0 to below steps"),
                 ("warmup_steps", self.warmup_steps, 0 <= self.warmup_steps < self.steps, "0 to below steps"),
@@ -148,11 +150,33 @@ class FinetuneSettings:
                     self.dice_weight + self.ce_weight > 0,
                     "above 0",
                 ),
-                ("crop", self.crop, len(self.crop) == 3 and min(self.crop) >= 1, "three positive numbers"),
+                (
+                    "crop",
+                    self.crop,
+                    len(self.crop) in (2, 3) and min(self.crop) >= 1,
+                    "three positive numbers, for pictures two",
+                ),
+                (
+                    "spacing_mm",
+                    self.spacing_mm,
+                    self.spacing_mm is None or (len(self.spacing_mm) == len(self.crop) and min(self.spacing_mm) > 0),
+                    "one number above 0 for each axis of the crop, or null",
+                ),
+                (
+                    "dicom_seg",
+                    self.dicom_seg,
+                    not (self.dicom_seg and self.pictures),
+                    "false for pictures, whose predictions are written as PNG",
+                ),
             )
             if not good
         ]
         refuse_settings(faults)
+
+    @property
+    def pictures(self) -> bool:
+        """Whether the cohort is of pictures."""
+        return len(self.crop) == 2
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneSettings:
@@ -162,3 +186,22 @@ class FinetuneSettings:
             RequestError: A key is unknown.
         """
         return settings_of(cls, values)
+
+
+def refuse_dimensions(settings: FinetuneSettings) -> None:
+    """Refuse a domain whose images have other axes than the crop.
+
+    Raises:
+        RequestError: They differ.
+    """
+    kinds = getattr(lookup("domain", settings.domain), "kinds", ("volume",))
+    if settings.pictures and "image" not in kinds:
+        raise RequestError(
+            f"crop {list(settings.crop)} is of pictures, and the domain {settings.domain} reads volumes; give crop: [X, Y, Z], or a domain "
+            "of pictures (xray, ultrasound, microscopy)"
+        )
+    if not settings.pictures and "volume" not in kinds:
+        raise RequestError(
+            f"crop {list(settings.crop)} is of volumes, and the domain {settings.domain} reads pictures; give crop: [H, W] and a network of "
+            "images (pyramid, flexible_unet), or a domain of volumes (mri, ct)"
+        )

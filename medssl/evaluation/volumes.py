@@ -3,6 +3,8 @@
 Training crops are made by `VolumeViews`, so fine-tuning sees intensities, padding and augmentation exactly as
 pretraining did.
 
+A picture is a volume of one slice, (C, H, W, 1), until it reaches the network: crops of two axes have theirs taken away (`as_seen`).
+
 In a label map 0 is background, -1 uncertain. `Volume.labelled` says which structures the map labels: in a map of liver alone, 0 is
 "background, or a structure that nobody drew". Losses and scores of the others leave the case out.
 """
@@ -11,8 +13,10 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from medssl.domains.label_files.base import UNCERTAIN, Grid, LabelMap, values_in
+from medssl.domains.label_files.picture import read_picture_labels
 from medssl.domains.label_files.read import frame_of_reference, read_labels
 from medssl.errors import GeometryError, ImageError, RequestError, near
 from medssl.evaluation.cohort import Case, LabelRules
 from medssl.registry import lookup
 from medssl.seeding import counter_rng
-from medssl.types import Box, DrawKey
+from medssl.types import Box, DrawKey, Sample
 from medssl.views.intensity import normalization, normalize_
 from medssl.views.pipeline import Crop, VolumeViews
 
@@ -37,20 +42,22 @@ MAX_VALUE = 32767  # of a structure: maps are kept as int16
 
 @dataclass(frozen=True)
 class Volume:
-    """A labelled volume.
+    """A labelled volume, or a picture as a volume of one slice.
 
     Args:
-        image: (1, X, Y, Z), stored dtype, RAS+.
+        image: (1, X, Y, Z), stored dtype, RAS+; a picture is (C, H, W, 1).
         valid: (X, Y, Z) bool, True = real content.
         label: (X, Y, Z) int16, -1 uncertain; where raters differ what most say. None when the case has none.
-        spacing_mm: Voxel size.
-        affine: (4, 4) voxel centre index to RAS+ mm.
+        spacing_mm: Voxel size; of a picture the steps between rows and between columns, and 1.
+        affine: (4, 4) voxel centre index to RAS+ mm; of a picture it holds the steps alone.
         stats: Intensity statistics of the domain.
         points: Structure to (K, 3) voxel indices inside it, at most `POINTS`, evenly taken.
         labelled: Structures that the map labels; None for all.
         raters: Maps of all raters where there are several.
         counts: What the label readers counted, see `domains.label_files.base.COUNTS`, and `rater_ties`.
         flags: Flags of the label readers.
+        picture: Whether it is a picture.
+        measured: Whether the spacing is known; a PNG or JPEG has none, and counts in pixels.
     """
 
     image: np.ndarray
@@ -64,6 +71,8 @@ class Volume:
     raters: tuple[np.ndarray, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    picture: bool = False
+    measured: bool = True
 
     @property
     def complete(self) -> bool:
@@ -116,25 +125,58 @@ class CaseReader:
     def _read(self, case: Case) -> Volume:
         files = case.image_files
         sample = self.domain.read(files, series_id=case.series_id or case.id, part=case.part)
-        shape = sample.image.shape[1:]
-        volume = Volume(
-            image=sample.image,
-            valid=np.ones(shape, dtype=bool) if sample.valid is None else sample.valid,
-            label=None,
-            spacing_mm=sample.spacing_mm,
-            affine=sample.affine,
-            stats=sample.meta.stats,
-        )
+        if sample.meta.kind == "clip":
+            raise ImageError(
+                "unsupported_format", f"case {case.id}: a clip of {len(sample.image)} frames; give single pictures or volumes"
+            )
+        volume = picture_volume(sample) if sample.meta.kind == "image" else whole_volume(sample)
         if case.label is None:
             return volume
-        volume = _with_labels(volume, case, Grid.of(sample, frame_of_reference(files[0])))
+        read: Callable[[Path], LabelMap]
+        if volume.picture:
+            read = partial(read_picture_labels, shape=volume.image.shape[1:3])
+        else:
+            grid = Grid.of(sample, frame_of_reference(files[0]))
+            read = partial(read_labels, grid=grid, structures=case.rules.names or None)
+        volume = _with_labels(volume, case, read)
         labelled = None if volume.labelled is None else list(volume.labelled)
         if volume.counts or volume.flags or labelled is not None:
             self.label_facts[case.id] = {"counts": dict(volume.counts), "flags": list(volume.flags), "labelled": labelled}
         return volume
 
 
-def _with_labels(volume: Volume, case: Case, grid: Grid) -> Volume:
+def whole_volume(sample: Sample) -> Volume:
+    """Return a volume as its domain delivers it."""
+    assert sample.spacing_mm is not None and sample.affine is not None
+    x, y, z = sample.spacing_mm
+    return Volume(
+        image=sample.image,
+        valid=np.ones(sample.image.shape[1:], dtype=bool) if sample.valid is None else sample.valid,
+        label=None,
+        spacing_mm=(x, y, z),
+        affine=sample.affine,
+        stats=sample.meta.stats,
+    )
+
+
+def picture_volume(sample: Sample) -> Volume:
+    """Return a picture (C, H, W) as a volume of one slice; without spacing it counts in pixels."""
+    rows, columns = sample.spacing_mm or (1.0, 1.0)
+    shape = sample.image.shape[1:]
+    valid = np.ones(shape, dtype=bool) if sample.valid is None else sample.valid
+    return Volume(
+        image=sample.image[..., None],
+        valid=valid[..., None],
+        label=None,
+        spacing_mm=(float(rows), float(columns), 1.0),
+        affine=np.diag([float(rows), float(columns), 1.0, 1.0]),
+        stats=sample.meta.stats,
+        picture=True,
+        measured=sample.spacing_mm is not None,
+    )
+
+
+def _with_labels(volume: Volume, case: Case, read: Callable[[Path], LabelMap]) -> Volume:
     """Return the volume with the label maps of a case."""
     rules = case.rules
     maps: list[np.ndarray] = []
@@ -143,7 +185,7 @@ def _with_labels(volume: Volume, case: Case, grid: Grid) -> Volume:
     flags: list[str] = []
     for path in case.maps:
         try:
-            found = read_labels(path, grid, rules.names or None)
+            found = read(path)
             maps.append(_sure(found.array, rules))
         except ImageError as err:  # its text holds the file's name, which may be a patient's
             text = f"case {case.id}: {str(err).replace(path.name, 'map')}"
@@ -274,10 +316,10 @@ class TrainingCrops:
     """Random crops of labelled volumes, a function of (seed, step, position) alone.
 
     Args:
-        size: Crop in voxels.
-        spacing_mm: Voxel size of the crops; None keeps each volume's own.
+        size: Crop in voxels, or (H, W) in pixels of pictures.
+        spacing_mm: Voxel size of the crops, one number per axis; None keeps each volume's own.
         normalize: As in `VolumeViews`.
-        augment: Geometric and intensity operations of `VolumeViews`.
+        augment: Geometric and intensity operations of `VolumeViews`, of pictures see `picture_augment`.
         foreground: Share of crops centred on a voxel of a structure.
         seed: Seed.
         device: Where crops are made.
@@ -300,7 +342,11 @@ class TrainingCrops:
         unknown = [f"{name}{near(name, known)}" for name in augment if name not in known]
         if unknown:
             raise RequestError(f"augment: unknown key {', '.join(unknown)}; accepted are {', '.join(known)}; correct it")
-        self.views = VolumeViews(VIEW, size=size, spacing_mm=spacing_mm, normalize=normalize, **augment)
+        self.axes = 2 if not isinstance(size, int) and len(size) == 2 else 3
+        if self.axes == 2:
+            augment = picture_augment(augment)
+        own = None if spacing_mm is None else one_slice(spacing_mm)
+        self.views = VolumeViews(VIEW, size=one_slice(size), spacing_mm=own, normalize=normalize, **augment)
         self.foreground = foreground
         self.seed = seed
         self.device = device
@@ -310,7 +356,7 @@ class TrainingCrops:
         """Cut one crop from each volume.
 
         Returns:
-            Images (B, 1, *size) float32 and labels (B, 1, *size) int64.
+            Images (B, C, *size) float32 and labels (B, 1, *size) int64.
         """
         crops, labels = [], []
         for position, volume in enumerate(volumes):
@@ -319,7 +365,7 @@ class TrainingCrops:
             labels.append(label)
         params = [[self.views.draw(crop.key, 0)] for crop in crops]
         out = self.views.apply(crops, params, self.device, labels=labels)
-        return out[VIEW][:, 0], out["labels"]
+        return as_seen(out[VIEW][:, 0], self.axes), as_seen(out["labels"], self.axes)
 
     def cut(self, volume: Volume, key: DrawKey) -> tuple[Crop, np.ndarray]:
         """Draw a box and cut it out with the margin that the views need, zero-padded outside the volume."""
@@ -369,6 +415,40 @@ class TrainingCrops:
         return Box((float(start[0]), float(start[1]), float(start[2])), (float(size[0]), float(size[1]), float(size[2])))
 
 
+def one_slice(sizes: float | Sequence[float]) -> tuple[Any, ...]:
+    """Return sizes along three axes: those of a picture, and 1 for its slice; one number stands for all axes of a volume."""
+    if isinstance(sizes, int | float):
+        return (sizes,) * 3
+    return (*sizes, 1) if len(sizes) == 2 else tuple(sizes)
+
+
+def as_seen(x: Tensor, axes: int) -> Tensor:
+    """Return a batch (B, C, *size) of volumes as the network takes it: pictures, of two axes, without their slice axis."""
+    return x[..., 0] if axes == 2 else x
+
+
+def picture_augment(augment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return operations of `VolumeViews` that stay in the plane of a picture: one angle turns it about its normal.
+
+    Raises:
+        RequestError: An operation would leave the plane.
+    """
+    found = dict(augment)
+    for key in ("rotate_deg", "flip"):
+        value: Any = found.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[key] = (0, 0, value) if key == "rotate_deg" else (value, value, 0)
+        elif value is not None and key == "rotate_deg":
+            raise RequestError(f"augment.rotate_deg: {value}; a picture turns by one angle: give one number")
+        elif value is not None:
+            found[key] = (*value, 0) if len(value) == 2 else value
+    if found.get("warp") is not None:
+        raise RequestError(
+            "augment.warp: its displacements leave the plane of a picture; leave it out, rotate_deg and scale are there"
+        )
+    return found
+
+
 def cut(array: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Return the last three axes from `low` to `high`, zero-padded outside."""
     shape = np.asarray(array.shape[-3:])
@@ -392,18 +472,18 @@ def whole_image(
     Args:
         volume: The volume.
         normalize: As in `VolumeViews`.
-        spacing_mm: Voxel size wanted; None keeps the volume's own.
+        spacing_mm: Voxel size wanted, two numbers for pictures; None keeps the volume's own.
         device: Where it goes.
 
     Returns:
-        (1, C, X, Y, Z) float32, and the value that stands for padding.
+        (1, C, X, Y, Z) float32, of pictures (1, C, H, W, 1), and the value that stands for padding.
     """
     name, window = (normalize, None) if isinstance(normalize, str) else ("window", tuple(normalize["window"]))
     how = normalization(name, window, volume.stats, 0)
     image = torch.from_numpy(volume.image.astype(np.float32)).to(device)
     valid = torch.from_numpy(volume.valid).to(device)
     image = normalize_(image, how).masked_fill_(~valid, how.padding)[None]
-    if spacing_mm is not None and not np.allclose(spacing_mm, volume.spacing_mm, rtol=1e-6):
-        shape = [max(1, round(n * own / new)) for n, own, new in zip(image.shape[2:], volume.spacing_mm, spacing_mm)]
+    if spacing_mm is not None and not np.allclose(one_slice(spacing_mm), volume.spacing_mm, rtol=1e-6):
+        shape = [max(1, round(n * own / new)) for n, own, new in zip(image.shape[2:], volume.spacing_mm, one_slice(spacing_mm))]
         image = nn.functional.interpolate(image, size=shape, mode="trilinear", align_corners=False)
     return image, how.padding

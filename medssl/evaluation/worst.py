@@ -12,6 +12,8 @@ import numpy as np
 COUNT = 10
 PLANES = ("sagittal", "coronal", "axial")
 """By the axis (X, Y, Z) that a slice lies across."""
+PICTURE = "picture"
+"""In the place of the planes where the cases are pictures."""
 SIZE = 160  # pixels per axis that a slice keeps at most
 
 
@@ -21,9 +23,11 @@ class WorstCases:
 
     Args:
         count: How many.
+        picture: Whether the cases are pictures (H, W, 1), which have one slice.
     """
 
     count: int = COUNT
+    picture: bool = False
     kept: list[tuple[float, str, dict[str, np.ndarray]]] = field(default_factory=list)
 
     def show(
@@ -41,7 +45,7 @@ class WorstCases:
         """
         if math.isnan(score) or (len(self.kept) == self.count and score >= self.kept[-1][0]):
             return
-        self.kept.append((score, case, slices(image, label, found, spacing_mm)))
+        self.kept.append((score, case, slices(image, label, found, spacing_mm, picture=self.picture)))
         self.kept.sort(key=lambda entry: entry[0])  # stable: of equal cases the first shown stays
         del self.kept[self.count :]
 
@@ -64,13 +68,15 @@ class WorstCases:
         return buffer.getvalue()
 
 
-def slices(image: np.ndarray, label: np.ndarray, found: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, np.ndarray]:
+def slices(
+    image: np.ndarray, label: np.ndarray, found: np.ndarray, spacing_mm: Sequence[float], *, picture: bool = False
+) -> dict[str, np.ndarray]:
     """Return for each plane the slice in which label and prediction differ in most voxels, cut around what is there."""
     wrong = label != found
     there = np.argwhere((label > 0) | (found > 0))
     middle = there.mean(axis=0).round().astype(int) if len(there) else np.array(label.shape) // 2
     parts: dict[str, np.ndarray] = {}
-    for axis, plane in enumerate(PLANES):
+    for axis, plane in [(2, PICTURE)] if picture else enumerate(PLANES):
         others = tuple(k for k in range(3) if k != axis)
         counts = wrong.sum(axis=others)
         place = int(counts.argmax()) if counts.any() else int(middle[axis])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from medssl.export.resnet_trunk import LAYERS, Target, monai_arguments, monai_resnet
+from medssl.export.resnet_trunk import Target, monai_arguments, monai_resnet
+from medssl.networks.flexible_unet import LAYERS
 
 
 def build(model: str, channels: int, dims: int) -> tuple[Any, str]:

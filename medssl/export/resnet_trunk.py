@@ -14,24 +14,11 @@ from medssl.errors import RequestError, WeightsError
 from medssl.export.manifest import INFLATED_ORDER, Weights, exported_manifest
 from medssl.export.slices import Adaptation, adapt_stem, grey_or_random, inflate, slice_encoder_of
 from medssl.export.verify import ExportReport, compare, load_stock, source_encoder
+from medssl.networks.flexible_unet import LAYERS, PLAIN
 from medssl.weights import load_part, save_part
 
 STEM = "conv1.weight"
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-PLAIN = (
-    "drop_rate",
-    "drop_path_rate",
-    "drop_block_rate",
-    "zero_init_last",
-)  # of timm's arguments, those that leave the graph alone
-LAYERS = {  # MONAI's block and blocks per stage of the timm networks that its ResNet can be
-    "resnet18": ("basic", (2, 2, 2, 2)),
-    "resnet34": ("basic", (3, 4, 6, 3)),
-    "resnet50": ("bottleneck", (3, 4, 6, 3)),
-    "resnet101": ("bottleneck", (3, 4, 23, 3)),
-    "resnet152": ("bottleneck", (3, 8, 36, 3)),
-    "resnet200": ("bottleneck", (3, 24, 36, 3)),
-}
 
 
 @dataclass(frozen=True)

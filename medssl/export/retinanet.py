@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from medssl.export.resnet_trunk import LAYERS, Target, monai_arguments, monai_resnet
+from medssl.export.resnet_trunk import Target, monai_arguments, monai_resnet
+from medssl.networks.flexible_unet import LAYERS
 
 RETURNED = (1, 2, 3, 4)  # all stages; with fewer the network has none above the last, and their tensors find no place
 

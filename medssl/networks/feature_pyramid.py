@@ -28,7 +28,7 @@ class FeaturePyramid(nn.Module):
         encoder: Any encoder of images (B, C, H, W) or volumes (B, C, X, Y, Z).
         image_size: A size that the encoder takes; others that its divisor divides run as well, as far as the encoder allows.
         strides: Pixels per cell of the levels, from fine to coarse, each twice the one before. Where an encoder's strides differ
-            between axes, the largest counts.
+            between axes, the largest counts. None takes those of all maps of the encoder, and of one scale its own and up to three finer.
         width: Channels of every level, a multiple of 8.
 
     Attributes:
@@ -43,13 +43,12 @@ class FeaturePyramid(nn.Module):
         are subsampled (section 4.1 there). Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object Detection", section 3.
     """
 
-    def __init__(self, encoder: nn.Module, *, image_size: Sequence[int], strides: Sequence[int], width: int = 64) -> None:
+    def __init__(self, encoder: nn.Module, *, image_size: Sequence[int], strides: Sequence[int] | None, width: int = 64) -> None:
         super().__init__()
         if width % GROUPS or width < GROUPS:
             raise RequestError(f"feature pyramid: width {width}; accepted: multiples of {GROUPS}, for instance 64")
-        wanted = [int(s) for s in strides]
-        if not wanted or any(b != 2 * a for a, b in zip(wanted, wanted[1:])):
-            raise RequestError(f"feature pyramid: strides {wanted}; each must be twice the one before, for instance [4, 8, 16]")
+        if strides is not None:
+            _check_strides(strides)
         name = getattr(encoder, "name", type(encoder).__name__)
         if getattr(encoder, "takes_clips", False) or getattr(encoder, "takes_stacks", False):
             raise RequestError(
@@ -58,6 +57,7 @@ class FeaturePyramid(nn.Module):
         maps, steps = _look(encoder, image_size)
         own = [max(step) for step in steps]
         self.single = len(set(own)) == 1
+        wanted = own_strides(own) if strides is None else [int(s) for s in strides]
         self.neck: nn.Module
         if self.single:
             self.picked: tuple[int, ...] = ()
@@ -155,9 +155,25 @@ def feature_maps(output: EncoderOutput) -> list[Tensor]:
     return maps
 
 
+def own_strides(own: Sequence[int]) -> list[int]:
+    """Return the strides of an encoder's maps from fine to coarse, each twice the one before; of one scale its own and up to three finer."""
+    strides = [max(own)]
+    while len(set(own)) == 1 and len(strides) < 4 and strides[0] % 2 == 0:
+        strides.insert(0, strides[0] // 2)
+    while strides[0] % 2 == 0 and strides[0] // 2 in own:
+        strides.insert(0, strides[0] // 2)
+    return strides
+
+
 def own_last(strides: Sequence[int], wanted: int) -> int:
     """Return the place of the last map of a stride: the deepest one."""
     return max(index for index, stride in enumerate(strides) if stride == wanted)
+
+
+def _check_strides(strides: Sequence[int]) -> None:
+    wanted = [int(s) for s in strides]
+    if not wanted or min(wanted) < 1 or any(b != 2 * a for a, b in zip(wanted, wanted[1:])):
+        raise RequestError(f"feature pyramid: strides {wanted}; each must be twice the one before, for instance [4, 8, 16]")
 
 
 def _look(encoder: Any, image_size: Sequence[int]) -> tuple[list[int], list[tuple[int, ...]]]:

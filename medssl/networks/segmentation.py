@@ -1,5 +1,7 @@
 """Segmentation networks around an encoder (stock MONAI, and nnU-Net's form), and the strict loading of pretrained weights into them.
 
+Loading knows `pyramid_segmentation.py` and `flexible_unet.py` as well; a further network is one entry of `PLANS`.
+
 Nothing is loaded partially in silence: every encoder tensor of the network must be in the file under its own name and
 with its own shape. The one adaptation is a learned position table, which is resized trilinearly when the crop of the
 task differs from that of the pretraining.
@@ -19,18 +21,68 @@ from medssl.encoders.resenc3d import LIBRARY as RESENC
 from medssl.encoders.resenc3d import STEM_CONVOLUTION, ResEnc3D, build_network
 from medssl.errors import RequestError, WeightsError
 from medssl.layers.pos_embed import resize_positions
+from medssl.networks.pyramid_segmentation import PyramidSegmenter
 
 UNETR_PATCH = 16  # both are fixed inside MONAI's UNETR
 UNETR_LAYERS = 12
 SWIN_STRIDE = 32
 SWIN_DECODER = ("encoder1.", "encoder2.", "encoder3.", "encoder4.", "encoder10.", *(f"decoder{n}." for n in range(1, 6)))
 POSITIONS = "patch_embedding.position_embeddings"
+FLEXIBLE_HEAD = "segmentation_head."  # its last convolution is 3x3, those of the other networks are 1x1
 RESENC_DECODER = ("decoder.stages.", "decoder.transpconvs.")
-FITS = {"vit3d": "unetr", "segresnet3d": "segresnet", "swin3d": "swin_unetr", "resenc3d": "resenc_unet"}  # encoder: network
-LIBRARIES = {"monai.ViT": "unetr", "monai.SegResNet": "segresnet", "monai.SwinUNETR": "swin_unetr", RESENC: "resenc_unet"}
+FITS = {  # encoder: network
+    "vit3d": "unetr",
+    "segresnet3d": "segresnet",
+    "swin3d": "swin_unetr",
+    "resenc3d": "resenc_unet",
+    "image2d": "flexible_unet",
+}
+LIBRARIES = {
+    "monai.ViT": "unetr",
+    "monai.SegResNet": "segresnet",
+    "monai.SwinUNETR": "swin_unetr",
+    RESENC: "resenc_unet",
+    "timm": "flexible_unet or pyramid",
+}
+STEMS = (  # the last two are those of most networks of timm
+    "patch_embedding.patch_embeddings.weight",
+    "convInit.conv.weight",
+    "swinViT.patch_embed.proj.weight",
+    STEM_CONVOLUTION,
+    "conv1.weight",
+    "patch_embed.proj.weight",
+)
 UNUSED = "norm_cross_attn"  # in every MONAI ViT block since 1.4, on no path without cross attention; older files lack it
 
 Network: TypeAlias = nn.Module
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a network has what can be pretrained, and whose names it has there.
+
+    Args:
+        weights: Library of the weights that fit, as manifests name it.
+        encoder: Prefixes of the keys of the encoder in the network.
+        prefix: What the network puts before the keys of the weights.
+        decoder: Prefixes of the keys of the decoder; empty where none is transferred.
+        library: The class of the network; empty where it is called as its weights are.
+    """
+
+    weights: str
+    encoder: tuple[str, ...]
+    prefix: str = ""
+    decoder: tuple[str, ...] = ()
+    library: str = ""
+
+
+PLANS = {  # by class; a `PyramidSegmenter` has the plan of its encoder
+    "UNETR": Plan("monai.ViT", ("vit.",), prefix="vit."),
+    "SegResNet": Plan("monai.SegResNet", ("convInit.", "down_layers."), decoder=("up_samples.", "up_layers.")),
+    "SwinUNETR": Plan("monai.SwinUNETR", ("swinViT.",), decoder=SWIN_DECODER),
+    "ResidualEncoderUNet": Plan(RESENC, ("encoder.",), decoder=RESENC_DECODER),
+    "FlexibleUNet": Plan("timm", ("encoder.",), prefix="encoder.", library="monai.FlexibleUNet"),
+}
 
 
 @dataclass(frozen=True)
@@ -254,7 +306,9 @@ def check_crop(network: str, image_size: Sequence[int], divisor: int | Sequence[
     """Return the crop as a tuple of three, or say which multiple is needed, of every axis or of each."""
     size = tuple(int(n) for n in image_size)
     divisors = (divisor,) * 3 if isinstance(divisor, int) else tuple(divisor)
-    if len(size) != 3 or any(n < d or n % d for n, d in zip(size, divisors)):
+    if len(size) != 3:
+        raise RequestError(f"network {network}: the crop {list(size)} has {len(size)} axes; it segments volumes: give [X, Y, Z]")
+    if any(n < d or n % d for n, d in zip(size, divisors)):
         nearest = "x".join(str(max(d, -(-n // d) * d)) for n, d in zip(size, divisors))
         needed = str(divisors[0]) if len(set(divisors)) == 1 else "x".join(map(str, divisors))
         raise RequestError(
@@ -284,26 +338,25 @@ def load_pretrained(
     Raises:
         WeightsError: Another kind of network, other input channels, or any name or shape that does not match.
     """
-    library, _, _, decoder_keys = _plan(network)
-    found = manifest.get("library", library)
-    if found != library:
+    plan = _plan(network)
+    found = manifest.get("library", plan.weights)
+    if found != plan.weights:
         name = dict(manifest.get("encoder", {})).get("name", found)
         fits = LIBRARIES.get(str(found), "the one they were made for")
-        raise WeightsError(f"the weights are of {found} (encoder {name}); this network needs {library}; choose network {fits}")
+        raise WeightsError(f"the weights are of {found} (encoder {name}); this network needs {plan.weights}; choose network {fits}")
     own = network.state_dict()
     wanted = encoder_tensors(network)
-    other = tuple(key for group, keys in dict(manifest.get("key_groups", {})).items() if group != "encoder" for key in keys)
-    given = {key: tensor for key, tensor in state.items() if not (other and key.startswith(other))}
+    given = _of_the_encoder(state, dict(manifest.get("key_groups", {})))
     _check_channels(given, own, wanted)
-    given, resized = _fit_positions(given, own, wanted, manifest, tuple(getattr(network, "feat_size", ())))
+    given, resized = _fit_positions(given, own, wanted, manifest, _table_grid(network))
     filled, missing = _match("encoder", given, own, wanted)
     if decoder_state is not None:
-        if not decoder_keys:
+        if not plan.decoder:
             raise WeightsError(
                 "decoder weights were given, but only a SegResNet or SwinUNETR takes a pretrained decoder, or a "
                 f"ResidualEncoderUNet, this is a {type(network).__name__}; transfer the encoder alone"
             )
-        part, _ = _match("decoder", decoder_state, own, {key: key for key in own if key.startswith(decoder_keys)})
+        part, _ = _match("decoder", decoder_state, own, {key: key for key in own if key.startswith(plan.decoder)})
         filled.update(part)
     network.load_state_dict(filled, strict=False)
     return LoadReport(
@@ -331,8 +384,9 @@ def set_head_prior(network: Network, frequencies: Sequence[float]) -> None:
     Reference:
         Lin et al. 2017, "Focal Loss for Dense Object Detection", section 4.1, for one rare class.
     """
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv3d)]
-    fitting = [m for m in convolutions if m.out_channels == len(frequencies) and m.kernel_size == (1, 1, 1)]
+    convolutions = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Conv3d)]
+    heads = [module for name, module in convolutions if set(module.kernel_size) == {1} or name.startswith(FLEXIBLE_HEAD)]
+    fitting = [module for module in heads if module.out_channels == len(frequencies)]
     if not fitting or fitting[-1].bias is None:
         raise RequestError(
             f"head prior: no last 1x1 convolution with {len(frequencies)} outputs and a bias in this {type(network).__name__}; "
@@ -345,40 +399,46 @@ def set_head_prior(network: Network, frequencies: Sequence[float]) -> None:
 
 def encoder_tensors(network: Network) -> dict[str, str]:
     """Return the names that the tensors of the pretrainable encoder have in its weights, and in the network."""
-    _, prefix, keys, _ = _plan(network)
-    return {key.removeprefix(prefix): key for key in network.state_dict() if key.startswith(keys)}
+    plan = _plan(network)
+    return {key.removeprefix(plan.prefix): key for key in network.state_dict() if key.startswith(plan.encoder)}
 
 
 def encoder_parameters(network: Network) -> set[str]:
     """Return the names of the parameters that belong to the pretrainable encoder."""
-    _, _, keys, _ = _plan(network)
+    keys = _plan(network).encoder
     return {name for name, _ in network.named_parameters() if name.startswith(keys)}
 
 
 def library_of(network: Network) -> str:
     """Return the class that a network is, or whose names it has, as manifests name it."""
-    return _plan(network)[0]
+    plan = _plan(network)
+    return plan.library or plan.weights
 
 
-def _plan(network: Network) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
-    """Return library name, prefix of encoder keys in the network, encoder keys and decoder keys (with prefix)."""
+def _plan(network: Network) -> Plan:
+    """Return where a network has its encoder."""
+    if isinstance(network, PyramidSegmenter):
+        encoder: Any = network.encoder
+        prefix = "pyramid.encoder.net."
+        groups = tuple(prefix + group for group in encoder.key_groups["encoder"])
+        return Plan(encoder.library, groups, prefix=prefix, library=network.library)
     kind = type(network).__name__
-    if kind == "UNETR":
-        return "monai.ViT", "vit.", ("vit.",), ()
-    if kind == "SegResNet":
-        return "monai.SegResNet", "", ("convInit.", "down_layers."), ("up_samples.", "up_layers.")
-    if kind == "SwinUNETR":
-        return "monai.SwinUNETR", "", ("swinViT.",), SWIN_DECODER
-    if kind == "ResidualEncoderUNet":
-        return RESENC, "", ("encoder.",), RESENC_DECODER
-    raise WeightsError(
-        f"pretrained weights for a {kind}: only UNETR, SegResNet, SwinUNETR and ResidualEncoderUNet are known; build one of these"
-    )
+    if kind not in PLANS:
+        raise WeightsError(
+            f"pretrained weights for a {kind}: only {', '.join(PLANS)} and PyramidSegmenter are known; build one of these"
+        )
+    return PLANS[kind]
+
+
+def _of_the_encoder(state: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    """Return the tensors but those of the other key groups, as of a decoder."""
+    own = tuple(groups.get("encoder", ()))
+    other = tuple(key for group, keys in groups.items() if group != "encoder" for key in keys)
+    return {key: tensor for key, tensor in state.items() if key.startswith(own) or not key.startswith(other)}
 
 
 def _check_channels(given: Mapping[str, Tensor], own: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
-    stems = ("patch_embedding.patch_embeddings.weight", "convInit.conv.weight", "swinViT.patch_embed.proj.weight", STEM_CONVOLUTION)
-    for key in stems:
+    for key in STEMS:
         if key in wanted and key in given and given[key].ndim == own[wanted[key]].ndim:
             have, need = given[key].shape[1], own[wanted[key]].shape[1]
             if have != need:
@@ -386,6 +446,12 @@ def _check_channels(given: Mapping[str, Tensor], own: Mapping[str, Tensor], want
                     f"the weights take {have} input channel(s), the network has {need}; channels are not adapted; "
                     f"give images of {have} channel(s), or pretrain with {need}"
                 )
+
+
+def _table_grid(network: Network) -> tuple[int, ...]:
+    """Return the token grid that the position table of a network is made for: a UNETR's own, or that of the encoder inside."""
+    inside = getattr(network, "encoder", None)
+    return tuple(getattr(network, "feat_size", getattr(inside, "table_grid", ())))
 
 
 def _fit_positions(

@@ -100,7 +100,7 @@ def read_worst(path: Path) -> tuple[dict[str, dict[str, figures.Cut]], list[str]
         found: dict[str, dict[str, figures.Cut]] = {}
         for place, case in enumerate(arrays["case"]):
             cuts = {}
-            for plane in figures.PLANES:
+            for plane in [figures.PICTURE] if f"{place}_{figures.PICTURE}_image" in arrays else figures.PLANES:
                 image_, label, guess, spacing = (
                     arrays[f"{place}_{plane}_{part}"] for part in ("image", "label", "prediction", "spacing_mm")
                 )
@@ -394,7 +394,8 @@ def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, Any]] | None, struc
         elif cuts:
             said = f"{row['case']}: mean Dice {decimal(1 - row['bad'], 2)}. Slices in which label and prediction differ most."
             png = figures.segmentation_png(cuts, [name.replace("_", " ") for name in structures])
-            drawn.append(image(png, f"Label and prediction of {row['case']} in three planes", caption=text(said)))
+            planes = "" if figures.PICTURE in cuts else " in three planes"
+            drawn.append(image(png, f"Label and prediction of {row['case']}{planes}", caption=text(said)))
     parts += drawn[:_PICTURED]
     if drawn[_PICTURED:]:
         rest = drawn[_PICTURED:]

@@ -14,7 +14,7 @@ import numpy as np
 
 from medssl.errors import RequestError
 from medssl.report.clip_figures import ClipStrip, read_clips, read_regression
-from medssl.report.figures import Cut, busiest_slices, cut_volume, structure_weight
+from medssl.report.figures import PICTURE, Cut, busiest_slices, cut_volume, structure_weight
 
 Json = dict[str, Any]
 
@@ -312,11 +312,15 @@ def spacing_of(arrays: dict[str, np.ndarray], i: int) -> tuple[float, float, flo
 
 
 def _pictures(arrays: dict[str, np.ndarray], result: Json, path: Path) -> Segmentation:
-    """Cut `image`, `label`, `prediction` (N, X, Y, Z) of one fine-tuning run where the structures are."""
+    """Cut `image`, `label`, `prediction` (N, X, Y, Z) of one fine-tuning run where the structures are; pictures are (N, H, W, 1)."""
     cases = []
     for i, (image, label, prediction) in enumerate(zip(arrays["image"], arrays["label"], arrays["prediction"])):
-        slices = busiest_slices(structure_weight(label))
-        cuts = cut_volume(image, {"label": label, "prediction": prediction}, spacing_of(arrays, i), slices)
+        maps, spacing = {"label": label, "prediction": prediction}, spacing_of(arrays, i)
+        if bool(np.any(arrays.get("picture", False))):
+            flat = {heading: found[..., 0] for heading, found in maps.items()}
+            cuts = {PICTURE: Cut(image[..., 0], flat, (float(spacing[0]), float(spacing[1])))}
+        else:
+            cuts = cut_volume(image, maps, spacing, busiest_slices(structure_weight(label)))
         cases.append(PicturedCase(cuts, _case_dice(arrays, i)))
     by_name = next((name for name in ("pretrained", "scratch") if name in path.parts), "prediction")
     return Segmentation(

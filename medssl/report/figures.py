@@ -18,6 +18,7 @@ Spacing = Sequence[float]
 
 # Plane -> (axis across, axis down, axis of the slices).
 PLANES: dict[str, tuple[int, int, int]] = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}
+PICTURE = "picture"  # in the place of the planes where a case is a picture: rows and columns are shown as they are
 _EDGES = {0: ("R", "L"), 1: ("A", "P"), 2: ("S", "I")}  # (left or top, right or bottom) of a shown axis
 
 # Okabe and Ito (2008): told apart with every common kind of colour blindness.
@@ -84,7 +85,7 @@ class Cut:
     """The same slice of an image and of several label maps.
 
     Args:
-        image: (A, B), the two remaining axes in X, Y, Z order.
+        image: (A, B), the two remaining axes in X, Y, Z order; of a picture its rows and columns.
         maps: Heading -> (A, B) integer map; 0 = none, k = the k-th structure.
         spacing_mm: (2,) voxel size along A and B.
     """
@@ -101,6 +102,11 @@ def upright(cut: np.ndarray) -> np.ndarray:
         cut: (A, B, ...) where A and B are the remaining axes in X, Y, Z order; both shown axes run against RAS.
     """
     return np.asarray(np.swapaxes(cut, 0, 1)[::-1, ::-1])
+
+
+def shown(plane: str, cut: np.ndarray) -> np.ndarray:
+    """Return a slice as rows from top to bottom: upright, and a picture as it is."""
+    return np.asarray(cut) if plane == PICTURE else upright(cut)
 
 
 def cut_volume(image: np.ndarray, maps: Mapping[str, np.ndarray], spacing_mm: Spacing, slices: Mapping[str, int]) -> dict[str, Cut]:
@@ -188,7 +194,7 @@ def segmentation_png(cuts: Mapping[str, Cut], structures: Sequence[str]) -> byte
     """Draw an image and label maps over it in three planes.
 
     Args:
-        cuts: Plane -> the slice to show.
+        cuts: Plane -> the slice to show; `PICTURE` -> a picture.
         structures: Names for the legend.
     """
     window = window_of(np.concatenate([cut.image.ravel() for cut in cuts.values()]))
@@ -196,15 +202,17 @@ def segmentation_png(cuts: Mapping[str, Cut], structures: Sequence[str]) -> byte
     outlines: dict[str, dict[str, np.ndarray]] = {}
     for plane, cut in cuts.items():
         base = grey(cut.image, window)
-        pictures["image"][plane] = upright(base)
+        pictures["image"][plane] = shown(plane, base)
         for heading, labels in cut.maps.items():
             painted = base.copy()
             for k in range(1, len(structures) + 1):
                 colour = np.asarray(_rgb(COLOURS[(k - 1) % len(COLOURS)]), np.float32)
                 painted[labels == k] = 0.6 * base[labels == k] + 0.4 * colour
-            pictures.setdefault(heading, {})[plane] = upright(painted)
-            outlines.setdefault(heading, {})[plane] = upright(labels)
-    spacings = {plane: cut.spacing_mm for plane, cut in cuts.items()}
+            pictures.setdefault(heading, {})[plane] = shown(plane, painted)
+            outlines.setdefault(heading, {})[plane] = shown(plane, labels)
+    spacings = {
+        plane: cut.spacing_mm if plane != PICTURE else (cut.spacing_mm[1], cut.spacing_mm[0]) for plane, cut in cuts.items()
+    }
     return _panels(pictures, spacings, outlines=outlines, legend=structures)
 
 
@@ -238,7 +246,7 @@ def _panels(
     from matplotlib.figure import Figure
 
     first = next(iter(pictures.values()))
-    planes = [plane for plane in PLANES if plane in first]
+    planes = [plane for plane in (*PLANES, PICTURE) if plane in first]
     sizes = {p: (first[p].shape[1] * spacings[p][0], first[p].shape[0] * spacings[p][1]) for p in planes}
     column, gap, head, foot = 2.2, 0.07, 0.28, 0.30 if legend else 0.07  # inches
     scale = column / max(width for width, _ in sizes.values())  # inches per mm
@@ -257,7 +265,7 @@ def _panels(
             axes.axis("off")
             if outlines and heading in outlines:
                 _outline(axes, outlines[heading][plane], len(legend))
-            if c == 0:
+            if c == 0 and plane != PICTURE:
                 _orientation(axes, plane)
             top -= high + gap
     for k, name in enumerate(legend):

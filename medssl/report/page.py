@@ -469,7 +469,7 @@ def _segmentation(found: Leftovers, with_images: bool) -> str:
     for cuts, structures, dice in cases[:MAX_CASES]:
         said = ", ".join(f"{text(arm)} {decimal(value, 2)}" for arm, value in dice.items() if value is not None)
         caption = f"Test case {len(parts) + 1}" + (f": mean Dice {said}." if said else ".")
-        alt = f"Label and predictions over the image in three planes: {', '.join(dice)}"
+        alt = f"Label and predictions over the image{'' if figures.PICTURE in cuts else ' in three planes'}: {', '.join(dice)}"
         parts.append(image(figures.segmentation_png(cuts, structures), alt, caption=caption))
     labels, seed = (text(word) for word in arms[0].group)
     of = f"Fine-tuned with {labels} labelled cases, seed {seed}. " if labels else ""

@@ -19,9 +19,10 @@ from medssl.cli import main as cli
 from medssl.cli.results import FORMS
 from medssl.encoders.image2d import Image2D
 from medssl.errors import RequestError, WeightsError
-from medssl.export.resnet_trunk import LAYERS, maps_of
+from medssl.export.resnet_trunk import maps_of
 from medssl.export.slices import inflate, shares
 from medssl.export.write import EXPORTS, TRUNKS, export_weights
+from medssl.networks.flexible_unet import LAYERS
 from medssl.weights import load_part
 from tests.export.conftest import make_joint, save_parts
 
