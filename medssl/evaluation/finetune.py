@@ -52,6 +52,7 @@ from medssl.evaluation.segmentation_results import (
 )
 from medssl.evaluation.segmentation_settings import FinetuneSettings, refuse_dimensions
 from medssl.evaluation.segmentation_training import (
+    as_classes,
     autocast,
     build_loss,
     case_order,
@@ -126,6 +127,16 @@ class _Run:
     structures: dict[int, str]
     reader: CaseReader
 
+    @property
+    def values(self) -> list[int]:
+        """What each class of the network is in label maps, background first: maps of 0 and 255 have two classes."""
+        return [0, *sorted(self.structures)]
+
+    def segment(self, volume: Volume) -> np.ndarray:
+        """Return the label map that the network gives a volume, in the values of the label maps."""
+        found: np.ndarray = np.array(self.values, dtype=np.int16)[predict(self.network, volume, self.settings)]
+        return found
+
 
 def finetune(
     cohort: Cohort,
@@ -175,10 +186,10 @@ def finetune(
     reader = reader or CaseReader(settings.domain, settings.domain_args)
     structures = structures_of(cohort, reader)
     device = torch.device(settings.device)
-    network = build_network(settings, n_classes=1 + max(structures), seed=seed)
+    network = build_network(settings, n_classes=1 + len(structures), seed=seed)
     loaded = load(network, weights) if weights is not None else None
     refuse_images([reader(case) for case in train_cases], settings)
-    frequencies = class_frequencies([reader(case) for case in train_cases], 1 + max(structures))
+    frequencies = class_frequencies([reader(case) for case in train_cases], [0, *sorted(structures)])
     if settings.head_prior:
         set_head_prior(network, frequencies)
     loss_of = build_loss(settings, class_weights(settings, frequencies))
@@ -379,7 +390,7 @@ def _train(
             group["lr"] = group["scale"] * (encoder_lr if group["encoder"] else lr)
         chosen = [volumes[next(order)] for _ in range(settings.batch)]
         images, labels = crops.batch(chosen, step)
-        labelled = labelled_classes(chosen, 1 + max(run.structures))
+        labels, labelled = as_classes(labels, run.values), labelled_classes(chosen, run.values)
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(run.seed, "finetune", "step", step))  # dropout, equal for both arms
             losses.append(train_step(network, optimizer, loss_of, (images, labels, labelled), settings))
@@ -420,7 +431,7 @@ def predict(network: nn.Module, volume: Volume, settings: FinetuneSettings) -> n
         settings: Crop, overlap, flips, normalisation, spacing and precision.
 
     Returns:
-        (X, Y, Z) int16 label map on the grid of the volume; of a picture (H, W, 1).
+        (X, Y, Z) int16, the class of each voxel on the grid of the volume; of a picture (H, W, 1).
     """
     from monai.inferers import sliding_window_inference
 
@@ -456,7 +467,7 @@ def _validation_dice(run: _Run, cases: Sequence[Case]) -> dict[str, float | None
     for case in cases:
         volume = run.reader(case)
         known_values(volume, run.structures, case)
-        found, label, scored = comparable(predict(run.network, volume, run.settings), volume, run.structures)
+        found, label, scored = comparable(run.segment(volume), volume, run.structures)
         scores.append(dice(found, label, scored))
     run.network.train()
     means = {}
@@ -475,7 +486,7 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
     for number, case in enumerate(cases):
         volume = run.reader(case)
         known_values(volume, run.structures, case)
-        found = predict(run.network, volume, run.settings)
+        found = run.segment(volume)
         sure, label, scored = comparable(found, volume, run.structures)
         scores.append(score_case(case, volume, sure, label, {k: run.structures[k] for k in scored}, run.structures.values()))
         if run.settings.figures:
@@ -508,7 +519,8 @@ def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | N
         "library": library_of(run.network),
         "network": run.settings.network,
         "network_args": dict(run.settings.network_args),
-        "out_channels": 1 + max(run.structures),
+        "out_channels": len(run.values),
+        "label_values": run.values,
         "structures": {str(value): name for value, name in run.structures.items()},
         "axis_order": "HW" if run.settings.pictures else "XYZ-RAS",
         "channels": int(dict((run.settings.encoder or {}).get("args") or {}).get("in_channels", 1)),

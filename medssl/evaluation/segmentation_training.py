@@ -177,21 +177,39 @@ def case_order(n_cases: int, seed: int) -> Iterator[int]:
         epoch += 1
 
 
-def class_frequencies(volumes: Sequence[Volume], n_classes: int) -> list[float]:
+def class_frequencies(volumes: Sequence[Volume], values: Sequence[int]) -> list[float]:
     """Return the share of sure voxels of each class, mean over the volumes that label it.
 
     Background is what remains where some volumes label a structure and some do not.
+
+    Args:
+        volumes: With label maps.
+        values: What each class is in these maps; 0, background, first.
     """
-    shares = np.zeros((len(volumes), n_classes))
-    asked = np.array([[k == 0 or volume.labels(k) for k in range(n_classes)] for volume in volumes])
+    shares = np.zeros((len(volumes), len(values)))
+    asked = np.array([[k == 0 or volume.labels(k) for k in values] for volume in volumes])
     for row, volume in zip(shares, volumes):
         assert volume.label is not None
         sure = volume.label[volume.label >= 0]
-        row += np.bincount(sure.ravel(), minlength=n_classes)[:n_classes] / max(1, sure.size)
+        row += np.bincount(sure.ravel(), minlength=max(values) + 1)[list(values)] / max(1, sure.size)
     means = shares.sum(axis=0, where=asked) / np.maximum(asked.sum(axis=0), 1)
     if not asked.all():
         means[0] = max(0.0, 1.0 - means[1:].sum())
     return [float(share) for share in means]
+
+
+def as_classes(labels: Tensor, values: Sequence[int]) -> Tensor:
+    """Return label maps of whole numbers as numbers of classes; -1, uncertain, stays.
+
+    Args:
+        labels: Any shape, int64, values of `values` and -1.
+        values: What each class is in the maps; 0, background, first.
+    """
+    if list(values) == list(range(len(values))):
+        return labels
+    table = torch.full((max(values) + 2,), -1, dtype=torch.int64, device=labels.device)
+    table[torch.tensor(values, device=labels.device) + 1] = torch.arange(len(values), device=labels.device)
+    return table[labels + 1]
 
 
 def train_step(

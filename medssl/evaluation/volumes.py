@@ -293,11 +293,16 @@ def comparable(found: np.ndarray, volume: Volume, structures: Iterable[int]) -> 
     return found, label, [s for s in structures if volume.labels(s)]
 
 
-def labelled_classes(volumes: Sequence[Volume], n_classes: int) -> Tensor | None:
-    """Return (B, K) bool, which classes each volume labels, background included; None where all of them label everything."""
+def labelled_classes(volumes: Sequence[Volume], values: Sequence[int]) -> Tensor | None:
+    """Return (B, K) bool, which classes each volume labels, None where all of them label everything.
+
+    Args:
+        volumes: With label maps.
+        values: What each class is in these maps; 0, background, first.
+    """
     if all(volume.complete for volume in volumes):
         return None
-    return torch.tensor([[k == 0 or volume.labels(k) for k in range(n_classes)] for volume in volumes])
+    return torch.tensor([[k == 0 or volume.labels(k) for k in values] for volume in volumes])
 
 
 def structure_points(label: np.ndarray) -> dict[int, np.ndarray]:

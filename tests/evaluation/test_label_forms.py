@@ -135,7 +135,7 @@ def test_uncertain__is_minus_one_and_the_value_of_ignore(tmp_path: Path) -> None
     expected, _ = reorient(np.where(stored == 3, -1, stored), affine, "RAS")
     assert np.array_equal(volume.label, expected)
     assert not volume.complete
-    assert labelled_classes([volume], 3) is not None
+    assert labelled_classes([volume], [0, 1, 2]) is not None
     assert volume.labels(1)
     assert sorted(volume.points) == [1, 2]
 
@@ -167,8 +167,8 @@ def test_unlabelled__is_not_empty(tmp_path: Path) -> None:
         assert structures == scored
         scores = dice(found, sure, structures)
         assert scores == dict.fromkeys(scored, 0.0)  # a prediction where two is known to be nowhere is wrong
-    assert labelled_classes([read["only", ""], read["both", ""]], 3).tolist() == [[True, True, False], [True, True, True]]  # type: ignore[union-attr]
-    assert labelled_classes([read["both", ""]] * 2, 3) is None
+    assert labelled_classes([read["only", ""], read["both", ""]], [0, 1, 2]).tolist() == [[True, True, False], [True, True, True]]  # type: ignore[union-attr]
+    assert labelled_classes([read["both", ""]] * 2, [0, 1, 2]) is None
 
 
 def test_scores__do_not_see_uncertain_voxels() -> None:
@@ -311,7 +311,7 @@ def test_frequencies__are_over_the_cases_that_label_a_structure() -> None:
         return Volume(label[None], label == label, label, (1.0, 1.0, 1.0), np.eye(4), {}, labelled=labelled)
 
     volumes = [volume([0, 0, 1, 2], None), volume([0, 1, 1, -1], (1,))]
-    assert class_frequencies(volumes, 3) == pytest.approx([1 - (0.25 + 2 / 3) / 2 - 0.25, (0.25 + 2 / 3) / 2, 0.25])
+    assert class_frequencies(volumes, [0, 1, 2]) == pytest.approx([1 - (0.25 + 2 / 3) / 2 - 0.25, (0.25 + 2 / 3) / 2, 0.25])
 
 
 def test_run__scores_only_what_is_labelled_and_says_what_was_counted(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from medssl.evaluation.label_curve import label_curve
 from medssl.evaluation.learning_rates import layer_scales
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.segmentation_training import (
+    as_classes,
     build_loss,
     class_weights,
     encoder_scales,
@@ -248,3 +249,33 @@ def test_folds__are_a_key_of_the_recipe(tmp_path: Path) -> None:
     path.write_text(json.dumps(recipe))
     summary = api.finetune(path, None)
     assert summary["cells"] == {"planned": 3, "done": 3} and summary["rows"][0]["labels"] == 2
+
+
+# --- values with gaps
+
+
+def test_label_values__with_gaps_are_classes_without(tmp_path: Path) -> None:
+    import nibabel
+
+    folder = write_cohort(tmp_path / "cohort")
+    plain = finetune(Cohort.load(folder), SETTINGS, tmp_path / "plain")
+    for path in (folder / "labels").iterdir():
+        image = nibabel.load(path)
+        label = np.array([0, 7, 255], dtype=np.uint8)[np.asarray(image.dataobj)]
+        nibabel.save(nibabel.Nifti1Image(label, image.affine, image.header), path)
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "edge": 7, "lesion": 255}}))
+    settings = replace(SETTINGS, predictions=True)
+    gaps = finetune(Cohort.load(folder), settings, tmp_path / "gaps")
+    _, manifest = load_part(tmp_path / "gaps" / "network.safetensors")
+    assert manifest["out_channels"] == 3 and manifest["label_values"] == [0, 7, 255]
+    assert manifest["structures"] == {"7": "edge", "255": "lesion"}
+    assert [line["loss"] for line in gaps.curve] == [line["loss"] for line in plain.curve]
+    assert [list(c.dice.values()) for c in gaps.cases] == [list(c.dice.values()) for c in plain.cases]
+    for path in (tmp_path / "gaps" / "predictions").iterdir():
+        assert set(np.unique(np.asarray(nibabel.load(path).dataobj))) <= {0, 7, 255}
+
+
+def test_classes__keep_what_is_uncertain() -> None:
+    labels = torch.tensor([[-1, 0, 255], [7, 0, -1]])
+    assert as_classes(labels, [0, 7, 255]).tolist() == [[-1, 0, 2], [1, 0, -1]]
+    assert as_classes(labels.clamp(max=1), [0, 1]).tolist() == labels.clamp(max=1).tolist()
