@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import export_loading, finetune_step
+from benchmarks import export_loading, finetune_step, network_rows
+from medssl.archive.index import index
 from medssl.export.write import EXPORTS
 from tests.benchmarks.test_benchmarks import play
+from tests.evaluation.tiny_cohort import write_cohort
 
 
 def test_finetune_step__same_labels_from_both_loops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +37,47 @@ def test_export_loading__times_the_form(tmp_path: Path, monkeypatch: pytest.Monk
     found = play(export_loading.main, ["--forms", *toys], tmp_path)
     assert [row["form"] for row in found["rows"]] == list(toys) and all(row["load_s"] > 0 for row in found["rows"])
     assert all(check["met"] for check in found["checks"])
+
+
+@pytest.mark.slow
+def test_network_rows__go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_cohort(tmp_path / "cohort", train=3, val=1, test=2)
+    index([folder / "images"], tmp_path / "archive", modality="MR", splits=folder / "split.csv")
+    tiny = {"name": "segresnet3d", "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}
+    monkeypatch.setitem(network_rows.NETWORKS, "pyramid", {"network": "pyramid", "encoder": tiny, "lr": 1e-3, "args": {"width": 8}})
+    monkeypatch.setattr(network_rows, "CROP", [16, 16, 16])
+    asked = [
+        "--archive",
+        str(tmp_path / "archive"),
+        "--cohort",
+        str(folder),
+        "--folder",
+        str(tmp_path / "rows"),
+        "--out",
+        str(tmp_path),
+    ]
+    asked += [
+        "--networks",
+        "pyramid",
+        "--labels",
+        "2",
+        "--steps",
+        "2",
+        "--pretrain-steps",
+        "2",
+        "--pretrain",
+        "train.checkpoint_every=1",
+    ]
+    asked += [
+        "train.monitor_items=0",
+        "data.card=null",
+        "--finetune",
+        "cohort.card=null",
+        "settings.val_every=0",
+    ]
+    network_rows.main(asked)
+    summary = json.loads((tmp_path / "network_rows.json").read_text())["networks"]["pyramid"]
+    assert [row["arm"] for row in summary["rows"]] == ["pretrained", "scratch"] and summary["cells"]["done"] == 2
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").rglob("results.json")}
+    network_rows.main(asked)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").rglob("results.json")}
