@@ -181,7 +181,7 @@ def label_curve(
             recipe, weights, open_road=road, counts=counts, seeds=seeds, twin=twin, on_cell=on_cell, on_step=on_step
         )
     settings = build.finetune_settings(recipe)
-    cohort = Cohort.load(recipe.cohort.path)
+    cohort = Cohort.load(recipe.cohort.path, every=recipe.folds is not None)
     if recipe.cohort.card is not None:
         cohort = replace(cohort, card=card_facts(load_card(find_card(recipe.cohort.card))))
     arms: dict[str, Any] = {}

@@ -199,26 +199,38 @@ def _structures(arms: Mapping[str, Sequence[Result]], draws: int) -> dict[str, A
                 groups = _patients([{"patient": patient[key]} for key in by_case])
                 empty = {"value": None, "low": None, "high": None}
                 row[metric] = (_interval(values, groups, draws) if len(values) else empty) | {"n": len(values)}
-            kept = any(case.get("reference_ml") for case in results[0]["cases"])
+            kept = any(_sizes(case)[0] for case in results[0]["cases"])
             row["not_found"] = sum(_missed(case, name) for case in results[0]["cases"]) if kept else None
             row["invented"] = sum(_invented(case, name) for case in results[0]["cases"]) if kept else None
             rows.append(row)
     return {"rows": rows}
 
 
+def _sizes(case: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any], str]:
+    """Return how large the structures of a case are in label and prediction, and the unit: volumes, or areas of pictures."""
+    for unit, reference, found in (
+        ("ml", "reference_ml", "volume_ml"),
+        ("mm2", "reference_mm2", "area_mm2"),
+        ("px", "reference_px", "area_px"),
+    ):
+        if case.get(reference):
+            return case[reference], case.get(found) or {}, unit
+    return {}, {}, ""
+
+
 def _missed(case: Mapping[str, Any], name: str) -> bool:
     """Say whether the label of a case has a structure of which the prediction meets no voxel."""
-    return bool(case["dice"].get(name) == 0 and ((case.get("reference_ml") or {}).get(name) or 0) > 0)
+    return bool(case["dice"].get(name) == 0 and (_sizes(case)[0].get(name) or 0) > 0)
 
 
 def _invented(case: Mapping[str, Any], name: str) -> bool:
     """Say whether the prediction of a case has a structure that its label lacks."""
-    reference, found = ((case.get(key) or {}).get(name) for key in ("reference_ml", "volume_ml"))
+    reference, found = (sizes.get(name) for sizes in _sizes(case)[:2])
     return reference == 0 and (found or 0) > 0
 
 
 def _agreement(task: str, arms: Mapping[str, Result], draws: int) -> dict[str, Any]:
-    """Return Bland and Altman's numbers and the pairs behind them: volumes in ml, or the numbers that were to be found.
+    """Return Bland and Altman's numbers and the pairs behind them: volumes in ml, areas in mm2, or the numbers that were to be found.
 
     Cases in which neither label nor prediction has a structure agree on nothing that was measured: they are left out, and counted as
     `neither`.
@@ -227,20 +239,20 @@ def _agreement(task: str, arms: Mapping[str, Result], draws: int) -> dict[str, A
     for arm, result in arms.items():
         if task == "segmentation":
             for name in result["structures"]:
-                pairs = [
-                    (case["reference_ml"].get(name), case["volume_ml"].get(name), case)
-                    for case in result["cases"]
-                    if case.get("reference_ml")
-                ]
-                known = [p for p in pairs if p[0] is not None and p[1] is not None]
+                sized = [(*_sizes(case), case) for case in result["cases"]]
+                unit = "ml" if any(of == "ml" for _, _, of, _ in sized) else "mm2"  # areas in pixels are no measurement
+                pairs = [(label.get(name), shown.get(name), case) for label, shown, of, case in sized if of == unit]
+                known = [(float(one), float(other), case) for one, other, case in pairs if one is not None and other is not None]
                 there = [p for p in known if p[0] or p[1]]
-                found += [row | {"neither": len(known) - len(there)} for row in _pairs(str(name), "ml", arm, there, draws)]
+                found += [row | {"neither": len(known) - len(there)} for row in _pairs(str(name), unit, arm, there, draws)]
         elif task == "regression":
             found += _pairs("prediction", "", arm, [(case["target"], case["prediction"], case) for case in result["cases"]], draws)
     if found:
         return {"rows": found}
     if task == "classification":
         return _why("classes are no measurement.")
+    if any(_sizes(case)[2] == "px" for result in arms.values() for case in result["cases"]):
+        return _why("the pictures do not say how large their pixels are.")
     return _why(
         "no volumes were kept (results of an earlier medssl, or fewer than two test cases with a structure); fine-tune again."
     )

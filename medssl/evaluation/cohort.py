@@ -43,6 +43,7 @@ import numpy as np
 
 from medssl.errors import ImageError, RequestError, header_words, near
 from medssl.evaluation.scores import patient_folds
+from medssl.seeding import counter_rng
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {
@@ -154,8 +155,12 @@ class Cohort:
     left_out: int = 0
 
     @classmethod
-    def load(cls, path: Path | str) -> Cohort:
+    def load(cls, path: Path | str, *, every: bool = False) -> Cohort:
         """Read a cohort in one of the forms above and check it.
+
+        Args:
+            path: Its folder or file.
+            every: Take the names of structures from all label files instead of those for training, as where folds are dealt.
 
         Raises:
             RequestError: No such form, a missing file or column, an unknown split, or a patient on two sides.
@@ -174,7 +179,7 @@ class Cohort:
         names: Mapping[str, int] = {name: value for value, name in structures.items()}
         file_names: dict[int, str] = {}
         if not structures:
-            names = _names_in_maps(cases, path)
+            names = _names_in_maps(cases if every else [case for case in cases if case.split == "train"], path)
             file_names = {value: name for name, value in names.items()}
             structures = {value: f"structure_{value}" for value in file_names}
         rules = LabelRules(names, frozenset(structures) if structures else None, ignore)
@@ -182,6 +187,10 @@ class Cohort:
         cases = [replace(case, rules=rules, labelled=values) for case, values in zip(cases, labelled)]
         name = path.stem if path.is_file() else path.name
         return cls(name, tuple(cases), structures, ignore=ignore, file_names=file_names, left_out=table.left_out)
+
+    def labelled(self) -> list[Case]:
+        """Return the labelled cases of all sides of the split."""
+        return [case for case in self.cases if case.label is not None]
 
     def split(self, name: str) -> list[Case]:
         """Return the labelled cases of one side of the split; training cases in few-label order."""
@@ -208,6 +217,8 @@ class Cohort:
     def dealt(self, folds: int, seed: int, fold: int) -> Cohort:
         """Return the cohort with other splits: one fold of patients is tested, the next validates, the others train.
 
+        The few-label order is drawn anew as well, patient by patient: with that of the table all folds would learn from the same few.
+
         Args:
             folds: Number of folds, 3 or more.
             seed: Another seed deals the patients anew.
@@ -226,9 +237,12 @@ class Cohort:
             )
         numbers = patient_folds(np.zeros(len(places)), patients, folds=folds, seed=seed)
         cases = list(self.cases)
-        for place, number in zip(places, numbers):
-            side = "test" if number == fold else "val" if number == (fold + 1) % folds else "train"
-            cases[place] = replace(cases[place], split=side)
+        names = sorted(set(patients))
+        order = {names[int(k)]: rank for rank, k in enumerate(counter_rng(seed, "few labels of folds").permutation(len(names)))}
+        ranked = sorted(range(len(places)), key=lambda n: (order[patients[n]], n))
+        for rank, n in enumerate(ranked, start=1):
+            side = "test" if numbers[n] == fold else "val" if numbers[n] == (fold + 1) % folds else "train"
+            cases[places[n]] = replace(cases[places[n]], split=side, rank=rank)
         return replace(self, cases=tuple(cases))
 
     def digest(self, key: bytes) -> str:
@@ -462,7 +476,7 @@ def _listed(folder: Path) -> Mapping[str, Any]:
 
 
 def _names_in_maps(cases: list[Case], path: Path) -> dict[str, int]:
-    """Return the structures that the training labels name, numbered; empty where they are plain maps.
+    """Return the structures that the label files of some cases name, numbered; empty where they are plain maps.
 
     Raises:
         RequestError: Some name their structures and some do not, so that values would mean nothing.
@@ -474,7 +488,7 @@ def _names_in_maps(cases: list[Case], path: Path) -> dict[str, int]:
     found: list[str] = []
     kinds = set()
     for case in cases:
-        for file in case.maps if case.split == "train" else ():
+        for file in case.maps:
             plain = file.is_file() and file.name.lower().endswith(PLAIN_MAPS)
             try:
                 names = [] if plain else names_in(file)
@@ -546,11 +560,20 @@ def _json(path: Path) -> dict[str, Any]:
 def _structures(labels: Mapping[str, Any]) -> tuple[dict[int, str], int | None]:
     """Return label value to name without background, and the value of `ignore`.
 
-    Both {"1": "liver"} (Decathlon) and {"liver": 1} (nnU-Net) are read.
+    Both {"1": "liver"} (Decathlon) and {"liver": 1} (nnU-Net) are read. A listed -1 is what it is everywhere: uncertain.
+
+    Raises:
+        RequestError: Another value is negative.
     """
     pairs = [(int(k), str(v)) if str(k).isdigit() else (int(v), str(k)) for k, v in labels.items()]
     ignore = next((value for value, name in pairs if name.strip().lower() == IGNORE), None)
-    return {value: name for value, name in sorted(pairs) if value not in (0, ignore)}, ignore
+    negative = sorted(value for value, _ in pairs if value < -1 and value != ignore)
+    if negative:
+        raise RequestError(
+            f"labels of dataset.json: value{'s' * (len(negative) > 1)} {', '.join(map(str, negative))}; structures are 1 or more, background 0, "
+            "uncertain -1; correct the list"
+        )
+    return {value: name for value, name in sorted(pairs) if value not in (0, -1, ignore)}, ignore
 
 
 def _numbered(cases: list[Case]) -> list[Case]:

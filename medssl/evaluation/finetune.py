@@ -71,6 +71,7 @@ from medssl.evaluation.volumes import (
     comparable,
     known_values,
     labelled_classes,
+    structure_values,
     whole_image,
 )
 from medssl.evaluation.worst import WorstCases
@@ -153,7 +154,7 @@ def finetune(
 ) -> FinetuneResult:
     """Train on the first labelled cases, score all test cases, and write everything to a folder.
 
-    Test labels are read after the last step. Validation labels draw the curve; with `patience` they choose the state that is scored.
+    Test labels are scored after the last step. Validation labels draw the curve; with `patience` they choose the state that is scored.
 
     Args:
         cohort: The labelled set.
@@ -183,12 +184,14 @@ def finetune(
     refuse_dimensions(settings)
     if settings.dicom_seg:
         check_dicom_seg(test_cases)
-    reader = reader or CaseReader(settings.domain, settings.domain_args)
+    reader = reader or reader_of(settings)
     structures = structures_of(cohort, reader)
     device = torch.device(settings.device)
     network = build_network(settings, n_classes=1 + len(structures), seed=seed)
     loaded = load(network, weights) if weights is not None else None
-    refuse_images([reader(case) for case in train_cases], settings)
+    shown = [*train_cases, *val_cases, *test_cases] if settings.pictures else train_cases  # volumes have one channel and a size
+    refuse_images([reader(case) for case in shown], settings)
+    crops = training_crops(settings, seed, device)
     frequencies = class_frequencies([reader(case) for case in train_cases], [0, *sorted(structures)])
     if settings.head_prior:
         set_head_prior(network, frequencies)
@@ -201,7 +204,8 @@ def finetune(
     span = training_range([look_at(encoder, reader(case), case, settings) for case in train_cases])
     scales = encoder_scales(network, encoder, settings.layer_decay) if weights is not None else {}
     optimizer = torch.optim.AdamW(parameter_groups(network, settings.weight_decay, scales), lr=settings.lr)
-    curve, choice, seconds = _train(run, optimizer, loss_of, train_cases, val_cases, out, weights is not None, on_step)
+    curve, choice, seconds = _train(run, crops, optimizer, loss_of, train_cases, val_cases, out, weights is not None, on_step)
+    save_part(out, "network", network.state_dict(), _manifest(run, weights, data_cards(cohort, weights)))
     flags = {case.id: outside(look_at(encoder, reader(case), case, settings), span) for case in test_cases}
     scores = [replace(score, outside=flags[score.id]) for score in _test(run, test_cases, out)]
     result = FinetuneResult(
@@ -219,9 +223,29 @@ def finetune(
         fold=fold[0],
         of_folds=fold[1],
     )
-    _write(run, result, out, weights, data_cards(cohort, weights))
-    write_label_counts(out, reader, cohort)
+    write_label_counts(out, reader, cohort, [*train_cases, *val_cases, *test_cases])
+    write_atomic(out / "results.json", json.dumps(result.to_json(), indent=1, allow_nan=False).encode())
     return result
+
+
+def reader_of(settings: FinetuneSettings) -> CaseReader:
+    """Return a reader of the images that the settings are for."""
+    channels = int(dict((settings.encoder or {}).get("args") or {}).get("in_channels", 1))
+    return CaseReader(settings.domain, settings.domain_args, channels=channels if settings.pictures else None)
+
+
+def training_crops(settings: FinetuneSettings, seed: int, device: torch.device) -> TrainingCrops:
+    """Return the training crops of a run."""
+    return TrainingCrops(
+        size=settings.crop,
+        spacing_mm=settings.spacing_mm,
+        normalize=settings.normalize,
+        augment=settings.augment,
+        foreground=settings.foreground,
+        seed=seed,
+        device=device,
+        raters=settings.raters,
+    )
 
 
 def with_encoder(settings: FinetuneSettings, weights: Pretrained | None) -> FinetuneSettings:
@@ -245,11 +269,11 @@ def with_encoder(settings: FinetuneSettings, weights: Pretrained | None) -> Fine
             f"the weights are of encoder {encoder.get('name')}, the settings name {settings.encoder.get('name')}; "
             "leave encoder out of the settings to take it from the weights"
         )
-    how = dict(manifest.get("intensity") or {}).get("normalize")
-    if how is not None and _plain_normalize(how) != _plain_normalize(settings.normalize):
+    how = normalizations(manifest)
+    if how and _plain_normalize(settings.normalize) not in how:
         raise RequestError(
-            f"the weights were pretrained with normalize {how}, the settings say {settings.normalize}; features would "
-            f"meet other intensities; set normalize: {how}"
+            f"the weights were pretrained with normalize {' or '.join(map(str, how))}, the settings say {settings.normalize}; features would "
+            f"meet other intensities; set normalize: {how[0]}"
         )
     return replace(settings, encoder=encoder)
 
@@ -262,18 +286,32 @@ def refuse_images(volumes: Sequence[Volume], settings: FinetuneSettings) -> None
     """
     assert settings.encoder is not None
     wanted = int(dict(settings.encoder.get("args") or {}).get("in_channels", 1))
-    others = sum(len(volume.image) != wanted for volume in volumes)
-    if others:
-        found = sorted({len(volume.image) for volume in volumes})
+    stored = [1 if volume.repeated else len(volume.image) for volume in volumes]
+    others = sum(channels != wanted for channels in stored)
+    if others == len(volumes) or any(
+        len(volume.image) != wanted for volume in volumes
+    ):  # single grey pictures of a colour set are right
+        found = sorted(set(stored))
         raise RequestError(
-            f"{others} of {len(volumes)} training images have {' or '.join(map(str, found))} channel(s), the encoder takes {wanted}; read them "
+            f"{others} of {len(volumes)} images have {' or '.join(map(str, found))} channel(s), the encoder takes {wanted}; read them "
             "with that many (domain xray has colour: true, which gives grey), or take an encoder with that in_channels"
         )
     unmeasured = sum(not volume.measured for volume in volumes)
     if unmeasured and settings.spacing_mm is not None:
         raise RequestError(
-            f"spacing_mm: {unmeasured} of {len(volumes)} training pictures do not say how large their pixels are; set spacing_mm: null"
+            f"spacing_mm: {unmeasured} of {len(volumes)} pictures do not say how large their pixels are; set spacing_mm: null"
         )
+
+
+def normalizations(manifest: Mapping[str, Any]) -> list[Any]:
+    """Return how the images of a pretraining were normalised: one way, or one for each kind of source."""
+    views: Mapping[str, Any] = manifest.get("views") or {}
+    ways = [dict(manifest.get("intensity") or {}).get("normalize"), *(dict(view or {}).get("normalize") for view in views.values())]
+    found: list[Any] = []
+    for way in ways:
+        if way is not None and _plain_normalize(way) not in found:
+            found.append(_plain_normalize(way))
+    return found
 
 
 def _plain_normalize(how: Any) -> Any:
@@ -334,17 +372,22 @@ def load(network: nn.Module, weights: Pretrained) -> LoadReport:
     return load_pretrained(network, weights.state, weights.manifest, decoder_state=weights.decoder_state)
 
 
-def structures_of(cohort: Cohort, reader: CaseReader) -> dict[int, str]:
+def structures_of(cohort: Cohort, reader: CaseReader, *, every: bool = False) -> dict[int, str]:
     """Return label value to name: from the cohort, else the values in the training labels, however few are used.
 
+    Args:
+        cohort: The labelled set.
+        reader: Of its cases.
+        every: Look at all labels instead of those for training, as where folds are dealt: all folds are to have the same classes.
+
     Raises:
-        RequestError: The training labels hold no structure.
+        RequestError: These labels hold no structure.
     """
     if cohort.structures:
         return dict(cohort.structures)
     values: set[int] = set()
-    for case in cohort.split("train"):
-        values.update(reader(case).points)
+    for case in cohort.labelled() if every else cohort.split("train"):
+        values |= structure_values(reader(case))
     if not values:
         raise RequestError(f"cohort {cohort.name}: its training label maps hold background only; label values are 1, 2, 3 ...")
     return {value: f"structure_{value}" for value in sorted(values)}
@@ -352,6 +395,7 @@ def structures_of(cohort: Cohort, reader: CaseReader) -> dict[int, str]:
 
 def _train(
     run: _Run,
+    crops: TrainingCrops,
     optimizer: torch.optim.Optimizer,
     loss_of: Callable[..., Tensor],
     cases: Sequence[Case],
@@ -365,16 +409,6 @@ def _train(
     if run.device.type == "cpu":
         memory = torch.channels_last if settings.pictures else torch.channels_last_3d
         network.to(memory_format=memory)  # type: ignore[call-overload]  # volumes: 1.1 to 1.5x on CPU
-    crops = TrainingCrops(
-        size=settings.crop,
-        spacing_mm=settings.spacing_mm,
-        normalize=settings.normalize,
-        augment=settings.augment,
-        foreground=settings.foreground,
-        seed=run.seed,
-        device=run.device,
-        raters=settings.raters,
-    )
     volumes = [run.reader(case) for case in cases]
     order = case_order(len(cases), run.seed)
     best = BestState(settings.patience)
@@ -451,8 +485,9 @@ def predict(network: nn.Module, volume: Volume, settings: FinetuneSettings) -> n
     shown_whole = as_seen(image, axes)
     logits = look(shown_whole)
     if settings.flips:
-        mirrored = [look(shown_whole.flip(2 + axis)).flip(2 + axis).softmax(dim=1) for axis in settings.flips]
-        logits = torch.stack([logits.softmax(dim=1), *mirrored]).mean(dim=0)
+        logits = logits.softmax(dim=1)  # sums of probabilities, one view in memory at a time
+        for axis in settings.flips:
+            logits += look(shown_whole.flip(2 + axis)).softmax(dim=1).flip(2 + axis)
     shape = tuple(volume.image.shape[1 : 1 + axes])
     if tuple(logits.shape[2:]) != shape:
         mode = "bilinear" if axes == 2 else "trilinear"
@@ -513,8 +548,8 @@ def data_cards(cohort: Cohort, weights: Pretrained | None) -> list[dict[str, Any
     return cards + ([dict(cohort.card)] if cohort.card is not None and cohort.card["card_hash"] not in known else [])
 
 
-def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | None, cards: list[dict[str, Any]]) -> None:
-    manifest = {
+def _manifest(run: _Run, weights: Pretrained | None, cards: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "encoder": dict(run.settings.encoder or {}),
         "library": library_of(run.network),
         "network": run.settings.network,
@@ -530,5 +565,3 @@ def _write(run: _Run, result: FinetuneResult, out: Path, weights: Pretrained | N
         "pretrained": None if weights is None else weights.manifest.get("weights_hash"),
         "data_cards": cards,
     }
-    save_part(out, "network", run.network.state_dict(), manifest)
-    write_atomic(out / "results.json", json.dumps(result.to_json(), indent=1, allow_nan=False).encode())

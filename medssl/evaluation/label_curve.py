@@ -27,16 +27,15 @@ import numpy as np
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import Pretrained, data_cards, finetune, with_encoder
+from medssl.evaluation.finetune import Pretrained, data_cards, finetune, reader_of, structures_of, with_encoder
 from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings
-from medssl.evaluation.volumes import CaseReader
 from medssl.weights import write_atomic, write_private
 
 log = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
-UNUSED_SETTINGS = ("device", "figures", "predictions", "log_every")  # change no score
+UNUSED_SETTINGS = ("device", "figures", "predictions", "dicom_seg", "log_every")  # change no score
 VALIDATION_SETTINGS = ("val_every", "val_cases")  # change no score without `patience`
 TRANSFER_SETTINGS = ("encoder_lr_scale", "layer_decay", "freeze_steps", "transfer")  # change no score of a scratch cell
 
@@ -91,14 +90,15 @@ def label_curve(
     out = Path(out)
     cells = plan(arms, counts, seeds, folds)
     refuse_chosen(arms)
+    if named := next((weights for weights in arms.values() if weights is not None), None):
+        settings = with_encoder(settings, named)  # the twin is built with the encoder of the weights
+    reader = reader_of(settings)
+    if folds is not None and not cohort.structures:
+        cohort = replace(cohort, structures=structures_of(cohort, reader, every=True))
     dealt = deals(cohort, folds, seeds)
     for one in dealt.values():
         one.first(max(counts))  # too many labels asked for: say so before the first hour, not after it
-    named = next((weights for weights in arms.values() if weights is not None), None)
-    if named is not None:
-        settings = with_encoder(settings, named)  # the twin is built with the encoder of the weights
     claim(out, cohort, settings, arms, folds)
-    reader = CaseReader(settings.domain, settings.domain_args)
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name
         result = read_cell(folder)
@@ -163,7 +163,7 @@ def deals(cohort: Cohort, folds: int | None, seeds: Sequence[int]) -> dict[tuple
 def claim(
     out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[str, Pretrained | None], folds: int | None = None
 ) -> dict[str, Any]:
-    """Write what the cells of a folder have in common, or check it against what is there.
+    """Write what the cells of a folder have in common, or check it against what the finished cells have.
 
     New arms may join later; known ones must have the same weights. How weights are transferred may still change while only
     scratch cells are there.
@@ -189,7 +189,7 @@ def claim(
         "weights": weights,
         "data_cards": cards,
     }
-    if path.is_file():
+    if path.is_file() and any(out.glob("cells/*/results.json")):  # without one there is nothing to be mixed
         known = json.loads(path.read_text())
         faults = []
         if known["cohort_digest"] != shared["cohort_digest"]:
@@ -306,6 +306,7 @@ def _row(labels: int, arm: str, by_seed: Mapping[int, FinetuneResult]) -> dict[s
         "high": _plain(high),
         "seed_spread": float(seed_means.max() - seed_means.min()),
         "seed_means": [float(v) for v in seed_means],
+        "choice": runs[0].choice,
         "structures": {name: _plain(float(np.mean([run.mean("dice")[name] for run in runs]))) for name in names},
         "hd95_mm": {name: _plain(float(np.mean([run.mean("hd95_mm")[name] for run in runs]))) for name in names},
         "seconds": float(np.mean([run.seconds["train"] for run in runs])),
@@ -366,6 +367,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
             f"{_points(row['dice'])} ({_points(row['low'])} to {_points(row['high'])}) | {len(row['seeds'])} | "
             f"{_points(row['seed_spread'])} | {structures} | {distances} | {row['seconds']:.0f} |"
         )
+    chosen = sorted({row["choice"] for row in summary["rows"] if not row["choice"].startswith("last state")})
+    if chosen:
+        lines += ["", "Validation labels beyond the budget chose the state that is scored, for instance " + chosen[0] + "."]
     if summary["differences"]:
         lines += ["", "| labels | difference | Dice points (95 % interval) | per seed |", "|---|---|---|---|"]
     for row in summary["differences"]:

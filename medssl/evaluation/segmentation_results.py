@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from medssl.evaluation.metrics import areas_mm2, dice, hd95_mm, mean_score, volu
 from medssl.evaluation.volumes import CaseReader, Volume, cut
 from medssl.weights import write_atomic, write_private
 
-FIGURE_SIZE = 128  # voxels per axis that a picture keeps at most
+FIGURE_SIZE = 128  # voxels per axis that a figure keeps at most
+PICTURE_SIZE = 256  # pixels per axis of a picture, which is shown whole
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class CaseScore:
     """Scores of one test case, per structure name; None where the structure is in neither map, or not labelled (volumes).
 
     Volumes in ml are of the prediction (`volume_ml`) and of the label map (`reference_ml`). A picture has areas (`area_mm2`,
-    `reference_mm2`) in their place, and where it does not say how large its pixels are it has neither, nor distances. `outside` says in
+    `reference_mm2`) in their place; where it does not say how large its pixels are they are in pixels (`area_px`, `reference_px`), and it has
+    no distances. `outside` says in
     what the case lies outside the training range (`evaluation.outside`); None where nobody looked. `facts` are those of its series in the index.
     """
 
@@ -41,6 +43,8 @@ class CaseScore:
     facts: dict[str, str] = field(default_factory=dict)
     area_mm2: dict[str, float | None] = field(default_factory=dict)
     reference_mm2: dict[str, float | None] = field(default_factory=dict)
+    area_px: dict[str, float | None] = field(default_factory=dict)
+    reference_px: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def mean_dice(self) -> float:
@@ -123,12 +127,15 @@ def score_case(
     overlap, distance = dice(found, label, scored), dict[int, float]()
     volumes: tuple[dict[int, float], ...] = ({}, {})  # of the prediction, of the label map
     areas: tuple[dict[int, float], ...] = ({}, {})
+    counts: tuple[dict[int, float], ...] = ({}, {})
     if not volume.picture:
         distance = hd95_mm(found, label, scored, volume.spacing_mm)
         volumes = (volumes_ml(found, scored, volume.affine), volumes_ml(label, scored, volume.affine))
     elif volume.measured:  # in the plane: along a single slice every pixel would lie on a surface
         distance = hd95_mm(found[..., 0], label[..., 0], scored, volume.spacing_mm[:2])
         areas = (areas_mm2(found, scored, volume.spacing_mm), areas_mm2(label, scored, volume.spacing_mm))
+    else:
+        counts = (areas_mm2(found, scored, (1.0, 1.0)), areas_mm2(label, scored, (1.0, 1.0)))
     values, names = {name: value for value, name in scored.items()}, list(structures)
 
     def by_name(of: Mapping[int, float]) -> dict[str, float | None]:
@@ -147,6 +154,8 @@ def score_case(
         facts=dict(case.facts),
         area_mm2=sizes(areas[0]),
         reference_mm2=sizes(areas[1]),
+        area_px=sizes(counts[0]),
+        reference_px=sizes(counts[1]),
     )
 
 
@@ -211,9 +220,17 @@ def write_case_names(path: Path, cases: Sequence[Case]) -> None:
     write_private(path, text.getvalue().encode())
 
 
-def write_label_counts(out: Path, reader: CaseReader, cohort: Cohort) -> None:
-    """Write what the label readers counted, and for the owner alone the structure names of files where the cohort lists none."""
-    rows = {case.id: reader.label_facts[case.id] for case in cohort.cases if case.id in reader.label_facts}
+def write_label_counts(out: Path, reader: CaseReader, cohort: Cohort, cases: Iterable[Case] | None = None) -> None:
+    """Write what the label readers counted, and for the owner alone the structure names of files where the cohort lists none.
+
+    Args:
+        out: Folder of the results.
+        reader: What has read the cases.
+        cohort: The labelled set.
+        cases: Those of this run; None for all.
+    """
+    used = cohort.cases if cases is None else cases
+    rows = {case.id: reader.label_facts[case.id] for case in used if case.id in reader.label_facts}
     if rows:
         content = {"overlap": "the higher value has the voxel", "cases": rows}
         write_atomic(out / "labels.json", json.dumps(content, indent=1).encode())
@@ -227,15 +244,16 @@ def write_label_counts(out: Path, reader: CaseReader, cohort: Cohort) -> None:
 
 
 def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float]], structures: Mapping[int, str]) -> None:
-    """Write a few cases as `segmentation.npz`, cut around their structures to one common size.
+    """Write a few cases as `segmentation.npz`, cut around their structures to one common size; pictures whole, with fewer pixels.
 
     `image` (N, X, Y, Z) float32, `label` and `prediction` (N, X, Y, Z) uint8 with structure k as k-th name,
     `spacing_mm` (N, 3), `dice` (N,), `structures` (K,) str, `picture` bool: the cases are pictures (N, H, W, 1), first channel alone.
     """
     import io
 
+    pictures = [(thinned(volume), found[thin(volume)], score) for volume, found, score in pictures]
     shapes = np.array([volume.image.shape[1:] for volume, _, _ in pictures])
-    size = np.minimum(shapes.max(axis=0), FIGURE_SIZE)
+    size = np.minimum(shapes.max(axis=0), PICTURE_SIZE if pictures[0][0].picture else FIGURE_SIZE)
     rank = np.zeros(max(structures) + 1, dtype=np.uint8)
     rank[list(structures)] = np.arange(1, len(structures) + 1)
     images: list[np.ndarray] = []
@@ -264,6 +282,25 @@ def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float
         picture=np.array(pictures[0][0].picture),
     )
     write_atomic(path, buffer.getvalue())
+
+
+def thin(volume: Volume) -> tuple[slice, ...]:
+    """Return which rows and columns of a picture a figure keeps, evenly taken; everything of a volume."""
+    step = -(-max(volume.image.shape[1:]) // PICTURE_SIZE) if volume.picture else 1
+    return (slice(None, None, step), slice(None, None, step), slice(None))
+
+
+def thinned(volume: Volume) -> Volume:
+    """Return a picture with the rows and columns that a figure keeps; a volume as it is."""
+    if not volume.picture or volume.label is None:
+        return volume
+    kept = thin(volume)
+    step = int(kept[0].step)
+    rows, columns, depth = volume.spacing_mm
+    return replace(
+        volume, image=volume.image[(slice(None), *kept)], label=volume.label[kept], valid=volume.valid[kept],
+        spacing_mm=(rows * step, columns * step, depth),
+    )  # fmt: skip
 
 
 def plain(value: float) -> float | None:

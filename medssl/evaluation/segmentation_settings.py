@@ -125,8 +125,11 @@ class FinetuneSettings:
                     "class_weights",
                     self.class_weights,
                     self.class_weights in ("none", "balanced")
-                    or (not isinstance(self.class_weights, str) and all(w >= 0 for w in self.class_weights)),
-                    "none, balanced, or one number per class, 0 or more",
+                    or (
+                        isinstance(self.class_weights, list | tuple)
+                        and min(self.class_weights, default=-1) >= 0 < sum(self.class_weights)
+                    ),
+                    "none, balanced, or one number per class, 0 or more and not all 0",
                 ),
                 (
                     "patience",

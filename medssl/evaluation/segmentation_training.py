@@ -126,7 +126,11 @@ def build_loss(settings: FinetuneSettings, weights: Tensor | None = None) -> Cal
         if labelled is not None:
             return partial_loss(logits, labels, labelled, settings, own)
         logits = logits.float()
-        entropy = functional.cross_entropy(logits, labels[:, 0], weight=own)
+        if own is None:
+            entropy = functional.cross_entropy(logits, labels[:, 0])
+        else:  # a batch may hold classes of weight 0 alone
+            terms = functional.cross_entropy(logits, labels[:, 0], weight=own, reduction="sum")
+            entropy = terms / own[labels].sum().clamp(min=1e-6)
         whole: Tensor = settings.dice_weight * dice(logits, labels) + settings.ce_weight * entropy
         return whole
 

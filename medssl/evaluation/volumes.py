@@ -58,6 +58,7 @@ class Volume:
         flags: Flags of the label readers.
         picture: Whether it is a picture.
         measured: Whether the spacing is known; a PNG or JPEG has none, and counts in pixels.
+        repeated: Whether a grey picture was given the channels of the others.
     """
 
     image: np.ndarray
@@ -73,6 +74,7 @@ class Volume:
     flags: tuple[str, ...] = ()
     picture: bool = False
     measured: bool = True
+    repeated: bool = False
 
     @property
     def complete(self) -> bool:
@@ -92,14 +94,19 @@ class CaseReader:
         domain: Registered domain name.
         args: Arguments of the domain.
         budget_bytes: Volumes beyond this are read again at each use.
+        channels: Channels that pictures are to have: grey ones are repeated (a blank field of a colour set is stored grey), others refused.
+            None takes them as they are.
 
     Attributes:
         label_facts: Case id to what its label readers counted (`counts`, `flags`) and which structures it labels (`labelled`, None
             for all), for the cases where there is something to say.
     """
 
-    def __init__(self, domain: str, args: Mapping[str, Any] | None = None, budget_bytes: int = 8 << 30) -> None:
+    def __init__(
+        self, domain: str, args: Mapping[str, Any] | None = None, budget_bytes: int = 8 << 30, channels: int | None = None
+    ) -> None:
         self.domain = lookup("domain", domain)(**(args or {}))
+        self.channels = channels
         self.left = budget_bytes
         self.kept: dict[str, Volume] = {}
         self.label_facts: dict[str, dict[str, Any]] = {}
@@ -129,7 +136,7 @@ class CaseReader:
             raise ImageError(
                 "unsupported_format", f"case {case.id}: a clip of {len(sample.image)} frames; give single pictures or volumes"
             )
-        volume = picture_volume(sample) if sample.meta.kind == "image" else whole_volume(sample)
+        volume = whole_volume(sample) if sample.meta.kind == "volume" else self._picture(sample, case)
         if case.label is None:
             return volume
         read: Callable[[Path], LabelMap]
@@ -143,6 +150,18 @@ class CaseReader:
         if volume.counts or volume.flags or labelled is not None:
             self.label_facts[case.id] = {"counts": dict(volume.counts), "flags": list(volume.flags), "labelled": labelled}
         return volume
+
+    def _picture(self, sample: Sample, case: Case) -> Volume:
+        volume, found = picture_volume(sample), len(sample.image)
+        if self.channels in (None, found):
+            return volume
+        if found == 1:
+            return replace(volume, image=np.repeat(volume.image, self.channels, axis=0), repeated=True)
+        raise ImageError(
+            "unsupported_pixels",
+            f"case {case.id}: a picture of {found} channels, the encoder takes {self.channels}; make it grey, or take an encoder with "
+            f"in_channels {found}",
+        )
 
 
 def whole_volume(sample: Sample) -> Volume:
@@ -249,13 +268,21 @@ def known_values(volume: Volume, structures: Iterable[int], case: Case) -> None:
     Raises:
         ImageError: It has one.
     """
-    unknown = sorted(set(volume.points) - set(structures))
+    unknown = sorted(structure_values(volume) - set(structures))
     if unknown:
         raise ImageError(
             "unsupported_pixels",
             f"case {case.id}: its label map holds the value{'s' * (len(unknown) > 1)} {', '.join(map(str, unknown[:5]))}, which no "
             "training label has; list the structures in dataset.json, or correct the map",
         )
+
+
+def structure_values(volume: Volume) -> set[int]:
+    """Return the structures that the label map of a volume has, and those of its raters."""
+    found = set(volume.points)
+    for one in volume.raters:
+        found |= {int(value) for value in np.unique(one) if value > 0}
+    return found
 
 
 def majority(maps: Sequence[np.ndarray]) -> tuple[np.ndarray, int]:
@@ -445,7 +472,7 @@ def picture_augment(augment: Mapping[str, Any]) -> dict[str, Any]:
             found[key] = (0, 0, value) if key == "rotate_deg" else (value, value, 0)
         elif value is not None and key == "rotate_deg":
             raise RequestError(f"augment.rotate_deg: {value}; a picture turns by one angle: give one number")
-        elif value is not None:
+        elif isinstance(value, list | tuple):
             found[key] = (*value, 0) if len(value) == 2 else value
     if found.get("warp") is not None:
         raise RequestError(

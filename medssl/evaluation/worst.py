@@ -71,12 +71,18 @@ class WorstCases:
 def slices(
     image: np.ndarray, label: np.ndarray, found: np.ndarray, spacing_mm: Sequence[float], *, picture: bool = False
 ) -> dict[str, np.ndarray]:
-    """Return for each plane the slice in which label and prediction differ in most voxels, cut around what is there."""
+    """Return for each plane the slice in which label and prediction differ in most voxels, cut around what is there; a picture whole."""
     wrong = label != found
     there = np.argwhere((label > 0) | (found > 0))
     middle = there.mean(axis=0).round().astype(int) if len(there) else np.array(label.shape) // 2
     parts: dict[str, np.ndarray] = {}
-    for axis, plane in [(2, PICTURE)] if picture else enumerate(PLANES):
+    if picture:  # shown whole: what was missed may lie anywhere
+        step = -(-max(label.shape) // SIZE)
+        for name, array in (("image", image.astype(np.float32)), ("label", label), ("prediction", found)):
+            parts[f"{PICTURE}_{name}"] = np.ascontiguousarray(array[::step, ::step, 0])
+        parts[f"{PICTURE}_spacing_mm"] = np.array([float(spacing_mm[k]) * step for k in (0, 1)])
+        return parts
+    for axis, plane in enumerate(PLANES):
         others = tuple(k for k in range(3) if k != axis)
         counts = wrong.sum(axis=others)
         place = int(counts.argmax()) if counts.any() else int(middle[axis])

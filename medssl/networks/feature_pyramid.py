@@ -21,6 +21,11 @@ from medssl.types import EncoderOutput
 GROUPS = 8  # of the norms, as in the heads of MONAI's RetinaNet
 
 
+def norm_of(channels: int) -> nn.GroupNorm:
+    """Return the norm over a map: two channels a group at least, or a single cell could not be normalised."""
+    return nn.GroupNorm(min(GROUPS, channels // 2), channels)
+
+
 class FeaturePyramid(nn.Module):
     """An encoder and a pyramid on it.
 
@@ -119,11 +124,11 @@ class SimplePyramid(nn.Module):
             for _ in range(max(0, -int(steps))):
                 out = max(width, inside // 2)
                 out += -out % GROUPS
-                layers += [transposed(inside, out, 2, stride=2), nn.GroupNorm(GROUPS, out), nn.GELU()]
+                layers += [transposed(inside, out, 2, stride=2), norm_of(out), nn.GELU()]
                 inside = out
             layers += [Halve() for _ in range(max(0, int(steps)))]
-            layers += [convolution(inside, width, 1, bias=False), nn.GroupNorm(GROUPS, width)]
-            layers += [convolution(width, width, 3, padding=1, bias=False), nn.GroupNorm(GROUPS, width)]
+            layers += [convolution(inside, width, 1, bias=False), norm_of(width)]
+            layers += [convolution(width, width, 3, padding=1, bias=False), norm_of(width)]
             branches.append(nn.Sequential(*layers))
         self.branches = nn.ModuleList(branches)
 

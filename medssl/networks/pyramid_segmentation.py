@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError
-from medssl.networks.feature_pyramid import GROUPS, FeaturePyramid
+from medssl.networks.feature_pyramid import FeaturePyramid, norm_of
 from medssl.registry import lookup
 
 
@@ -76,7 +76,7 @@ class Climb(nn.Module):
         super().__init__()
         convolution: Any = nn.Conv2d if dims == 2 else nn.Conv3d
         self.blocks = nn.ModuleList(
-            nn.Sequential(convolution(width, width, 3, padding=1, bias=False), nn.GroupNorm(GROUPS, width), nn.ReLU(inplace=True))
+            nn.Sequential(convolution(width, width, 3, padding=1, bias=False), norm_of(width), nn.ReLU(inplace=True))
             for _ in range(max(1, steps))
         )
 

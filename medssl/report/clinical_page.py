@@ -66,7 +66,7 @@ def clinical_page(facts: Facts, *, pictures: Mapping[str, Mapping[str, Any]] | N
     """
     asked = [
         Section("structures", "Structures", _structures(facts)),
-        Section("agreement", "Volumes" if facts["task"] == "segmentation" else "Agreement", _agreement(facts)),
+        Section("agreement", _title_of_agreement(facts), _agreement(facts)),
         Section("sensitivity", f"Sensitivity at {_FIXED.get(facts['task'], 'a fixed operating point')}", _sensitivity(facts)),
         Section("calibration", "Calibration", _calibration(facts)),
     ]
@@ -186,6 +186,13 @@ def _glance(facts: Facts) -> str:
         flagged = len(outside["rows"])
         parts.append(f'<p>{flagged} of {outside["n"]} test cases lie <a href="#outside">outside the training range</a>.</p>')
     return "".join([parts[0], table(head, cells), *parts[1:]])
+
+
+def _title_of_agreement(facts: Facts) -> str:
+    """Return the heading: volumes, areas of pictures, or agreement of numbers."""
+    if facts["task"] != "segmentation":
+        return "Agreement"
+    return "Areas" if any(row["unit"] == "mm2" for row in facts["agreement"].get("rows", [])) else "Volumes"
 
 
 def _structures(facts: Facts) -> str:

@@ -98,7 +98,7 @@ def test_label_forms__are_read_pixel_by_pixel(tmp_path: Path) -> None:
         ("colour.png", np.zeros((*SHAPE, 3), np.uint8), r"label map in colour \(RGB\)"),
         ("turned.png", np.zeros(SHAPE[::-1], np.uint8), "labels of 64x48 pixels on a picture of 48x64"),
         ("half.tif", np.full(SHAPE, 0.5, np.float32), "not whole numbers"),
-        ("lossy.jpg", np.zeros(SHAPE, np.uint8), "no label map of a picture; accepted: PNG and TIFF"),
+        ("lossy.jpg", np.zeros(SHAPE, np.uint8), "no label map of a picture; accepted: PNG, TIFF and BMP"),
     ],
 )
 def test_label_maps_that_do_not_fit__are_refused(tmp_path: Path, name: str, content: np.ndarray, message: str) -> None:
@@ -298,10 +298,10 @@ def test_prediction__covers_pictures_smaller_and_larger_than_the_window(cohort: 
             {"encoder": {"name": "segresnet3d", "args": {"init_filters": 8}}},
             r"encoder segresnet3d sees volumes, the crop \[32, 32\] has 2 axes",
         ),
-        ({"spacing_mm": (1.0, 1.0)}, "4 of 4 training pictures do not say how large their pixels are; set spacing_mm: null"),
+        ({"spacing_mm": (1.0, 1.0)}, "7 of 7 pictures do not say how large their pixels are; set spacing_mm: null"),
         (
             {"encoder": {"name": "image2d", "args": {"model": "test_resnet", "in_channels": 3}}},
-            r"4 of 4 training images have 1 channel\(s\), the encoder takes 3",
+            r"7 of 7 images have 1 channel\(s\), the encoder takes 3",
         ),
     ],
 )
@@ -350,3 +350,88 @@ def test_weights_of_the_whole_joint_run__say_which_part_to_give(cohort: Cohort, 
     manifest = {"library": "medssl.SliceVolumeEncoder", "encoder": {"name": "slice_volume", "args": {}}}
     with pytest.raises((RequestError, WeightsError), match="give the weights of its slice encoder"):
         finetune(cohort, replace(SETTINGS, encoder=None), tmp_path / "out", weights=Pretrained({}, manifest))
+
+
+# --- what differs between pictures of one cohort
+
+
+def colour_cohort(folder: Path, grey: str) -> Cohort:
+    """Pictures in colour, one of them grey: a blank field is stored so."""
+    write_pictures(folder)
+    for path in (folder / "images").iterdir():
+        image = np.asarray(Image.open(path).convert("L"))
+        save(path.with_suffix(".png"), image if path.stem == grey else np.stack([image, image // 2, image // 3], axis=-1))
+    (folder / "images" / "p0.jpg").unlink()
+    table = folder / "split.csv"
+    table.write_text(table.read_text().replace("p0.jpg", "p0.png"))
+    return Cohort.load(folder)
+
+
+@pytest.mark.parametrize("grey", ["p1", "p6"], ids=["in training", "in the test set"])
+def test_a_grey_picture__of_a_colour_cohort_is_taken_as_grey(tmp_path: Path, grey: str) -> None:
+    cohort = colour_cohort(tmp_path / "cohort", grey)
+    colour = {"name": "image2d", "args": {"model": "test_resnet", "in_channels": 3}}
+    settings = replace(SETTINGS, encoder=colour, domain="microscopy")
+    assert len(finetune(cohort, settings, tmp_path / "out").cases) == 2
+    with pytest.raises(ImageError, match=r"case case000\d: a picture of 3 channels, the encoder takes 1"):
+        finetune(cohort, replace(SETTINGS, domain="microscopy"), tmp_path / "grey")
+    assert not (tmp_path / "grey").exists()
+
+
+def test_pixel_size__of_test_pictures_is_asked_for_before_training(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "cohort")
+    for n in range(5):  # training and validation pictures as DICOM, which says the size; test pictures as PNG
+        image, _ = picture(n)
+        old = next((folder / "images").glob(f"p{n}.*"))
+        old.unlink()
+        write_planar_dicom(folder / "images" / f"p{n}.dcm", image, PixelSpacing=[0.5, 0.25])
+    table = folder / "split.csv"
+    lines = table.read_text().splitlines()
+    table.write_text(
+        "\n".join([lines[0], *(line.replace(".jpg", ".dcm").replace(".png", ".dcm") for line in lines[1:6]), *lines[6:]])
+    )
+    with pytest.raises(RequestError, match="spacing_mm: 2 of 7 pictures do not say"):
+        finetune(Cohort.load(folder), replace(SETTINGS, spacing_mm=(0.5, 0.5)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_figures__show_large_pictures_whole(tmp_path: Path) -> None:
+    from medssl.evaluation.segmentation_results import PICTURE_SIZE, write_figures
+    from medssl.evaluation.volumes import Volume
+    from medssl.evaluation.worst import SIZE, slices
+
+    label = np.zeros((1000, 800, 1), np.int16)
+    label[100:300, 50:150], label[100:300, 650:750] = 1, 2  # far from their common middle
+    image = np.zeros((1, *label.shape), np.float32)
+    spacing = (0.5, 0.5, 1.0)
+    volume = Volume(image, np.ones(label.shape, bool), label, spacing, np.eye(4), {}, picture=True)
+    write_figures(tmp_path / "f.npz", [(volume, np.zeros_like(label), 0.0)], {1: "left", 2: "right"})
+    with np.load(tmp_path / "f.npz") as kept:
+        assert set(np.unique(kept["label"])) == {0, 1, 2} and max(kept["label"].shape) <= PICTURE_SIZE
+        assert kept["spacing_mm"][0, 0] == 0.5 * 4
+    parts = slices(image[0], label, np.zeros_like(label), spacing, picture=True)
+    assert set(np.unique(parts["picture_label"])) == {0, 1, 2} and max(parts["picture_label"].shape) <= SIZE
+    assert parts["picture_spacing_mm"].tolist() == [0.5 * 7] * 2
+
+
+def test_areas__are_what_the_clinical_page_compares(tmp_path: Path) -> None:
+    from medssl.evaluation.clinical import clinical_facts
+
+    def case(n: int, unit: str) -> dict[str, Any]:
+        sizes = {f"reference_{unit}": {"disc": 10.0 * n}, f"area_{unit}": {"disc": 9.0 * n if n else 4.0}}
+        return {"id": f"case{n:04d}", "patient": f"p{n}", "dice": {"disc": 0.9 if n else 0.0}, "hd95_mm": {"disc": None}, **sizes}
+
+    def facts(unit: str) -> dict[str, Any]:
+        result = {"arm": "scratch", "labels": 3, "seed": 0, "structures": ["disc"], "cases": [case(n, unit) for n in range(4)]}
+        return clinical_facts([result], draws=20)
+
+    (row,) = facts("mm2")["agreement"]["rows"]
+    assert row["unit"] == "mm2" and row["reference"] == [0.0, 10.0, 20.0, 30.0]
+    assert facts("px")["agreement"] == {"why": "the pictures do not say how large their pixels are."}
+    assert [facts(unit)["structures"]["rows"][0]["invented"] for unit in ("mm2", "px")] == [1, 1]
+
+
+def test_a_flip_that_is_no_number__is_refused_in_words(cohort: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(MedsslError, match="flip"):
+        finetune(cohort, replace(SETTINGS, augment={"flip": True}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

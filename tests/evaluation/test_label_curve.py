@@ -29,7 +29,9 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 def result(arm: str, labels: int, seed: int, scores: list[list[float | None]]) -> FinetuneResult:
     cases = [CaseScore(str(i), f"p{i // 2}", {"a": a, "b": b}, {"a": 1.0, "b": 3.0}) for i, (a, b) in enumerate(scores)]
     seconds = {"train": 10.0, "per_step": 0.1}
-    return FinetuneResult(arm, labels, seed, ["a", "b"], cases, [], None, "last", seconds, {})
+    return FinetuneResult(
+        arm, labels, seed, ["a", "b"], cases, [], None, "last state; validation labels chose nothing", seconds, {}
+    )
 
 
 def fake_finetune(calls: list[Cell]) -> Any:
@@ -128,6 +130,13 @@ def test_summary__averages_structures_then_seeds_and_pairs_patients() -> None:
     assert (difference["difference"], difference["low"], difference["high"]) == pytest.approx(expected)
 
 
+def test_table__says_when_validation_labels_chose_the_state() -> None:
+    plain = result("scratch", 5, 0, [[0.7, 0.5], [0.8, 0.6]])
+    assert "alidation" not in markdown(summarise([plain]))
+    text = markdown(summarise([replace(plain, choice="step 20, the best of 8 validation cases")]))
+    assert "Validation labels beyond the budget chose the state that is scored, for instance step 20, the best of 8" in text
+
+
 def test_table__shows_points_and_signed_differences() -> None:
     text = markdown(
         summarise(
@@ -146,7 +155,25 @@ def test_unequal_test_cases__are_refused() -> None:
         score_table([result("a", 1, 0, [[0.5, 0.5]]), result("a", 1, 1, [[0.5, 0.5], [0.5, 0.5]])])
 
 
+def finished_cell(out: Path) -> None:
+    """One finished cell: without one there is nothing to be mixed."""
+    (out / "cells" / "scratch_n1_s0").mkdir(parents=True)
+    (out / "cells" / "scratch_n1_s0" / "results.json").write_text("{}")
+
+
+def test_folder__without_a_finished_cell_takes_a_corrected_recipe(cohort: Cohort, tmp_path: Path) -> None:
+    arms = {"scratch": None}
+    with pytest.raises(RequestError, match="2 numbers for 3 classes"):
+        label_curve(cohort, replace(SETTINGS, class_weights=(1.0, 2.0)), tmp_path, arms=arms, counts=[1], seeds=[0])
+    with pytest.raises(RequestError, match="unknown key warped"):
+        label_curve(cohort, replace(SETTINGS, augment={"warped": 1}), tmp_path, arms=arms, counts=[1], seeds=[0])
+    assert not list(tmp_path.rglob("curve.jsonl"))
+    summary = label_curve(cohort, replace(SETTINGS, class_weights=(1.0, 2.0, 2.0)), tmp_path, arms=arms, counts=[1], seeds=[0])
+    assert summary["cells"]["done"] == 1
+
+
 def test_folder__never_mixes_settings_cohorts_or_weights(cohort: Cohort, tmp_path: Path) -> None:
+    finished_cell(tmp_path)
     claim(tmp_path, cohort, SETTINGS, {"scratch": None})
     claim(tmp_path, cohort, replace(SETTINGS, device="cuda", figures=3), {"ours": pretrained()})  # changes no score
     known = claim(tmp_path, cohort, SETTINGS, {"scratch": None})
@@ -166,6 +193,7 @@ def test_folder__never_mixes_settings_cohorts_or_weights(cohort: Cohort, tmp_pat
 
 
 def test_folder__begun_before_a_setting_existed_is_taken_to_have_had_its_default(cohort: Cohort, tmp_path: Path) -> None:
+    finished_cell(tmp_path)
     claim(tmp_path, cohort, SETTINGS, {"scratch": None})
     path = tmp_path / "label_curve.json"
     content = json.loads(path.read_text())
@@ -177,6 +205,7 @@ def test_folder__begun_before_a_setting_existed_is_taken_to_have_had_its_default
 
 
 def test_folder__of_scratch_cells_alone_takes_another_way_of_transfer(cohort: Cohort, tmp_path: Path) -> None:
+    finished_cell(tmp_path)
     claim(tmp_path, cohort, replace(SETTINGS, transfer="encoder_decoder"), {"scratch": None})
     claim(tmp_path, cohort, replace(SETTINGS, transfer="encoder"), {"scratch": None, "ours": pretrained()})
     with pytest.raises(RequestError, match=r"transfer encoder \(now encoder_decoder\)"):

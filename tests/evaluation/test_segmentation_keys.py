@@ -279,3 +279,70 @@ def test_classes__keep_what_is_uncertain() -> None:
     labels = torch.tensor([[-1, 0, 255], [7, 0, -1]])
     assert as_classes(labels, [0, 7, 255]).tolist() == [[-1, 0, 2], [1, 0, -1]]
     assert as_classes(labels.clamp(max=1), [0, 1]).tolist() == labels.clamp(max=1).tolist()
+
+
+def test_folds__have_one_set_of_classes_where_none_is_listed(tmp_path: Path) -> None:
+    import nibabel
+
+    folder = write_cohort(tmp_path / "cohort")
+    for n in range(1, 6):  # only the first case has structure 2
+        path = folder / "labels" / f"v{n}.nii.gz"
+        image = nibabel.load(path)
+        label = np.asarray(image.dataobj)
+        nibabel.save(nibabel.Nifti1Image(np.where(label == 2, 0, label).astype(np.uint8), image.affine, image.header), path)
+    settings = FinetuneSettings(encoder=TINY_ENCODER, crop=(16, 16, 16), steps=1, warmup_steps=0, figures=0)
+    summary = label_curve(Cohort.load(folder), settings, tmp_path / "out", arms={"scratch": None}, counts=[2], seeds=[0], folds=3)
+    assert summary["cells"]["done"] == 3 and set(summary["rows"][0]["structures"]) == {"structure_1", "structure_2"}
+
+
+def test_folds__learn_from_other_cases_for_every_seed(cohort: Cohort) -> None:
+    first = {tuple(case.id for case in cohort.dealt(3, seed, 0).first(1)) for seed in range(8)}
+    assert len(first) > 1
+    twins = replace(cohort, cases=tuple(replace(case, patient=f"p{n // 2}") for n, case in enumerate(cohort.cases)))
+    (a, b) = twins.dealt(3, 0, 0).first(2)
+    assert a.patient == b.patient  # two labels are of one patient where that is enough
+
+
+def test_a_class_of_no_weight__leaves_a_loss_that_is_a_number() -> None:
+    logits, labels = torch.randn(1, 3, 4, 4, 4), torch.zeros(1, 1, 4, 4, 4, dtype=torch.int64)
+    loss = build_loss(SETTINGS, torch.tensor([0.0, 1.0, 1.0]))(logits, labels)
+    assert torch.isfinite(loss)
+    for wrong in ((0.0, 0.0), None, 2, ()):
+        with pytest.raises(RequestError, match="class_weights"):
+            replace(SETTINGS, class_weights=wrong)  # type: ignore[arg-type]
+
+
+def test_values__of_one_rater_alone_are_classes_too(tmp_path: Path) -> None:
+    import nibabel
+
+    folder = write_cohort(tmp_path / "cohort", train=2, val=0, test=1)
+    image = nibabel.load(folder / "labels" / "v0.nii.gz")
+    other = np.asarray(image.dataobj).copy()
+    other[other == 2] = 9
+    nibabel.save(nibabel.Nifti1Image(other, image.affine, image.header), folder / "labels" / "other.nii.gz")
+    rows = ["image,label,label_2,label_3,split"]
+    rows += [f"images/v{n}.nii.gz,labels/v{n}.nii.gz,{'labels/other.nii.gz,labels/v0.nii.gz' if n == 0 else ','},{side}"
+             for n, side in enumerate(("train", "train", "test"))]  # fmt: skip
+    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    settings = replace(SETTINGS, raters="draw", steps=8)
+    result = finetune(Cohort.load(folder / "table.csv"), settings, tmp_path / "out")
+    assert result.structures == ["structure_1", "structure_2", "structure_9"]
+
+
+def test_a_listed_minus_one__is_uncertain_and_no_class(tmp_path: Path) -> None:
+    folder = write_cohort(tmp_path / "cohort")
+    names = {"background": 0, "uncertain": -1, "a": 1, "b": 2}
+    (folder / "dataset.json").write_text(json.dumps({"labels": names}))
+    assert Cohort.load(folder).structures == {1: "a", 2: "b"}
+    (folder / "dataset.json").write_text(json.dumps({"labels": {**names, "strange": -3}}))
+    with pytest.raises(RequestError, match="value -3; structures are 1 or more"):
+        Cohort.load(folder)
+
+
+def test_normalisation__of_any_source_of_a_joint_run_is_accepted(cohort: Cohort, tmp_path: Path) -> None:
+    weights = pretrained(intensity={"normalize": {"window": [0, 255]}})
+    views = {"chest": {"normalize": {"window": [0, 255]}}, "mr": {"normalize": "zscore"}}
+    joint = replace(weights, manifest={**weights.manifest, "views": views})
+    assert finetune(cohort, SETTINGS, tmp_path / "joint", weights=joint).cases
+    with pytest.raises(RequestError, match=r"pretrained with normalize .*window.* or zscore, the settings say minmax"):
+        finetune(cohort, replace(SETTINGS, normalize="minmax"), tmp_path / "other", weights=joint)

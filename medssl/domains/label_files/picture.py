@@ -14,7 +14,7 @@ from medssl.domains.planar import check_size, os_fault, quiet_decoders
 from medssl.domains.volume_stack import size_text
 from medssl.errors import GeometryError, ImageError
 
-FORMS = "accepted: PNG and TIFF of label values (grey or palette), and NIfTI of one slice (columns along its first axis, rows along its second)"
+FORMS = "accepted: PNG, TIFF and BMP of label values (grey or palette), and NIfTI of one slice (columns along its first axis, rows along its second)"
 
 
 def read_picture_labels(path: Path, shape: Sequence[int]) -> LabelMap:
@@ -24,7 +24,7 @@ def read_picture_labels(path: Path, shape: Sequence[int]) -> LabelMap:
     since a picture has none.
 
     Args:
-        path: PNG, TIFF, or NIfTI of one slice.
+        path: PNG, TIFF, BMP, or NIfTI of one slice.
         shape: Rows and columns of the picture.
 
     Returns:
@@ -38,7 +38,7 @@ def read_picture_labels(path: Path, shape: Sequence[int]) -> LabelMap:
     try:
         with open(path, "rb") as handle:
             head = handle.read(HEAD_BYTES)
-        if head.startswith((b"\x89PNG", b"II*\0", b"MM\0*")):
+        if head.startswith((b"\x89PNG", b"II*\0", b"MM\0*", b"BM")):
             array = _indices(path)
         elif sniff(head) in ("nifti", "nifti_gz"):
             array = _one_slice(path)
