@@ -397,6 +397,10 @@ class Archive:
         """
         return [self._real(path) for path, _ in self._entries(series_id)]
 
+    def paths(self, series_id: str) -> list[Path]:
+        """Return the paths of `files` as the index has them: members of containers are not unpacked, so that there may be no such file."""
+        return [path for path, _ in self._entries(series_id)]
+
     def _real(self, path: Path) -> Path:
         """Return a path on disk; a member of a container is unpacked into the private folder first."""
         if SEPARATOR not in str(path) or path.exists():

@@ -282,12 +282,26 @@ def test_cines_and_volumes_in_a_file_of_boxes__are_refused(tmp_path: Path) -> No
     table = read_boxes(tmp_path / "boxes.csv")
     for kind in ("image", "cine", "volume"):
         row: Any = SimpleNamespace(series_id="s", kind=kind)
-        shelf: Any = SimpleNamespace(rows=[row], archive=SimpleNamespace(files=lambda _: [Path("a.dcm")]))
+        archive = SimpleNamespace(paths=lambda _: [Path("a.dcm")], select=lambda _, rejected, row=row: [row])
+        shelf: Any = SimpleNamespace(rows=[row], archive=archive)
         if kind == "image":
             assert listed_pictures(shelf, table) == [(row, "a.dcm")]
             continue
         with pytest.raises(RequestError, match=rf"series that are no pictures \(1 {kind}\)"):
             listed_pictures(shelf, table)
+
+
+def test_narrower_selection__does_not_move_boxes_to_another_folder(tmp_path: Path) -> None:
+    rows = [SimpleNamespace(series_id=site, kind="image") for site in ("siteA", "siteB")]
+    archive = SimpleNamespace(paths=lambda series: [Path(f"/data/{series}/1.png")], select=lambda _, rejected: rows)
+    (tmp_path / "boxes.csv").write_text("image,class,xmin,ymin,xmax,ymax\nsiteA/1.png,red,1,1,5,5\n")
+    table = read_boxes(tmp_path / "boxes.csv")
+    for chosen, expected in ((rows, ["siteA"]), (rows[:1], ["siteA"]), (rows[1:], [])):
+        shelf: Any = SimpleNamespace(rows=chosen, archive=archive)
+        assert [row.series_id for row, _ in listed_pictures(shelf, table)] == expected
+    (tmp_path / "boxes.csv").write_text("image,class,xmin,ymin,xmax,ymax\nelsewhere/1.png,red,1,1,5,5\n")
+    with pytest.raises(RequestError, match="boxes: 1 images are listed with a folder in which no image file lies"):
+        listed_pictures(SimpleNamespace(rows=rows[1:], archive=archive), read_boxes(tmp_path / "boxes.csv"))  # type: ignore[arg-type]
 
 
 def test_recipes_with_faults__say_which_key(smears: Path) -> None:
