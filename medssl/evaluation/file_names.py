@@ -18,7 +18,7 @@ def plain_name(name: str, folder: Path) -> str:
 def is_fixed(name: str) -> bool:
     """Say whether a name means one place alone: an absolute path, or one that climbs (`../`)."""
     path = PurePosixPath(name.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or path.parts[:1] != () and path.parts[0].endswith(":")
+    return path.is_absolute() or ".." in path.parts or (path.parts[:1] != () and path.parts[0].endswith(":"))
 
 
 def join_names(
