@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medssl.encoders.image2d import Image2D
+from medssl.encoders.slice_volume import SliceVolumeEncoder
 from medssl.encoders.vit3d import ViT3D
 from medssl.errors import RequestError
 from medssl.evaluation.finetune_targets import TargetSettings, class_weights, finetune_targets
@@ -176,6 +178,27 @@ def test_layer_scales__fall_from_head_to_stem() -> None:
     assert by_block == [0.5**3, 0.5**2, 0.5]
     assert {scales[name] for name in scales if "patch_embedding" in name} == {0.5**4}
     assert all(scale == 1.0 for scale in layer_scales(encoder, 1.0).values())
+
+
+def test_layer_scales__of_layers_between_blocks_are_those_of_the_block_before() -> None:
+    encoder = Image2D(model="test_convnext")
+    scales, names = layer_scales(encoder, 0.5), [name for name, _ in encoder.named_parameters()]
+    n = len(encoder.blocks)
+    between = [name for name in names if ".downsample." in name]
+    assert {scales[name] for name in names if ".stem" in name} == {0.5 ** (n + 1)} and between
+    for name in between:
+        before = max((k for k in range(names.index(name)) if ".blocks." in names[k]), default=None)
+        assert scales[name] == (0.5 ** (n + 1) if before is None else scales[names[before]])
+    assert max(scales[name] for name in between) < 0.5 == max(scales.values())
+
+
+def test_layer_scales__of_slices_go_on_through_the_projection() -> None:
+    encoder = SliceVolumeEncoder(slice_encoder={"model": "test_vit"}, dim=32)
+    scales, over = layer_scales(encoder, 0.5), len(encoder.aggregator.layers)
+    own = len(encoder.slice_encoder.blocks)
+    assert scales["projection.weight"] == 0.5 ** (over + 1) and min(scales.values()) == 0.5 ** (own + over + 1)
+    positions = [scales[name] for name in scales if name.endswith(("cls_token", "pos_embed")) and "slice_encoder" in name]
+    assert set(positions) == {0.5 ** (own + over + 1)}
 
 
 def test_learning_rate__warms_up_again_after_the_frozen_steps() -> None:
