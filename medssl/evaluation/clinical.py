@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,11 +24,13 @@ from medssl.evaluation.agreement import bland_altman
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval
 from medssl.evaluation.box_summary import DRAWS
 from medssl.evaluation.calibration import calibration_rows, reliability
+from medssl.evaluation.cell_summary import Asked
 from medssl.evaluation.finetune_targets import SPECIFICITY
-from medssl.evaluation.folds import pool_folds
+from medssl.evaluation.folds import fold_numbers, mean_over_folds, pool_folds
 from medssl.evaluation.label_curve import SCRATCH
 from medssl.evaluation.scores import mae, mean_auc
 from medssl.evaluation.subgroups import POSITIVES, SMALLEST, subgroup_rows
+from medssl.evaluation.target_summary import scored
 
 WORST = 10
 FAILED_DICE = 0.5
@@ -141,7 +143,7 @@ def _dice_of(case: Mapping[str, Any]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _scores(task: str, results: Sequence[Result]) -> tuple[np.ndarray, list[str] | None, Statistic]:
+def _scores(task: str, results: Sequence[Result]) -> Asked:
     """Return what the main score is a statistic of, the patients, and the statistic; seeds stand side by side."""
     if task == "segmentation":
         by_case: dict[str, list[float]] = {}
@@ -153,17 +155,7 @@ def _scores(task: str, results: Sequence[Result]) -> tuple[np.ndarray, list[str]
                     patient[str(case["id"])] = case.get("patient")
         values = np.array([np.mean(found) for found in by_case.values()])
         return values, _patients([{"patient": patient[name]} for name in by_case]), np.mean
-    cases = results[0]["cases"]
-    order = [str(case["series_id"]) for case in cases]
-    columns = []
-    for result in results:
-        known = {str(case["series_id"]): case for case in result["cases"]}
-        if set(known) != set(order):
-            raise RequestError("clinical report: cells were scored on different test cases; remove the cells and run again")
-        columns.append([[known[n]["target"], *(known[n].get("probability") or [known[n]["prediction"]])] for n in order])
-    of_one: Statistic = mean_auc if task == "classification" else mae
-    rows: np.ndarray = np.array(columns, dtype=np.float64).transpose(1, 0, 2)
-    return rows, _patients(cases), lambda x: float(np.mean([of_one(x[:, seed]) for seed in range(x.shape[1])]))
+    return scored(results)
 
 
 def _headline(task: str, results: Sequence[Result], draws: int) -> dict[str, Any]:
@@ -386,7 +378,7 @@ def subgroups(result: Result, *, draws: int = 2000) -> dict[str, Any]:
     columns = [name for name in (cases[0].get("facts") or {} if cases else {}) if any(_known(case, name) for case in cases)]
     if not columns:
         return _why("nothing is known of the patients and scanners of these cases; a cohort that is a query of an index brings it.")
-    values, statistic, positives = _grouped(task, cases, len(result.get("classes") or []))
+    values, statistic_of, positives = _grouped(task, cases, result)
     draws = min(draws, DRAWS) if task == "detection" else draws
     errors = [badness(task, case) or 0.0 for case in cases]
     limit = float(np.quantile(errors, 0.9)) if task == "regression" else math.inf
@@ -395,7 +387,9 @@ def subgroups(result: Result, *, draws: int = 2000) -> dict[str, Any]:
         attribute = [str((case.get("facts") or {}).get(name) or "unknown") for case in cases]
         shown = attribute if name in OPEN_COLUMNS else numbered(attribute)
         metric = MAIN[task]
-        rows = subgroup_rows("", "", metric, values, shown, _patients(cases), statistic=statistic, positives=positives, draws=draws)
+        rows = subgroup_rows(
+            "", "", metric, values, shown, _patients(cases), statistic_of=statistic_of, positives=positives, draws=draws
+        )
         for row in rows:
             inside = [case for case, group in zip(cases, shown) if group == row["group"]]
             row["failed"] = sum(failed(task, case, limit) for case in inside) if row["sufficient"] else None
@@ -414,15 +408,19 @@ def _known(case: Mapping[str, Any], name: str) -> bool:
     return (case.get("facts") or {}).get(name) not in (None, "", "unknown")
 
 
-def _grouped(task: str, cases: Sequence[Mapping[str, Any]], n_classes: int) -> tuple[np.ndarray, Statistic, list[bool] | None]:
+def _grouped(
+    task: str, cases: Sequence[Mapping[str, Any]], result: Result
+) -> tuple[np.ndarray, Callable[[np.ndarray], Statistic], list[bool] | None]:
+    """Return the values of cases, values of a group -> its statistic, and which cases are of the second of two classes."""
     if task == "segmentation":
-        return np.array([_dice_of(case) for case in cases], dtype=np.float64), np.mean, None
+        return np.array([_dice_of(case) for case in cases], dtype=np.float64), lambda _: np.mean, None
     if task == "detection":
-        return *clinical_boxes.group_map(cases, n_classes), None
+        return *clinical_boxes.group_map(result), None
     rows = np.array([[case["target"], *(case.get("probability") or [case["prediction"]])] for case in cases], dtype=np.float64)
     if task == "regression":
-        return rows, mae, None
-    return rows, mean_auc, [bool(row[0] == 1) for row in rows] if rows.shape[1] == 3 else None
+        return rows, lambda _: mae, None
+    positives = [bool(row[0] == 1) for row in rows] if rows.shape[1] == 3 else None
+    return np.column_stack([rows, fold_numbers(cases)]), lambda _: mean_over_folds(mean_auc), positives
 
 
 def numbered(values: Sequence[str]) -> list[str]:

@@ -302,6 +302,12 @@ def pick(matches: Matches, overlap: float) -> Matches:
     return Matches(matches.scores, matches.image, matches.right[row : row + 1], matches.real, (overlap,))
 
 
+def of_images(matches: Matches, there: np.ndarray) -> Matches:
+    """Return the matches of some images alone, (I,) bool; the others keep their places and hold nothing."""
+    kept = there[matches.image]
+    return Matches(matches.scores[kept], matches.image[kept], matches.right[:, kept], matches.real * there, matches.overlaps)
+
+
 def over_images(score: Any, n: int) -> Statistic:
     """Return a statistic for `bootstrap_interval` over rows that are places of images: `score(times)` of how often each was drawn."""
     return lambda rows: float(score(np.bincount(np.asarray(rows, dtype=np.int64), minlength=n)))
