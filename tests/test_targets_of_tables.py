@@ -56,7 +56,7 @@ def test_names__are_those_of_files_and_folders(tmp_path: Path, lines: list[str],
     [
         (["0001.png,ill"], "1 of the 1 names in labels.csv that selected series have are those of several files or folders"),
         (["IM1.dcm,ill"], "those of several files or folders"),
-        (["0002.png,ill", "0002.png,healthy"], "1 of the 1 names in column file .* stand in lines with several values of y"),
+        (["0002.png,ill", "0002.png,healthy"], r"1 of the 1 names in column file .* stand in lines with several values of y"),
         (["x/0002.png,ill", "y/0002.png,healthy"], "labels.csv: 2 images are listed with a folder in which no image file lies"),
         (["/data/siteC/0002.png,ill"], "none of the 7 selected series is named"),
     ],
