@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from medssl.errors import RecipeError, RequestError
 from medssl.evaluation import cell_summary
 from medssl.evaluation.bootstrap import bootstrap_interval
 from medssl.evaluation.boxes import read_boxes
+from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.detection import box_iou
 from medssl.evaluation.finetune_boxes import BoxSettings
 from medssl.finetune_cells import section_of
@@ -347,6 +349,18 @@ def test_domain_of_a_cohort__gets_its_arguments_and_is_shared(cohort: Path) -> N
     assert roads[0].facts["domain"] != roads[1].facts["domain"]
     readers = [road.batches.reader for road in roads if isinstance(road.batches, VolumeBatches)]
     assert [reader.domain.philips_scaling for reader in readers] == [False, True]
+
+
+def test_folds_over_some_unknown_patients__are_refused(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Cohort.load(cohort)
+    some = replace(whole, cases=tuple(replace(case, patient_known=k > 0) for k, case in enumerate(whole.cases)))
+    monkeypatch.setattr(Cohort, "load", lambda _: some)
+    with pytest.raises(RequestError, match="labelled series have no usable patient identity, so patients cannot be kept together"):
+        api.finetune(volumes(cohort, "unknown", "folds=3"), None)
+    assert not (cohort.parent / "unknown").exists()
+    recipe = volumes(cohort, "unknown")
+    found = volume_source(recipe, section_of(recipe, None)[0], BoxSettings(), None)
+    assert found.cases.groups is None and set(found.patients.values()) == {None}
 
 
 @pytest.mark.slow
