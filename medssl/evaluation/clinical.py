@@ -344,24 +344,24 @@ def worst_cases(result: Result, count: int = WORST) -> dict[str, Any]:
         if task == "segmentation":
             row |= {"dice": dict(case["dice"]), "hd95_mm": dict(case["hd95_mm"])}
         elif task == "detection":
-            row |= {key: case[key] for key in ("f1", "objects", "right", "missed", "wrong", "threshold", "fitted")}
+            row |= {key: case[key] for key in ("f1", "objects", "right", "missed", "wrong", "threshold", "fitted", "asked")}
         elif task == "classification":
             chances = case["probability"]
             row |= {"target": int(case["target"]), "called": int(np.argmax(chances)), "p": float(chances[int(case["target"])])}
         else:
             row |= {"target": float(case["target"]), "prediction": float(case["prediction"])}
         rows.append(row)
-    rows.sort(key=lambda row: (-float(row["bad"]), -row.get("missed", 0) - row.get("wrong", 0)))
+    rows.sort(key=clinical_boxes.how_bad if task == "detection" else lambda row: -float(row["bad"]))
     return {"rows": rows[:count], "n": len(result["cases"]) if task == "detection" else len(rows)}
 
 
 def failed(task: str, case: Mapping[str, Any], limit: float = math.inf) -> bool:
-    """Say whether a case failed: mean Dice below 0.5 or 0 for a structure; F1 below 0.5; the wrong class; an error above a limit."""
+    """Say whether a case failed: mean Dice below 0.5 or 0 for a structure; F1 below 0.5 where there is an object; the wrong class; a large error."""
     if task == "segmentation":
         dice = _dice_of(case)
         return dice is not None and (dice < FAILED_DICE or 0 in case["dice"].values())
     if task == "detection":
-        return bool(case["f1"] < FAILED_DICE)
+        return bool(case["objects"] and case["f1"] < FAILED_DICE)
     if task == "classification":
         return int(np.argmax(case["probability"])) != int(case["target"])
     return abs(float(case["prediction"]) - float(case["target"])) > limit
@@ -393,11 +393,15 @@ def subgroups(result: Result, *, draws: int = 2000) -> dict[str, Any]:
         for row in rows:
             inside = [case for case, group in zip(cases, shown) if group == row["group"]]
             row["failed"] = sum(failed(task, case, limit) for case in inside) if row["sufficient"] else None
-        keys = ("group", "value", "low", "high", "n_images", "n_patients", "sufficient", "failed")
+            if task == "detection":
+                row["alarms"] = sum(clinical_boxes.is_alarm(case) for case in inside) if row["sufficient"] else None
+        keys = ["group", "value", "low", "high", "n_images", "n_patients", "sufficient", "failed"]
+        keys += ["alarms"] if task == "detection" else []
         tables[name] = [{key: row[key] for key in keys} for row in rows]
     how = {
         "segmentation": f"mean Dice below {FAILED_DICE}, or a structure with Dice 0 (missed wholly, or predicted where the label has none)",
-        "detection": f"F1 below {FAILED_DICE}, of found boxes with real ones at the score threshold of the worst cases",
+        "detection": f"F1 below {FAILED_DICE}, of found boxes with real ones at the score threshold of the worst cases, where there is an object; "
+        "images without an object in which something was found are counted beside these",
         "classification": "the most likely class was the wrong one",
         "regression": f"an error above {limit:.3g}, which one in ten of all test cases has",
     }[task]

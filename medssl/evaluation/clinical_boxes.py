@@ -35,11 +35,12 @@ Result = Mapping[str, Any]
 def counted(result: Result) -> dict[str, Any]:
     """Return the result of a cell with its cases counted at its threshold.
 
-    Cases get `threshold`, `fitted` (whether on validation cases), `objects`, `right`, `missed`, `wrong` and `f1`: twice what is right over
-    objects and found boxes together; 1 where nothing is and nothing was found.
+    Cases get `threshold`, `fitted` (whether on validation cases), `asked` (whether it was to be: an earlier medssl fitted none), `objects`,
+    `right`, `missed`, `wrong` and `f1`: twice what is right over objects and found boxes together; 1 where nothing is and nothing was found.
     """
     images = [image_boxes(case) for case in result["cases"]]
-    known = (result.get("fitted") or {}).get("threshold")
+    fitted = result.get("fitted") or {}
+    known = fitted.get("threshold")
     threshold = operating_point(images, len(result["classes"])) if known is None else float(known)
     cases = []
     for case, image in zip(result["cases"], images):
@@ -53,7 +54,7 @@ def counted(result: Result) -> dict[str, Any]:
             "wrong": wrong,
             "f1": 2 * right / every if every else 1.0,
         }
-        cases.append({**case, "threshold": threshold, "fitted": known is not None, **counts})
+        cases.append({**case, "threshold": threshold, "fitted": known is not None, "asked": "threshold" in fitted, **counts})
     return {**result, "cases": cases}
 
 
@@ -64,9 +65,21 @@ def by_name(result: Result) -> dict[str, Any]:
 
 
 def worst_first(cases: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return counted cases by F1, lowest first, of equal ones those with most errors; cases without an error are left out."""
-    bad = [case for case in cases if case["f1"] < 1]
-    return sorted(bad, key=lambda case: (case["f1"], -case["missed"] - case["wrong"]))
+    """Return counted cases in the order of `how_bad`, equal ones by name; cases without an error are left out."""
+    return sorted([case for case in cases if case["f1"] < 1], key=lambda case: (*how_bad(case), case_name(case)))
+
+
+def how_bad(case: Mapping[str, Any]) -> tuple[bool, float, int]:
+    """Return a key that sorts counted cases, worst first: those with a missed object before others, by F1, then by number of errors.
+
+    One box found for nothing in an image without an object makes its F1 0; that is no worse than an object that is missed.
+    """
+    return not case["missed"], float(case["f1"]), -int(case["missed"]) - int(case["wrong"])
+
+
+def is_alarm(case: Mapping[str, Any]) -> bool:
+    """Say whether something was found in a counted case without an object."""
+    return not case["objects"] and case["wrong"] > 0
 
 
 def headline(results: Sequence[Result]) -> dict[str, Any]:
@@ -150,6 +163,7 @@ def sensitivity(arms: Mapping[str, Result], patients: Mapping[str, Sequence[str]
         "rows": rows,
         "overlap": FROC_OVERLAP,
         "rate": OPERATING_RATE,
+        "asked": all(case["asked"] for run in arms.values() for case in run["cases"]),
         "threshold": {arm: sorted({case["threshold"] for case in run["cases"]}) for arm, run in arms.items()},
     }
 

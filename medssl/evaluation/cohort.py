@@ -217,7 +217,7 @@ class Cohort:
         if 0 < known.count(False) < len(known):
             raise RequestError(
                 f"cohort {self.name}: folds: {known.count(False)} of {len(known)} labelled series have no usable patient identity, so patients "
-                "cannot be kept together; leave them out, for instance with \"where\": \"not list_contains(quality_flags, 'patient_unknown')\""
+                'cannot be kept together; leave them out, for instance with "where": "not list_contains(quality_flags, \'patient_unknown\')"'
             )
 
     def dealt(self, folds: int, seed: int, fold: int) -> Cohort:

@@ -97,7 +97,9 @@ def test_folds__are_one_test_set_and_each_case_goes_by_its_own_threshold() -> No
     assert facts["folds"] == 2 and whole["folds"] is None
     main = facts["headlines"][0]
     of_folds = [
-        mean_auc(np.array([[case["target"], *case["probability"]] for case in classification(seed=seed)["cases"][40 * k : 40 * k + 40]]))
+        mean_auc(
+            np.array([[case["target"], *case["probability"]] for case in classification(seed=seed)["cases"][40 * k : 40 * k + 40]])
+        )
         for seed in (0, 1)
         for k in (0, 1)
     ]
