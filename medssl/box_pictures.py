@@ -176,7 +176,7 @@ def listed_pictures(shelf: data_sources.Shelf, table: BoxTable) -> list[tuple[Se
     Raises:
         RequestError: Which of several files a name means cannot be told, or one is a volume or a cine.
     """
-    known = data_sources.first_files(shelf.archive)
+    known = shelf.archive.first_paths()  # of all series: a name is not unique because a selection left the others out
     own = {row.series_id: row for row in shelf.rows}
     names = table.names_of(list(known.values()), [series in own for series in known])
     found = [(own[series], name) for series, name in zip(known, names) if name is not None and series in own]

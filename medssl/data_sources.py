@@ -475,12 +475,6 @@ def random_views(maker: ViewMaker, batch: int, channels: int, device: torch.devi
     return Views(data, meta)
 
 
-def first_files(archive: Archive) -> dict[str, Path]:
-    """Return series_id -> its first file, of all series of an archive: a name in a table is looked for among all of them."""
-    paths = ((row.series_id, archive.paths(row.series_id)) for row in archive.select(None, rejected=True))
-    return {series: files[0] for series, files in paths if files}
-
-
 def read_targets(table: str, file_column: str, target: str, shelf: Shelf) -> dict[str, str]:
     """Join a CSV of labels to series by the path or name of the image file, or of the DICOM folder; see `file_names.join_names`.
 
@@ -539,7 +533,7 @@ def _names_of_series(listed: Mapping[str, Any], fixed: set[str], table: Path, sh
     Raises:
         RequestError: A name is that of several files or folders.
     """
-    first, wanted = first_files(shelf.archive), {row.series_id for row in shelf.rows}
+    first, wanted = shelf.archive.first_paths(), {row.series_id for row in shelf.rows}
     asked: dict[Path, bool] = {}
     for series, file in first.items():  # one folder may hold several series: it is one place
         for place in (file, file.parent):

@@ -24,7 +24,7 @@ FILES = {
 
 def shelf_of(*chosen: str) -> Any:
     rows = {name: SimpleNamespace(series_id=name) for name in FILES}
-    archive = SimpleNamespace(paths=lambda series: [Path(FILES[series])], select=lambda _, rejected: list(rows.values()))
+    archive = SimpleNamespace(first_paths=lambda: {name: Path(file) for name, file in FILES.items()})
     return SimpleNamespace(rows=[rows[name] for name in chosen or FILES], archive=archive)
 
 

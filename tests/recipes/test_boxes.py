@@ -284,7 +284,7 @@ def test_cines_and_volumes_in_a_file_of_boxes__are_refused(tmp_path: Path) -> No
     table = read_boxes(tmp_path / "boxes.csv")
     for kind in ("image", "cine", "volume"):
         row: Any = SimpleNamespace(series_id="s", kind=kind)
-        archive = SimpleNamespace(paths=lambda _: [Path("a.dcm")], select=lambda _, rejected, row=row: [row])
+        archive = SimpleNamespace(first_paths=lambda: {"s": Path("a.dcm")})
         shelf: Any = SimpleNamespace(rows=[row], archive=archive)
         if kind == "image":
             assert listed_pictures(shelf, table) == [(row, "a.dcm")]
@@ -295,7 +295,7 @@ def test_cines_and_volumes_in_a_file_of_boxes__are_refused(tmp_path: Path) -> No
 
 def test_narrower_selection__does_not_move_boxes_to_another_folder(tmp_path: Path) -> None:
     rows = [SimpleNamespace(series_id=site, kind="image") for site in ("siteA", "siteB")]
-    archive = SimpleNamespace(paths=lambda series: [Path(f"/data/{series}/1.png")], select=lambda _, rejected: rows)
+    archive = SimpleNamespace(first_paths=lambda: {site: Path(f"/data/{site}/1.png") for site in ("siteA", "siteB")})
     (tmp_path / "boxes.csv").write_text("image,class,xmin,ymin,xmax,ymax\nsiteA/1.png,red,1,1,5,5\n")
     table = read_boxes(tmp_path / "boxes.csv")
     for chosen, expected in ((rows, ["siteA"]), (rows[:1], ["siteA"]), (rows[1:], [])):
