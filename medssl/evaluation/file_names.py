@@ -60,10 +60,11 @@ def join_names(
         if found[number] is None and (form := next((form for form in _last(path) if form in rest), None)) is not None:
             free.setdefault(form, []).append(number)
     asked = {form: numbers for form, numbers in free.items() if chosen is None or any(chosen[number] for number in numbers)}
-    unclear = [form for form in asked if alike[form] > 1 or len(rest[form]) > 1]
+    claims = {form: [n for own in dict.fromkeys(_last(paths[k[0]])) for n in rest.get(own, ())] for form, k in asked.items()}
+    unclear = [form for form in asked if alike[form] > 1 or len(claims[form]) > 1]
     if unclear:
         raise RequestError(
-            f"{sum(len(rest[form]) for form in unclear)} images are listed with a folder in which no image file lies, and their names are "
+            f"{sum(len(claims[form]) for form in unclear)} images are listed with a folder in which no image file lies, and their names are "
             "those of several files or lines; write paths that end as those of the image files do, or relative to the table"
         )
     for form, numbers in asked.items():

@@ -233,6 +233,7 @@ def test_names_with_folders__are_joined_by_path_then_by_a_name_that_is_unique(
     [
         (["train/Quill.png"], ["/x/P1/Quill.png", "/x/P2/Quill.png"]),
         (["train/Quill.png", "test/Quill.png"], ["/x/Quill.png"]),
+        (["train/Quill", "test/Quill.png"], ["/x/Quill.png"]),
         (["train/Quill.png", "test/Quill.png"], ["/x/train/Quill.png", "/x/all/Quill.png"]),
     ],
 )
