@@ -176,9 +176,10 @@ def listed_pictures(shelf: data_sources.Shelf, table: BoxTable) -> list[tuple[Se
     Raises:
         RequestError: Which of several files a name means cannot be told, or one is a volume or a cine.
     """
-    files = [(row, files[0]) for row in shelf.rows if (files := shelf.archive.files(row.series_id))]
-    names = table.names_of([file for _, file in files])
-    found = [(row, name) for (row, _), name in zip(files, names) if name is not None]
+    known = shelf.archive.first_paths()  # of all series: a name is not unique because a selection left the others out
+    own = {row.series_id: row for row in shelf.rows}
+    names = table.names_of(list(known.values()), [series in own for series in known])
+    found = [(own[series], name) for series, name in zip(known, names) if name is not None and series in own]
     others = Counter(row.kind for row, _ in found if row.kind != "image")
     if others:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))

@@ -131,6 +131,8 @@ def volume_source(
     """Make boxes of the label maps of a cohort."""
     assert recipe.cohort is not None
     cohort = Cohort.load(recipe.cohort.path)
+    if recipe.folds is not None:
+        cohort.refuse_folds_of_some_unknown()
     facts: dict[str, Any] = {"cohort": cohort.name, "domain": recipe.cohort.domain.model_dump()}
     if recipe.cohort.card is not None:
         facts["data_cards"] = [card_facts(load_card(find_card(recipe.cohort.card)))]
@@ -145,11 +147,12 @@ def volume_source(
         known_values(reader(case), structures, case)
     batches = VolumeBatches(reader, labelled, list(structures), section.views, settings)
     own = [batches.boxes(number) for number in labelled]
+    known = all(case.patient_known for case in labelled.values())
     ranks = [float("nan") if case.rank is None else float(case.rank) for case in labelled.values()]
     cases = BoxCases(
         ids=np.array(list(labelled)),
         split=np.array([case.split for case in labelled.values()]),
-        groups=[case.patient_id for case in labelled.values()],
+        groups=[case.patient_id for case in labelled.values()] if known else None,
         classes=tuple(structures.values()),
         present=present_of([(boxes.labels, boxes.ignore) for boxes in own], len(structures)),
         ranks=None if recipe.folds is not None else np.array(ranks),  # folds draw their order by seed: ranks are of the given split
@@ -170,7 +173,7 @@ def volume_source(
         cases,
         batches,
         {number: case.id for number, case in labelled.items()},
-        {number: case.patient_id for number, case in labelled.items()},
+        {number: case.patient_id if known else None for number, case in labelled.items()},
         counts,
         lambda: cohort.digest(folder_key(Path(recipe.out) / "private" / "cohort.key")),
         leakage,

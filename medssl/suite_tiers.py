@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -420,17 +422,30 @@ def _counts_of(section: CurveSection, recipe: Any) -> list[int]:
         return list(section.counts)
     if getattr(recipe, "cohort", None) is None:
         raise RequestError("fractions are taken of a cohort, and this recipe has none; give counts")
-    from medssl.evaluation.cohort import Cohort
+    return budgets(section, _training_cases(recipe, section.seeds))
 
-    return budgets(section, len(Cohort.load(recipe.cohort.path).split("train")))
+
+def _training_cases(recipe: Any, seeds: Sequence[int]) -> int:
+    """Return how many training cases every cell of a curve over a cohort has at least."""
+    from medssl.evaluation.cohort import Cohort
+    from medssl.evaluation.label_curve import deals
+
+    cohort = Cohort.load(recipe.cohort.path)
+    if recipe.folds is None or recipe.task != "detection":
+        return min(len(one.split("train")) for one in deals(cohort, recipe.folds, seeds).values())
+    # folds of detection are alike in their boxes, which nobody has looked for yet: the two that do not train have no more than these patients
+    sizes = sorted(Counter(case.patient for case in cohort.cases if case.label is not None).values(), reverse=True)
+    return sum(sizes[2 * -(-len(sizes) // recipe.folds) :])
 
 
 def _patients_of(folder: Path) -> int | None:
-    """Return the number of test patients of the cells of a curve."""
+    """Return the number of test patients of a curve: those of the cells of one arm, number of labels and seed, of all its folds."""
+    found: dict[str, set[str | None]] = {}
     for path in sorted(folder.glob("cells/*/results.json")):
-        found = [case.get("patient") or case.get("patient_id") for case in json.loads(path.read_text()).get("cases", [])]
-        return len(set(found)) if found and None not in found else None
-    return None
+        own = [case.get("patient") or case.get("patient_id") for case in json.loads(path.read_text()).get("cases", [])]
+        found.setdefault(re.sub(r"_f[0-9]+$", "", path.parent.name), set()).update(own)
+    most = max(found.values(), key=len, default=set())
+    return len(most) if most and None not in most else None
 
 
 def segmentation(bench: Bench, out: Path) -> Found:

@@ -144,7 +144,8 @@ def labelled_cases(shelf: data_sources.Shelf, recipe: FinetuneTargetsRecipe) -> 
     targets, ids, groups = labelled_rows(shelf, recipe.table, recipe.file_column, recipe.target, recipe.task)
     splits = {row.series_id: row.split for row in shelf.rows}
     if recipe.folds is not None:
-        refuse_some_unknown([row for row in shelf.rows if row.series_id in set(ids)])
+        labelled = set(ids)
+        refuse_some_unknown([row for row in shelf.rows if row.series_id in labelled])
     names: list[str] = []
     if recipe.task == "classification":
         names = [str(name) for name in recipe.classes] or encode_classes(targets)[1]

@@ -397,6 +397,15 @@ class Archive:
         """
         return [self._real(path) for path, _ in self._entries(series_id)]
 
+    def first_paths(self) -> dict[str, Path]:
+        """Return series_id -> path of its first file, of all series that have one, rejected ones too.
+
+        Members of containers are not unpacked, so that there may be no such file.
+        """
+        files = self._all_entries()
+        owner_of = {series: self._owners.get(series, series) for series in self._all_tags()}
+        return {series: files[owner][0][0] for series, owner in owner_of.items() if files.get(owner)}
+
     def _real(self, path: Path) -> Path:
         """Return a path on disk; a member of a container is unpacked into the private folder first."""
         if SEPARATOR not in str(path) or path.exists():
@@ -420,14 +429,18 @@ class Archive:
 
     def source_tag(self, series_id: str) -> str:
         """Return a keyed hash over digests and times of the files of a series: another value means that they may have changed."""
+        tags = self._all_tags()
+        if series_id not in tags:
+            raise RequestError(f"the index {self.path} has no series {series_id}")
+        return tags[series_id]
+
+    def _all_tags(self) -> dict[str, str]:
         if self._tags is None:
             rows = read_table([self.path / "private" / "series.parquet"], ("series_id", "source_tag", "part", "files_of"))
             self._owners = {row["series_id"]: row["files_of"] for row in rows if row["files_of"]}
             self._tags = {row["series_id"]: row["source_tag"] for row in rows}
             self._parts = {row["series_id"]: None if row["part"] is None else json.loads(row["part"]) for row in rows}
-        if series_id not in self._tags:
-            raise RequestError(f"the index {self.path} has no series {series_id}")
-        return self._tags[series_id]
+        return self._tags
 
     def part(self, series_id: str) -> dict[str, Any] | None:
         """Return what of its files a series is (see `domains.base.Domain.read`), or None for all of it."""
@@ -436,14 +449,18 @@ class Archive:
         return self._parts[series_id]
 
     def _entries(self, series_id: str) -> list[tuple[Path, str]]:
+        files = self._all_entries()
+        self.source_tag(series_id)
+        return files[self._owners.get(series_id, series_id)]
+
+    def _all_entries(self) -> dict[str, list[tuple[Path, str]]]:
         if self._files is None:
             table: dict[str, list[tuple[int, Path, str]]] = defaultdict(list)
             for row in read_table([self.path / "private" / "files.parquet"], ("series_id", "place", "path", "digest")):
                 if row["series_id"] is not None and row["place"] is not None:
                     table[row["series_id"]].append((row["place"], Path(to_path(row["path"])), row["digest"]))
             self._files = {key: [(path, digest) for _, path, digest in sorted(rows)] for key, rows in table.items()}
-        self.source_tag(series_id)
-        return self._files[self._owners.get(series_id, series_id)]
+        return self._files
 
 
 def _row(values: dict[str, Any]) -> SeriesRow:

@@ -228,8 +228,9 @@ def _clinical_report(folder: Path, out: Path, with_images: bool) -> Path:
                 found = box_figures.read_worst(file)
                 pictures |= {code_of({"series_id": name, "case": name}, 0): cuts for name, cuts in found.items()}
             else:
-                more, structures = read_worst(file)
+                more, names = read_worst(file)
                 pictures |= more
+                structures = structures or names  # a fold without pictures has none
     page = clinical_page(facts, pictures=pictures, structures=structures)
     write_atomic(out, page.encode(), mode=0o600)  # without pictures too it has rows of single patients
     return out

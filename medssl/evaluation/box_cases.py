@@ -33,6 +33,8 @@ class BoxCases:
         ranks: (N,) place in a few-label order of the cohort's own, from 1, NaN for none; None draws one by seed.
         looks: Voxel size and vendor of each case where they are known, or empty.
         facts: What the index says of person and scanner of each case, or empty.
+        one_fold: Whether the test cases are one fold of several, which may hold no box: all folds are scored together.
+        orders: Seed -> `few_label_order` of these cases, where it was asked for.
     """
 
     ids: np.ndarray
@@ -43,16 +45,21 @@ class BoxCases:
     ranks: np.ndarray | None = None
     looks: Sequence[Look] = ()
     facts: Sequence[Mapping[str, str]] = ()
+    one_fold: bool = False
+    orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def balance(self) -> np.ndarray:
-        """(N,) number in which folds are to be alike: which classes are there, the rarest first, then how many boxes."""
+        """(N,) number in which folds are to be alike: which classes are there, the rarest first, then how many boxes.
+
+        The rarest has the lowest number: patients are dealt from there, and the last ones, of whom some folds get none, are the commonest.
+        """
         there = self.present > 0
         order = np.argsort(there.sum(axis=0), kind="stable")
         places = 0.5 ** np.arange(1, len(order) + 1)
         boxes = self.present.sum(axis=1)
         found: np.ndarray = there[:, order] @ places + 0.5 ** len(order) * boxes / (1 + boxes.max(initial=0))
-        return found
+        return -found
 
     def where(self, split: str) -> np.ndarray:
         """Return the rows of a split."""
@@ -152,20 +159,27 @@ def few_label_order(cases: BoxCases, seed: int) -> np.ndarray:
         cases: The cases.
         seed: Another seed draws other patients first.
     """
+    if seed not in cases.orders:
+        cases.orders[seed] = _order(cases, seed)
+    return cases.orders[seed]
+
+
+def _order(cases: BoxCases, seed: int) -> np.ndarray:
     rows = cases.where("train")
     if cases.ranks is not None and np.isfinite(cases.ranks[rows]).any():
         return rows[np.argsort(np.nan_to_num(cases.ranks[rows], nan=np.inf), kind="stable")]
-    patients = cases.patients(rows) or [str(cases.ids[row]) for row in rows]
-    names = sorted(set(patients))
+    of_patient: dict[str, list[int]] = {}
+    for row, patient in zip(rows, cases.patients(rows) or [str(cases.ids[row]) for row in rows]):
+        of_patient.setdefault(patient, []).append(int(row))
+    names = sorted(of_patient)
     shuffled = [names[int(k)] for k in counter_rng(seed, "few labels", "boxes").permutation(len(names))]
-    of_patient = {name: [int(row) for row, patient in zip(rows, patients) if patient == name] for name in names}
     has = {name: cases.present[members].sum(axis=0) > 0 for name, members in of_patient.items()}
     first: list[str] = []
     for k in np.argsort(cases.present[rows].sum(axis=0), kind="stable"):
-        if any(has[name][k] for name in first):
-            continue
-        first += [name for name in shuffled if has[name][k]][:1]
-    order = first + [name for name in shuffled if name not in first]
+        if not any(has[name][k] for name in first):
+            first += [name for name in shuffled if has[name][k]][:1]
+    begun = set(first)
+    order = first + [name for name in shuffled if name not in begun]
     return np.array([row for name in order for row in of_patient[name]], dtype=np.int64)
 
 
@@ -173,7 +187,7 @@ def training_rows(cases: BoxCases, labels: int | None, seed: int) -> np.ndarray:
     """Return the rows of the first training cases, after checking that they can be learnt from, and the test cases scored.
 
     Raises:
-        RequestError: There are fewer, a split is empty, a class has no box among them, or no test case has a box.
+        RequestError: There are fewer, a split is empty, a class has no box among them, or no test case has one where there are no folds.
     """
     train = few_label_order(cases, seed)[:labels]
     if labels is not None and len(train) < labels:
@@ -181,13 +195,14 @@ def training_rows(cases: BoxCases, labels: int | None, seed: int) -> np.ndarray:
     for split, rows in (("train", train), ("test", cases.where("test"))):
         if not len(rows):
             raise RequestError(f"no case with boxes is marked {split}; mark some, and run again")
+    where = f"the {len(train)} training cases" + (" of a fold" if cases.one_fold else "")
     absent = [name for name, n in zip(cases.classes, cases.present[train].sum(axis=0)) if n == 0]
     if absent or not len(cases.classes):
         raise RequestError(
-            f"class {', '.join(absent) or '(none at all)'} has no box among the {len(train)} training cases; give more labels, or leave "
-            "the class out"
+            f"class {', '.join(absent) or '(none at all)'} has no box among {where}; give more labels"
+            f"{', ask for fewer folds' if cases.one_fold else ''}, or leave the class out"
         )
-    if not cases.present[cases.where("test")].any():
+    if not cases.one_fold and not cases.present[cases.where("test")].any():
         raise RequestError("no test case has a box, so nothing can be scored; mark other cases as test")
     return train
 

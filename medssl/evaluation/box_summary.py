@@ -10,7 +10,8 @@ import numpy as np
 from medssl.errors import RequestError
 from medssl.evaluation.box_cases import image_boxes
 from medssl.evaluation.cell_summary import Asked, Result, Score, summarise_cells
-from medssl.evaluation.detection import Matches, match_classes, mean_average_precision, over_images
+from medssl.evaluation.detection import Matches, match_classes, mean_average_precision, of_images, over_images
+from medssl.evaluation.folds import finite_mean, fold_numbers
 
 DRAWS = 1000
 """Bootstrap draws: each counts all found boxes again."""
@@ -29,23 +30,23 @@ def summarise(results: Sequence[Result], *, intervals: bool = True) -> dict[str,
 def map_score(results: Sequence[Result]) -> Score:
     """Return how runs are scored: rows are places of test images, matched once and counted as often as they are drawn."""
     names = case_names(results[0])
-    known: dict[int, list[Matches]] = {}
+    known: dict[int, Callable[[np.ndarray], float]] = {}
 
-    def matched(runs: Sequence[Result]) -> list[list[Matches]]:
+    def scores_of(runs: Sequence[Result]) -> list[Callable[[np.ndarray], float]]:
         for run in runs:
             if id(run) not in known:
                 if case_names(run) != names:
                     raise RequestError(
                         "cells were scored on different test cases; one table needs the same; remove the cells and run again"
                     )
-                known[id(run)] = matches_of(run)
+                known[id(run)] = map_over_folds(matches_of(run), fold_numbers(in_order(run)))
         return [known[id(run)] for run in runs]
 
     def score(runs: Sequence[Result], less: Sequence[Result] | None) -> Asked:
-        ours = _mean_of(matched(runs))
+        ours = _mean_of(scores_of(runs))
         asked = ours
         if less is not None:
-            theirs = _mean_of(matched(less))
+            theirs = _mean_of(scores_of(less))
             asked = lambda times: ours(times) - theirs(times)  # noqa: E731
         patients = [case["patient_id"] for case in in_order(runs[0])]
         places = np.arange(len(names), dtype=np.float64)
@@ -70,9 +71,31 @@ def case_names(result: Result) -> list[str]:
 
 
 def matches_of(result: Result) -> list[Matches]:
-    """Match the boxes of every class of a result, images in the order of their names."""
+    """Match the boxes of every class of a result, images in the order of their names; `matched` of a result has done so."""
+    if (known := result.get("matched")) is not None:
+        done: list[Matches] = known()
+        return done
     return match_classes([image_boxes(case) for case in in_order(result)], len(result["classes"]))
 
 
-def _mean_of(seeds: Sequence[Sequence[Matches]]) -> Callable[[np.ndarray], float]:
-    return lambda times: float(np.mean([mean_average_precision(one, times) for one in seeds]))
+def over_folds(
+    matches: Sequence[Matches], folds: np.ndarray, score: Callable[[Sequence[Matches], np.ndarray], float]
+) -> Callable[[np.ndarray], float]:
+    """Return the mean over folds of a score of matches, as a function of how often each image counts; see `folds`.
+
+    Args:
+        matches: Of one class each.
+        folds: (I,) fold of each image.
+        score: (matches of a fold, times) -> number; a fold without one is left out.
+    """
+    parts = [(folds == k, [of_images(m, folds == k) for m in matches]) for k in np.unique(folds)]
+    return lambda times: finite_mean([score(own, times * there) for there, own in parts])
+
+
+def map_over_folds(matches: Sequence[Matches], folds: np.ndarray) -> Callable[[np.ndarray], float]:
+    """Return the mAP as a function of how often each image counts; of folds their mean."""
+    return over_folds(matches, folds, mean_average_precision)
+
+
+def _mean_of(seeds: Sequence[Callable[[np.ndarray], float]]) -> Callable[[np.ndarray], float]:
+    return lambda times: float(np.mean([one(times) for one in seeds]))

@@ -18,17 +18,17 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
 from medssl.errors import RequestError, header_words
+from medssl.evaluation.file_names import is_fixed, join_names, plain_name
 
 FORMS = "accepted: a COCO .json, a folder of Pascal VOC .xml files, a .csv with columns image, class, xmin, ymin, xmax, ymax"
 COLUMNS = ("image", "class", "xmin", "ymin", "xmax", "ymax")
@@ -61,6 +61,7 @@ class BoxTable:
         classes: Names, in the order given or sorted.
         pictures: Name or path as the file has it, with `/` -> its boxes, each with where it stands.
         counts: `pictures`, `boxes`, `dropped_empty`, `clipped`, `dropped_outside`, `ignored`.
+        fixed: Names that mean one place alone, see `file_names.is_fixed`.
     """
 
     path: Path
@@ -68,20 +69,22 @@ class BoxTable:
     pictures: dict[str, list[_Row]]
     drop_empty: bool
     counts: Counter[str] = field(default_factory=Counter)
+    fixed: frozenset[str] = frozenset()
 
-    def names_of(self, files: Sequence[Path]) -> list[str | None]:
-        """Return the names under which the file lists pictures, with or without their suffix; None where it does not.
-
-        A name with folders is that of the file whose path ends so, or that lies there seen from the folder of this table. Where no file
-        does, the name without folders counts, if one file and one picture of the table have it.
+    def names_of(self, files: Sequence[Path], chosen: Sequence[bool] | None = None) -> list[str | None]:
+        """Return the names under which the file lists pictures; see `file_names.join_names`.
 
         Args:
-            files: Image files.
+            files: Image files, all that a name could mean.
+            chosen: Whether each is asked for; None for all.
 
         Raises:
             RequestError: A picture lies at no path that the file names, and several files or pictures have its name.
         """
-        return _join(self.pictures, files, self.path.parent)
+        try:
+            return join_names(self.pictures, files, self.path.parent, fixed=self.fixed, chosen=chosen)
+        except RequestError as err:
+            raise RequestError(f"boxes: {err}") from None
 
     def listed(self, name: str) -> str | None:
         """Return the name under which the file lists a picture; see `names_of`."""
@@ -137,56 +140,6 @@ class _Row:
     region: bool = False
 
 
-def _join(listed: Iterable[str], files: Sequence[Path], folder: Path) -> list[str | None]:
-    """Return for each file the listed name that is its own; see `BoxTable.names_of`."""
-    by_path = {tuple(name.split("/")): name for name in listed}
-    paths = [_parts(os.path.abspath(file), folder) for file in files]
-    found = [next((by_path[end] for end in _ends(path) if end in by_path), None) for path in paths]
-    for name in [name for name, n in Counter(found).items() if name is not None and n > 1]:
-        there = _parts(os.path.abspath(folder / name), folder)
-        if there in paths:  # of several whose paths end so, the one that is seen from the table
-            found = [None if own == name and path != there else own for own, path in zip(found, paths)]
-    taken = set(found)
-    rest: dict[str, list[str]] = {}
-    for path, name in by_path.items():
-        if name not in taken and len(path) > 1:
-            rest.setdefault(path[-1], []).append(name)
-    free: dict[str, list[int]] = {}
-    alike = Counter(form for path in paths for form in set(_last(path)))
-    for number, path in enumerate(paths):
-        if found[number] is None and (form := next((form for form in _last(path) if form in rest), None)) is not None:
-            free.setdefault(form, []).append(number)
-    unclear = [form for form, numbers in free.items() if alike[form] > 1 or len(rest[form]) > 1]
-    if unclear:
-        raise RequestError(
-            f"boxes: {sum(len(rest[form]) for form in unclear)} pictures are listed with a folder in which no selected image file lies, and their "
-            "names are those of several files or pictures; write paths that end as those of the image files do, or relative to the table"
-        )
-    for form, (number,) in free.items():
-        found[number] = rest[form][0]
-    return found
-
-
-def _parts(name: str, folder: Path) -> tuple[str, ...]:
-    """Return the parts of a path; one that climbs (`../`) is seen from the folder of the table."""
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    if ".." in parts:
-        parts = PurePosixPath(os.path.abspath(folder / name)).parts
-    return tuple(part for part in parts if part != "/")
-
-
-def _last(path: tuple[str, ...]) -> tuple[str, str]:
-    """Return the name of a file with and without its suffix."""
-    return path[-1], PurePosixPath(path[-1]).stem
-
-
-def _ends(path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Yield the ends of a path, the longest first, each with and without suffix."""
-    for begin in range(len(path)):
-        for form in _last(path):
-            yield (*path[begin:-1], form)
-
-
 def read_boxes(path: Path | str, *, classes: Sequence[str] | None = None, drop_empty: bool = False) -> BoxTable:
     """Read a file of boxes.
 
@@ -206,9 +159,13 @@ def read_boxes(path: Path | str, *, classes: Sequence[str] | None = None, drop_e
     if kind not in readers:
         raise RequestError(f"boxes {path}: a file with suffix {path.suffix or '(none)'}; {FORMS}")
     pictures: dict[str, list[_Row]] = {}
+    fixed: set[str] = set()
     dropped = 0
     for name, row in readers[kind](path):
-        rows = pictures.setdefault("/".join(_parts(name, path.parent)), [])
+        own = plain_name(name, path.parent)
+        rows = pictures.setdefault(own, [])
+        if is_fixed(name):
+            fixed.add(own)
         if row is None:
             continue
         if not np.isfinite(row.box).all():
@@ -234,7 +191,7 @@ def read_boxes(path: Path | str, *, classes: Sequence[str] | None = None, drop_e
                 f"boxes {path}: {row.where}: a class that boxes.classes does not list; listed are "
                 f"{', '.join(names)}: list it, or correct the file"
             )
-    return BoxTable(path, names, pictures, drop_empty, Counter(dropped_empty=dropped))
+    return BoxTable(path, names, pictures, drop_empty, Counter(dropped_empty=dropped), frozenset(fixed))
 
 
 def _sides(box: np.ndarray) -> str:
@@ -313,7 +270,7 @@ def _read_coco(path: Path) -> Iterator[tuple[str, _Row | None]]:
     if missing:
         raise RequestError(f"boxes {path}: no list {', '.join(missing)}; a COCO file has images, annotations and categories")
     names = {item["id"]: str(item["file_name"]) for item in content["images"]}
-    double = sum(n for n in Counter(names.values()).values() if n > 1)
+    double = sum(n for n in Counter(plain_name(name, path.parent) for name in names.values()).values() if n > 1)
     if double or len(names) < len(content["images"]):
         raise RequestError(
             f"boxes {path}: {double} of {len(content['images'])} images share a file name or an id with another; give each image an id and a "

@@ -1,7 +1,8 @@
 """The table of a folder of cells: the main score with its interval per (labels, arm), the mean of all scores, differences to scratch.
 
 Of several seeds the score is the mean, and intervals draw patients again with all seeds at once: they say how far the mean could move with
-other patients, not with other seeds, whose scores are given beside it. Of several folds the tested cases are one test set.
+other patients, not with other seeds, whose scores are given beside it. Of several folds the tested cases are one test set; scores that rank cases
+are the mean over folds (see `folds`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def summarise_cells(
         draws: Bootstrap draws; 0 gives no intervals.
 
     Returns:
-        `metric`, `rows` (labels, arm, seeds, n_test, metric, value, low, high, seed_means, scores, seconds), `differences`.
+        `metric`, `rows` (labels, arm, seeds, n_test, metric, value, low, high, seed_means, scores, seconds), `differences`. What cannot be
+        given (an AUC of one class) is None.
     """
     results = pool_folds(results) if results else []
     if not results:
@@ -71,9 +73,9 @@ def summarise_cells(
 def _estimate(asked: Asked, draws: int) -> dict[str, float | None]:
     rows, patients, statistic = asked
     if not draws:
-        return {"value": float(statistic(rows)), "low": None, "high": None}
+        return {"value": _finite(float(statistic(rows))), "low": None, "high": None}
     value, low, high = bootstrap_interval(rows, patients, draws=draws, statistic=statistic)
-    return {"value": value, "low": _finite(low), "high": _finite(high)}
+    return {"value": _finite(value), "low": _finite(low), "high": _finite(high)}
 
 
 def _mean_scores(runs: Sequence[Result]) -> dict[str, float]:
@@ -91,19 +93,22 @@ def markdown(summary: Mapping[str, Any]) -> str:
     lines = [f"| labels | arm | {summary['metric']} (95 % interval) | per seed | others |", "|---|---|---|---|---|"]
     for row in summary["rows"]:
         others = ", ".join(f"{name} {value:.3f}" for name, value in row["scores"].items() if name != summary["metric"])
-        seeds = ", ".join(f"{value:.3f}" for value in row["seed_means"])
-        lines.append(f"| {row['labels']} | {row['arm']} | {row['value']:.3f} ({_span(row)}) | {seeds} | {others} |")
+        seeds = ", ".join(_number(value) for value in row["seed_means"])
+        lines.append(f"| {row['labels']} | {row['arm']} | {_number(row['value'])} ({_span(row)}) | {seeds} | {others} |")
     if summary["differences"]:
         lines += ["", "| labels | difference (95 % interval) | better |", "|---|---|---|"]
     for row in summary["differences"]:
-        lines.append(
-            f"| {row['labels']} | {row['arm']} - {row['against']} {row['difference']:+.3f} ({_span(row)}) | {row['better']} |"
-        )
+        found = _number(row["difference"], "+.3f")
+        lines.append(f"| {row['labels']} | {row['arm']} - {row['against']} {found} ({_span(row)}) | {row['better']} |")
     return "\n".join(lines)
 
 
 def _span(row: Mapping[str, Any]) -> str:
     return "-" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _finite(value: float) -> float | None:

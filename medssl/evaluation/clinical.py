@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,11 +24,13 @@ from medssl.evaluation.agreement import bland_altman
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval
 from medssl.evaluation.box_summary import DRAWS
 from medssl.evaluation.calibration import calibration_rows, reliability
+from medssl.evaluation.cell_summary import Asked
 from medssl.evaluation.finetune_targets import SPECIFICITY
-from medssl.evaluation.folds import pool_folds
+from medssl.evaluation.folds import fold_numbers, mean_over_folds, pool_folds
 from medssl.evaluation.label_curve import SCRATCH
 from medssl.evaluation.scores import mae, mean_auc
 from medssl.evaluation.subgroups import POSITIVES, SMALLEST, subgroup_rows
+from medssl.evaluation.target_summary import scored
 
 WORST = 10
 FAILED_DICE = 0.5
@@ -141,7 +143,7 @@ def _dice_of(case: Mapping[str, Any]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _scores(task: str, results: Sequence[Result]) -> tuple[np.ndarray, list[str] | None, Statistic]:
+def _scores(task: str, results: Sequence[Result]) -> Asked:
     """Return what the main score is a statistic of, the patients, and the statistic; seeds stand side by side."""
     if task == "segmentation":
         by_case: dict[str, list[float]] = {}
@@ -153,17 +155,7 @@ def _scores(task: str, results: Sequence[Result]) -> tuple[np.ndarray, list[str]
                     patient[str(case["id"])] = case.get("patient")
         values = np.array([np.mean(found) for found in by_case.values()])
         return values, _patients([{"patient": patient[name]} for name in by_case]), np.mean
-    cases = results[0]["cases"]
-    order = [str(case["series_id"]) for case in cases]
-    columns = []
-    for result in results:
-        known = {str(case["series_id"]): case for case in result["cases"]}
-        if set(known) != set(order):
-            raise RequestError("clinical report: cells were scored on different test cases; remove the cells and run again")
-        columns.append([[known[n]["target"], *(known[n].get("probability") or [known[n]["prediction"]])] for n in order])
-    of_one: Statistic = mean_auc if task == "classification" else mae
-    rows: np.ndarray = np.array(columns, dtype=np.float64).transpose(1, 0, 2)
-    return rows, _patients(cases), lambda x: float(np.mean([of_one(x[:, seed]) for seed in range(x.shape[1])]))
+    return scored(results)
 
 
 def _headline(task: str, results: Sequence[Result], draws: int) -> dict[str, Any]:
@@ -364,24 +356,24 @@ def worst_cases(result: Result, count: int = WORST) -> dict[str, Any]:
         if task == "segmentation":
             row |= {"dice": dict(case["dice"]), "hd95_mm": dict(case["hd95_mm"])}
         elif task == "detection":
-            row |= {key: case[key] for key in ("f1", "objects", "right", "missed", "wrong", "threshold", "fitted")}
+            row |= {key: case[key] for key in ("f1", "objects", "right", "missed", "wrong", "threshold", "fitted", "asked")}
         elif task == "classification":
             chances = case["probability"]
             row |= {"target": int(case["target"]), "called": int(np.argmax(chances)), "p": float(chances[int(case["target"])])}
         else:
             row |= {"target": float(case["target"]), "prediction": float(case["prediction"])}
         rows.append(row)
-    rows.sort(key=lambda row: (-float(row["bad"]), -row.get("missed", 0) - row.get("wrong", 0)))
+    rows.sort(key=clinical_boxes.how_bad if task == "detection" else lambda row: -float(row["bad"]))
     return {"rows": rows[:count], "n": len(result["cases"]) if task == "detection" else len(rows)}
 
 
 def failed(task: str, case: Mapping[str, Any], limit: float = math.inf) -> bool:
-    """Say whether a case failed: mean Dice below 0.5 or 0 for a structure; F1 below 0.5; the wrong class; an error above a limit."""
+    """Say whether a case failed: mean Dice below 0.5 or 0 for a structure; F1 below 0.5 where there is an object; the wrong class; a large error."""
     if task == "segmentation":
         dice = _dice_of(case)
         return dice is not None and (dice < FAILED_DICE or 0 in case["dice"].values())
     if task == "detection":
-        return bool(case["f1"] < FAILED_DICE)
+        return bool(case["objects"] and case["f1"] < FAILED_DICE)
     if task == "classification":
         return int(np.argmax(case["probability"])) != int(case["target"])
     return abs(float(case["prediction"]) - float(case["target"])) > limit
@@ -398,7 +390,7 @@ def subgroups(result: Result, *, draws: int = 2000) -> dict[str, Any]:
     columns = [name for name in (cases[0].get("facts") or {} if cases else {}) if any(_known(case, name) for case in cases)]
     if not columns:
         return _why("nothing is known of the patients and scanners of these cases; a cohort that is a query of an index brings it.")
-    values, statistic, positives = _grouped(task, cases, len(result.get("classes") or []))
+    values, statistic_of, positives = _grouped(task, cases, result)
     draws = min(draws, DRAWS) if task == "detection" else draws
     errors = [badness(task, case) or 0.0 for case in cases]
     limit = float(np.quantile(errors, 0.9)) if task == "regression" else math.inf
@@ -407,15 +399,21 @@ def subgroups(result: Result, *, draws: int = 2000) -> dict[str, Any]:
         attribute = [str((case.get("facts") or {}).get(name) or "unknown") for case in cases]
         shown = attribute if name in OPEN_COLUMNS else numbered(attribute)
         metric = MAIN[task]
-        rows = subgroup_rows("", "", metric, values, shown, _patients(cases), statistic=statistic, positives=positives, draws=draws)
+        rows = subgroup_rows(
+            "", "", metric, values, shown, _patients(cases), statistic_of=statistic_of, positives=positives, draws=draws
+        )
         for row in rows:
             inside = [case for case, group in zip(cases, shown) if group == row["group"]]
             row["failed"] = sum(failed(task, case, limit) for case in inside) if row["sufficient"] else None
-        keys = ("group", "value", "low", "high", "n_images", "n_patients", "sufficient", "failed")
+            if task == "detection":
+                row["alarms"] = sum(clinical_boxes.is_alarm(case) for case in inside) if row["sufficient"] else None
+        keys = ["group", "value", "low", "high", "n_images", "n_patients", "sufficient", "failed"]
+        keys += ["alarms"] if task == "detection" else []
         tables[name] = [{key: row[key] for key in keys} for row in rows]
     how = {
         "segmentation": f"mean Dice below {FAILED_DICE}, or a structure with Dice 0 (missed wholly, or predicted where the label has none)",
-        "detection": f"F1 below {FAILED_DICE}, of found boxes with real ones at the score threshold of the worst cases",
+        "detection": f"F1 below {FAILED_DICE}, of found boxes with real ones at the score threshold of the worst cases, where there is an object; "
+        "images without an object in which something was found are counted beside these",
         "classification": "the most likely class was the wrong one",
         "regression": f"an error above {limit:.3g}, which one in ten of all test cases has",
     }[task]
@@ -426,15 +424,19 @@ def _known(case: Mapping[str, Any], name: str) -> bool:
     return (case.get("facts") or {}).get(name) not in (None, "", "unknown")
 
 
-def _grouped(task: str, cases: Sequence[Mapping[str, Any]], n_classes: int) -> tuple[np.ndarray, Statistic, list[bool] | None]:
+def _grouped(
+    task: str, cases: Sequence[Mapping[str, Any]], result: Result
+) -> tuple[np.ndarray, Callable[[np.ndarray], Statistic], list[bool] | None]:
+    """Return the values of cases, values of a group -> its statistic, and which cases are of the second of two classes."""
     if task == "segmentation":
-        return np.array([_dice_of(case) for case in cases], dtype=np.float64), np.mean, None
+        return np.array([_dice_of(case) for case in cases], dtype=np.float64), lambda _: np.mean, None
     if task == "detection":
-        return *clinical_boxes.group_map(cases, n_classes), None
+        return *clinical_boxes.group_map(result), None
     rows = np.array([[case["target"], *(case.get("probability") or [case["prediction"]])] for case in cases], dtype=np.float64)
     if task == "regression":
-        return rows, mae, None
-    return rows, mean_auc, [bool(row[0] == 1) for row in rows] if rows.shape[1] == 3 else None
+        return rows, lambda _: mae, None
+    positives = [bool(row[0] == 1) for row in rows] if rows.shape[1] == 3 else None
+    return np.column_stack([rows, fold_numbers(cases)]), lambda _: mean_over_folds(mean_auc), positives
 
 
 def numbered(values: Sequence[str]) -> list[str]:

@@ -6,27 +6,28 @@ positive per image there; where there were none, the score at which the test cas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval, bootstrap_vector
 from medssl.evaluation.box_cases import image_boxes
-from medssl.evaluation.box_summary import DRAWS, in_order, map_score, matches_of
+from medssl.evaluation.box_summary import DRAWS, case_name, in_order, map_over_folds, map_score, matches_of
 from medssl.evaluation.detection import (
     FROC_OVERLAP,
     OPERATING_RATE,
     RATES,
     froc,
-    match_classes,
-    mean_average_precision,
+    of_images,
     operating_point,
     outcomes,
     over_images,
     pick,
     together,
 )
+from medssl.evaluation.folds import finite_mean, fold_numbers
 
 Result = Mapping[str, Any]
 
@@ -34,11 +35,12 @@ Result = Mapping[str, Any]
 def counted(result: Result) -> dict[str, Any]:
     """Return the result of a cell with its cases counted at its threshold.
 
-    Cases get `threshold`, `fitted` (whether on validation cases), `objects`, `right`, `missed`, `wrong` and `f1`: twice what is right over
-    objects and found boxes together; 1 where nothing is and nothing was found.
+    Cases get `threshold`, `fitted` (whether on validation cases), `asked` (whether it was to be: an earlier medssl fitted none), `objects`,
+    `right`, `missed`, `wrong` and `f1`: twice what is right over objects and found boxes together; 1 where nothing is and nothing was found.
     """
     images = [image_boxes(case) for case in result["cases"]]
-    known = (result.get("fitted") or {}).get("threshold")
+    fitted = result.get("fitted") or {}
+    known = fitted.get("threshold")
     threshold = operating_point(images, len(result["classes"])) if known is None else float(known)
     cases = []
     for case, image in zip(result["cases"], images):
@@ -52,19 +54,32 @@ def counted(result: Result) -> dict[str, Any]:
             "wrong": wrong,
             "f1": 2 * right / every if every else 1.0,
         }
-        cases.append({**case, "threshold": threshold, "fitted": known is not None, **counts})
+        cases.append({**case, "threshold": threshold, "fitted": known is not None, "asked": "threshold" in fitted, **counts})
     return {**result, "cases": cases}
 
 
 def by_name(result: Result) -> dict[str, Any]:
-    """Return a result with its cases in the order of their names: that in which `box_summary` matches them."""
-    return {**result, "cases": in_order(result)}
+    """Return a result with its cases in the order of their names, that in which `box_summary` matches them, which it then does once."""
+    ordered = {**result, "cases": in_order(result)}
+    return {**ordered, "matched": cache(lambda: matches_of(ordered))}
 
 
 def worst_first(cases: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return counted cases by F1, lowest first, of equal ones those with most errors; cases without an error are left out."""
-    bad = [case for case in cases if case["f1"] < 1]
-    return sorted(bad, key=lambda case: (case["f1"], -case["missed"] - case["wrong"]))
+    """Return counted cases in the order of `how_bad`, equal ones by name; cases without an error are left out."""
+    return sorted([case for case in cases if case["f1"] < 1], key=lambda case: (*how_bad(case), case_name(case)))
+
+
+def how_bad(case: Mapping[str, Any]) -> tuple[bool, float, int]:
+    """Return a key that sorts counted cases, worst first: those with a missed object before others, by F1, then by number of errors.
+
+    One box found for nothing in an image without an object makes its F1 0; that is no worse than an object that is missed.
+    """
+    return not case["missed"], float(case["f1"]), -int(case["missed"]) - int(case["wrong"])
+
+
+def is_alarm(case: Mapping[str, Any]) -> bool:
+    """Say whether something was found in a counted case without an object."""
+    return not case["objects"] and case["wrong"] > 0
 
 
 def headline(results: Sequence[Result]) -> dict[str, Any]:
@@ -82,7 +97,7 @@ def headline(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def froc_row(arm: str, result: Result, patients: Sequence[str] | None, draws: int) -> dict[str, Any]:
-    """Return the sensitivity at each rate of false positives per image, and their mean, all with intervals.
+    """Return the sensitivity at each rate of false positives per image, and their mean, all with intervals; of folds the mean over them.
 
     Args:
         arm: Its name.
@@ -94,10 +109,13 @@ def froc_row(arm: str, result: Result, patients: Sequence[str] | None, draws: in
         `at` (rate -> value, low, high), `value`, `low` and `high` of the mean, `n` cases, `n_boxes` objects.
     """
     matches = together([pick(m, FROC_OVERLAP) for m in matches_of(result)])
-    n = len(matches.real)
+    n, folds = len(matches.real), fold_numbers(in_order(result))
+    parts = [(folds == k, of_images(matches, folds == k)) for k in np.unique(folds)]
 
     def asked(rows: np.ndarray) -> np.ndarray:
-        at = froc(matches, np.bincount(np.asarray(rows, dtype=np.int64), minlength=n))[0]
+        times = np.bincount(np.asarray(rows, dtype=np.int64), minlength=n)
+        of_folds = np.array([froc(own, times * there)[0] for there, own in parts])
+        at = np.array([finite_mean(column) for column in of_folds.T])
         return np.append(at, at.mean())
 
     found = bootstrap_vector(np.arange(n, dtype=np.float64), patients, draws=min(draws, DRAWS), statistic=asked)
@@ -145,14 +163,24 @@ def sensitivity(arms: Mapping[str, Result], patients: Mapping[str, Sequence[str]
         "rows": rows,
         "overlap": FROC_OVERLAP,
         "rate": OPERATING_RATE,
+        "asked": all(case["asked"] for run in arms.values() for case in run["cases"]),
         "threshold": {arm: sorted({case["threshold"] for case in run["cases"]}) for arm, run in arms.items()},
     }
 
 
-def group_map(cases: Sequence[Mapping[str, Any]], n_classes: int) -> tuple[np.ndarray, Statistic]:
-    """Return places of cases, and the mAP as a statistic of some of them."""
-    matches = match_classes([image_boxes(case) for case in cases], n_classes)
-    return np.arange(len(cases), dtype=np.float64), over_images(lambda times: mean_average_precision(matches, times), len(cases))
+def group_map(result: Result) -> tuple[np.ndarray, Callable[[np.ndarray], Statistic]]:
+    """Return places of the cases of a result, and places of a group -> its mAP as a statistic of them; of folds the mean over them.
+
+    What was found in other cases is left out before anything is drawn: it would be counted some thousand times for nothing.
+    """
+    matches, cases = matches_of(result), in_order(result)
+    place, folds = {case_name(case): k for k, case in enumerate(cases)}, fold_numbers(cases)
+
+    def of_group(rows: np.ndarray) -> Statistic:
+        there = np.isin(np.arange(len(cases)), rows)
+        return over_images(map_over_folds([of_images(m, there) for m in matches], folds), len(cases))
+
+    return np.array([place[case_name(case)] for case in result["cases"]], dtype=np.float64), of_group
 
 
 def is_volume(result: Result) -> bool:

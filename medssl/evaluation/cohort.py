@@ -101,6 +101,7 @@ class Case:
         series_id: Series of the index.
         values: What was attached to the series: column to value.
         facts: What the index says of person and scanner; empty where the case is of no index.
+        patient_known: Whether the index knows the patient; a table always does.
     """
 
     id: str
@@ -118,6 +119,7 @@ class Case:
     series_id: str = ""
     values: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
+    patient_known: bool = True
 
     @property
     def maps(self) -> tuple[Path, ...]:
@@ -214,6 +216,19 @@ class Cohort:
             )
         return cases if count is None else cases[:count]
 
+    def refuse_folds_of_some_unknown(self) -> None:
+        """Refuse folds where some patients of the labelled cases are known and others not: dealt by case, these would be split.
+
+        Raises:
+            RequestError: It is so.
+        """
+        known = [case.patient_known for case in self.cases if case.label is not None]
+        if 0 < known.count(False) < len(known):
+            raise RequestError(
+                f"cohort {self.name}: folds: {known.count(False)} of {len(known)} labelled series have no usable patient identity, so patients "
+                'cannot be kept together; leave them out, for instance with "where": "not list_contains(quality_flags, \'patient_unknown\')"'
+            )
+
     def dealt(self, folds: int, seed: int, fold: int) -> Cohort:
         """Return the cohort with other splits: one fold of patients is tested, the next validates, the others train.
 
@@ -225,8 +240,9 @@ class Cohort:
             fold: The fold that is tested.
 
         Raises:
-            RequestError: There are fewer labelled patients than folds.
+            RequestError: There are fewer labelled patients than folds, or some are unknown.
         """
+        self.refuse_folds_of_some_unknown()
         places = [place for place, case in enumerate(self.cases) if case.label is not None]
         patients = [self.cases[place].patient for place in places]
         if len(set(patients)) < folds:
@@ -379,6 +395,7 @@ def _read_query(path: Path) -> _Table:
                 series_id=series.series_id,
                 values=series.values,
                 facts=series.facts,
+                patient_known=series.patient_known,
             ),
             {},
         )

@@ -243,21 +243,21 @@ def mean_sensitivity(matches: Matches, times: np.ndarray | None = None) -> float
 
 
 def score_threshold(matches: Matches, rate: float) -> float:
-    """Return the lowest score down to which there are at most so many false positives per image: the point at which `froc` is read.
+    """Return the lowest threshold with at most so many false positives per image: the point at which `froc` is read.
+
+    No score of other cases between the last one allowed and the next lower one speaks against it, so that it lies just above the latter.
 
     Args:
         matches: At one overlap, see `pick`; of one class, or of several (`together`).
         rate: False positives per image.
 
     Returns:
-        A score above all found ones where the best of them are too many already; 0 where nothing is found.
+        0 where every score is allowed, else the next number above the highest score that is not.
     """
-    if not len(matches.scores):
-        return 0.0
     _, wrong, _ = _counts(matches, None)
-    ends = np.flatnonzero(np.append(matches.scores[1:] < matches.scores[:-1], True))
+    ends = np.flatnonzero(np.append(matches.scores[1:] < matches.scores[:-1], True)) if len(matches.scores) else np.zeros(0, int)
     allowed = int(np.searchsorted(wrong[0], rate * len(matches.real) + 1e-9, side="right"))
-    return float(matches.scores[ends[allowed - 1]]) if allowed else float(np.nextafter(matches.scores[0], np.inf))
+    return 0.0 if allowed == len(ends) else float(np.nextafter(matches.scores[ends[allowed]], np.inf))
 
 
 def operating_point(images: Sequence[ImageBoxes], n_classes: int) -> float:
@@ -300,6 +300,12 @@ def pick(matches: Matches, overlap: float) -> Matches:
     """Return the matches at one threshold alone."""
     row = matches.overlaps.index(overlap)
     return Matches(matches.scores, matches.image, matches.right[row : row + 1], matches.real, (overlap,))
+
+
+def of_images(matches: Matches, there: np.ndarray) -> Matches:
+    """Return the matches of some images alone, (I,) bool; the others keep their places and hold nothing."""
+    kept = there[matches.image]
+    return Matches(matches.scores[kept], matches.image[kept], matches.right[:, kept], matches.real * there, matches.overlaps)
 
 
 def over_images(score: Any, n: int) -> Statistic:

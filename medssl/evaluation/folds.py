@@ -1,6 +1,8 @@
 """Repeated patient-level folds: patients dealt anew for every seed, and the results of a seed's folds put together.
 
-Every patient is tested once, so the tested cases of all folds are one test set.
+Every patient is tested once, so the tested cases of all folds are one test set: of errors, accuracies and overlaps, which each case has by
+itself. Scores that rank cases (AUC, average precision, FROC) are the mean over folds, each ranked by its own network alone: those of another
+network may lie higher or lower for no reason but its training.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 
 from medssl.errors import RequestError
+from medssl.evaluation.bootstrap import Statistic
 from medssl.evaluation.scores import patient_folds
 
 
 class SplitCases(Protocol):
-    """A frozen dataclass of labelled cases with a field `split`."""
+    """A frozen dataclass of labelled cases with the fields `split` and `one_fold`."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
@@ -61,7 +64,7 @@ def deal(cases: C, folds: int, seed: int, fold: int) -> C:
     if number.max() + 1 < folds:
         raise RequestError(f"folds: {folds}, and the labelled cases are of {number.max() + 1} patients; ask for fewer folds")
     split = np.where(number == fold, "test", np.where(number == (fold + 1) % folds, "val", "train"))
-    return replace(cases, split=split)
+    return replace(cases, split=split, one_fold=True)
 
 
 def deals(cases: C, folds: int | None, seeds: Sequence[int], training_rows: TrainingRows) -> dict[tuple[int, int | None], C]:
@@ -135,3 +138,26 @@ def _pooled(group: Sequence[Result]) -> dict[str, Any]:
         "choice": choices[0] if len(choices) == 1 else "by fold: " + "; ".join(choices) if choices else None,
         "folds": [{key: result.get(key) for key in ("fold", "fitted", "training_range")} for result in group],
     }
+
+
+def fold_numbers(cases: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Return (N,) the fold of every case of a pooled result; 0 where there are none."""
+    return np.array([case.get("fold") or 0 for case in cases], dtype=np.int64)
+
+
+def mean_over_folds(statistic: Statistic) -> Statistic:
+    """Return the mean over folds of a statistic, for rows whose last column is the fold.
+
+    A fold of which the statistic is not finite (a bootstrap draw that left it one class) is left out; NaN where all are.
+    """
+
+    def mean(rows: np.ndarray) -> float:
+        return finite_mean([statistic(rows[rows[:, -1] == fold, :-1]) for fold in np.unique(rows[:, -1])])
+
+    return mean
+
+
+def finite_mean(values: Sequence[float]) -> float:
+    """Return the mean of the finite values, NaN where there are none."""
+    known = [float(value) for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")

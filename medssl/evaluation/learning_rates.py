@@ -41,19 +41,20 @@ class Schedule(Protocol):
 def layer_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
     """Return the factor on the learning rate of every parameter of an encoder: decay to the power of its distance from the head.
 
-    What comes before the first of `encoder.blocks` (patch embedding, stem, positions) is one step further away than that block; what comes
-    after the last (a norm) is as far as the last. The blocks of a decoder that the encoder carries are not counted.
+    A parameter outside the blocks is as far as the last of `encoder.blocks` that is registered before it: a norm or a downsampling layer
+    goes with the block whose output it takes, the projection of `slice_volume` with the last block of its slice encoder. What comes
+    before the first block (patch embedding, stem) is one step further away than that; positions and class tokens are there too, since
+    PyTorch names the parameters of a module before those of its parts. The blocks of a decoder that the encoder carries are not counted.
 
     Reference:
         Clark et al. 2020 (ELECTRA); Bao et al. 2022 (BEiT), appendix H.
     """
     blocks = encoder_blocks(encoder)
     depth = {id(p): number for number, block in enumerate(blocks, start=1) for p in block.parameters()}
-    seen, scales = False, {}
+    last, scales = 0, {}
     for name, parameter in encoder.named_parameters():
-        inside = depth.get(id(parameter))
-        seen = seen or inside is not None
-        place = inside if inside is not None else (len(blocks) if seen else 0)
+        place = depth.get(id(parameter), last)
+        last = max(last, place)
         scales[name] = decay ** (len(blocks) + 1 - place)
     return scales
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ def subgroup_rows(
     groups: Sequence[str] | None,
     *,
     statistic: Statistic = np.mean,
+    statistic_of: Callable[[np.ndarray], Statistic] | None = None,
     positives: Sequence[bool] | np.ndarray | None = None,
     draws: int = 2000,
     seed: int = 0,
@@ -48,6 +49,7 @@ def subgroup_rows(
         attribute: (N,) for instance sex, band of age, scanner; `unknown` is a group like the others.
         groups: Patient of each case, or None.
         statistic: Of the rows.
+        statistic_of: Values of a group -> its statistic, where each has its own.
         positives: (N,) bool for scores of two classes, whose rarer one must be there too.
         draws: Bootstrap draws.
         seed: Seed of the draws.
@@ -69,7 +71,9 @@ def subgroup_rows(
             share = int(np.asarray(positives, dtype=bool)[inside].sum())
             enough = enough and min(share, len(inside) - share) >= POSITIVES
         if enough:
-            row = score_row(name, probe, metric, np.asarray(values)[inside], own, statistic=statistic, draws=draws, seed=seed)
+            mine = np.asarray(values)[inside]
+            asked = statistic if statistic_of is None else statistic_of(mine)
+            row = score_row(name, probe, metric, mine, own, statistic=asked, draws=draws, seed=seed)
         else:
             row = {"name": name, "probe": probe, "metric": metric, "value": None, "low": None, "high": None}
             row |= {"n_images": len(inside), "n_patients": None if own is None else len(set(own))}

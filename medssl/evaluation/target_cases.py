@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ class Cases:
         classes: Names; empty for numbers.
         looks: Voxel size and vendor of each case where they are known, or empty.
         facts: What the index says of person and scanner of each case, or empty.
+        one_fold: Whether the test cases are one fold of several, which may lack a class: all folds are scored together.
+        orders: Seed -> `few_label_order` of these cases, where it was asked for.
     """
 
     ids: np.ndarray
@@ -35,6 +37,8 @@ class Cases:
     classes: Sequence[Any] = ()
     looks: Sequence[Look] = ()
     facts: Sequence[Mapping[str, str]] = ()
+    one_fold: bool = False
+    orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def task(self) -> Task:
@@ -64,31 +68,35 @@ def few_label_order(cases: Cases, seed: int) -> np.ndarray:
         cases: The cases.
         seed: Another seed draws other patients first.
     """
+    if seed not in cases.orders:
+        cases.orders[seed] = _order(cases, seed)
+    return cases.orders[seed]
+
+
+def _order(cases: Cases, seed: int) -> np.ndarray:
     rows = cases.where("train")
-    patients = cases.patients(rows) or [str(cases.ids[row]) for row in rows]
-    names = sorted(set(patients))
-    of_patient = {name: [int(row) for row, patient in zip(rows, patients) if patient == name] for name in names}
+    of_patient: dict[str, list[int]] = {}
+    for row, patient in zip(rows, cases.patients(rows) or [str(cases.ids[row]) for row in rows]):
+        of_patient.setdefault(patient, []).append(int(row))
     kinds: dict[float, list[str]] = {}
-    for name in names:  # a patient counts for the class that most of its cases have
+    for name in sorted(of_patient):  # a patient counts for the class that most of its cases have
         values = cases.targets[of_patient[name]]
         kind = float(np.bincount(values.astype(int)).argmax()) if cases.task == "classification" else 0.0
         kinds.setdefault(kind, []).append(name)
-    placed = []
+    begin, rest = [], []
     for kind, members in sorted(kinds.items()):
         shuffled = counter_rng(seed, "few labels", str(kind)).permutation(len(members))
-        placed += [((place + 0.5) / len(members), -len(members), members[int(k)]) for place, k in enumerate(shuffled)]
-    # the first of every class before the second of any
-    first = {kind: min(p for p in placed if p[2] in set(members)) for kind, members in kinds.items()}
-    begin = sorted(first.values())
-    rest = sorted(set(placed) - set(begin))
-    return np.array([row for _, _, name in [*begin, *rest] for row in of_patient[name]], dtype=np.int64)
+        placed = [((place + 0.5) / len(members), -len(members), members[int(k)]) for place, k in enumerate(shuffled)]
+        begin.append(placed[0])  # the first of every class before the second of any
+        rest += placed[1:]
+    return np.array([row for _, _, name in [*sorted(begin), *sorted(rest)] for row in of_patient[name]], dtype=np.int64)
 
 
 def check(cases: Cases, train: np.ndarray) -> None:
     """Refuse cases that cannot be learnt from or scored.
 
     Raises:
-        RequestError: A split is empty, a class has no training case, a test case has a class of its own, or numbers do not vary.
+        RequestError: A split is empty, a class has no training case, or no test case where there are no folds, or numbers do not vary.
     """
     for split, rows in (("train", train), ("test", cases.where("test"))):
         if not len(rows):
@@ -105,6 +113,13 @@ def check(cases: Cases, train: np.ndarray) -> None:
         raise RequestError(
             f"{', '.join(absent)} of {len(cases.classes)} classes: no case among the {len(train)} training cases; give more labels, or leave "
             "it out. Classes that the recipe does not name are counted in the order of their sorted values"
+        )
+    tested = set(cases.targets[cases.where("test")].astype(int))
+    unscored = [str(name) for k, name in enumerate(cases.classes) if k not in tested]
+    if unscored and not cases.one_fold:
+        raise RequestError(
+            f"{', '.join(unscored)} of {len(cases.classes)} classes: no case among the {len(cases.where('test'))} test cases, so that no AUC can "
+            "be given; mark other cases as test, ask for folds, or leave the class out"
         )
 
 

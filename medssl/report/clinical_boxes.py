@@ -14,6 +14,7 @@ from medssl.report.headline import Estimate
 
 Facts = Mapping[str, Any]
 HEAD = ["case", "F1", "objects", "found", "missed", "found for nothing", "outside the training range"]
+_EARLIER = "these results are of an earlier medssl, which fitted none"
 
 
 def _estimate(row: Mapping[str, Any]) -> Estimate:
@@ -55,10 +56,8 @@ def _chart(arms: Mapping[str, Any], names: Mapping[str, str], unit: str) -> str:
 
 def _operating(found: Facts, names: Mapping[str, str], unit: str) -> str:
     if not found["rows"]:
-        return (
-            "<p>No threshold was fitted: not every network had validation cases. Each line above has thresholds of its own, read from these "
-            "same test cases.</p>"
-        )
+        why = "not every network had validation cases" if found.get("asked", True) else _EARLIER
+        return f"<p>No threshold was fitted: {why}. Each line above has thresholds of its own, read from these same test cases.</p>"
     words = {"sensitivity": "sensitivity", "false_positives": f"false positives per {unit}"}
     cells = [[words[row["metric"]], text(names[row["arm"]]), written(_estimate(row)), plain(row["n"])] for row in found["rows"]]
     scores = ", ".join(f"{text(names[arm])} {_scores(values)}" for arm, values in found["threshold"].items())
@@ -87,10 +86,11 @@ def threshold_sentence(facts: Facts) -> str:
     if all(row["fitted"] for row in rows):
         how = "at the score threshold that was fitted on validation cases"
     else:
-        how = f"at the score threshold at which these test cases have at most one false positive per {unit}, as there were no validation cases"
+        why = "as there were no validation cases" if all(row["asked"] for row in rows) else f"as {_EARLIER}"
+        how = f"at the score threshold at which these test cases have at most one false positive per {unit}, {why}"
     return (
-        f" Counted {how}. F1: twice what was found rightly over objects and found boxes together; 1 is without error. Of equal cases the one with "
-        "most errors is first. An object found as another class is missed, and found for nothing."
+        f" Counted {how}. F1: twice what was found rightly over objects and found boxes together; 1 is without error. Cases in which an object "
+        "is missed come first, of equal ones those with most errors. An object found as another class is missed, and found for nothing."
     )
 
 

@@ -425,16 +425,19 @@ def _subgroups(facts: Facts) -> str:
         return absent("Not shown:", text(found["why"]))
     parts = []
     n, positives = found["smallest"]
+    counted = {"failed": "failed"}
+    if facts["task"] == "detection":
+        counted["alarms"] = "without an object, something found"
     for name, rows in found["tables"].items():
         cells = []
         for row in rows:
             group = text(row["group"]).replace("_", " ")
             counts = [_count(row["n_images"]), _count(row["n_patients"])]
             if row["sufficient"]:
-                cells.append([group, *counts, plain(row["failed"]), written(_estimate(row))])
+                cells.append([group, *counts, *(plain(row[key]) for key in counted), written(_estimate(row))])
             else:
-                cells.append([group, *counts, "insufficient", "insufficient"])
-        head = [text(_NAMES.get(name, name)), "cases", "patients", "failed", f"{text(facts['metric'])} (95 % interval)"]
+                cells.append([group, *counts, *("insufficient" for _ in counted), "insufficient"])
+        head = [text(_NAMES.get(name, name)), "cases", "patients", *counted.values(), f"{text(facts['metric'])} (95 % interval)"]
         parts.append(table(head, cells))
     needs = f"{n} cases" + (f" and {positives} with and without the finding" if facts["task"] == "classification" else "")
     said = (

@@ -107,6 +107,7 @@ def test_series_rows__what_the_reader_finds(tmp_path: Path) -> None:
     # Files come in slice order, whatever their names.
     paths = archive.files(dicom.series_id)
     assert paths != sorted(paths)
+    assert archive.first_paths() == {row.series_id: archive.files(row.series_id)[0] for row in archive.select()}
 
 
 def test_content_not_name__decides(tmp_path: Path) -> None:

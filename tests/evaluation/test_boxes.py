@@ -63,7 +63,10 @@ def test_three_forms__say_the_same(tmp_path: Path) -> None:
         assert found.counts["pictures"] == 2 and found.counts["ignored"] == 1
 
 
-@pytest.mark.parametrize("second", [{"id": 2, "file_name": "train/Quill.png"}, {"id": 1, "file_name": "other.png"}])
+@pytest.mark.parametrize(
+    "second",
+    [{"id": 2, "file_name": "train/Quill.png"}, {"id": 2, "file_name": "./train\\Quill.png"}, {"id": 1, "file_name": "other.png"}],
+)
 def test_coco_images_that_cannot_be_told_apart__are_refused(tmp_path: Path, second: dict[str, Any]) -> None:
     images = [{"id": 1, "file_name": "train/Quill.png"}, second]
     (tmp_path / "boxes.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
@@ -208,6 +211,11 @@ def test_maps_of_some_structures__are_refused() -> None:
         (["train/a.png"], ["/x/b.png"], [None]),
         (["x/a.png"], ["/q/x/a.png", "{folder}/x/a.png"], [None, "x/a.png"]),
         (["../a.png"], ["/q/a.png", "{folder}/../a.png"], [None, "{up}/a.png"]),
+        (["/data/siteA/a.png"], ["/data/siteB/a.png"], [None]),  # one place alone: its name elsewhere is another picture
+        (["../siteA/a.png"], ["/data/siteB/a.png"], [None]),
+        (["C:\\siteA\\a.png"], ["/data/siteB/a.png"], [None]),
+        (["/siteA/a.png"], ["/mnt/siteA/a.png"], ["siteA/a.png"]),
+        (["a"], ["/q/a", "/r/a.png"], ["a", None]),
         (["a.png"], ["/q/a.png", "/r/a.png"], ["a.png", "a.png"]),  # the caller refuses them: which one is meant cannot be told
     ],
 )
@@ -225,11 +233,20 @@ def test_names_with_folders__are_joined_by_path_then_by_a_name_that_is_unique(
     [
         (["train/Quill.png"], ["/x/P1/Quill.png", "/x/P2/Quill.png"]),
         (["train/Quill.png", "test/Quill.png"], ["/x/Quill.png"]),
+        (["train/Quill", "test/Quill.png"], ["/x/Quill.png"]),
         (["train/Quill.png", "test/Quill.png"], ["/x/train/Quill.png", "/x/all/Quill.png"]),
     ],
 )
 def test_names_that_several_files_or_pictures_have__are_refused(tmp_path: Path, listed: list[str], files: list[str]) -> None:
     found = read_boxes(table(tmp_path, *(f"{name},cell,1,1,5,5,0" for name in listed)))
-    with pytest.raises(RequestError, match="listed with a folder in which no selected image file lies") as caught:
+    with pytest.raises(RequestError, match="listed with a folder in which no image file lies") as caught:
         found.names_of([Path(name) for name in files])
     assert "Quill" not in str(caught.value)
+
+
+def test_doubts_about_files_that_nobody_asks_for__are_no_fault(tmp_path: Path) -> None:
+    found = read_boxes(table(tmp_path, "gone/a.png,cell,1,1,5,5,0", "b.png,cell,1,1,5,5,0"))
+    files = [Path("/x/a.png"), Path("/y/a.png"), Path("/y/b.png")]
+    assert found.names_of(files, [False, False, True]) == [None, None, "b.png"]
+    with pytest.raises(RequestError, match="those of several files or lines"):
+        found.names_of(files, [True, False, True])

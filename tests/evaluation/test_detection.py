@@ -259,3 +259,11 @@ def test_score_threshold__is_where_froc_is_read() -> None:
         assert sum((real == 1).sum() for real, _ in counts) / 2 == froc(m, rates=[rate])[0, 0]
     assert score_threshold(match([image([A])], 0, [0.1]), 1.0) == 0.0
     assert score_threshold(match([image((), [(*A, 0.9)])], 0, [0.1]), 0.5) > 0.9
+
+
+def test_score_threshold__reaches_down_to_the_first_score_that_is_too_many() -> None:
+    clean = match([image([A], [(*A, 0.95)])], 0, [0.1])
+    assert score_threshold(clean, 1.0) == 0.0  # nothing was found for nothing: no score of other cases is too low
+    busy = match([image([A], [(*A, 0.9), (*FAR, 0.4), (*FAR, 0.3), (*FAR, 0.2)])], 0, [0.1])
+    assert 0.3 < score_threshold(busy, 1.0) < 0.3001
+    assert 0.2 < score_threshold(busy, 2.0) < 0.2001 and score_threshold(busy, 3.0) == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from medssl.errors import RequestError, TrainingStopped
+from medssl.evaluation import box_cases, box_summary, clinical_boxes
 from medssl.evaluation.box_cases import few_label_order, image_boxes, training_rows
 from medssl.evaluation.detection import match_classes, mean_average_precision
 from medssl.evaluation.finetune_boxes import BoxSettings, finetune_boxes, middle, padded
-from medssl.evaluation.folds import deal, deals, pool_folds
+from medssl.evaluation.folds import deal, deals, pool_folds, refuse_counts
 from medssl.evaluation.outside import Look
 from medssl.evaluation.settings import settings_of
 from tests.evaluation.toy_boxes import Squares, Toy
@@ -178,13 +180,40 @@ def test_folds__test_every_patient_once_and_each_has_all_classes() -> None:
         deal(cases, 21, 0, 0)
 
 
-def test_folds__have_about_as_many_boxes_of_a_rare_class() -> None:
-    cases = Squares(60).box_cases(groups=False)
+@pytest.mark.parametrize("n", [60, 61, 62])
+@pytest.mark.parametrize("seed", range(4))
+def test_folds__have_as_many_boxes_of_a_rare_class(n: int, seed: int) -> None:
+    cases = Squares(n).box_cases(groups=False)
     rare = cases.present.copy()
     rare[:, 1] = 0
-    rare[::10, 1] = 1  # in 6 of 60
-    folds = [deal(replace(cases, present=rare), 3, 0, k) for k in range(3)]
+    rare[:60:10, 1] = 1  # in 6 of them
+    folds = [deal(replace(cases, present=rare), 3, seed, k) for k in range(3)]
     assert [int(one.present[one.where("test"), 1].sum()) for one in folds] == [2, 2, 2]
+
+
+def test_fold_without_a_box_to_test__is_scored_with_the_others() -> None:
+    cases = Squares(18).box_cases(groups=False)
+    few = np.zeros_like(cases.present)
+    few[[0, 1, 2, 3]] = 1  # both classes, in four cases of five folds
+    cases = replace(cases, present=few)
+    dealt = deals(cases, 5, [0], training_rows)
+    assert not all(one.present[one.where("test")].any() for one in dealt.values())
+    with pytest.raises(RequestError, match="no test case has a box, so nothing can be scored"):
+        training_rows(replace(dealt[0, 0], split=np.where(cases.present.any(axis=1), "train", "test"), one_fold=False), None, 0)
+    few[[1, 2, 3], 1] = 0
+    with pytest.raises(
+        RequestError, match=r"class dark has no box among the .* training cases of a fold; give more labels, ask for fewer"
+    ):
+        deals(replace(cases, present=few), 5, [0], training_rows)
+
+
+def test_order__is_drawn_once_for_all_label_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    drawn = box_cases.counter_rng
+    monkeypatch.setattr(box_cases, "counter_rng", lambda seed, *names: asked.append(seed) or drawn(seed, *names))
+    dealt = deals(Squares(60).box_cases(), 3, [0, 1], training_rows)
+    refuse_counts(dealt, [10, 12, 14, 16], training_rows)
+    assert sorted(asked) == [0, 0, 0, 1, 1, 1]
 
 
 def test_unlike_cases__are_flagged_and_the_threshold_is_fitted_on_validation() -> None:
@@ -220,3 +249,57 @@ def test_pooled_folds__keep_the_scores_of_classes_apart() -> None:
     shared = {"arm": "x", "labels": 3, "seed": 0, "rows": rows, "cases": [], "seconds": {"train": 1.0}, "of_folds": 2}
     (pooled,) = pool_folds([{**shared, "fold": fold} for fold in (0, 1)])
     assert {row["class"]: row["value"] for row in pooled["rows"]} == {"a": 0.2, "b": 0.6}
+
+
+def cell_of_boxes(fold: int | None, scores: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Return a result whose pictures have one box, found with the first score, and something for nothing with the second."""
+    a, b = [0.0, 0.0, 9.0, 9.0], [20.0, 20.0, 29.0, 29.0]
+    cases = [
+        {
+            "series_id": f"{fold}{k}",
+            "patient_id": f"p{fold}{k}",
+            "real": [[a, 0, False, False]],
+            "found": [[a, 0, right], [b, 0, wrong]],
+        }
+        for k, (right, wrong) in enumerate(scores)
+    ]
+    shared = {
+        "task": "detection",
+        "arm": "scratch",
+        "labels": 3,
+        "seed": 0,
+        "classes": ["a"],
+        "rows": [],
+        "seconds": {"train": 1.0},
+    }
+    return {**shared, "cases": cases, "fold": fold, "of_folds": None if fold is None else 2}
+
+
+def test_scores_of_folds__rank_the_boxes_of_one_network_alone() -> None:
+    folds = [
+        cell_of_boxes(0, [(0.3, 0.1)] * 4),
+        cell_of_boxes(1, [(0.9, 0.7)] * 4),
+    ]  # each right by itself, the second surer of all
+    (row,) = box_summary.summarise(folds)["rows"]
+    assert row["value"] == 1.0 and row["low"] == row["high"] == 1.0
+    (pooled,) = pool_folds(folds)
+    found = clinical_boxes.froc_row("scratch", pooled, None, 5)
+    assert found["value"] == 1.0 and found["n"] == 8 and found["n_boxes"] == 8
+    places, of_group = clinical_boxes.group_map(clinical_boxes.by_name(pooled))
+    assert of_group(places[:5])(places[:5]) == 1.0
+    shared = [{**cell, "fold": None, "of_folds": None} for cell in folds]
+    shared[0]["cases"] = [case for cell in shared for case in cell["cases"]]
+    assert box_summary.summarise(shared[:1], intervals=False)["rows"][0]["value"] < 0.9
+
+
+def test_groups__count_their_own_boxes_and_match_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = cell_of_boxes(None, [(0.9, 0.1), (0.2, 0.8), (0.6, 0.5)])
+    asked: list[int] = []
+    monkeypatch.setattr(box_summary, "match_classes", lambda images, n: asked.append(len(images)) or match_classes(images, n))
+    ordered = clinical_boxes.by_name(result)
+    clinical_boxes.froc_row("scratch", ordered, None, 2)
+    places, of_group = clinical_boxes.group_map(ordered)
+    assert asked == [3]
+    for group in ([0], [0, 1], [1, 2]):
+        alone = match_classes([image_boxes(result["cases"][k]) for k in group], 1)
+        assert of_group(places[group])(places[group]) == mean_average_precision(alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,13 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medssl.encoders.image2d import Image2D
+from medssl.encoders.slice_volume import SliceVolumeEncoder
 from medssl.encoders.vit3d import ViT3D
 from medssl.errors import RequestError
+from medssl.evaluation import target_cases
+from medssl.evaluation.cell_summary import markdown
+from medssl.evaluation.clinical import clinical_facts
 from medssl.evaluation.finetune_targets import TargetSettings, class_weights, finetune_targets
+from medssl.evaluation.folds import deals, refuse_counts
 from medssl.evaluation.learning_rates import layer_scales, learning_rate
 from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import mean_auc, roc_auc
-from medssl.evaluation.target_cases import Cases, few_label_order
+from medssl.evaluation.target_cases import Cases, few_label_order, training_rows
+from medssl.evaluation.target_summary import summarise
 from medssl.types import EncoderOutput
 
 QUICK = TargetSettings(steps=40, batch=8, lr=3e-2, warmup_steps=2, val_every=10, layer_decay=1.0)
@@ -178,6 +186,27 @@ def test_layer_scales__fall_from_head_to_stem() -> None:
     assert all(scale == 1.0 for scale in layer_scales(encoder, 1.0).values())
 
 
+def test_layer_scales__of_layers_between_blocks_are_those_of_the_block_before() -> None:
+    encoder = Image2D(model="test_convnext")
+    scales, names = layer_scales(encoder, 0.5), [name for name, _ in encoder.named_parameters()]
+    n = len(encoder.blocks)
+    between = [name for name in names if ".downsample." in name]
+    assert {scales[name] for name in names if ".stem" in name} == {0.5 ** (n + 1)} and between
+    for name in between:
+        before = max((k for k in range(names.index(name)) if ".blocks." in names[k]), default=None)
+        assert scales[name] == (0.5 ** (n + 1) if before is None else scales[names[before]])
+    assert max(scales[name] for name in between) < 0.5 == max(scales.values())
+
+
+def test_layer_scales__of_slices_go_on_through_the_projection() -> None:
+    encoder = SliceVolumeEncoder(slice_encoder={"model": "test_vit"}, dim=32)
+    scales, over = layer_scales(encoder, 0.5), len(encoder.aggregator.layers)
+    own = len(encoder.slice_encoder.blocks)
+    assert scales["projection.weight"] == 0.5 ** (over + 1) and min(scales.values()) == 0.5 ** (own + over + 1)
+    positions = [scales[name] for name in scales if name.endswith(("cls_token", "pos_embed")) and "slice_encoder" in name]
+    assert set(positions) == {0.5 ** (own + over + 1)}
+
+
 def test_learning_rate__warms_up_again_after_the_frozen_steps() -> None:
     settings = TargetSettings(steps=100, warmup_steps=10, freeze_steps=20)
     assert learning_rate(0, settings, 20) == (0.0, 0.1) and learning_rate(19, settings, 20) == (0.0, 1.0)
@@ -244,3 +273,56 @@ def test_cases_that_cannot_work__are_refused() -> None:
 def test_settings_that_cannot_work__are_refused(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(RequestError, match=match):
         TargetSettings.from_dict(changes)
+
+
+def cell_of_classes(fold: int, pairs: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    cases = [
+        {"series_id": f"{fold}{k}", "patient_id": f"p{fold}{k}", "target": float(target), "probability": [1 - p, p]}
+        for k, (target, p) in enumerate(pairs)
+    ]
+    shared = {"task": "classification", "labels": 8, "seed": 0, "arm": "scratch", "rows": [], "seconds": {"train": 1.0}}
+    return {**shared, "fold": fold, "of_folds": 3, "cases": cases}
+
+
+def test_auc_of_folds__ranks_the_cases_of_one_network_alone() -> None:
+    folds = [cell_of_classes(k, [(0, 0.1 + 0.3 * k), (1, 0.3 + 0.3 * k)] * 3) for k in range(3)]
+    (row,) = summarise(folds, draws=50)["rows"]
+    assert (
+        row["value"] == 1.0 and row["seed_means"] == [1.0] and row["low"] == row["high"] == 1.0
+    )  # 0.83 where all are ranked together
+    one_class = [*folds[:2], cell_of_classes(2, [(1, 0.0)] * 4)]
+    assert summarise(one_class, draws=50)["rows"][0]["value"] == 1.0  # a fold without both says nothing
+    assert clinical_facts(folds, draws=5)["headlines"][0]["value"] == 1.0
+
+
+def test_errors_of_folds__are_those_of_all_cases() -> None:
+    folds = [{**cell_of_classes(k, [(0, 0.5)] * (k + 1)), "task": "regression"} for k in range(3)]
+    for fold in folds:
+        for case in fold["cases"]:
+            del case["probability"]
+            case["prediction"] = float(fold["fold"])
+    assert summarise(folds, draws=5)["rows"][0]["value"] == pytest.approx((0 + 2 * 1 + 3 * 2) / 6)
+
+
+def test_test_cases_without_a_class__are_refused_before_training_but_for_folds() -> None:
+    split = np.array(["train", "train", "test"] * 6)
+    targets = np.array([0.0, 1.0, 1.0] * 6)
+    cases = Cases(np.arange(18), targets, [f"p{k}" for k in range(18)], split, ["absent", "present"])
+    with pytest.raises(RequestError, match="absent of 2 classes: no case among the 6 test cases, so that no AUC can be given"):
+        training_rows(cases, None, 0)
+    assert len(training_rows(replace(cases, one_fold=True), None, 0)) == 12
+    alone = cell_of_classes(0, [(1, 0.4)] * 4)
+    summary = summarise([{**alone, "arm": arm, "fold": None} for arm in ("scratch", "pretrained")], draws=5)
+    assert summary["rows"][0]["value"] is None and summary["differences"][0]["difference"] is None
+    json.dumps(summary, allow_nan=False)
+    assert "| 8 | scratch | - (-) | - |" in markdown(summary)
+
+
+def test_order__is_drawn_once_for_all_label_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = Cases(np.arange(60), np.arange(60) % 2.0, [f"p{k // 2}" for k in range(60)], np.array(["train"] * 60), ["a", "b"])
+    asked: list[str] = []
+    drawn = target_cases.counter_rng
+    monkeypatch.setattr(target_cases, "counter_rng", lambda seed, *names: asked.append(names[-1]) or drawn(seed, *names))
+    dealt = deals(cases, 3, [0], training_rows)
+    refuse_counts(dealt, [4, 6, 8], training_rows)
+    assert len(asked) == 3 * len(set(asked))

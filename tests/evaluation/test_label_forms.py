@@ -373,6 +373,12 @@ def test_query__takes_maps_by_series_id_and_attached_values(archive: Archive, tm
         assert np.array_equal(volume.label, label)
     assert volume.labelled == (1,)
     assert volume.flags == ("frame_unverified",)
+    flags = list(rows[2].quality_flags)
+    set_public(archive, {rows[2].series_id: {"quality_flags": [*flags, "patient_unknown"]}})
+    try:
+        assert [case.patient_known for case in Cohort.load(path).cases] == [True, True, False]
+    finally:
+        set_public(archive, {rows[2].series_id: {"quality_flags": flags}})
     only = Cohort.load(query(tmp_path, index=str(archive.path), where="split = 'test'", maps="maps", labels=STRUCTURES))
     assert [case.series_id for case in only.cases] == [rows[2].series_id]
 

@@ -202,6 +202,11 @@ def test_folds__test_every_labelled_patient_once(cohort: Cohort) -> None:
     assert any(cohort.dealt(3, seed, 0) != dealt[0] for seed in range(1, 6))
     with pytest.raises(RequestError, match="4 folds of 3 labelled patients; ask for 3 or fewer"):
         cohort.dealt(4, 0, 0)
+    some = replace(cohort, cases=(replace(twice[0], patient_known=False), *twice[1:]))
+    with pytest.raises(RequestError, match=f"folds: 1 of {len(twice)} labelled series have no usable patient identity"):
+        some.dealt(3, 0, 0)
+    none = replace(cohort, cases=tuple(replace(case, patient_known=False) for case in twice))
+    assert none.dealt(3, 0, 0).split("test")
 
 
 def test_folds__are_one_test_set_of_a_curve_and_of_the_page(cohort: Cohort, tmp_path: Path) -> None:

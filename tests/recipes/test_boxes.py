@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from medssl.errors import RecipeError, RequestError
 from medssl.evaluation import cell_summary
 from medssl.evaluation.bootstrap import bootstrap_interval
 from medssl.evaluation.boxes import read_boxes
+from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.detection import box_iou
 from medssl.evaluation.finetune_boxes import BoxSettings
 from medssl.finetune_cells import section_of
@@ -282,12 +284,26 @@ def test_cines_and_volumes_in_a_file_of_boxes__are_refused(tmp_path: Path) -> No
     table = read_boxes(tmp_path / "boxes.csv")
     for kind in ("image", "cine", "volume"):
         row: Any = SimpleNamespace(series_id="s", kind=kind)
-        shelf: Any = SimpleNamespace(rows=[row], archive=SimpleNamespace(files=lambda _: [Path("a.dcm")]))
+        archive = SimpleNamespace(first_paths=lambda: {"s": Path("a.dcm")})
+        shelf: Any = SimpleNamespace(rows=[row], archive=archive)
         if kind == "image":
             assert listed_pictures(shelf, table) == [(row, "a.dcm")]
             continue
         with pytest.raises(RequestError, match=rf"series that are no pictures \(1 {kind}\)"):
             listed_pictures(shelf, table)
+
+
+def test_narrower_selection__does_not_move_boxes_to_another_folder(tmp_path: Path) -> None:
+    rows = [SimpleNamespace(series_id=site, kind="image") for site in ("siteA", "siteB")]
+    archive = SimpleNamespace(first_paths=lambda: {site: Path(f"/data/{site}/1.png") for site in ("siteA", "siteB")})
+    (tmp_path / "boxes.csv").write_text("image,class,xmin,ymin,xmax,ymax\nsiteA/1.png,red,1,1,5,5\n")
+    table = read_boxes(tmp_path / "boxes.csv")
+    for chosen, expected in ((rows, ["siteA"]), (rows[:1], ["siteA"]), (rows[1:], [])):
+        shelf: Any = SimpleNamespace(rows=chosen, archive=archive)
+        assert [row.series_id for row, _ in listed_pictures(shelf, table)] == expected
+    (tmp_path / "boxes.csv").write_text("image,class,xmin,ymin,xmax,ymax\nelsewhere/1.png,red,1,1,5,5\n")
+    with pytest.raises(RequestError, match="boxes: 1 images are listed with a folder in which no image file lies"):
+        listed_pictures(SimpleNamespace(rows=rows[1:], archive=archive), read_boxes(tmp_path / "boxes.csv"))  # type: ignore[arg-type]
 
 
 def test_recipes_with_faults__say_which_key(smears: Path) -> None:
@@ -333,6 +349,18 @@ def test_domain_of_a_cohort__gets_its_arguments_and_is_shared(cohort: Path) -> N
     assert roads[0].facts["domain"] != roads[1].facts["domain"]
     readers = [road.batches.reader for road in roads if isinstance(road.batches, VolumeBatches)]
     assert [reader.domain.philips_scaling for reader in readers] == [False, True]
+
+
+def test_folds_over_some_unknown_patients__are_refused(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Cohort.load(cohort)
+    some = replace(whole, cases=tuple(replace(case, patient_known=k > 0) for k, case in enumerate(whole.cases)))
+    monkeypatch.setattr(Cohort, "load", lambda _: some)
+    with pytest.raises(RequestError, match="labelled series have no usable patient identity, so patients cannot be kept together"):
+        api.finetune(volumes(cohort, "unknown", "folds=3"), None)
+    assert not (cohort.parent / "unknown").exists()
+    recipe = volumes(cohort, "unknown")
+    found = volume_source(recipe, section_of(recipe, None)[0], BoxSettings(), None)
+    assert found.cases.groups is None and set(found.patients.values()) == {None}
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 from medssl import suite, suite_tiers
 from medssl.build import suite_faults
 from medssl.errors import LeakageError, RequestError, TrainingStopped
+from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.label_curve import Cell, plan
 from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS
 from medssl.evaluation.target_cases import Cases
@@ -237,3 +238,25 @@ def test_results__are_of_all_tiers_of_the_folder(tmp_path: Path, monkeypatch: py
 def replace_recipe(bench: Bench, recipe: SuiteRecipe) -> Bench:
     bench.recipe = recipe
     return bench
+
+
+def test_patients_of_folds__are_those_of_all_folds_of_a_seed(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for fold in range(3):
+            cell = tmp_path / "cells" / f"pretrained_n4_s{seed}_f{fold}"
+            cell.mkdir(parents=True)
+            (cell / "results.json").write_text(json.dumps({"cases": [{"patient_id": f"p{fold}{k}"} for k in range(4)]}))
+    assert suite_tiers._patients_of(tmp_path) == 12
+    for cell in (tmp_path / "cells").iterdir():
+        (cell / "results.json").write_text(json.dumps({"cases": [{"patient_id": None}]}))
+    assert suite_tiers._patients_of(tmp_path) is None
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_fractions_of_folds__are_of_what_every_fold_trains_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
+    cases = [Case(f"case{k}", tmp_path, tmp_path, f"p{k}", "train" if k < 4 else "test") for k in range(11)]
+    monkeypatch.setattr(Cohort, "load", lambda _: Cohort("c", tuple(cases)))
+    section = CurveSection(recipe="x.yaml", fractions=[0.5, 1.0], seeds=[0, 1])
+    for folds, counts in ((None, [2, 4]), (5, [2, 5] if task == "detection" else [3, 6])):
+        recipe = SimpleNamespace(cohort=SimpleNamespace(path="c"), folds=folds, task=task)
+        assert suite_tiers._counts_of(section, recipe) == counts

@@ -6,6 +6,7 @@ import json
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from medssl.errors import RequestError
 from medssl.evaluation.box_cases import WholeCase
 from medssl.evaluation.clinical import clinical_facts
+from medssl.evaluation.clinical_boxes import counted, worst_first
 from medssl.evaluation.worst import WorstCases, slices
 from medssl.evaluation.worst_boxes import worst_npz
 from medssl.report import box_figures
@@ -134,6 +136,22 @@ def test_detection_without_validation_cases__says_where_its_threshold_is_from() 
     assert "No threshold was fitted" in said and "as there were no validation cases" in said
 
 
+def test_detections_of_an_earlier_medssl__are_told_from_those_without_validation_cases() -> None:
+    said = words(clinical_page(clinical_facts([{**detection(), "fitted": {}}], draws=5)))
+    assert said.count("these results are of an earlier medssl, which fitted none") == 2 and "no validation cases" not in said
+
+
+def test_missed_objects__come_before_what_is_found_where_there_is_none() -> None:
+    result = detection(fitted=0.2)  # now every picture has one box for nothing, also each tenth, which has no object
+    facts = clinical_facts([result], draws=5)
+    rows = facts["worst"]["rows"]
+    assert [row["missed"] > 0 for row in rows] == [True] * 9 + [False] and rows[9]["f1"] == 0.0 == rows[0]["f1"]
+    assert [row["case"] for row in rows] == [case["series_id"][:8] for case in worst_first(counted(result)["cases"])[:10]]
+    group = next(row for row in facts["subgroups"]["tables"]["vendor"] if row["group"] == "ge")
+    assert (group["failed"], group["alarms"]) == (1, 6)
+    assert "without an object, something found" in words(clinical_page(facts))
+
+
 def test_detection_without_an_error__has_no_worst_case() -> None:
     result = detection(n=1)
     assert "None of 1 test cases has an error" in words(clinical_page(clinical_facts([result], draws=20)))
@@ -225,6 +243,24 @@ def test_command__draws_the_clinical_page_of_a_fine_tuning(tmp_path: Path, capsy
 def test_facts__of_no_results_are_refused() -> None:
     with pytest.raises(RequestError, match="it takes the folder of one fine-tuning"):
         clinical_facts([])
+
+
+def test_command__keeps_the_structures_of_folds_without_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fold in (0, 1):
+        write_json(tmp_path / "cells" / f"pretrained_n20_s0_f{fold}" / "results.json", segmentation())
+    write_json(tmp_path / "target_curve.json", {})
+    kept = iter([({}, ["liver"]), ({}, [])])
+    asked: list[Any] = []
+    monkeypatch.setattr("medssl.report.clinical_page.read_worst", lambda _: next(kept))
+    monkeypatch.setattr(
+        "medssl.evaluation.clinical.clinical_facts", lambda _: {"arm": "pretrained", "labels": 20, "seed": 0, "task": ""}
+    )
+    monkeypatch.setattr("medssl.report.clinical_page.clinical_page", lambda _, **given: asked.append(given["structures"]) or "")
+    status, _, stderr = medssl(capsys, "report", tmp_path, "--with-images")
+    assert status == 0, stderr
+    assert asked == [["liver"]]
 
 
 def test_command__gathers_the_pictures_of_all_folds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

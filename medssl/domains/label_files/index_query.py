@@ -27,6 +27,7 @@ class LabelledSeries:
         label: Label map; None where there is none.
         values: Attached values by column; empty where nothing is attached.
         facts: What the index says of person and scanner, see `archive.table.group_facts`.
+        patient_known: Whether the index knows the patient, who otherwise may be that of other series too.
     """
 
     series_id: str
@@ -37,6 +38,7 @@ class LabelledSeries:
     label: Path | None = None
     values: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
+    patient_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def select_labelled(index: Path, where: str | None, *, maps: Path | None = None,
                 label=label,
                 values=values.get(row.series_id, {}),
                 facts=group_facts(row),
+                patient_known="patient_unknown" not in row.quality_flags,
             )
         )
     return Labelled(tuple(found), left_out)

@@ -159,6 +159,8 @@ def test_names_with_a_leading_dot_or_slash__are_found(tmp_path: Path, form: str)
             tar.addfile(info, io.BytesIO(path.read_bytes()))
     index([tmp_path / "all.bin"], tmp_path / "out", modality="MR")
     archive = Archive.open(tmp_path / "out")
+    first = archive.first_paths()
+    assert {row.series_id for row in archive.select()} <= set(first) and not list((tmp_path / "out" / "private").glob("unpacked/*"))
     n_files = {len(archive.files(row.series_id)) for row in archive.select()}
     assert n_files == {1, 14} and len(list((tmp_path / "out" / "private" / "unpacked").iterdir())) == 15
 
