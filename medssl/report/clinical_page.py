@@ -192,7 +192,9 @@ def _title_of_agreement(facts: Facts) -> str:
     """Return the heading: volumes, areas of pictures, or agreement of numbers."""
     if facts["task"] != "segmentation":
         return "Agreement"
-    return "Areas" if any(row["unit"] == "mm2" for row in facts["agreement"].get("rows", [])) else "Volumes"
+    found = facts["agreement"]
+    flat = any(row["unit"] == "mm2" for row in found.get("rows", [])) or "pictures" in found.get("why", "")
+    return "Areas" if flat else "Volumes"
 
 
 def _structures(facts: Facts) -> str:
@@ -399,7 +401,8 @@ def _worst(facts: Facts, pictures: Mapping[str, Mapping[str, Any]] | None, struc
         if cuts and task == "detection":
             drawn.append(clinical_boxes.worst_picture(row, cuts))
         elif cuts:
-            said = f"{row['case']}: mean Dice {decimal(1 - row['bad'], 2)}. Slices in which label and prediction differ most."
+            which = "" if figures.PICTURE in cuts else " Slices in which label and prediction differ most."
+            said = f"{row['case']}: mean Dice {decimal(1 - row['bad'], 2)}.{which}"
             png = figures.segmentation_png(cuts, [name.replace("_", " ") for name in structures])
             planes = "" if figures.PICTURE in cuts else " in three planes"
             drawn.append(image(png, f"Label and prediction of {row['case']}{planes}", caption=text(said)))
