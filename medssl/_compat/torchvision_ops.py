@@ -65,6 +65,19 @@ def monai_detection() -> Any:
     return retinanet_detector
 
 
+def monai_retinanet() -> Any:
+    """Import MONAI's RetinaNet module in working order and return it; see `monai_detection`."""
+    ensure()
+    from monai.apps.detection.networks import retinanet_network
+    from monai.networks.blocks import backbone_fpn_utils
+    from torchvision import models
+    from torchvision.models.detection import backbone_utils
+
+    retinanet_network._validate_trainable_layers = backbone_utils._validate_trainable_layers
+    backbone_fpn_utils.torchvision_models = models
+    return retinanet_network
+
+
 def nms(dets: Any, scores: Any, iou_threshold: float) -> Any:
     """Greedy non-maximum suppression in plain torch, equal to torchvision's kernel.
 

@@ -14,11 +14,9 @@ def build(model: str, channels: int, dims: int) -> tuple[Any, str]:
     """Build MONAI's RetinaNet with all four stages."""
     from medssl._compat import torchvision_ops
 
-    torchvision_ops.ensure()
-    from monai.apps.detection.networks.retinanet_network import RetinaNet, resnet_fpn_feature_extractor
-
-    extractor = resnet_fpn_feature_extractor(monai_resnet(model, channels, dims), dims, returned_layers=RETURNED)
-    network = RetinaNet(dims, num_classes=2, num_anchors=1, feature_extractor=extractor, size_divisible=32)
+    module = torchvision_ops.monai_retinanet()
+    extractor = module.resnet_fpn_feature_extractor(monai_resnet(model, channels, dims), dims, returned_layers=RETURNED)
+    network = module.RetinaNet(dims, num_classes=2, num_anchors=1, feature_extractor=extractor, size_divisible=32)
     inner = f"resnet_fpn_feature_extractor({monai_arguments(model, channels, dims)}, {dims}, returned_layers=[1, 2, 3, 4])"
     return network, f"monai.apps.detection RetinaNet(feature_extractor={inner}, ...), strict=False"
 

@@ -59,3 +59,13 @@ def test_monai_detection__works_after_monai_was_imported_first() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False False", done.stderr[-2000:]
+
+
+def test_monai_retinanet__works_after_monai_was_imported_first() -> None:
+    """The export builds it: MONAI's module holds names of torchvision that raise when touched, as above."""
+    code = (
+        "import monai.apps.detection.networks.retinanet_network; from medssl.export.retinanet import build; "
+        "print(type(build('resnet18', 1, 2)[0]).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "RetinaNet", done.stderr[-2000:]
