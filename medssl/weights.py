@@ -161,9 +161,19 @@ def save_part(
     full = {**manifest, "format_version": FORMAT_VERSION, "part": part or name, "weights_hash": tensors_hash(tensors)}
     text = json.dumps(full, indent=2, sort_keys=True)
     path = Path(folder) / f"{name}.safetensors"
-    write_atomic(path, save(tensors, metadata={"format": "pt", "medssl": json.dumps(full, sort_keys=True)}))
+    write_atomic(path, _sorted_header(save(tensors, metadata={"format": "pt", "medssl": json.dumps(full, sort_keys=True)})))
     write_atomic(path.with_suffix(".json"), text.encode())
     return path
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """Return safetensors bytes with the metadata in order of their keys: the library writes them in an order that changes by process."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def find_part(path: Path | str, part: str | None = None, tag: str = "last") -> Path:

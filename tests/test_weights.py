@@ -35,6 +35,18 @@ def test_round_trip__keeps_tensors_and_manifest(tmp_path: Path) -> None:
     assert load_part(path)[1] == manifest  # the file carries its manifest
 
 
+def test_bytes__are_the_same_in_every_process(tmp_path: Path) -> None:
+    program = (
+        "import sys, torch; from medssl.weights import save_part; from tests.test_weights import MANIFEST, state; "
+        "[save_part(sys.argv[1] + f'/{k}', 'encoder', state(), MANIFEST) for k in range(20)]"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=120)
+    ours = save_part(tmp_path / "ours", "encoder", state(), MANIFEST).read_bytes()
+    assert {(tmp_path / str(k) / "encoder.safetensors").read_bytes() for k in range(20)} == {ours}
+    start = 8 + int.from_bytes(ours[:8], "little")
+    assert start % 8 == 0 and list(json.loads(ours[8:start])["__metadata__"]) == ["format", "medssl"]
+
+
 def test_hash__depends_on_values_and_names_not_on_order() -> None:
     base = tensors_hash(state())
     assert tensors_hash(dict(reversed(state().items()))) == base
