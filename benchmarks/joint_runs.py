@@ -66,6 +66,9 @@ PLANS: dict[str, Plan] = {
     "random": Plan(JOINT, trained=False),
     "raw": Plan(None, seeds=(0,), trained=False),
     "graph_matching": Plan(RECIPES / "joint_graph_matching_resnet18_64.yaml", seeds=(0,)),
+    "graph_matching_published": Plan(
+        RECIPES / "joint_graph_matching_resnet18_64.yaml", ("objective.residual=false", "objective.noise=1"), seeds=(0,)
+    ),
     "global_local": Plan(RECIPES / "joint_global_local_resnet18_64.yaml", seeds=(0,)),
 }
 

@@ -6,12 +6,16 @@
 The card asks for 20,000 mixed slices. Here slices are drawn: eight kinds of organ, told apart by shape alone, at any place, turn, size and
 grey, blurred and in noise. Neighbours are found by cosine of the pooled frozen features, slices of one draw among those of another. SimCLR is
 the `random` variant of `global_local_contrast` without a local term, with the same views, batches and steps; nothing of ImageNet is at hand,
-so the baseline is the untrained encoder.
+so the baseline is the untrained encoder. `published` is graph matching without our residual and with noise of 1, as the paper trains it
+from ImageNet's weights. Every arm and seed is kept in `--folder`: kill the script and start it again to go on.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +29,10 @@ from medssl.objectives.global_local_contrast import GlobalLocalContrast
 from medssl.objectives.graph_matching import GraphMatching
 from medssl.types import DrawKey, StepContext, Views, ViewsMeta, ViewSpec
 from medssl.views.planes import Planes, PlaneViews
+from medssl.weights import write_atomic
 
 ORGANS = ("disc", "ring", "pair", "crescent", "three lobes", "four lobes", "bar", "cross")
-ARMS = ("untrained", "simclr", "graph_matching")
+ARMS = ("untrained", "simclr", "graph_matching", "published")
 NEIGHBOURS, BEHIND_SIMCLR = 20, 0.01
 NOISE = 0.25
 
@@ -103,7 +108,8 @@ def pretrain(arm: str, images: np.ndarray, *, model: str, epochs: int, batch: in
     if arm == "simclr":
         objective: nn.Module = GlobalLocalContrast(encoder, view_specs=specs, weights={"global": 1.0}, variant="random", hidden=256)
     else:
-        objective = GraphMatching(encoder, view_specs=specs)
+        published: dict[str, Any] = {"residual": False, "noise": 1.0} if arm == "published" else {}
+        objective = GraphMatching(encoder, view_specs=specs, **published)
     optimiser = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)
     steps = epochs * (len(images) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
@@ -131,6 +137,29 @@ def neighbour_accuracy(known: Tensor, labels: np.ndarray, asked: Tensor, wanted:
     return float((votes.argmax(dim=1) == torch.from_numpy(wanted)).float().mean())
 
 
+def cell(path: Path, options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
+    """Return the row of an arm and seed, from its file when it is there.
+
+    Raises:
+        SystemExit: The file was made with other settings.
+    """
+    settings = {name: getattr(options, name) for name in ("model", "size", "items", "tests", "epochs", "batch")}
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["settings"] != settings:
+            raise SystemExit(f"{path} was made with {kept['settings']}, not {settings}; choose another --folder or remove it")
+        return dict(kept["row"])
+    begin = time.perf_counter()
+    images, labels = slices(options.items, options.size, seed, 0)
+    asked, wanted = slices(options.tests, options.size, seed, 1)
+    encoder = pretrain(arm, images, model=options.model, epochs=options.epochs, batch=options.batch, seed=seed)
+    score = neighbour_accuracy(embedded(encoder, images), labels, embedded(encoder, asked), wanted)
+    row = {"arm": arm, "seed": seed, "accuracy": score, "s": time.perf_counter() - begin}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps({"settings": settings, "row": row}) + "\n").encode())
+    return row
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     options_parser = parser(__doc__, repeats=3)
     options_parser.add_argument("--model", default="small", help="small, or a timm network")
@@ -139,16 +168,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options_parser.add_argument("--tests", type=int, default=800)
     options_parser.add_argument("--epochs", type=int, default=10)
     options_parser.add_argument("--batch", type=int, default=32)
+    options_parser.add_argument("--folder", type=Path, default=Path("runs/matching_knn"))
     options = options_parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     for seed in range(options.repeats):
-        images, labels = slices(options.items, options.size, seed, 0)
-        asked, wanted = slices(options.tests, options.size, seed, 1)
         for arm in ARMS:
-            begin = time.perf_counter()
-            encoder = pretrain(arm, images, model=options.model, epochs=options.epochs, batch=options.batch, seed=seed)
-            score = neighbour_accuracy(embedded(encoder, images), labels, embedded(encoder, asked), wanted)
-            rows.append({"arm": arm, "seed": seed, "accuracy": score, "s": time.perf_counter() - begin})
+            rows.append(cell(options.folder / f"{arm}_{seed}.json", options, arm, seed))
             print(rows[-1], flush=True)
     means = {arm: float(np.mean([row["accuracy"] for row in rows if row["arm"] == arm])) for arm in ARMS}
     checks = [

@@ -8,7 +8,10 @@ Reference:
     Nguyen et al. 2023, "LVM-Med" (arXiv 2306.11925), section 3; Niepert et al. 2021 (implicit maximum likelihood estimation); Kipf and
     Welling 2017 for the graph convolution; Frank and Wolfe 1956 and Vogelstein et al. 2015 for the solver. We differ: degrees count the
     symmetrised graph with its self-loops (the printed formula leaves them out); Frank-Wolfe with exact line search, rounding and pairwise
-    swaps instead of Lagrange decomposition; local similarities compare projected cells and carry the factor 1/2 of the paper's appendix.
+    swaps instead of Lagrange decomposition; local similarities compare projected cells and carry the factor 1/2 of the paper's appendix;
+    what goes into message passing is added to what comes out; noise of 0.1 instead of 1. The paper starts from ImageNet's weights. From
+    none, two convolutions over the neighbours of few images leave nearly equal nodes, the edges of matchings are differences of these, and
+    nothing is learnt: docs/results.md, `matching_knn`.
 
 Shape letters: G graphs, N images of a graph, E edges of a graph, P cells of a feature map, D width.
 """
@@ -72,18 +75,21 @@ class MessagePassing(nn.Module):
     Args:
         dim: Width.
         layers: Number of layers.
+        residual: Return H_0 + H_L instead of H_L.
     """
 
-    def __init__(self, dim: int, layers: int = 2) -> None:
+    def __init__(self, dim: int, layers: int = 2, *, residual: bool = False) -> None:
         super().__init__()
+        self.residual = residual
         self.layers = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(layers))
 
     def forward(self, z: Tensor, edges: Tensor) -> Tensor:
         """Pass messages along the edges: (G, N, D) and (G, E, 2) to (G, N, D)."""
         mixing = propagation(edges, z.shape[1]).to(z.dtype)
+        mixed = z
         for number, layer in enumerate(self.layers):
-            z = mixing @ layer(functional.relu(z) if number else z)
-        return z
+            mixed = mixing @ layer(functional.relu(mixed) if number else mixed)
+        return z + mixed if self.residual else mixed
 
 
 def cell_positions(matrix: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -420,11 +426,12 @@ class GraphMatching(nn.Module):
         top: gamma, matched cells kept in the local affinity.
         noise: Scale of the Gumbel noise.
         strength: lambda.
+        residual: Add what goes into message passing to what comes out; False with noise 1 is the published form.
         second_order: Use edges.
         local_mode: `both` matches cells by place and by features, `feature` by features alone, `none` leaves the local affinity out.
 
     Reference:
-        Nguyen et al. 2023 (arXiv 2306.11925): dim 128, 2 layers, N 16, k 5, alpha 0.8, lambda 80.
+        Nguyen et al. 2023 (arXiv 2306.11925): dim 128, 2 layers, N 16, k 5, alpha 0.8, lambda 80, noise 1, no residual.
     """
 
     needs = ("takes_images",)
@@ -441,8 +448,9 @@ class GraphMatching(nn.Module):
         neighbours: int = 5,
         alpha: float = 0.8,
         top: int = 20,
-        noise: float = 1.0,
+        noise: float = 0.1,
         strength: float = 80.0,
+        residual: bool = True,
         second_order: bool = True,
         local_mode: Literal["both", "feature", "none"] = "both",
     ) -> None:
@@ -462,7 +470,7 @@ class GraphMatching(nn.Module):
         self.encoder = encoder
         freeze_unused(encoder, next(iter(self.view_specs.values())).size, lambda output: [output.tokens])
         self.projector = nn.Linear(encoder.embed_dim, dim)
-        self.message_passing = MessagePassing(dim, layers)
+        self.message_passing = MessagePassing(dim, layers, residual=residual)
         self.nodes, self.neighbours, self.alpha, self.top = nodes, neighbours, alpha, top
         self.noise, self.strength, self.second_order, self.local_mode = noise, strength, second_order, local_mode
 

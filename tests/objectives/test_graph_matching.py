@@ -80,6 +80,14 @@ def test_message_passing__equals_plain_loops() -> None:
         assert torch.allclose(found[g], torch.tensor(h, dtype=torch.float64))
 
 
+def test_message_passing__may_keep_what_went_in() -> None:
+    z = torch.randn(2, 5, 3)
+    edges = nearest_edges(z, 2)
+    plain, kept = MessagePassing(3), MessagePassing(3, residual=True)
+    kept.load_state_dict(plain.state_dict())
+    assert torch.allclose(kept(z, edges), z + plain(z, edges))
+
+
 def test_edge_affinity_and_value__equal_plain_loops() -> None:
     torch.manual_seed(0)
     z, w = torch.randn(1, 5, 4, dtype=torch.float64), torch.randn(1, 5, 4, dtype=torch.float64)
