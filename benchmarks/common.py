@@ -138,6 +138,28 @@ def parser(text: str | None, *, repeats: int = 20) -> argparse.ArgumentParser:
     return made
 
 
+def kept(path: Path, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the row that a file keeps, or compute it and write the file.
+
+    Args:
+        path: Its JSON file.
+        settings: What the row depends on.
+        compute: Makes the row.
+
+    Raises:
+        SystemExit: The file was made with other settings.
+    """
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found["settings"] != settings:
+            raise SystemExit(f"{path} was made with {found['settings']}, not {settings}; choose another --folder or remove it")
+        return dict(found["row"])
+    row = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps({"settings": dict(settings), "row": row}) + "\n").encode())
+    return row
+
+
 def finish(result: Result, out: Path) -> dict[str, Any]:
     """Print the table and the checks, write the JSON file, return its content."""
     content = rounded(result.as_dict())

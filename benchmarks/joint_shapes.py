@@ -5,7 +5,7 @@
 A shape is told by how its cross-section changes along the slices (cylinder, ball, cone, hourglass). Every slice is moved and turned in its
 plane by itself, so that no single slice and no fixed place in the plane says the class; sizes overlap. The probe is linear, on the volume
 embedding Z of 200 other shapes, five folds; beside it the same encoder untrained. Noise and sizes were chosen by the untrained encoder alone;
-everything else was fixed before the first run.
+everything else was fixed before the first run. Every arm and seed is kept in `--folder`: kill the script and start it again to go on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from benchmarks.common import Check, Result, finish, parser
+from benchmarks.common import Check, Result, finish, kept, parser
 from medssl import api, build, data_sources
 from medssl.archive.index import index
 from medssl.evaluation.features import embed
@@ -160,8 +161,15 @@ def prototypes(recipe: PretrainRecipe, run: Path, items: int) -> list[Tensor]:
     return [head.weight[: int(head.active)].detach() for head in objective.inter.heads]
 
 
-def play(folder: Path, arm: str, *, seed: int, items: int, epochs: int, batch: int) -> dict[str, Any]:
-    """One run: pretrain, probe Z, compare with the untrained encoder."""
+def play(arm: str, seed: int, *, items: int, epochs: int, batch: int) -> dict[str, Any]:
+    """One run: pretrain, probe Z, compare with the untrained encoder; return its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare(Path(folder), arm, seed=seed, items=items, epochs=epochs, batch=batch)
+    return {"mode": arm, "seed": seed, **found}
+
+
+def compare(folder: Path, arm: str, *, seed: int, items: int, epochs: int, batch: int) -> dict[str, Any]:
+    """Pretrain in a folder; return accuracies, mutual information, loss and seconds."""
     seen, _ = archive(folder / "seen", items, seed)
     other, labels = archive(folder / "other", items, 10_000 + seed)
     run, steps = folder / "run", epochs * items // batch
@@ -193,14 +201,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options_parser.add_argument("--items", type=int, default=200)
     options_parser.add_argument("--epochs", type=int, default=20)
     options_parser.add_argument("--batch", type=int, default=10)
+    options_parser.add_argument("--folder", type=Path, default=Path("runs/joint_shapes"))
     options_parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     options = options_parser.parse_args(argv)
+    settings = {name: getattr(options, name) for name in ("items", "epochs", "batch")}
     rows: list[dict[str, Any]] = []
-    for arm in options.arms:
-        for seed in range(options.repeats):
-            with tempfile.TemporaryDirectory() as folder:
-                found = play(Path(folder), arm, seed=seed, items=options.items, epochs=options.epochs, batch=options.batch)
-            rows.append({"mode": arm, "seed": seed, **found})
+    for seed in range(options.repeats):
+        for arm in options.arms:
+            path = options.folder / f"{arm.replace(' ', '_')}_{seed}.json"
+            rows.append(kept(path, settings, partial(play, arm, seed, **settings)))
+            print(rows[-1], flush=True)
     checks = []
     for arm in options.arms:
         own = [row for row in rows if row["mode"] == arm]

@@ -12,9 +12,8 @@ from ImageNet's weights. Every arm and seed is kept in `--folder`: kill the scri
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from benchmarks.common import Check, Result, finish, parser
+from benchmarks.common import Check, Result, finish, kept, parser
 from benchmarks.place_contrast import Encoder
 from medssl.objectives.global_local_contrast import GlobalLocalContrast
 from medssl.objectives.graph_matching import GraphMatching
 from medssl.types import DrawKey, StepContext, Views, ViewsMeta, ViewSpec
 from medssl.views.planes import Planes, PlaneViews
-from medssl.weights import write_atomic
 
 ORGANS = ("disc", "ring", "pair", "crescent", "three lobes", "four lobes", "bar", "cross")
 ARMS = ("untrained", "simclr", "graph_matching", "published")
@@ -137,27 +135,14 @@ def neighbour_accuracy(known: Tensor, labels: np.ndarray, asked: Tensor, wanted:
     return float((votes.argmax(dim=1) == torch.from_numpy(wanted)).float().mean())
 
 
-def cell(path: Path, options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
-    """Return the row of an arm and seed, from its file when it is there.
-
-    Raises:
-        SystemExit: The file was made with other settings.
-    """
-    settings = {name: getattr(options, name) for name in ("model", "size", "items", "tests", "epochs", "batch")}
-    if path.exists():
-        kept = json.loads(path.read_text())
-        if kept["settings"] != settings:
-            raise SystemExit(f"{path} was made with {kept['settings']}, not {settings}; choose another --folder or remove it")
-        return dict(kept["row"])
+def play(arm: str, seed: int, *, model: str, size: int, items: int, tests: int, epochs: int, batch: int) -> dict[str, Any]:
+    """Pretrain one arm on drawn slices and ask for the organs of others; return its row."""
     begin = time.perf_counter()
-    images, labels = slices(options.items, options.size, seed, 0)
-    asked, wanted = slices(options.tests, options.size, seed, 1)
-    encoder = pretrain(arm, images, model=options.model, epochs=options.epochs, batch=options.batch, seed=seed)
+    images, labels = slices(items, size, seed, 0)
+    asked, wanted = slices(tests, size, seed, 1)
+    encoder = pretrain(arm, images, model=model, epochs=epochs, batch=batch, seed=seed)
     score = neighbour_accuracy(embedded(encoder, images), labels, embedded(encoder, asked), wanted)
-    row = {"arm": arm, "seed": seed, "accuracy": score, "s": time.perf_counter() - begin}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps({"settings": settings, "row": row}) + "\n").encode())
-    return row
+    return {"arm": arm, "seed": seed, "accuracy": score, "s": time.perf_counter() - begin}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -170,10 +155,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options_parser.add_argument("--batch", type=int, default=32)
     options_parser.add_argument("--folder", type=Path, default=Path("runs/matching_knn"))
     options = options_parser.parse_args(argv)
+    settings = {name: getattr(options, name) for name in ("model", "size", "items", "tests", "epochs", "batch")}
     rows: list[dict[str, Any]] = []
     for seed in range(options.repeats):
         for arm in ARMS:
-            rows.append(cell(options.folder / f"{arm}_{seed}.json", options, arm, seed))
+            rows.append(kept(options.folder / f"{arm}_{seed}.json", settings, partial(play, arm, seed, **settings)))
             print(rows[-1], flush=True)
     means = {arm: float(np.mean([row["accuracy"] for row in rows if row["arm"] == arm])) for arm in ARMS}
     checks = [
