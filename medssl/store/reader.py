@@ -75,7 +75,7 @@ class StoreReader:
             except FileNotFoundError as err:
                 raise StoreError(f"series {series_id} is not in the store {self.store}; run `medssl cache` again") from err
             except (OSError, ValueError) as err:
-                raise self._damaged(series_id) from err
+                raise self._damaged(series_id, err) from err
             with self._lock:
                 if len(self._records) >= MAX_RECORDS:
                     self._records.clear()
@@ -206,7 +206,7 @@ class StoreReader:
         try:
             found = checksum(voxels.read_bytes(), mask.read_bytes() if record.has_valid else b"")
         except OSError as err:
-            raise self._damaged(series_id) from err
+            raise self._damaged(series_id, err) from err
         if found != record.checksum:
             raise self._damaged(series_id)
 
@@ -214,7 +214,7 @@ class StoreReader:
         try:
             array: np.ndarray = self._frame(path)[region]
         except Exception as err:  # blosc2 raises RuntimeError, OSError, ValueError for damaged frames
-            raise self._damaged(series_id) from err
+            raise self._damaged(series_id, err) from err
         return array
 
     def _frame(self, path: Path) -> Any:
@@ -230,7 +230,13 @@ class StoreReader:
             frames[key] = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
         return frames[key]
 
-    def _damaged(self, series_id: str) -> StoreError:
+    def _damaged(self, series_id: str, err: Exception | None = None) -> StoreError:
+        if isinstance(err, OSError) and err.errno is not None:  # of the file system; blosc2's own errors have no number
+            return StoreError(
+                f"series {series_id} cannot be read from the store {self.store} ({err.strerror}); see whether the store was moved or its "
+                f"disk is away; if its files are lost, delete items/{series_id}.json there and run `medssl cache` again: the other items "
+                "stay valid"
+            )
         return StoreError(
             f"series {series_id} is damaged in the store {self.store}; delete items/{series_id}.json there and run "
             "`medssl cache` again: the other items stay valid"

@@ -452,6 +452,9 @@ def test_reader__errors_name_the_series_and_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "s" / "items" / f"{SERIES}.b2nd").write_bytes(b"junk")
     with pytest.raises(StoreError, match=f"series {SERIES} is damaged"):
         reader.read(SERIES)
+    (tmp_path / "s" / "items" / f"{SERIES}.b2nd").unlink()
+    with pytest.raises(StoreError, match=r"cannot be read .* \(No such file or directory\); see whether the store was moved"):
+        reader.read(SERIES)
     (tmp_path / "s" / "items" / f"{SERIES}.json").write_text("{")
     with pytest.raises(StoreError, match="is damaged"):
         StoreReader(tmp_path / "s").record(SERIES)
