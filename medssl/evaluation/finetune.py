@@ -37,6 +37,7 @@ from medssl.errors import RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.best_state import BestState
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.features import encode
+from medssl.evaluation.learning_rates import parameter_groups, set_learning_rates
 from medssl.evaluation.metrics import dice
 from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.segmentation_results import (
@@ -59,8 +60,6 @@ from medssl.evaluation.segmentation_training import (
     class_frequencies,
     class_weights,
     encoder_scales,
-    learning_rates,
-    parameter_groups,
     train_step,
 )
 from medssl.evaluation.volumes import (
@@ -196,14 +195,14 @@ def finetune(
     if settings.head_prior:
         set_head_prior(network, frequencies)
     loss_of = build_loss(settings, class_weights(settings, frequencies))
+    encoder = start_encoder(settings, weights, seed).to(device)
+    factors = encoder_scales(network, encoder, settings, pretrained=weights is not None)
     run = _Run(settings, network.to(device), device, seed, structures, reader)
     log.info("fine-tuning on %d volumes, %d steps", len(train_cases), settings.steps)
     out = Path(out)
     write_atomic(out / "curve.jsonl", b"")  # a folder that cannot be written says so now, not after the last step
-    encoder = start_encoder(settings, weights, seed).to(device)
     span = training_range([look_at(encoder, reader(case), case, settings) for case in train_cases])
-    scales = encoder_scales(network, encoder, settings.layer_decay) if weights is not None else {}
-    optimizer = torch.optim.AdamW(parameter_groups(network, settings.weight_decay, scales), lr=settings.lr)
+    optimizer = torch.optim.AdamW(parameter_groups(network, factors, settings.weight_decay), lr=settings.lr)
     curve, choice, seconds = _train(run, crops, optimizer, loss_of, train_cases, val_cases, out, weights is not None, on_step)
     save_part(out, "network", network.state_dict(), _manifest(run, weights, data_cards(cohort, weights)))
     flags = {case.id: outside(look_at(encoder, reader(case), case, settings), span) for case in test_cases}
@@ -419,9 +418,7 @@ def _train(
     network.train()
     for step in range(settings.steps):
         began = time.perf_counter()
-        encoder_lr, lr = learning_rates(step, settings, pretrained=pretrained)
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * (encoder_lr if group["encoder"] else lr)
+        encoder_lr, lr = set_learning_rates(optimizer, step, settings, pretrained=pretrained)
         chosen = [volumes[next(order)] for _ in range(settings.batch)]
         images, labels = crops.batch(chosen, step)
         labels, labelled = as_classes(labels, run.values), labelled_classes(chosen, run.values)
