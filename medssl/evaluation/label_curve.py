@@ -30,7 +30,7 @@ from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.finetune import Pretrained, data_cards, finetune, reader_of, structures_of, with_encoder
 from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings
-from medssl.weights import write_atomic, write_private
+from medssl.weights import private_folder, write_atomic, write_private
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def label_curve(
     Args:
         cohort: The labelled set; the same first n training cases for every arm and seed.
         settings: Shared by all cells.
-        out: Folder, created when missing.
+        out: Folder, created when missing, for its owner alone, after everything that can be refused before the first cell.
         arms: Name to weights; `scratch` to None is the twin that differences are taken against.
         counts: Numbers of labelled training cases.
         seeds: Seeds; the same for every arm, so that cells are pairs.
@@ -98,6 +98,7 @@ def label_curve(
     dealt = deals(cohort, folds, seeds)
     for one in dealt.values():
         one.first(max(counts))  # too many labels asked for: say so before the first hour, not after it
+    private_folder(out)
     claim(out, cohort, settings, arms, folds)
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name

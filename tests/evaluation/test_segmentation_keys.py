@@ -298,6 +298,11 @@ def test_folds__are_a_key_of_the_recipe(tmp_path: Path) -> None:
     path.write_text(json.dumps(recipe))
     summary = api.finetune(path, None)
     assert summary["cells"] == {"planned": 3, "done": 3} and summary["rows"][0]["labels"] == 2
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+    for wrong, counts, match in ((["folds=9"], None, "9 folds of 6 labelled patients"), ([], [5], "5 labelled training cases")):
+        with pytest.raises(RequestError, match=match):
+            api.label_curve(path, None, [*wrong, f"out={tmp_path / 'refused'}"], counts=counts, seeds=[0])
+        assert not (tmp_path / "refused").exists()
 
 
 # --- values with gaps
