@@ -229,8 +229,8 @@ def finetune(
 
 def reader_of(settings: FinetuneSettings) -> CaseReader:
     """Return a reader of the images that the settings are for."""
-    channels = int(dict((settings.encoder or {}).get("args") or {}).get("in_channels", 1))
-    return CaseReader(settings.domain, settings.domain_args, channels=channels if settings.pictures else None)
+    channels = settings.in_channels if settings.pictures else None
+    return CaseReader(settings.domain, settings.domain_args, channels=channels)
 
 
 def training_crops(settings: FinetuneSettings, seed: int, device: torch.device) -> TrainingCrops:
@@ -283,13 +283,11 @@ def refuse_images(volumes: Sequence[Volume], settings: FinetuneSettings) -> None
     Raises:
         RequestError: They have other channels than the encoder takes, or no spacing where one is asked for.
     """
-    assert settings.encoder is not None
-    wanted = int(dict(settings.encoder.get("args") or {}).get("in_channels", 1))
+    wanted = settings.in_channels
     stored = [1 if volume.repeated else len(volume.image) for volume in volumes]
     others = sum(channels != wanted for channels in stored)
-    if others == len(volumes) or any(
-        len(volume.image) != wanted for volume in volumes
-    ):  # single grey pictures of a colour set are right
+    # grey pictures among those of a colour set are right, and were given its channels; a set of grey pictures alone is not
+    if others == len(volumes) or any(len(volume.image) != wanted for volume in volumes):
         found = sorted(set(stored))
         raise RequestError(
             f"{others} of {len(volumes)} images have {' or '.join(map(str, found))} channel(s), the encoder takes {wanted}; read them "
@@ -555,7 +553,7 @@ def _manifest(run: _Run, weights: Pretrained | None, cards: list[dict[str, Any]]
         "label_values": run.values,
         "structures": {str(value): name for value, name in run.structures.items()},
         "axis_order": "HW" if run.settings.pictures else "XYZ-RAS",
-        "channels": int(dict((run.settings.encoder or {}).get("args") or {}).get("in_channels", 1)),
+        "channels": run.settings.in_channels,
         "crop": list(run.settings.crop),
         "spacing_mm": run.settings.spacing_mm,
         "intensity": {"normalize": run.settings.normalize},
