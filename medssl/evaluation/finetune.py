@@ -361,7 +361,7 @@ def look_at(encoder: Any, volume: Volume, case: Case, settings: FinetuneSettings
     channels = encoder.config()["args"].get("in_channels", 1)
     feature = encode(encoder, image.expand(-1, channels, *[-1] * len(settings.crop))).pooled[0].float().cpu().numpy()
     spacing = tuple(volume.spacing_mm[: len(settings.crop)]) if volume.measured else None
-    return Look(spacing, case.facts.get("vendor"), feature, case.patient)
+    return Look(spacing, case.facts.get("vendor"), feature, case.patient if case.patient_known else None)
 
 
 def load(network: nn.Module, weights: Pretrained) -> LoadReport:
