@@ -34,7 +34,7 @@ from medssl.evaluation.label_curve import label_curve, markdown, read_cell, scor
 from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.leakage import refuse_pretraining_images
 from medssl.training.run_folder import facts_of_machine, now
-from medssl.weights import private_folder, write_atomic
+from medssl.weights import write_atomic
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 MATCHER = RECIPES / "pretrain" / "anatomical_embedding_segresnet3d_hippocampus.yaml"
@@ -82,12 +82,10 @@ def curve(folder: Path, runs: Mapping[str, Path], counts: Sequence[int], seeds: 
         refuse_pretraining_images(run, cohort)
         arms[arm] = open_weights(run, transfer=settings.transfer)
     arms["scratch"] = None
-    out = folder / "curve"
-    private_folder(out)
     label_curve(
         cohort,
         settings,
-        out,
+        folder / "curve",
         arms=arms,
         counts=counts,
         seeds=seeds,

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.common import Check, Result, finish, interleave, milliseconds, parser, times_faster, without_monai_warnings
 from medssl.evaluation import finetune, segmentation_training
+from medssl.evaluation.learning_rates import parameter_groups
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.volumes import TrainingCrops, Volume, structure_points
 
@@ -63,7 +64,9 @@ def our_step(settings: FinetuneSettings, shelf: list[Volume]) -> tuple[Any, Call
         size=settings.crop, spacing_mm=None, normalize=settings.normalize, augment={}, foreground=settings.foreground, seed=0,
         device=torch.device("cpu"),
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(segmentation_training.parameter_groups(network, settings.weight_decay), lr=1e-4)
+    encoder = finetune.start_encoder(settings, None, 0)
+    factors = segmentation_training.encoder_scales(network, encoder, settings, pretrained=False)
+    optimizer = torch.optim.AdamW(parameter_groups(network, factors, settings.weight_decay), lr=1e-4)
     loss_of, order, steps = (
         segmentation_training.build_loss(settings),
         segmentation_training.case_order(len(shelf), 0),

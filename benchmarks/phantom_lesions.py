@@ -12,6 +12,7 @@ script and start it again to go on.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,28 +72,49 @@ def lesion_phantom(seed: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray,
     return image.astype(np.float32), label, np.array(boxes, dtype=np.float64).reshape(-1, 6)
 
 
-def write_volumes(folder: Path, *, unlabelled: int, train: int, test: int, size: int = SIZE) -> None:
-    """Write pretraining volumes to unlabelled/ and a cohort of images/, labels/ and split.csv to cohort/."""
+def write_volumes(folder: Path, *, unlabelled: int, train: int, test: int) -> None:
+    """Write pretraining volumes to unlabelled/ and a cohort of images/, labels/ and split.csv to cohort/; those that are there stay.
+
+    Raises:
+        SystemExit: Other numbers of volumes are there.
+    """
     import nibabel
 
     def save(array: np.ndarray, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)  # type: ignore[attr-defined, no-untyped-call]
 
-    if (folder / "cohort" / "split.csv").is_file():
+    if (folder / "cohort" / "split.csv").is_file():  # written last
+        asked, there = (unlabelled, train, test), volumes_in(folder)
+        if asked != there:
+            raise SystemExit(
+                f"{folder} holds {spaced(there)} volumes (unlabelled, training, test), --volumes asks for {spaced(asked)}; results of one folder "
+                f"share their volumes; give --volumes {spaced(there)}, or another --folder"
+            )
         return
     private_folder(folder)
     for number in range(unlabelled):
-        save(lesion_phantom(10_000 + number, size)[0], folder / "unlabelled" / f"phantom_{number:04d}.nii.gz")
+        save(lesion_phantom(10_000 + number)[0], folder / "unlabelled" / f"phantom_{number:04d}.nii.gz")
     lines = ["file,split,few_label_rank"]
     for number in range(train + test):
         side = "train" if number < train else "test"
-        image, label, _ = lesion_phantom((1 if side == "train" else 5_000) + number, size)
+        image, label, _ = lesion_phantom((1 if side == "train" else 5_000) + number)
         save(image, folder / "cohort" / "images" / f"case_{number:04d}.nii.gz")
         save(label, folder / "cohort" / "labels" / f"case_{number:04d}.nii.gz")
         lines.append(f"case_{number:04d}.nii.gz,{side},{number + 1 if side == 'train' else ''}")
     write_atomic(folder / "cohort" / "dataset.json", json.dumps({"labels": {"background": 0, "lesion": 1}}).encode())
     write_atomic(folder / "cohort" / "split.csv", ("\n".join(lines) + "\n").encode())
+
+
+def volumes_in(folder: Path) -> tuple[int, int, int]:
+    """Return how many unlabelled, training and test volumes a folder holds."""
+    sides = [line.split(",")[1] for line in (folder / "cohort" / "split.csv").read_text().splitlines()[1:]]
+    return len(list((folder / "unlabelled").glob("*.nii.gz"))), sides.count("train"), sides.count("test")
+
+
+def spaced(numbers: Iterable[int]) -> str:
+    """Return numbers as a command line takes them."""
+    return " ".join(map(str, numbers))
 
 
 def pretraining(folder: Path, steps: int) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from medssl.recipe import (
     TARGET_TASKS,
     FinetuneBagsRecipe,
 )
-from medssl.weights import private_folder
 
 __all__ = [
     "IndexResult",
@@ -190,7 +189,6 @@ def label_curve(
         arms["pretrained"] = open_weights(weights, transfer=settings.transfer)
     if twin or not arms:
         arms["scratch"] = None
-    private_folder(Path(recipe.out))
     if counts is None:
         dealt = curve.deals(cohort, recipe.folds, seeds).values()
         counts = [recipe.labels or min(len(one.split("train")) for one in dealt)]

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from medssl.evaluation.outside import Look
 from medssl.finetune_cells import refuse_some_unknown
 from medssl.leakage import refuse_pretraining_patients
 from medssl.recipe import FinetuneBoxesRecipe, SourceSection
-from medssl.sampling.items import Item
 from medssl.types import DrawKey
 
 NAME = "source"
@@ -49,7 +48,9 @@ class PictureBatches:
     series: Mapping[int, str]
     boxes: Mapping[int, PictureBoxes]
     device: torch.device
-    _drawn: tuple[tuple[int, ...], Any] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._draws = data_sources.LabelledDraws(self.shelf, self.section, self.augment, self.series)
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -58,14 +59,7 @@ class PictureBatches:
 
     def training(self, ids: Sequence[int], step: int, seed: int, batch: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Draw a batch of `ids` with augmentation, a function of (ids, step, seed); boxes follow the views."""
-        wanted = tuple(ids)
-        if self._drawn is None or self._drawn[0] != wanted:
-            items = [Item(number, self.shelf.name, "", self.series[number], "", "train") for number in ids]
-            section = self.section.model_copy(update={"views": {**self.section.views, **self.augment}})
-            self._drawn = (wanted, data_sources.training_source(self.shelf, section, items, batch))
-        source = self._drawn[1]
-        views = source.views(source.fetch([DrawKey(seed, step, place) for place in range(batch)]), self.device)
-        name = source.view_maker.name
+        views, name = self._draws.batch(ids, step, seed, batch, self.device)
         maps = views[f"{name}_map"][:, 0].double().cpu().numpy()
         targets = []
         for number, shown in zip(views.meta.ids.tolist(), maps):

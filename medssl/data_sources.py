@@ -334,6 +334,32 @@ def training_source(shelf: Shelf, section: SourceSection, items: Sequence[Item],
     return PlaneSource(shelf.name, shelf.domain.name, shelf.reader, series, planes, views, item=Planes, weight=section.weight)
 
 
+class LabelledDraws:
+    """Training batches of labelled series, with augmentation; what they are drawn from is made once for the same cases.
+
+    Args:
+        shelf: The cached series.
+        section: Their source.
+        augment: What is added to its views.
+        series: id -> series_id.
+    """
+
+    def __init__(self, shelf: Shelf, section: SourceSection, augment: Mapping[str, Any], series: Mapping[int, str]) -> None:
+        self.shelf, self.series = shelf, series
+        self.section = section.model_copy(update={"views": {**section.views, **augment}})
+        self._made: tuple[tuple[int, ...], int, ImageLike] | None = None
+
+    def batch(self, ids: Sequence[int], step: int, seed: int, batch: int, device: torch.device) -> tuple[Views, str]:
+        """Return the views of a batch of `ids`, a function of (ids, step, seed), and their key."""
+        wanted = tuple(ids)
+        if self._made is None or self._made[:2] != (wanted, batch):
+            items = [Item(number, self.shelf.name, "", self.series[number], "", "train") for number in ids]
+            self._made = (wanted, batch, training_source(self.shelf, self.section, items, batch))
+        source = self._made[2]
+        keys = [DrawKey(seed, step, place) for place in range(batch)]
+        return source.views(source.fetch(keys), device), source.view_maker.name
+
+
 def pair_sampler(shelf: Shelf, section: SourceSection, items: Sequence[Item], views: VolumeViews, batch: int) -> PairSampler:
     """Build the sampler of pairs, and try some pairs before the run begins.
 

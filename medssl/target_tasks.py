@@ -29,8 +29,6 @@ from medssl.finetune_cells import Arm, OnStep, keep_names, refuse_some_unknown, 
 from medssl.leakage import refuse_pretraining_patients
 from medssl.probe_tasks import labelled_rows
 from medssl.recipe import FinetuneTargetsRecipe, SourceSection
-from medssl.sampling.items import Item
-from medssl.types import DrawKey
 
 NAME = "source"
 
@@ -56,18 +54,12 @@ class SourceBatches:
     device: torch.device
 
     def __post_init__(self) -> None:
-        self._drawn: tuple[tuple[int, ...], Any] | None = None
+        self._draws = data_sources.LabelledDraws(self.shelf, self.section, self.augment, self.series)
 
     def training(self, ids: Sequence[int], step: int, seed: int, batch: int) -> tuple[Images, Sequence[int]]:
         """Draw a batch of `ids` with augmentation, a function of (ids, step, seed)."""
-        wanted = tuple(ids)
-        if self._drawn is None or self._drawn[0] != wanted:
-            items = [Item(number, self.shelf.name, "", self.series[number], "", "train") for number in ids]
-            section = self.section.model_copy(update={"views": {**self.section.views, **self.augment}})
-            self._drawn = (wanted, data_sources.training_source(self.shelf, section, items, batch))
-        source = self._drawn[1]
-        views = source.views(source.fetch([DrawKey(seed, step, place) for place in range(batch)]), self.device)
-        return data_sources.first_view(views, source.view_maker.name), views.meta.ids.tolist()
+        views, name = self._draws.batch(ids, step, seed, batch, self.device)
+        return data_sources.first_view(views, name), views.meta.ids.tolist()
 
     def plain(self, ids: Sequence[int]) -> Iterable[tuple[Images, Sequence[int]]]:
         """Show the middle of each case."""

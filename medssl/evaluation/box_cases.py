@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medssl.errors import RequestError
 from medssl.evaluation.detection import ImageBoxes
+from medssl.evaluation.folds import few_label_rows
 from medssl.evaluation.outside import Look
 from medssl.seeding import counter_rng
 
@@ -159,28 +160,22 @@ def few_label_order(cases: BoxCases, seed: int) -> np.ndarray:
         cases: The cases.
         seed: Another seed draws other patients first.
     """
-    if seed not in cases.orders:
-        cases.orders[seed] = _order(cases, seed)
-    return cases.orders[seed]
-
-
-def _order(cases: BoxCases, seed: int) -> np.ndarray:
     rows = cases.where("train")
     if cases.ranks is not None and np.isfinite(cases.ranks[rows]).any():
         return rows[np.argsort(np.nan_to_num(cases.ranks[rows], nan=np.inf), kind="stable")]
-    of_patient: dict[str, list[int]] = {}
-    for row, patient in zip(rows, cases.patients(rows) or [str(cases.ids[row]) for row in rows]):
-        of_patient.setdefault(patient, []).append(int(row))
+    return few_label_rows(cases, seed, lambda of_patient: _drawn(cases, of_patient, seed))
+
+
+def _drawn(cases: BoxCases, of_patient: Mapping[str, list[int]], seed: int) -> list[str]:
     names = sorted(of_patient)
     shuffled = [names[int(k)] for k in counter_rng(seed, "few labels", "boxes").permutation(len(names))]
     has = {name: cases.present[members].sum(axis=0) > 0 for name, members in of_patient.items()}
     first: list[str] = []
-    for k in np.argsort(cases.present[rows].sum(axis=0), kind="stable"):
+    for k in np.argsort(cases.present[cases.where("train")].sum(axis=0), kind="stable"):
         if not any(has[name][k] for name in first):
             first += [name for name in shuffled if has[name][k]][:1]
     begun = set(first)
-    order = first + [name for name in shuffled if name not in begun]
-    return np.array([row for name in order for row in of_patient[name]], dtype=np.int64)
+    return first + [name for name in shuffled if name not in begun]
 
 
 def training_rows(cases: BoxCases, labels: int | None, seed: int) -> np.ndarray:

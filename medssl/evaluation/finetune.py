@@ -37,6 +37,7 @@ from medssl.errors import RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.best_state import BestState
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.features import encode
+from medssl.evaluation.learning_rates import parameter_groups, set_learning_rates
 from medssl.evaluation.metrics import dice
 from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.segmentation_results import (
@@ -59,8 +60,6 @@ from medssl.evaluation.segmentation_training import (
     class_frequencies,
     class_weights,
     encoder_scales,
-    learning_rates,
-    parameter_groups,
     train_step,
 )
 from medssl.evaluation.volumes import (
@@ -196,14 +195,14 @@ def finetune(
     if settings.head_prior:
         set_head_prior(network, frequencies)
     loss_of = build_loss(settings, class_weights(settings, frequencies))
+    encoder = start_encoder(settings, weights, seed).to(device)
+    factors = encoder_scales(network, encoder, settings, pretrained=weights is not None)
     run = _Run(settings, network.to(device), device, seed, structures, reader)
     log.info("fine-tuning on %d volumes, %d steps", len(train_cases), settings.steps)
     out = Path(out)
     write_atomic(out / "curve.jsonl", b"")  # a folder that cannot be written says so now, not after the last step
-    encoder = start_encoder(settings, weights, seed).to(device)
     span = training_range([look_at(encoder, reader(case), case, settings) for case in train_cases])
-    scales = encoder_scales(network, encoder, settings.layer_decay) if weights is not None else {}
-    optimizer = torch.optim.AdamW(parameter_groups(network, settings.weight_decay, scales), lr=settings.lr)
+    optimizer = torch.optim.AdamW(parameter_groups(network, factors, settings.weight_decay), lr=settings.lr)
     curve, choice, seconds = _train(run, crops, optimizer, loss_of, train_cases, val_cases, out, weights is not None, on_step)
     save_part(out, "network", network.state_dict(), _manifest(run, weights, data_cards(cohort, weights)))
     flags = {case.id: outside(look_at(encoder, reader(case), case, settings), span) for case in test_cases}
@@ -230,8 +229,8 @@ def finetune(
 
 def reader_of(settings: FinetuneSettings) -> CaseReader:
     """Return a reader of the images that the settings are for."""
-    channels = int(dict((settings.encoder or {}).get("args") or {}).get("in_channels", 1))
-    return CaseReader(settings.domain, settings.domain_args, channels=channels if settings.pictures else None)
+    channels = settings.in_channels if settings.pictures else None
+    return CaseReader(settings.domain, settings.domain_args, channels=channels)
 
 
 def training_crops(settings: FinetuneSettings, seed: int, device: torch.device) -> TrainingCrops:
@@ -284,13 +283,11 @@ def refuse_images(volumes: Sequence[Volume], settings: FinetuneSettings) -> None
     Raises:
         RequestError: They have other channels than the encoder takes, or no spacing where one is asked for.
     """
-    assert settings.encoder is not None
-    wanted = int(dict(settings.encoder.get("args") or {}).get("in_channels", 1))
+    wanted = settings.in_channels
     stored = [1 if volume.repeated else len(volume.image) for volume in volumes]
     others = sum(channels != wanted for channels in stored)
-    if others == len(volumes) or any(
-        len(volume.image) != wanted for volume in volumes
-    ):  # single grey pictures of a colour set are right
+    # grey pictures among those of a colour set are right, and were given its channels; a set of grey pictures alone is not
+    if others == len(volumes) or any(len(volume.image) != wanted for volume in volumes):
         found = sorted(set(stored))
         raise RequestError(
             f"{others} of {len(volumes)} images have {' or '.join(map(str, found))} channel(s), the encoder takes {wanted}; read them "
@@ -364,7 +361,7 @@ def look_at(encoder: Any, volume: Volume, case: Case, settings: FinetuneSettings
     channels = encoder.config()["args"].get("in_channels", 1)
     feature = encode(encoder, image.expand(-1, channels, *[-1] * len(settings.crop))).pooled[0].float().cpu().numpy()
     spacing = tuple(volume.spacing_mm[: len(settings.crop)]) if volume.measured else None
-    return Look(spacing, case.facts.get("vendor"), feature, case.patient)
+    return Look(spacing, case.facts.get("vendor"), feature, case.patient if case.patient_known else None)
 
 
 def load(network: nn.Module, weights: Pretrained) -> LoadReport:
@@ -419,9 +416,7 @@ def _train(
     network.train()
     for step in range(settings.steps):
         began = time.perf_counter()
-        encoder_lr, lr = learning_rates(step, settings, pretrained=pretrained)
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * (encoder_lr if group["encoder"] else lr)
+        encoder_lr, lr = set_learning_rates(optimizer, step, settings, pretrained=pretrained)
         chosen = [volumes[next(order)] for _ in range(settings.batch)]
         images, labels = crops.batch(chosen, step)
         labels, labelled = as_classes(labels, run.values), labelled_classes(chosen, run.values)
@@ -558,7 +553,7 @@ def _manifest(run: _Run, weights: Pretrained | None, cards: list[dict[str, Any]]
         "label_values": run.values,
         "structures": {str(value): name for value, name in run.structures.items()},
         "axis_order": "HW" if run.settings.pictures else "XYZ-RAS",
-        "channels": int(dict((run.settings.encoder or {}).get("args") or {}).get("in_channels", 1)),
+        "channels": run.settings.in_channels,
         "crop": list(run.settings.crop),
         "spacing_mm": run.settings.spacing_mm,
         "intensity": {"normalize": run.settings.normalize},

@@ -34,7 +34,7 @@ from medssl.evaluation.detection import (
     operating_point,
 )
 from medssl.evaluation.features import encode, evaluation_mode
-from medssl.evaluation.learning_rates import learning_rate, parameter_groups
+from medssl.evaluation.learning_rates import factors_inside, parameter_groups, set_learning_rates
 from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.settings import refuse_settings, settings_of
 from medssl.networks.detection import DetectorSettings, build_detector, detect, detector_faults, losses_of
@@ -260,8 +260,8 @@ class _Learner:
     ) -> tuple[list[dict[str, Any]], str, dict[str, float]]:
         """Run all steps, or until validation stops; leave the network with the state to be scored."""
         settings, network = self.settings, self.detector.network
-        freeze = settings.freeze_steps if self.pretrained else 0
-        optimizer = torch.optim.AdamW(parameter_groups(network, settings, self.pretrained, ENCODER), lr=settings.lr)
+        factors = factors_inside(network, ENCODER, settings, pretrained=self.pretrained)
+        optimizer = torch.optim.AdamW(parameter_groups(network, factors, settings.weight_decay), lr=settings.lr)
         ids = [int(number) for number in self.cases.ids[self.rows]]
         best = BestState(settings.patience)
         curve: list[dict[str, Any]] = []
@@ -272,15 +272,13 @@ class _Learner:
         self.detector.train()
         for step in range(settings.steps):
             began = time.perf_counter()
-            encoder_factor, factor = learning_rate(step, settings, freeze)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * group["scale"] * (encoder_factor if group["encoder"] else factor)
+            _, lr = set_learning_rates(optimizer, step, settings, pretrained=self.pretrained)
             losses.append(self.step(ids, step, optimizer))
             times.append(time.perf_counter() - began)
             done = step + 1
             if done % log_every and done != settings.steps:
                 continue
-            line: dict[str, Any] = {"step": done, "lr": settings.lr * factor}
+            line: dict[str, Any] = {"step": done, "lr": lr}
             line |= {name: float(np.mean([row[name] for row in losses])) for name in losses[0]}
             losses.clear()
             merit = self.merit() if settings.val_every else None

@@ -27,7 +27,7 @@ from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.best_state import BestState
 from medssl.evaluation.calibration import calibration_rows, fit_temperature, reliability, softmax, threshold_at_specificity
 from medssl.evaluation.features import encode
-from medssl.evaluation.learning_rates import learning_rate, parameter_groups
+from medssl.evaluation.learning_rates import factors_inside, parameter_groups, set_learning_rates
 from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.scores import balanced_accuracy, mae, mean_auc, r2, score_row
 from medssl.evaluation.settings import refuse_settings, settings_of
@@ -308,8 +308,8 @@ class _Learner:
         settings, network = self.settings, self.network
         if isinstance(network.head, LinearHead):
             network.head.settle(self.features(self.cases.ids[self.rows]))
-        freeze = settings.freeze_steps if self.pretrained else 0
-        optimizer = torch.optim.AdamW(parameter_groups(network, settings, self.pretrained), lr=settings.lr)
+        factors = factors_inside(network, "encoder", settings, pretrained=self.pretrained)
+        optimizer = torch.optim.AdamW(parameter_groups(network, factors, settings.weight_decay), lr=settings.lr)
         ids = [int(number) for number in self.cases.ids[self.rows]]
         best = BestState(settings.patience)
         curve: list[dict[str, Any]] = []
@@ -319,9 +319,7 @@ class _Learner:
         network.train()
         for step in range(settings.steps):
             began = time.perf_counter()
-            encoder_factor, factor = learning_rate(step, settings, freeze)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * group["scale"] * (encoder_factor if group["encoder"] else factor)
+            _, lr = set_learning_rates(optimizer, step, settings, pretrained=self.pretrained)
             images, shown = self.batches.training(ids, step, self.seed, settings.batch)
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(
@@ -344,7 +342,7 @@ class _Learner:
             done = step + 1
             if not settings.val_every or (done % settings.val_every and done != settings.steps):
                 continue
-            line: dict[str, Any] = {"step": done, "loss": float(np.mean(losses)), "lr": settings.lr * factor}
+            line: dict[str, Any] = {"step": done, "loss": float(np.mean(losses)), "lr": lr}
             losses.clear()
             merit = self.merit()
             if merit is not None:

@@ -24,6 +24,16 @@ class SplitCases(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
+    def ids(self) -> np.ndarray:
+        """(N,) number of each case."""
+        ...
+
+    @property
+    def orders(self) -> dict[int, np.ndarray]:
+        """Seed -> what `few_label_rows` returned."""
+        ...
+
+    @property
     def groups(self) -> Sequence[str] | None:
         """Patient of each case, or None."""
         ...
@@ -35,6 +45,10 @@ class SplitCases(Protocol):
 
     def where(self, split: str) -> np.ndarray:
         """Return the rows of a split."""
+        ...
+
+    def patients(self, rows: np.ndarray) -> list[str] | None:
+        """Return the patients of rows, or None when they are unknown."""
         ...
 
 
@@ -97,6 +111,23 @@ def refuse_counts(dealt: Dealt[C], counts: Sequence[int], training_rows: Trainin
 def fewest(dealt: Dealt[C]) -> int:
     """Return how many training cases every cell has at least."""
     return min(len(cases.where("train")) for cases in dealt.values())
+
+
+def few_label_rows(cases: SplitCases, seed: int, drawn: Callable[[Mapping[str, list[int]]], Sequence[str]]) -> np.ndarray:
+    """Return the rows of the training cases, patient by patient, and keep them with the cases.
+
+    Args:
+        cases: The cases; where patients are unknown each case is one of its own.
+        seed: What `drawn` depends on besides the cases.
+        drawn: Rows of every patient -> the patients in the order in which they train.
+    """
+    if seed not in cases.orders:
+        rows = cases.where("train")
+        of_patient: dict[str, list[int]] = {}
+        for row, patient in zip(rows, cases.patients(rows) or [str(cases.ids[row]) for row in rows]):
+            of_patient.setdefault(patient, []).append(int(row))
+        cases.orders[seed] = np.array([row for name in drawn(of_patient) for row in of_patient[name]], dtype=np.int64)
+    return cases.orders[seed]
 
 
 def pool_folds(results: Sequence[Result]) -> list[Result]:

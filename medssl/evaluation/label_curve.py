@@ -30,13 +30,14 @@ from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.finetune import Pretrained, data_cards, finetune, reader_of, structures_of, with_encoder
 from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings
-from medssl.weights import write_atomic, write_private
+from medssl.weights import private_folder, write_atomic, write_private
 
 log = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
 UNUSED_SETTINGS = ("device", "figures", "predictions", "dicom_seg", "log_every")  # change no score
 VALIDATION_SETTINGS = ("val_every", "val_cases")  # change no score without `patience`
+BY_CASE = "by image"  # as `evaluation.scores` has it
 TRANSFER_SETTINGS = ("encoder_lr_scale", "layer_decay", "freeze_steps", "transfer")  # change no score of a scratch cell
 
 
@@ -73,7 +74,7 @@ def label_curve(
     Args:
         cohort: The labelled set; the same first n training cases for every arm and seed.
         settings: Shared by all cells.
-        out: Folder, created when missing.
+        out: Folder, created when missing, for its owner alone, after everything that can be refused before the first cell.
         arms: Name to weights; `scratch` to None is the twin that differences are taken against.
         counts: Numbers of labelled training cases.
         seeds: Seeds; the same for every arm, so that cells are pairs.
@@ -98,6 +99,7 @@ def label_curve(
     dealt = deals(cohort, folds, seeds)
     for one in dealt.values():
         one.first(max(counts))  # too many labels asked for: say so before the first hour, not after it
+    private_folder(out)
     claim(out, cohort, settings, arms, folds)
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name
@@ -248,14 +250,15 @@ def write_summary(out: Path, cells: Sequence[Cell]) -> dict[str, Any]:
 def summarise(results: Sequence[FinetuneResult]) -> dict[str, Any]:
     """Return means with intervals per (labels, arm), and the paired differences to scratch per labels; folds are taken together.
 
-    A patient's score is the mean over structures, then over seeds; intervals come from a bootstrap over test patients.
+    A patient's score is the mean over structures, then over seeds; intervals come from a bootstrap over test patients, or over test cases
+    where the patient of one of them is not known.
     They say how far the mean could move with other patients, not with other seeds or other training cases: the spread
     over seeds is given beside them.
 
     Returns:
-        `rows`: labels, arm, seeds, dice, low, high, seed_spread (largest minus smallest seed mean), seed_means,
-        structures {name: mean}, hd95_mm {name: mean}, seconds (mean). `differences`: labels, arm, against, seeds (those
-        both have), difference, low, high, seed_differences. All Dice as fractions.
+        `rows`: labels, arm, seeds, n_test, n_patients (None where not known), by (what intervals are drawn by), dice, low, high,
+        seed_spread (largest minus smallest seed mean), seed_means, structures {name: mean}, hd95_mm {name: mean}, seconds (mean).
+        `differences`: labels, arm, against, seeds (those both have), difference, low, high, seed_differences. All Dice as fractions.
     """
     results = together(results)
     rows, differences = [], []
@@ -300,7 +303,9 @@ def _row(labels: int, arm: str, by_seed: Mapping[int, FinetuneResult]) -> dict[s
         "labels": labels,
         "arm": arm,
         "seeds": seeds,
-        "n_test": len(patients),
+        "n_test": table.shape[1],
+        "n_patients": None if patients is None else len(set(patients)),
+        "by": BY_CASE if patients is None else "by patient",
         "dice": mean,
         "low": _plain(low),
         "high": _plain(high),
@@ -331,8 +336,8 @@ def _difference(
     }
 
 
-def score_table(runs: Sequence[FinetuneResult]) -> tuple[np.ndarray, list[str]]:
-    """Return mean Dice (runs, cases) and the patient of each case, cases in one order.
+def score_table(runs: Sequence[FinetuneResult]) -> tuple[np.ndarray, list[str] | None]:
+    """Return mean Dice (runs, cases) and the patient of each case, cases in one order; None where one is not known.
 
     Cases without any structure in label and prediction are left out.
 
@@ -350,7 +355,8 @@ def score_table(runs: Sequence[FinetuneResult]) -> tuple[np.ndarray, list[str]]:
         rows.append([by_id[name].mean_dice for name in order])
     table = np.array(rows, dtype=np.float64)
     kept = np.flatnonzero(np.isfinite(table).all(axis=0))
-    return table[:, kept], [runs[0].cases[i].patient for i in kept]
+    patients = [patient for i in kept if (patient := runs[0].cases[i].patient) is not None]
+    return table[:, kept], patients if len(patients) == len(kept) else None
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
@@ -370,6 +376,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     chosen = sorted({row["choice"] for row in summary["rows"] if not row["choice"].startswith("last state")})
     if chosen:
         lines += ["", "Validation labels beyond the budget chose the state that is scored, for instance " + chosen[0] + "."]
+    if any(row.get("by") == BY_CASE for row in summary["rows"]):
+        lines += ["", "Intervals by case: not all patients are known. They are too narrow where a patient has several."]
     if summary["differences"]:
         lines += ["", "| labels | difference | Dice points (95 % interval) | per seed |", "|---|---|---|---|"]
     for row in summary["differences"]:

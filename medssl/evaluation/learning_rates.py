@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import nn
+from torch.optim import Optimizer
 
 
 class Schedule(Protocol):
@@ -23,8 +24,13 @@ class Schedule(Protocol):
         ...
 
     @property
-    def weight_decay(self) -> float:
-        """Decoupled weight decay."""
+    def lr(self) -> float:
+        """Peak learning rate."""
+        ...
+
+    @property
+    def freeze_steps(self) -> int:
+        """First steps in which a pretrained encoder does not learn."""
         ...
 
     @property
@@ -72,7 +78,11 @@ def encoder_blocks(encoder: nn.Module) -> list[nn.Module]:
 
 
 def learning_rate(step: int, settings: Schedule, freeze: int) -> tuple[float, float]:
-    """Return the factors on the learning rates of encoder and head: warm-up and cosine; the encoder has 0 first, then both start anew."""
+    """Return the factors on the learning rates of encoder and head: linear warm-up, and cosine decay to 0.
+
+    With `freeze` the encoder has 0 first while the head warms up; then both warm up from 0 ("sawtooth", OpenMind benchmark,
+    arXiv 2412.17041).
+    """
     rise = max(1, settings.warmup_steps)
     if step < freeze:
         return 0.0, min(1.0, (step + 1) / rise)
@@ -84,24 +94,46 @@ def learning_rate(step: int, settings: Schedule, freeze: int) -> tuple[float, fl
     return factor, factor
 
 
-def parameter_groups(network: nn.Module, settings: Schedule, pretrained: bool, encoder: str = "encoder") -> list[dict[str, Any]]:
-    """Return AdamW groups, by part, factor and decay (none on norms and biases).
+def set_learning_rates(optimizer: Optimizer, step: int, settings: Schedule, *, pretrained: bool) -> tuple[float, float]:
+    """Set the learning rates of a step, and return those of encoder and head, before the decay from layer to layer.
+
+    Args:
+        optimizer: Of `parameter_groups` with the factors of `encoder_factors`.
+        step: From 0.
+        settings: See there.
+        pretrained: Whether the encoder is; else no step is frozen and the encoder learns as the head does.
+    """
+    encoder, head = learning_rate(step, settings, settings.freeze_steps if pretrained else 0)
+    for group in optimizer.param_groups:
+        group["lr"] = settings.lr * group["scale"] * (encoder if group["encoder"] else head)
+    return settings.lr * encoder * (settings.encoder_lr_scale if pretrained else 1.0), settings.lr * head
+
+
+def encoder_factors(encoder: nn.Module, settings: Schedule, *, pretrained: bool) -> dict[str, float]:
+    """Return the factor on the learning rate of every parameter of an encoder, by its name there; 1 where it is not pretrained."""
+    scales = layer_scales(encoder, settings.layer_decay if pretrained else 1.0)
+    return {name: scale * (settings.encoder_lr_scale if pretrained else 1.0) for name, scale in scales.items()}
+
+
+def factors_inside(network: nn.Module, encoder: str, settings: Schedule, *, pretrained: bool) -> dict[str, float]:
+    """Return `encoder_factors` of the encoder that a network has at a dotted name, by name in the network."""
+    found = encoder_factors(network.get_submodule(encoder), settings, pretrained=pretrained)
+    return {f"{encoder}.{name}": factor for name, factor in found.items()}
+
+
+def parameter_groups(network: nn.Module, factors: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW groups of what trains, by part, factor and decay (none on norms and biases).
 
     Args:
         network: Has an encoder somewhere inside.
-        settings: See there.
-        pretrained: Whether the encoder is.
-        encoder: Where it is, in dotted names.
+        factors: Factor on the learning rate of every parameter of the encoder, by name in the network; what is not named is the head.
+        weight_decay: Of parameters of more than one axis.
     """
-    scales = layer_scales(network.get_submodule(encoder), settings.layer_decay if pretrained else 1.0)
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        inside = name.startswith(f"{encoder}.")
-        scale = scales[name[len(encoder) + 1 :]] * (settings.encoder_lr_scale if pretrained else 1.0) if inside else 1.0
-        groups.setdefault((inside, scale, parameter.ndim > 1), []).append(parameter)
+        if parameter.requires_grad:
+            groups.setdefault((name in factors, factors.get(name, 1.0), parameter.ndim > 1), []).append(parameter)
     return [
-        {"params": members, "encoder": inside, "scale": scale, "weight_decay": settings.weight_decay if decays else 0.0}
+        {"params": members, "encoder": inside, "scale": scale, "weight_decay": weight_decay if decays else 0.0}
         for (inside, scale, decays), members in sorted(groups.items(), key=lambda item: item[0])
     ]

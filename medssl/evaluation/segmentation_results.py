@@ -31,10 +31,11 @@ class CaseScore:
     `reference_mm2`) in their place; where it does not say how large its pixels are they are in pixels (`area_px`, `reference_px`), and it has
     no distances. `outside` says in
     what the case lies outside the training range (`evaluation.outside`); None where nobody looked. `facts` are those of its series in the index.
+    `patient` is None where the index does not know whose series it is.
     """
 
     id: str
-    patient: str
+    patient: str | None
     dice: dict[str, float | None]
     hd95_mm: dict[str, float | None]
     volume_ml: dict[str, float | None] = field(default_factory=dict)
@@ -146,7 +147,7 @@ def score_case(
 
     return CaseScore(
         id=case.id,
-        patient=case.patient_id,
+        patient=case.patient_id if case.patient_known else None,
         dice=by_name(overlap),
         hd95_mm=by_name(distance),
         volume_ml=sizes(volumes[0]),

@@ -181,6 +181,11 @@ class FinetuneSettings:
         """Whether the cohort is of pictures."""
         return len(self.crop) == 2
 
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images that the encoder takes; 1 where nothing says otherwise."""
+        return int(dict((self.encoder or {}).get("args") or {}).get("in_channels", 1))
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneSettings:
         """Build settings from a recipe section or a results file; lists become tuples.

@@ -1,71 +1,46 @@
-"""The parts of a training step for segmentation: order of cases, learning rates, loss, and the step itself."""
+"""The parts of a training step for segmentation: factors of the encoder, order of cases, loss, and the step itself."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medssl.errors import RequestError
-from medssl.evaluation.learning_rates import layer_scales
+from medssl.errors import MedsslError, RequestError
+from medssl.evaluation.learning_rates import encoder_factors
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.volumes import Volume
-from medssl.networks.segmentation import encoder_parameters, encoder_tensors
+from medssl.networks.segmentation import encoder_tensors
 from medssl.seeding import counter_rng
 
 
-def learning_rates(step: int, settings: FinetuneSettings, *, pretrained: bool) -> tuple[float, float]:
-    """Return the learning rates of encoder and rest at a step.
-
-    Linear warm-up and cosine decay to 0. With `freeze_steps` a pretrained encoder has 0 first while the rest warms up;
-    then both warm up from 0 ("sawtooth", OpenMind benchmark, arXiv 2412.17041).
-    """
-    freeze = settings.freeze_steps if pretrained else 0
-    rise = max(1, settings.warmup_steps)
-    if step < freeze:
-        return 0.0, settings.lr * min(1.0, (step + 1) / rise)
-    start = freeze + settings.warmup_steps
-    if step < start:
-        factor = (step - freeze + 1) / rise
-    else:
-        factor = 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, settings.steps - start)))
-    return settings.lr * factor * (settings.encoder_lr_scale if pretrained else 1.0), settings.lr * factor
-
-
-def parameter_groups(network: nn.Module, weight_decay: float, scales: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
-    """Return AdamW groups: encoder and rest, by factor, each with and without decay (none on norms and biases).
+def encoder_scales(network: nn.Module, encoder: nn.Module, settings: FinetuneSettings, *, pretrained: bool) -> dict[str, float]:
+    """Return the factor on the learning rate of every trainable parameter of the encoder, by name in the network.
 
     Args:
-        network: Result of a builder of `networks.segmentation`.
-        weight_decay: Of weights of more than one axis.
-        scales: Factors on the learning rate by name in the network, see `encoder_scales`; 1 for what is not named.
-    """
-    encoder, scales = encoder_parameters(network), scales or {}
-    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((name in encoder, scales.get(name, 1.0), parameter.ndim > 1), []).append(parameter)
-    return [
-        {"params": members, "encoder": is_encoder, "scale": scale, "weight_decay": weight_decay if decays else 0.0}
-        for (is_encoder, scale, decays), members in sorted(groups.items(), key=lambda item: item[0])
-    ]
-
-
-def encoder_scales(network: nn.Module, encoder: nn.Module, decay: float) -> dict[str, float]:
-    """Return the factors of layer-wise decay by name in the network.
-
-    Args:
-        network: Result of a builder of `networks.segmentation`.
+        network: Result of a builder of `networks`.
         encoder: An encoder of the same form, which says what its blocks are.
-        decay: Factor from block to block, see `learning_rates.layer_scales`.
+        settings: Decay from layer to layer and factor on the whole encoder, see `learning_rates.encoder_factors`.
+        pretrained: Whether the encoder is.
+
+    Raises:
+        MedsslError: A parameter of the network's encoder is not in `encoder`.
     """
-    factors = {name.removeprefix("net."): factor for name, factor in layer_scales(encoder, decay).items()}
-    return {name: factors[key] for key, name in encoder_tensors(network).items() if key in factors}
+    factors = {name.removeprefix("net."): f for name, f in encoder_factors(encoder, settings, pretrained=pretrained).items()}
+    names = {name: key for key, name in encoder_tensors(network).items()}
+    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad and name in names]
+    absent = [name for name in trained if names[name] not in factors]
+    if absent:
+        raise MedsslError(
+            f"{len(absent)} of {len(trained)} parameters of the encoder in this {type(network).__name__}, {absent[0]} the first, are not in "
+            f"{type(encoder).__name__}, so that their learning rates are not known; both must have the same names; this is a fault of "
+            "medssl, not of the request: report it with the settings"
+        )
+    return {name: factors[names[name]] for name in trained}
 
 
 def class_weights(settings: FinetuneSettings, frequencies: Sequence[float]) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from medssl.errors import RequestError
+from medssl.evaluation.folds import few_label_rows
 from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import Task
 from medssl.seeding import counter_rng
@@ -68,16 +69,10 @@ def few_label_order(cases: Cases, seed: int) -> np.ndarray:
         cases: The cases.
         seed: Another seed draws other patients first.
     """
-    if seed not in cases.orders:
-        cases.orders[seed] = _order(cases, seed)
-    return cases.orders[seed]
+    return few_label_rows(cases, seed, lambda of_patient: _drawn(cases, of_patient, seed))
 
 
-def _order(cases: Cases, seed: int) -> np.ndarray:
-    rows = cases.where("train")
-    of_patient: dict[str, list[int]] = {}
-    for row, patient in zip(rows, cases.patients(rows) or [str(cases.ids[row]) for row in rows]):
-        of_patient.setdefault(patient, []).append(int(row))
+def _drawn(cases: Cases, of_patient: Mapping[str, list[int]], seed: int) -> list[str]:
     kinds: dict[float, list[str]] = {}
     for name in sorted(of_patient):  # a patient counts for the class that most of its cases have
         values = cases.targets[of_patient[name]]
@@ -89,7 +84,7 @@ def _order(cases: Cases, seed: int) -> np.ndarray:
         placed = [((place + 0.5) / len(members), -len(members), members[int(k)]) for place, k in enumerate(shuffled)]
         begin.append(placed[0])  # the first of every class before the second of any
         rest += placed[1:]
-    return np.array([row for _, _, name in [*sorted(begin), *sorted(rest)] for row in of_patient[name]], dtype=np.int64)
+    return [name for _, _, name in [*sorted(begin), *sorted(rest)]]
 
 
 def check(cases: Cases, train: np.ndarray) -> None:

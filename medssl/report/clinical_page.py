@@ -156,7 +156,8 @@ def _glance(facts: Facts) -> str:
     metric, rows = str(facts["metric"]), facts["headlines"]
     main = next(row for row in rows if row["arm"] == facts["arm"] and row["labels"] == facts["labels"])
     seeds = f"{main['seeds']} seed{'' if main['seeds'] == 1 else 's'}"
-    how = f"{_arm(main['arm'])}, fine-tuned on {main['labels']} labelled cases, {seeds}. 95 % interval by bootstrap over patients."
+    units = "patients" if main["n_patients"] is not None else "cases, as not all patients are known"
+    how = f"{_arm(main['arm'])}, fine-tuned on {main['labels']} labelled cases, {seeds}. 95 % interval by bootstrap over {units}."
     if facts.get("folds"):
         how += f" The test cases of {facts['folds']} folds are taken together; each was tested by the network that had not seen its patient."
     how += " A wide interval means: with other patients of the same kind this number could have been any of these."

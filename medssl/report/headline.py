@@ -24,6 +24,10 @@ class Estimate:
     high: float | None = None
 
 
+BY_CASE = "by image"
+"""What rows of results say of intervals that are drawn by case, as patients are not known."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One line of the headline table.
@@ -37,6 +41,7 @@ class Comparison:
         difference: Pretrained minus scratch, paired by case.
         seeds: Training seeds averaged, None when unknown.
         n_test: Test cases, None when unknown.
+        by_case: Whether intervals are drawn by case, since not all patients are known.
     """
 
     network: str
@@ -47,6 +52,7 @@ class Comparison:
     difference: Estimate
     seeds: int | None = None
     n_test: int | None = None
+    by_case: bool = False
 
 
 def comparisons(found: Leftovers) -> list[Comparison]:
@@ -152,11 +158,12 @@ def from_results(results: Sequence[Json]) -> list[Comparison]:
                     pretrained=_estimate(pretrained, arms.get(arm, []), key),
                     difference=bootstrap_mean(
                         [pretrained[case][0] - scratch[case][0] for case in both],
-                        [pretrained[case][1] for case in both],
+                        _people({case: pretrained[case] for case in both}),
                         key + "|difference",
                     ),
                     seeds=max(len(arms.get(arm, [])), len(arms.get("scratch", []))),
                     n_test=len(both) or max(len(pretrained), len(scratch)),
+                    by_case=any(patient is None for found in (pretrained, scratch) for _, patient in found.values()),
                 )
             )
     return lines
@@ -167,10 +174,10 @@ def _by_labels(key: tuple[str, str]) -> tuple[str, float, str]:
     return network, float(labels) if labels.isdigit() else float("inf"), labels
 
 
-def _by_case(results: Sequence[Json]) -> dict[str, tuple[float, str]]:
-    """Return case -> (mean Dice over structures and seeds, patient)."""
+def _by_case(results: Sequence[Json]) -> dict[str, tuple[float, str | None]]:
+    """Return case -> (mean Dice over structures and seeds, patient; None where not known)."""
     values: dict[str, list[float]] = defaultdict(list)
-    patients: dict[str, str] = {}
+    patients: dict[str, str | None] = {}
     for result in results:
         structures = [str(name) for name in result.get("structures") or []]
         for place, case in enumerate(result.get("cases") or []):
@@ -180,17 +187,23 @@ def _by_case(results: Sequence[Json]) -> dict[str, tuple[float, str]]:
             if dice:
                 name = str(case.get("id", place))
                 values[name].append(float(np.mean(dice)))
-                patients[name] = str(case.get("patient", name))
+                patients[name] = None if case.get("patient") is None else str(case["patient"])
     return {name: (float(np.mean(found)), patients[name]) for name, found in values.items()}
 
 
-def _estimate(cases: Mapping[str, tuple[float, str]], results: Sequence[Json], key: str) -> Estimate:
+def _people(cases: Mapping[str, tuple[float, str | None]]) -> list[str]:
+    """Return the patient of each case, or the cases themselves where one is not known: they are then drawn one by one."""
+    known = [patient for _, patient in cases.values() if patient is not None]
+    return known if len(known) == len(cases) else list(cases)
+
+
+def _estimate(cases: Mapping[str, tuple[float, str | None]], results: Sequence[Json], key: str) -> Estimate:
     """Return the mean Dice of an arm; a single run's own interval is taken as it stands."""
     if len(results) == 1 and (given := _interval(results[0].get("dice_interval"))):
         return Estimate(number(results[0].get("mean_dice")), *given)
     if not cases and len(results) == 1:
         return Estimate(number(results[0].get("mean_dice")))
-    return bootstrap_mean([dice for dice, _ in cases.values()], [patient for _, patient in cases.values()], key)
+    return bootstrap_mean([dice for dice, _ in cases.values()], _people(cases), key)
 
 
 def _interval(value: Any) -> tuple[float, float] | None:
@@ -228,6 +241,7 @@ def from_curves(curves: Sequence[Json]) -> list[Comparison]:
                         difference=_of_row(difference, "difference"),
                         seeds=_count(seeds),
                         n_test=_count(row.get("n_test", curve.get("n_test"))),
+                        by_case=row.get("by") == BY_CASE,
                     )
                 )
     return lines

@@ -34,6 +34,7 @@ from medssl.report.elements import (
     written,
 )
 from medssl.report.headline import (
+    BY_CASE,
     Comparison,
     Estimate,
     budget,
@@ -182,9 +183,10 @@ def _result(found: Leftovers, lines: Sequence[Comparison]) -> str:
     scale = f"<br><small>{decimal(low, 2)} … {decimal(high, 2)}</small>"
     drawing = f'<span class="key scratch">scratch</span> <span class="key pretrained">pretrained</span>{scale}'
     head = ["network", "labels", "scratch", "pretrained", "difference", drawing, "seeds", "test cases"]
+    drawn_by = "case, as not all patients are known" if any(line.by_case for line in lines) else "patient"
     caption = (
         "Mean Dice over structures and test cases (1 = perfect overlap). Brackets: 95 % bootstrap interval, drawn by "
-        "patient. The difference is paired: the same test cases, the same number of steps. Where scratch still gains at that "
+        f"{drawn_by}. The difference is paired: the same test cases, the same number of steps. Where scratch still gains at that "
         "number (validation Dice below), it is a difference in speed; quality is what is left at the plateau of scratch."
     )
     parts = [sentences, table(head, rows, caption=caption), _label_curves(found), _structures(found)]
@@ -555,7 +557,7 @@ def _probes(found: Leftovers) -> str:
             cells.append([name, written(estimate), drawing, *counts])
         scale = f"<small>{decimal(low, 2)} … {decimal(high, 2)}</small>"
         caption = ", ".join(text(part.replace("_", " ")) for part in about if part)
-        by_image = any(row.get("by") == "image" for row in rows)
+        by_image = any(row.get("by") == BY_CASE for row in rows)
         caption += ". Intervals by image: no patients are known." if by_image else ". Intervals by patient."
         parts.append(table(["features", "value", scale, "images", "patients"], cells, caption=caption))
     if not any(word in str(row.get("name", "")).lower() for row in found.evaluations for word in _CONTROLS):

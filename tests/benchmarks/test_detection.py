@@ -28,6 +28,19 @@ def test_lesion_phantoms__have_the_boxes_they_say_and_distractors() -> None:
     assert counts[::3] == [0] * 4 and max(counts) > 1
 
 
+def test_lesion_volumes__are_those_of_the_folder_or_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    phantom_lesions.write_volumes(folder, unlabelled=2, train=2, test=1)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    phantom_lesions.write_volumes(folder, unlabelled=2, train=2, test=1)
+    for other in ("3 2 1", "2 1 1", "2 2 2"):
+        with pytest.raises(
+            SystemExit, match=rf"holds 2 2 1 volumes .*--volumes asks for {other};.*give --volumes 2 2 1, or another"
+        ):
+            phantom_lesions.main(["--folder", str(folder), "--volumes", *other.split()])
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.slow
 def test_phantom_lesions__go_on_and_are_collected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"

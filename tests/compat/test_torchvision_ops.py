@@ -51,21 +51,18 @@ def test_plain_import__fails() -> None:
     assert "torchvision::nms" in done.stderr
 
 
-def test_monai_detection__works_after_monai_was_imported_first() -> None:
-    """`import monai` takes torchvision's matcher at import; where torchvision fails then, MONAI's detector would raise at its first step."""
-    code = (
-        "import monai.networks.nets; from medssl._compat import torchvision_ops as t; m = t.monai_detection(); "
-        "print(isinstance(3, m.Matcher), isinstance(3, m.BalancedPositiveNegativeSampler))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "False False", done.stderr[-2000:]
+MATCHER = (
+    "import monai.networks.nets; from medssl._compat import torchvision_ops as t; m = t.monai_detection(); "
+    "print(isinstance(3, m.Matcher), isinstance(3, m.BalancedPositiveNegativeSampler))"
+)
+RETINANET = (
+    "import monai.apps.detection.networks.retinanet_network; from medssl.export.retinanet import build; "
+    "print(type(build('resnet18', 1, 2)[0]).__name__)"
+)
 
 
-def test_monai_retinanet__works_after_monai_was_imported_first() -> None:
-    """The export builds it: MONAI's module holds names of torchvision that raise when touched, as above."""
-    code = (
-        "import monai.apps.detection.networks.retinanet_network; from medssl.export.retinanet import build; "
-        "print(type(build('resnet18', 1, 2)[0]).__name__)"
-    )
+@pytest.mark.parametrize(("code", "said"), [(MATCHER, "False False"), (RETINANET, "RetinaNet")], ids=["detector", "retinanet"])
+def test_monai_detection__works_after_monai_was_imported_first(code: str, said: str) -> None:
+    """MONAI takes names of torchvision at import; where torchvision fails then, they raise when touched, by a detector or the export."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "RetinaNet", done.stderr[-2000:]
+    assert done.stdout.strip() == said, done.stderr[-2000:]

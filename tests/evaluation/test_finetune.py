@@ -13,10 +13,11 @@ import torch
 from medssl.encoders.segresnet3d import SegResNet3D
 from medssl.errors import GeometryError, RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import Pretrained, build_network, finetune, load, open_weights, predict
+from medssl.evaluation.finetune import Pretrained, build_network, finetune, load, open_weights, predict, start_encoder
+from medssl.evaluation.learning_rates import parameter_groups, set_learning_rates
 from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings
-from medssl.evaluation.segmentation_training import build_loss, case_order, class_frequencies, learning_rates, parameter_groups
+from medssl.evaluation.segmentation_training import build_loss, case_order, class_frequencies, encoder_scales
 from medssl.evaluation.volumes import CaseReader, TrainingCrops
 from medssl.networks.segmentation import encoder_parameters
 from medssl.weights import load_part, save_part
@@ -189,14 +190,30 @@ def test_case_of_another_kind__is_flagged_outside_the_training_range(tmp_path: P
     assert "knn" in [flag["by"] for flag in unlike] and result.training_range["n"] == result.training_range["n_patients"] == 4
 
 
+def groups_of(settings: FinetuneSettings, *, pretrained: bool) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+    network = build_network(settings, n_classes=3, seed=0)
+    factors = encoder_scales(network, start_encoder(settings, None, 0), settings, pretrained=pretrained)
+    return network, parameter_groups(network, factors, 0.1)
+
+
 def test_learning_rates__warm_up_freeze_and_decay() -> None:
     settings = replace(SETTINGS, steps=100, lr=1.0, warmup_steps=10, freeze_steps=20, encoder_lr_scale=0.1)
-    scratch = [learning_rates(step, settings, pretrained=False) for step in range(100)]
+
+    def rates(pretrained: bool) -> list[tuple[float, float]]:
+        optimizer = torch.optim.SGD(groups_of(settings, pretrained=pretrained)[1], lr=settings.lr)
+        found = []
+        for step in range(100):
+            found.append(set_learning_rates(optimizer, step, settings, pretrained=pretrained))
+            for group in optimizer.param_groups:
+                assert group["lr"] == pytest.approx(found[-1][0] if group["encoder"] else found[-1][1])
+        return found
+
+    scratch = rates(False)
     assert scratch[0] == (0.1, 0.1)
     assert scratch[9] == scratch[10] == (1.0, 1.0)
     assert scratch[55][1] == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
     assert all(encoder == rest for encoder, rest in scratch)
-    ours = [learning_rates(step, settings, pretrained=True) for step in range(100)]
+    ours = rates(True)
     assert all(encoder == 0 for encoder, _ in ours[:20])
     assert ours[19][1] == 1.0
     assert ours[20] == pytest.approx((0.01, 0.1))  # the second warm-up
@@ -216,10 +233,12 @@ def test_frozen_encoder__keeps_its_weights_while_gradients_flow(cohort: Cohort, 
 
 
 def test_parameter_groups__decay_no_norm_and_no_bias() -> None:
-    network = build_network(SETTINGS, n_classes=3, seed=0)
-    groups = parameter_groups(network, 0.1)
+    network, groups = groups_of(SETTINGS, pretrained=True)
     total = sum(p.numel() for group in groups for p in group["params"])
     assert total == sum(p.numel() for p in network.parameters())
+    inside = encoder_parameters(network)
+    of_encoder = {id(p) for group in groups if group["encoder"] for p in group["params"]}
+    assert of_encoder == {id(p) for name, p in network.named_parameters() if name in inside}
     for group in groups:
         assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] > 0}
 

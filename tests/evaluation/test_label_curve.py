@@ -10,7 +10,8 @@ import pytest
 
 from medssl.errors import RequestError
 from medssl.evaluation import label_curve as module
-from medssl.evaluation.bootstrap import paired_bootstrap
+from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
+from medssl.evaluation.clinical import clinical_facts
 from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.label_curve import Cell, claim, label_curve, markdown, plan, score_table, summarise
 from medssl.evaluation.segmentation_results import CaseScore, FinetuneResult
@@ -105,6 +106,35 @@ def test_a_real_curve__runs_and_skips_finished_cells(cohort: Cohort, tmp_path: P
     runs = [run for arm in arms if (run := module.read_cell(tmp_path / "cells" / f"{arm}_n1_s0"))]
     a, b = (score_table([run])[0][0] for run in runs)
     assert first["differences"][0]["difference"] == pytest.approx(float(a.mean() - b.mean()))
+
+
+def test_unknown_patients__are_drawn_case_by_case_and_said(cohort: Cohort, tmp_path: Path) -> None:
+    """An index that names no patient may give all cases one: a bootstrap over it would have no interval."""
+    nobody = [replace(case, patient="x", patient_id="patient0001", patient_known=False) for case in cohort.cases]
+    arms = {"ours": pretrained(), "scratch": None}
+    summary = label_curve(replace(cohort, cases=tuple(nobody)), SETTINGS, tmp_path, arms=arms, counts=[2], seeds=[0])
+    cells = {arm: cell for arm in arms if (cell := module.read_cell(tmp_path / "cells" / f"{arm}_n2_s0"))}
+    tables = {arm: score_table([cell])[0][0] for arm, cell in cells.items()}
+    for row in summary["rows"]:
+        assert (row["n_test"], row["n_patients"], row["by"]) == (2, None, "by image")
+        assert (row["dice"], row["low"], row["high"]) == bootstrap_interval(tables[row["arm"]], None)
+    (difference,) = summary["differences"]
+    expected = paired_bootstrap(tables["ours"], tables["scratch"], None)
+    assert (difference["difference"], difference["low"], difference["high"]) == expected and np.isfinite(expected).all()
+    assert "Intervals by case: not all patients are known" in (tmp_path / "table.md").read_text()
+    assert [case.patient for case in cells["scratch"].cases] == [None, None]
+    assert cells["scratch"].training_range["n_patients"] == 2
+    facts = clinical_facts([cell.to_json() for cell in cells.values()], draws=50)
+    assert facts["headlines"][0]["n_patients"] is None and facts["headlines"][0]["low"] is not None
+
+
+def test_known_patients__are_drawn_together() -> None:
+    runs = [result("scratch", 5, 0, [[0.5, 0.7], [0.9, 0.7], [0.2, 0.4], [0.6, 0.8]])]
+    (row,) = summarise(runs)["rows"]
+    assert (row["n_test"], row["n_patients"], row["by"]) == (4, 2, "by patient")
+    assert "Intervals by case" not in markdown(summarise(runs))
+    some = replace(runs[0], cases=[replace(runs[0].cases[0], patient=None), *runs[0].cases[1:]])
+    assert score_table([some])[1] is None and summarise([some])["rows"][0]["by"] == "by image"
 
 
 def test_summary__averages_structures_then_seeds_and_pairs_patients() -> None:

@@ -13,29 +13,32 @@ import torch
 from torch.nn import functional
 
 from medssl import api
-from medssl.errors import RequestError
+from medssl.errors import MedsslError, RequestError
 from medssl.evaluation import finetune as module
 from medssl.evaluation.clinical import clinical_facts
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.finetune import build_network, finetune, predict, start_encoder
 from medssl.evaluation.label_curve import label_curve
-from medssl.evaluation.learning_rates import layer_scales
+from medssl.evaluation.learning_rates import layer_scales, parameter_groups
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.segmentation_training import (
     as_classes,
     build_loss,
     class_weights,
     encoder_scales,
-    parameter_groups,
     partial_loss,
 )
 from medssl.evaluation.volumes import CaseReader
+from medssl.networks.segmentation import encoder_parameters
 from medssl.weights import load_part
 from tests.evaluation.test_finetune import SETTINGS, pretrained
 from tests.evaluation.tiny_cohort import TINY_ENCODER, write_cohort
 
 VIT = {"name": "vit3d", "args": {"image_size": [16, 16, 16], "patch_size": 16, "hidden_size": 24, "num_heads": 2}}
 SWIN = {"name": "swin3d", "args": {"feature_size": 12, "window_size": 2}}
+RESENC = {"name": "resenc3d", "args": {"features_per_stage": [8, 12], "n_blocks_per_stage": [1, 1], "strides": [1, 2]}}
+RESNET = {"name": "image2d", "args": {"model": "resnet18"}}
+TINY_RESNET = {"name": "image2d", "args": {"model": "test_resnet"}}
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +50,64 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 
 
 @pytest.mark.parametrize(
-    ("network", "encoder", "first", "last"),
+    ("network", "encoder", "crop", "first", "last"),
     [
-        ("segresnet", TINY_ENCODER, ("convInit.conv.weight", 3), ("down_layers.1.1.conv1.conv.weight", 1)),
-        ("unetr", VIT, ("vit.patch_embedding.patch_embeddings.weight", 13), ("vit.blocks.11.mlp.linear1.weight", 1)),
-        ("swin_unetr", SWIN, ("swinViT.patch_embed.proj.weight", 5), ("swinViT.layers4.0.blocks.0.mlp.linear1.weight", 1)),
+        ("segresnet", TINY_ENCODER, (64, 32, 32), ("convInit.conv.weight", 3), ("down_layers.1.1.conv1.conv.weight", 1)),
+        ("unetr", VIT, (64, 32, 32), ("vit.patch_embedding.patch_embeddings.weight", 13), ("vit.blocks.11.mlp.linear1.weight", 1)),
+        (
+            "swin_unetr",
+            SWIN,
+            (64, 32, 32),
+            ("swinViT.patch_embed.proj.weight", 5),
+            ("swinViT.layers4.0.blocks.0.mlp.linear1.weight", 1),
+        ),
+        (
+            "resenc_unet",
+            RESENC,
+            (16, 16, 16),
+            ("encoder.stem.convs.0.conv.weight", 3),
+            ("encoder.stages.1.blocks.0.conv1.conv.weight", 1),
+        ),
+        ("flexible_unet", RESNET, (64, 64), ("encoder.conv1.weight", 9), ("encoder.layer4.1.conv2.weight", 1)),
+        (
+            "pyramid",
+            TINY_RESNET,
+            (32, 32),
+            ("pyramid.encoder.net.conv1.0.weight", 5),
+            ("pyramid.encoder.net.layer4.0.conv1.weight", 1),
+        ),
+        (
+            "pyramid",
+            TINY_ENCODER,
+            (16, 16, 16),
+            ("pyramid.encoder.net.convInit.conv.weight", 3),
+            ("pyramid.encoder.net.down_layers.1.1.conv1.conv.weight", 1),
+        ),
     ],
 )
-def test_layer_decay__falls_from_the_decoder_to_the_stem(network: str, encoder: Any, first: Any, last: Any) -> None:
-    settings = replace(SETTINGS, network=network, encoder=encoder, crop=(64, 32, 32), layer_decay=0.5)
+def test_layer_decay__falls_from_the_decoder_to_the_stem(network: str, encoder: Any, crop: Any, first: Any, last: Any) -> None:
+    settings = replace(SETTINGS, network=network, encoder=encoder, crop=crop, layer_decay=0.5)
     net = build_network(settings, n_classes=3, seed=0)
-    scales = encoder_scales(net, start_encoder(settings, None, 0), 0.5)
+    scales = encoder_scales(net, start_encoder(settings, None, 0), settings, pretrained=True)
     assert {name: scales[name] for name, _ in (first, last)} == {name: 0.5**steps for name, steps in (first, last)}
-    groups = parameter_groups(net, 0.1, scales)
+    assert set(scales) == {name for name in encoder_parameters(net) if net.get_parameter(name).requires_grad}
+    groups = parameter_groups(net, scales, 0.1)
     by_id = {id(p): group["scale"] for group in groups for p in group["params"]}
     names = dict(net.named_parameters())
     assert by_id[id(names[first[0]])] == 0.5 ** first[1]
     assert {group["scale"] for group in groups if not group["encoder"]} == {1.0}
+    twin = encoder_scales(net, start_encoder(settings, None, 0), settings, pretrained=False)
+    assert set(twin) == set(scales) and set(twin.values()) == {1.0}
+
+
+def test_encoder_scales__miss_no_parameter_in_silence() -> None:
+    settings = replace(SETTINGS, layer_decay=0.5)
+    more = {"name": "segresnet3d", "args": {**TINY_ENCODER["args"], "blocks_down": [1, 2]}}
+    net = build_network(replace(settings, encoder=more), n_classes=3, seed=0)
+    match = r"6 of 20 parameters of the encoder in this SegResNet, down_layers\.1\.2\..* are not in SegResNet3D.*fault of medssl"
+    with pytest.raises(MedsslError, match=match) as caught:
+        encoder_scales(net, start_encoder(settings, None, 0), settings, pretrained=True)
+    assert caught.value.exit_code == 1
 
 
 @pytest.mark.parametrize("encoder", [TINY_ENCODER, SWIN], ids=["segresnet3d", "swin3d"])
@@ -254,6 +298,11 @@ def test_folds__are_a_key_of_the_recipe(tmp_path: Path) -> None:
     path.write_text(json.dumps(recipe))
     summary = api.finetune(path, None)
     assert summary["cells"] == {"planned": 3, "done": 3} and summary["rows"][0]["labels"] == 2
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+    for wrong, counts, match in ((["folds=9"], None, "9 folds of 6 labelled patients"), ([], [5], "5 labelled training cases")):
+        with pytest.raises(RequestError, match=match):
+            api.label_curve(path, None, [*wrong, f"out={tmp_path / 'refused'}"], counts=counts, seeds=[0])
+        assert not (tmp_path / "refused").exists()
 
 
 # --- values with gaps

@@ -57,7 +57,11 @@ def test_segmentation__every_question_has_its_section() -> None:
     ]
     said = words(page)
     assert "case0004" in said and "insufficient" in said and "1 of 60 test cases are flagged" in said
-    assert "voxel size 5 mm along axis 3, in training 1 to 2 mm" in said
+    assert "voxel size 5 mm along axis 3, in training 1 to 2 mm" in said and "by bootstrap over patients." in said
+    nobody = segmentation()
+    nobody["cases"] = [{**case, "patient": None} for case in nobody["cases"]]
+    said = words(clinical_page(clinical_facts([nobody], draws=50)))
+    assert "60 cases (patients not known)" in said and "by bootstrap over cases, as not all patients are known." in said
     assert "Research only" in said and "Bland-Altman" in said
     assert SECRET not in page
     stripped = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)

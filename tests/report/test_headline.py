@@ -52,6 +52,17 @@ def test_from_results__a_missing_structure_and_a_missing_case_do_not_break_the_p
     assert line.difference.value == pytest.approx(((0.7 - 0.6) + (0.8 - 0.6)) / 2)
 
 
+def test_from_results__draws_cases_where_a_patient_is_not_known() -> None:
+    known = [result("scratch", [0.5, 0.6, 0.7]), result("mae", [0.6, 0.9, 0.8])]
+    nobody = [{**r, "cases": [{**case, "patient": None} for case in r["cases"]]} for r in known]
+    some = [{**r, "cases": [{**case, "patient": None if k else "p"} for k, case in enumerate(r["cases"])]} for r in known]
+    (by_patient,), (by_case,), (mixed,) = from_results(known), from_results(nobody), from_results(some)
+    assert not by_patient.by_case and by_case.by_case and mixed.by_case
+    for line in (by_case, mixed):
+        assert line.difference == by_patient.difference  # as many patients as cases there
+        assert line.difference.low < line.difference.high
+
+
 def test_from_results__one_arm_alone_has_no_difference() -> None:
     (line,) = from_results([result("scratch", [0.5, 0.6])])
     assert line.scratch.value == pytest.approx(0.55) and line.difference == Estimate() and line.pretrained == Estimate()

@@ -15,8 +15,9 @@ import pytest
 from medssl.errors import RequestError
 from medssl.phantoms import ORGAN_NAMES, draw_phantom
 from medssl.report import report
-from medssl.report.collect import collect
-from medssl.report.page import _chart, _one_group, _paired_cases, duration, hidden_error, plain, text
+from medssl.report.collect import Leftovers, collect
+from medssl.report.headline import Comparison, Estimate
+from medssl.report.page import _chart, _one_group, _paired_cases, _probes, _result, duration, hidden_error, plain, text
 
 TITLES = (
     "Result",
@@ -339,3 +340,19 @@ def test_hidden_error__is_one_for_the_mean_and_zero_for_the_truth() -> None:
     assert hidden_error(image, hidden, np.full_like(image, image[:3].mean())) == pytest.approx(1)
     assert hidden_error(image, np.zeros_like(hidden), image) is None
     assert hidden_error(np.ones_like(image), hidden, image) is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_intervals__say_what_was_drawn(known: bool) -> None:
+    row = {
+        "name": "weights",
+        "metric": "accuracy",
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "by": "by patient" if known else "by image",
+    }
+    assert ("Intervals by patient." in _probes(Leftovers(Path("x"), evaluations=[row]))) == known
+    lines = [Comparison("unetr", "5", "ours", *[Estimate(0.5, 0.4, 0.6)] * 3, by_case=by_case) for by_case in (False, not known)]
+    said = _result(Leftovers(Path("x")), lines)
+    assert ("drawn by patient." in said) == known and ("drawn by case, as not all patients are known." in said) != known
