@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medssl import suite, suite_tiers
+from medssl import suite
 from medssl.build import suite_faults
 from medssl.errors import LeakageError, RequestError, TrainingStopped
 from medssl.evaluation.cohort import Case, Cohort
@@ -20,7 +20,7 @@ from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS
 from medssl.evaluation.target_cases import Cases
 from medssl.finetune_cells import fill
 from medssl.recipe import CurveSection, SourceSection, SuiteRecipe
-from medssl.suite_tiers import Bench, Found
+from medssl.suite_tiers import Bench, Found, curves, groups, robustness
 
 
 def toy_bench(
@@ -100,9 +100,9 @@ def test_one_training_patient_without_val__skips_the_probe(tmp_path: Path) -> No
 def test_leakage__counts_patients_not_series() -> None:
     patients, sexes = [f"p{k // 5}" for k in range(50)], ["FM"[k // 5 % 2] for k in range(50)]
     enough = toy_bench(patients, ["test"] * 50, [0, 1] * 25, sex=sexes)
-    assert {row["model"] for row in suite_tiers._leakage(enough, "sex").rows} == {WEIGHTS, *CONTROLS}
+    assert {row["model"] for row in groups._leakage(enough, "sex").rows} == {WEIGHTS, *CONTROLS}
     few = toy_bench(["f"] * 10 + ["m"] * 10, ["test"] * 20, [0, 1] * 10, sex=["F"] * 10 + ["M"] * 10)
-    found = suite_tiers._leakage(few, "sex")
+    found = groups._leakage(few, "sex")
     assert not found.rows and "0 value of sex has 5 or more patients" in found.skipped[0]["why"]
 
 
@@ -115,7 +115,7 @@ def test_curve_that_fails__is_skipped_and_tried_again_where_that_can_help(
     def fails(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(suite_tiers, "run_curve", fails)
+    monkeypatch.setattr(curves, "run_curve", fails)
     bench = thirds(classification={"counts": [4], "seeds": [0]})
     first = suite.run_tier("classification", bench, tmp_path)
     assert str(error) in first["skipped"][0]["why"] and first["finished"] is finished
@@ -145,7 +145,7 @@ def test_stopped_curve__keeps_its_finished_cells_in_the_table(tmp_path: Path, mo
 
         fill(out, cells, {}, compute, summarise, None)
 
-    monkeypatch.setattr(suite_tiers, "run_curve", stops)
+    monkeypatch.setattr(curves, "run_curve", stops)
     found = suite.run_tier("classification", thirds(classification={"counts": [4], "seeds": [0, 1]}), tmp_path)
     (row,) = [row for row in found["rows"] if row["model"] == WEIGHTS]
     assert (row["value"], row["low"], row["patients"], row["seeds"]) == (0.7, 0.6, 2, 1)
@@ -162,7 +162,7 @@ def test_gap__is_signed_so_that_its_interval_can_hold_zero(task: str) -> None:
     table = np.stack([targets, guess] if task == "regression" else [targets, 1 - guess, guess], axis=1)
     sexes = ["FM"[k % 2] for k in range(n)]
     bench = toy_bench([f"p{k}" for k in range(n)], ["test"] * n, targets.tolist(), task=task, sex=sexes, draws=100)
-    rows = suite_tiers._by_group(bench, "t", "sex", {WEIGHTS: table}).rows
+    rows = groups._by_group(bench, "t", "sex", {WEIGHTS: table}).rows
     (gap,) = [row for row in rows if row["metric"].startswith("gap")]
     assert gap["low"] < 0 < gap["value"] < gap["high"] and "on these same data" in gap["subgroup"]
 
@@ -170,22 +170,22 @@ def test_gap__is_signed_so_that_its_interval_can_hold_zero(task: str) -> None:
 def test_controls_of_curves__say_what_they_lack() -> None:
     bench = thirds()
     bench.tasks["t"].split[bench.tasks["t"].split == "val"] = "none"
-    found = suite_tiers._control_curves(bench, "t", [4], [0])
+    found = curves._control_curves(bench, "t", [4], [0])
     assert not found.rows and "no labelled case is marked val" in found.skipped[0]["why"]
 
 
 def test_controls_of_curves__name_the_seeds_without_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = thirds()
     train = bench.tasks["t"].where("train")
-    monkeypatch.setattr(suite_tiers, "few_label_order", lambda cases, seed: train[::2] if seed else train)
-    found = suite_tiers._control_curves(bench, "t", [4], [0, 1])
+    monkeypatch.setattr(curves, "few_label_order", lambda cases, seed: train[::2] if seed else train)
+    found = curves._control_curves(bench, "t", [4], [0, 1])
     assert {row["seeds"] for row in found.rows} == {1} and "1 of 2 seeds lack a class" in found.skipped[0]["why"]
 
 
 def test_relative_robustness__is_no_main_row(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = thirds(corruptions={"kinds": ["noise"], "levels": [1]})
     monkeypatch.setattr(Bench, "look", lambda self, places, change=None: {m: x[list(places)] for m, x in self.features.items()})
-    rows = suite_tiers._corrupted(bench, "t").rows
+    rows = robustness._corrupted(bench, "t").rows
     assert {row["metric"] for row in rows} >= {"relative_robustness"} and not any(row["main"] for row in rows)
 
 
@@ -246,10 +246,10 @@ def test_patients_of_folds__are_those_of_all_folds_of_a_seed(tmp_path: Path) -> 
             cell = tmp_path / "cells" / f"pretrained_n4_s{seed}_f{fold}"
             cell.mkdir(parents=True)
             (cell / "results.json").write_text(json.dumps({"cases": [{"patient_id": f"p{fold}{k}"} for k in range(4)]}))
-    assert suite_tiers._patients_of(tmp_path) == 12
+    assert curves._patients_of(tmp_path) == 12
     for cell in (tmp_path / "cells").iterdir():
         (cell / "results.json").write_text(json.dumps({"cases": [{"patient_id": None}]}))
-    assert suite_tiers._patients_of(tmp_path) is None
+    assert curves._patients_of(tmp_path) is None
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
@@ -259,4 +259,4 @@ def test_fractions_of_folds__are_of_what_every_fold_trains_with(tmp_path: Path, 
     section = CurveSection(recipe="x.yaml", fractions=[0.5, 1.0], seeds=[0, 1])
     for folds, counts in ((None, [2, 4]), (5, [2, 5] if task == "detection" else [3, 6])):
         recipe = SimpleNamespace(cohort=SimpleNamespace(path="c"), folds=folds, task=task)
-        assert suite_tiers._counts_of(section, recipe) == counts
+        assert curves._counts_of(section, recipe) == counts
