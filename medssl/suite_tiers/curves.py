@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medssl import build
 from medssl.api import label_curve as run_curve
 from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.frozen import fit_probe, predicted
@@ -20,6 +22,9 @@ from medssl.evaluation.target_cases import few_label_order
 from medssl.recipe import CurveSection, FinetuneTargetsRecipe, Recipe
 from medssl.suite_tiers.bench import Bench, Found, join, mean_of, or_skip
 from medssl.suite_tiers.probes import cannot_fit, classes_of
+
+Controls = Callable[[Bench, Any, Sequence[int], Sequence[int]], Mapping[str, Any]]
+"""(bench, fine-tuning recipe, numbers of labels, seeds) -> summary of the controls, as that of the curve."""
 
 
 def classification(bench: Bench, out: Path) -> Found:
@@ -46,7 +51,8 @@ def segmentation(bench: Bench, out: Path) -> Found:
     section = bench.recipe.segmentation
     if section is None or section.recipe is None:
         return _not_named("segmentation", "label curves of Dice")
-    return label_curves("segmentation", section, Recipe.load(section.recipe, section.overrides), bench, out, "")
+    recipe = Recipe.load(section.recipe, section.overrides)
+    return label_curves("segmentation", section, recipe, bench, out, "", controls=_drawn_by_pixels)
 
 
 def detection(bench: Bench, out: Path) -> Found:
@@ -54,7 +60,31 @@ def detection(bench: Bench, out: Path) -> Found:
     section = bench.recipe.detection
     if section is None or section.recipe is None:
         return _not_named("detection", "label curves of mAP")
-    return label_curves("detection", section, Recipe.load(section.recipe, section.overrides), bench, out, "")
+    recipe = Recipe.load(section.recipe, section.overrides)
+    return label_curves("detection", section, recipe, bench, out, "", controls=_found_by_pixels)
+
+
+def _drawn_by_pixels(bench: Bench, recipe: Any, counts: Sequence[int], seeds: Sequence[int]) -> Mapping[str, Any]:
+    """Return the summary of the controls of segmentation."""
+    from medssl.evaluation.cohort import Cohort
+    from medssl.evaluation.label_curve import summarise
+    from medssl.evaluation.pixel_controls import segmentation_controls
+
+    settings = replace(build.finetune_settings(recipe), encoder=bench.manifest["encoder"])
+    cohort = Cohort.load(recipe.cohort.path, every=recipe.folds is not None)
+    return summarise(segmentation_controls(cohort, settings, counts=counts, seeds=seeds, folds=recipe.folds))
+
+
+def _found_by_pixels(bench: Bench, recipe: Any, counts: Sequence[int], seeds: Sequence[int]) -> Mapping[str, Any]:
+    """Return the summary of the controls of detection; the curve has refused patients that the weights have seen."""
+    from medssl.box_tasks import BoxRoad
+    from medssl.evaluation.box_summary import summarise
+    from medssl.evaluation.pixel_controls import detection_controls
+    from medssl.finetune_cells import section_of
+
+    section, _ = section_of(recipe, bench.manifest)
+    source = BoxRoad(recipe, section, None).source
+    return summarise(detection_controls(source, counts=counts, seeds=seeds, folds=recipe.folds))
 
 
 def budgets(section: CurveSection, cases: int, least: int = 1) -> list[int]:
@@ -102,7 +132,14 @@ def _not_named(tier: str, what: str) -> Found:
 
 
 def label_curves(
-    tier: str, section: CurveSection, recipe: Any, bench: Bench, out: Path, name: str, counts: Sequence[int] | None = None
+    tier: str,
+    section: CurveSection,
+    recipe: Any,
+    bench: Bench,
+    out: Path,
+    name: str,
+    counts: Sequence[int] | None = None,
+    controls: Controls | None = None,
 ) -> Found:
     """Run a label curve and return its rows; one that cannot run is a skipped part, not a lost suite.
 
@@ -125,10 +162,16 @@ def label_curves(
         summary = json.loads(path.read_text())
         cells = summary["cells"]
         stopped = [skip(task, f"fine-tuning, {cells['planned'] - cells['done']} of {cells['planned']} cells", str(err))]
-    rows = _curve_rows(summary, tier, task, _patients_of(folder))
-    if tier != "classification":
-        stopped.append(skip(task, ", ".join(CONTROLS), "a control makes no such prediction; the twin stands beside"))
-    return Found(rows=rows, skipped=stopped)
+    patients = _patients_of(folder)
+    found = Found(rows=_curve_rows(summary, tier, task, patients), skipped=stopped)
+    if controls is not None:
+        with or_skip(found, task, "controls"):
+            found.rows += _curve_rows(controls(bench, recipe, counts, section.seeds), tier, task, patients)
+        why = "an untrained network draws nothing and finds nothing; trained, it is the scratch twin"
+        found.skipped.append(skip(task, "random_init", why))
+    elif tier != "classification":
+        found.skipped.append(skip(task, ", ".join(CONTROLS), "a control is not fine-tuned; its ridge stands beside"))
+    return found
 
 
 def _curve_rows(summary: Mapping[str, Any], tier: str, task: str, patients: int | None) -> list[Row]:
