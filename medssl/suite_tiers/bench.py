@@ -20,10 +20,13 @@ from medssl.evaluation.clinical import OPEN_COLUMNS
 from medssl.evaluation.controls import control_features
 from medssl.evaluation.features import Batch, embed
 from medssl.evaluation.suite_rows import WEIGHTS, Row, skip
+from medssl.evaluation.survival import SurvivalCases
 from medssl.evaluation.target_cases import Cases
 from medssl.recipe import SourceSection, SuiteRecipe
 
 Features = dict[str, np.ndarray]
+Change = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+"""Images (B, C, *spatial) and their places among the series -> images."""
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Bench:
         tasks: Name -> labelled cases; `ids` are places in `series`.
         series: Series of any task, in the order of their ids.
         names: Task -> (classes in the table, public names).
+        survival: Name -> cases of times and events, which other tiers leave out.
     """
 
     recipe: SuiteRecipe
@@ -63,6 +67,12 @@ class Bench:
     tasks: dict[str, Cases]
     series: list[str]
     names: dict[str, tuple[list[str], list[str]]]
+    survival: dict[str, SurvivalCases] = field(default_factory=dict)
+
+    @property
+    def all_cases(self) -> dict[str, Cases]:
+        """The labelled cases of every task, survival too."""
+        return {**self.tasks, **{name: own.cases for name, own in self.survival.items()}}
 
     @cached_property
     def device(self) -> torch.device:
@@ -79,8 +89,9 @@ class Bench:
         """Features of all series: of the weights and of the controls."""
         return self.look(range(len(self.series)))
 
-    def look(self, places: Iterable[int], change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Features:
+    def look(self, places: Iterable[int], change: Change | None = None) -> Features:
         """Return the features of series under every model, the images changed first where asked."""
+        places = [int(place) for place in places]
         wanted = [self.series[place] for place in places]
         source = data_sources.evaluation_source("source", self.shelf, self.section, wanted)
 
@@ -88,7 +99,7 @@ class Bench:
             for images, ids in data_sources.images_and_ids(source, self.device, self.recipe.batch):
                 if change is not None and not isinstance(images, torch.Tensor):
                     raise TypeError("corruptions are defined for images and volumes, and these are stacks or clips")
-                yield (images if change is None else change(images)), ids  # type: ignore[arg-type]
+                yield (images if change is None else change(images, [places[n] for n in ids])), ids  # type: ignore[arg-type]
 
         own, _ = embed(self.encoder, batches())
 
@@ -99,7 +110,7 @@ class Bench:
 
     def of(self, task: str) -> Features:
         """Return the features of the cases of a task, in their order."""
-        return {model: values[self.tasks[task].ids] for model, values in self.features.items()}
+        return {model: values[self.all_cases[task].ids] for model, values in self.features.items()}
 
     def column(self, name: str) -> list[str] | None:
         """Return the value of a column of the index, or of the table of labels, for every series; None where there is no such column."""
@@ -122,7 +133,7 @@ class Bench:
 
     def unseen(self, task: str) -> np.ndarray:
         """Return the rows of the validation and test cases of a task."""
-        return np.flatnonzero(np.isin(self.tasks[task].split, ("val", "test")))
+        return np.flatnonzero(np.isin(self.all_cases[task].split, ("val", "test")))
 
     def row(self, name: str) -> list[Any]:
         """Return a column of the index for every series, as it is."""
@@ -138,6 +149,7 @@ def join(done: Found, more: Found) -> None:
     """Add what a part found to what its tier has."""
     done.rows += more.rows
     done.skipped += more.skipped
+    done.p_values += more.p_values
     done.again |= more.again
 
 

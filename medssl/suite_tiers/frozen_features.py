@@ -28,7 +28,7 @@ def smoke(bench: Bench, _out: Path) -> Found:
             continue
         features, patients = bench.of(name), cases.patients(rows)
         try:
-            noisy = bench.look(cases.ids[rows], lambda images: corrupt(images, "noise", 1, bench.recipe.seed))
+            noisy = bench.look(cases.ids[rows], lambda images, _: corrupt(images, "noise", 1, bench.recipe.seed))
         except TypeError as err:
             noisy = {}
             done.skipped.append(skip(name, "alignment", str(err)))
@@ -102,7 +102,7 @@ def retrieval(bench: Bench, _out: Path) -> Found:
 
 def _again(bench: Bench) -> Found:
     what = "patients found again"
-    scored = sorted({int(n) for name, cases in bench.tasks.items() for n in cases.ids[bench.unseen(name)]})
+    scored = sorted({int(n) for name, cases in bench.all_cases.items() for n in cases.ids[bench.unseen(name)]})
     if any("patient_unknown" in flags for flags in bench.row("quality_flags")):
         return Found(skipped=[skip("", what, "patients are not known")])
     patients, studies = ([bench.row(key)[n] for n in scored] for key in ("patient_id", "study_id"))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from medssl.evaluation.calibration import threshold_at_specificity
 from medssl.evaluation.clinical import OPEN_COLUMNS
 from medssl.evaluation.linear_probe import linear_probe
 from medssl.evaluation.scores import mae, mean_auc, score_row
-from medssl.evaluation.subgroups import POSITIVES, SMALLEST, subgroup_rows
+from medssl.evaluation.subgroups import POSITIVES, SMALLEST, equalised_odds, subgroup_rows
 from medssl.evaluation.suite_rows import row_of, skip
+from medssl.evaluation.target_cases import Cases
 from medssl.suite_tiers.bench import Bench, Features, Found, join, or_skip
-from medssl.suite_tiers.probes import LEAST, cannot_fit, probe_tables
+from medssl.suite_tiers.probes import LEAST, cannot_fit, probe_tables, probes
 
 CHOSEN = "best and worst on these same data"
+CHOSEN_ODDS = "rate and groups picked on these same data"
+SPECIFICITY = 0.95
+"""On validation cases, at the threshold from which a case is called positive (card evaluation-protocols, section B)."""
 
 
 def fairness(bench: Bench, _out: Path) -> Found:
@@ -26,9 +32,16 @@ def fairness(bench: Bench, _out: Path) -> Found:
             continue
         bench.of(name)
         with or_skip(done, name, "subgroups"):
-            tables = probe_tables(bench, name)
+            fitted = probes(bench, name)
+            tables = probe_tables(bench, name, fitted)
+            thresholds: dict[str, float] = {}
+            if why := _no_threshold(cases):
+                done.skipped.append(skip(name, "equalised odds", why))
+            else:
+                val = probe_tables(bench, name, fitted, "val")
+                thresholds = {model: threshold_at_specificity(rows[:, 2], rows[:, 0], SPECIFICITY) for model, rows in val.items()}
             for column in bench.recipe.subgroups:
-                join(done, _by_group(bench, name, column, tables))
+                join(done, _by_group(bench, name, column, tables, thresholds))
     for column in bench.recipe.leakage:
         join(done, _leakage(bench, column))
     done.private["groups"] = {
@@ -39,7 +52,18 @@ def fairness(bench: Bench, _out: Path) -> Found:
     return done
 
 
-def _by_group(bench: Bench, name: str, column: str, tables: Features) -> Found:
+def _no_threshold(cases: Cases) -> str:
+    """Return why cases cannot be called positive, or an empty string: the threshold is fitted on validation cases alone."""
+    if len(cases.classes) != 2:
+        kind = f"{len(cases.classes)} classes" if cases.classes else "numbers"
+        return f"it is of two classes, and these are {kind}"
+    if not (cases.targets[cases.where("val")] == 0).any():
+        return "no validation case of the first class to fit a threshold on"
+    return ""
+
+
+def _by_group(bench: Bench, name: str, column: str, tables: Features, thresholds: Mapping[str, float] | None = None) -> Found:
+    """Score every value of a column, and the gaps between them; equalised odds where a model has a threshold."""
     cases, values = bench.tasks[name], bench.column(column)
     if values is None:
         return Found(skipped=[skip(name, f"subgroups by {column}", f"no attached labels for {column}")])
@@ -72,6 +96,15 @@ def _by_group(bench: Bench, name: str, column: str, tables: Features) -> Found:
             model, "", f"gap of {metric}", marked, patients, statistic=gap, draws=bench.recipe.draws, seed=bench.recipe.seed
         )
         found.rows.append(row_of(score, "fairness", name, f"by {column}", subgroup=f"{best} against {worst}, {CHOSEN}"))
+        if thresholds:
+            odds = equalised_odds(
+                model, "", table[:, 2] >= thresholds[model], table[:, 0], kinds.tolist(), patients,
+                [row["group"] for row in usable], draws=bench.recipe.draws, seed=bench.recipe.seed,
+            )  # fmt: skip
+            assert odds is not None  # two groups are there
+            high, low = odds["groups"]
+            about = f"{odds['rate']}, {high} against {low}, {CHOSEN_ODDS}"
+            found.rows.append(row_of(odds, "fairness", name, f"by {column}", subgroup=about))
     if any(row["value"] is None for row in found.rows):
         why = (
             f"a group needs {SMALLEST} cases, and {POSITIVES} of either of two classes; some have fewer and are called insufficient"
@@ -86,7 +119,7 @@ def _leakage(bench: Bench, column: str) -> Found:
     values = bench.column(column)
     if values is None:
         return Found(skipped=[skip("", what, f"no attached labels for {column}")])
-    scored = sorted({int(n) for name, cases in bench.tasks.items() for n in cases.ids[bench.unseen(name)]})
+    scored = sorted({int(n) for name, cases in bench.all_cases.items() for n in cases.ids[bench.unseen(name)]})
     unknown = any("patient_unknown" in flags for flags in bench.row("quality_flags"))
     known = list(map(str, range(len(bench.series)))) if unknown else bench.row("patient_id")
     # patients, not series: folds are of patients, and a value of one patient is learnt from its other images or not at all

@@ -8,6 +8,7 @@ from typing import Any
 from medssl.evaluation.bootstrap import Statistic, paired_bootstrap, paired_p
 from medssl.evaluation.frozen import fit_probe, predicted
 from medssl.evaluation.knn import knn_probe
+from medssl.evaluation.linear_probe import LinearModel
 from medssl.evaluation.scores import score_row
 from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, Row, row_of
 from medssl.evaluation.target_cases import Cases
@@ -48,21 +49,25 @@ def neighbours(bench: Bench, tier: str, name: str, ks: Sequence[int]) -> list[Ro
     return found
 
 
-def probe_tables(bench: Bench, name: str) -> Features:
-    """Return target and prediction of the test cases of a task under every model."""
+def probes(bench: Bench, name: str) -> dict[str, LinearModel]:
+    """Return the probe of a task under every model, fitted on its training cases."""
     cases = bench.tasks[name]
-    train, test = cases.where("train"), cases.where("test")
-    return {
-        model: predicted(fit_probe(values, cases, train, bench.recipe.seed), values, cases, test)
-        for model, values in bench.of(name).items()
-    }
+    train = cases.where("train")
+    return {model: fit_probe(values, cases, train, bench.recipe.seed) for model, values in bench.of(name).items()}
+
+
+def probe_tables(bench: Bench, name: str, fitted: Mapping[str, LinearModel] | None = None, split: str = "test") -> Features:
+    """Return target and prediction of the cases of a split under every model; probes are fitted here where none are given."""
+    cases, features = bench.tasks[name], bench.of(name)
+    rows = cases.where(split)
+    return {model: predicted(probe, features[model], cases, rows) for model, probe in (fitted or probes(bench, name)).items()}
 
 
 def probe_rows(
     bench: Bench, tier: str, name: str, tables: Features, setting: str, metrics: Mapping[str, Statistic], *, main: str = ""
 ) -> list[Row]:
     """Return the scores of what `probe_tables` predicted."""
-    cases = bench.tasks[name]
+    cases = bench.all_cases[name]
     patients = cases.patients(cases.where("test"))
     found = []
     for metric, statistic in metrics.items():
@@ -76,7 +81,7 @@ def probe_rows(
 
 def against_controls(bench: Bench, tier: str, name: str, tables: Features, statistic: Statistic) -> list[dict[str, Any]]:
     """Return the paired differences of the weights to every control, with p-values for Holm."""
-    cases, draws, seed = bench.tasks[name], bench.recipe.draws, bench.recipe.seed
+    cases, draws, seed = bench.all_cases[name], bench.recipe.draws, bench.recipe.seed
     patients = cases.patients(cases.where("test"))
     found = []
     for control in CONTROLS:

@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from medssl.evaluation.bootstrap import Statistic
 from medssl.evaluation.corruptions import corrupt, relative_robustness
 from medssl.evaluation.frozen import fit_probe, predicted
 from medssl.evaluation.scores import mean_auc, r2, score_row
+from medssl.evaluation.stain import check_domain, stain_shift
 from medssl.evaluation.suite_rows import row_of, skip
 from medssl.evaluation.target_cases import Cases
-from medssl.suite_tiers.bench import Bench, Found, finite, join, or_skip
-from medssl.suite_tiers.probes import LEAST, cannot_fit
+from medssl.suite_tiers.bench import Bench, Change, Found, finite, join, or_skip
+from medssl.suite_tiers.probes import LEAST, cannot_fit, probe_tables, probes
 
 
 def ood(bench: Bench, _out: Path) -> Found:
@@ -89,35 +89,46 @@ def _held_out(bench: Bench, name: str, column: str) -> Found:
 def _corrupted(bench: Bench, name: str) -> Found:
     """Score the test cases under every corruption and level with the probe of clean training images."""
     cases = bench.tasks[name]
-    train, test = cases.where("train"), cases.where("test")
+    test = cases.where("test")
     metric, statistic, chance = _statistic(cases)
-    features = bench.of(name)
-    probes = {model: fit_probe(x, cases, train, bench.recipe.seed) for model, x in features.items()}
-    clean = {model: statistic(predicted(probe, features[model], cases, test)) for model, probe in probes.items()}
+    features, fitted = bench.of(name), probes(bench, name)
+    clean = {model: statistic(table) for model, table in probe_tables(bench, name, fitted).items()}
     patients, found = cases.patients(test), Found()
-    scores: dict[str, list[float]] = {model: [] for model in probes}
+    scores: dict[str, list[float]] = {model: [] for model in fitted}
     for kind in bench.recipe.corruptions.kinds:
-        for level in bench.recipe.corruptions.levels:
-
-            def change(images: torch.Tensor, kind: str = kind, level: int = level) -> torch.Tensor:
-                return corrupt(images, kind, level, bench.recipe.seed)
-
-            changed = bench.look(cases.ids[test], change)
-            for model, probe in probes.items():
-                whole = features[model].copy()
-                whole[test] = changed[model]
-                table = predicted(probe, whole, cases, test)
-                score = score_row(
-                    model, "", metric, table, patients, statistic=statistic, draws=bench.recipe.draws, seed=bench.recipe.seed
-                )
-                if score["value"] is not None:
-                    scores[model].append(float(score["value"]))
-                found.rows.append(row_of(score, "ood", name, f"{kind}, level {level}"))
+        with or_skip(found, name, f"corruption {kind}"):
+            for level in bench.recipe.corruptions.levels:
+                changed = bench.look(cases.ids[test], _change(bench, kind, level))
+                for model, probe in fitted.items():
+                    whole = features[model].copy()
+                    whole[test] = changed[model]
+                    table = predicted(probe, whole, cases, test)
+                    score = score_row(
+                        model, "", metric, table, patients, statistic=statistic, draws=bench.recipe.draws, seed=bench.recipe.seed
+                    )
+                    if score["value"] is not None:
+                        scores[model].append(float(score["value"]))
+                    found.rows.append(row_of(score, "ood", name, f"{kind}, level {level}"))
     for model, values in scores.items():
         value = finite(relative_robustness(clean[model], values, chance))
         score = {"name": model, "metric": "relative_robustness", "value": value, "low": None, "high": None}
         score |= {"n_images": len(test), "n_patients": None if patients is None else len(set(patients))}
         found.rows.append(row_of(score, "ood", name, "all corruptions"))  # no main row: it rewards what is near chance
         if value is None:
-            found.skipped.append(skip(name, f"relative robustness of {model}", "its clean score is at chance"))
+            why = "its clean score is at chance" if values else "no corruption was scored"
+            found.skipped.append(skip(name, f"relative robustness of {model}", why))
     return found
+
+
+def _change(bench: Bench, kind: str, level: int) -> Change:
+    """Return what a corruption does to images.
+
+    Raises:
+        RequestError: It is not defined for images of this domain.
+    """
+    seed = bench.recipe.seed
+    if kind != "stain":
+        return lambda images, _: corrupt(images, kind, level, seed)
+    check_domain(bench.section.domain.name)
+    normalize = bench.section.views["normalize"]
+    return lambda images, places: stain_shift(images, level, places, normalize=normalize, seed=seed)
