@@ -188,7 +188,8 @@ def claim(out: Path, bench: Bench, leakage: str) -> dict[str, Any]:
 
 def _columns(bench: Bench) -> dict[str, Any]:
     """Return column -> value of every series, of all columns besides the targets that a tier reads."""
-    names = sorted({*bench.recipe.left_out, *bench.recipe.subgroups, *bench.recipe.leakage})
+    of_folds = ["site"] if bench.survival else []
+    names = sorted({*bench.recipe.left_out, *bench.recipe.subgroups, *bench.recipe.leakage, *of_folds})
     found: dict[str, Any] = {name: bench.column(name) for name in names}
     found |= {f"index.{key}": list(map(str, bench.row(key))) for key in ("patient_id", "study_id", "quality_flags")}
     return {"series": bench.series, **found}

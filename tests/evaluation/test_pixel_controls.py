@@ -119,12 +119,14 @@ def boxes(n: int = 36, dims: int = 2) -> BoxSource:
     return BoxSource(cases, batches, names, patients, {}, lambda: "", "", "case")
 
 
-@pytest.mark.parametrize("dims", [2, 3])
-def test_detection__finds_bright_and_dark_squares_and_fills_the_table_of_a_curve(dims: int) -> None:
-    found = detection_controls(boxes(dims=dims), counts=[6, 12], seeds=[0, 1], folds=None)
+@pytest.mark.parametrize(("dims", "counts", "seeds"), [(2, [6, 12], [0, 1]), (3, [12], [0])])
+def test_detection__finds_bright_and_dark_squares_and_fills_the_table_of_a_curve(
+    dims: int, counts: list[int], seeds: list[int]
+) -> None:
+    found = detection_controls(boxes(dims=dims), counts=counts, seeds=seeds, folds=None)
     rows = {(row["arm"], row["labels"]): row for row in box_summary.summarise(found, intervals=False)["rows"]}
-    assert set(rows) == {(arm, n) for arm in ("raw_pixels", "intensity_statistics") for n in (6, 12)}
-    assert rows["intensity_statistics", 12]["value"] > 0.5 and rows["raw_pixels", 12]["seeds"] == [0, 1]
+    assert set(rows) == {(arm, n) for arm in ("raw_pixels", "intensity_statistics") for n in counts}
+    assert rows["intensity_statistics", 12]["value"] > 0.5 and rows["raw_pixels", 12]["seeds"] == seeds
     assert all(0 < score < 1 for case in found[0]["cases"] for _, _, score in case["found"])
 
 

@@ -290,6 +290,7 @@ def with_survival(n: int = 90, events: float = 0.7, **settings: Any) -> Bench:
     hazard = rng.normal(size=n)
     times = rng.exponential(size=n) * np.exp(-1.5 * hazard)
     cases = Cases(np.arange(n), times, [f"p{k}" for k in range(n)], bench.tasks["t"].split)
+    bench.recipe.tasks["death"], bench.names["death"] = SuiteTask(column="months", task="survival", event="died"), ([], [])
     bench.survival["death"] = SurvivalCases(cases, (rng.random(n) < events).astype(float))
     bench.features[WEIGHTS] = np.stack([hazard, *rng.normal(size=(3, n))], axis=1)
     for k, row in enumerate(bench.shelf.rows):
@@ -370,6 +371,19 @@ def test_claim__knows_what_tiers_read(tmp_path: Path, change: str) -> None:
         bench.shelf.rows[0].sex = "M"  # type: ignore[misc]
     else:
         bench.shelf.rows[0].patient_id = "p1"  # type: ignore[misc]
+    with pytest.raises(RequestError, match="computed with other"):
+        suite.claim(tmp_path / "out", bench, "")
+
+
+@pytest.mark.parametrize("change", ["an event", "a site"])
+def test_claim__knows_what_survival_reads(tmp_path: Path, change: str) -> None:
+    bench = with_survival(18)
+    suite.claim(tmp_path / "out", bench, "")
+    suite.claim(tmp_path / "out", bench, "")
+    if change == "an event":
+        bench.survival["death"].events[0] = 1 - bench.survival["death"].events[0]
+    else:
+        bench.shelf.rows[0].site = "c"  # type: ignore[misc]
     with pytest.raises(RequestError, match="computed with other"):
         suite.claim(tmp_path / "out", bench, "")
 
