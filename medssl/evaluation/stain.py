@@ -27,7 +27,8 @@ DOMAINS = ("wsi", "microscopy")
 def basis() -> Tensor:
     """Return (3, 3) float64, one stain of length 1 per row."""
     rows = torch.tensor(BASIS, dtype=torch.float64)
-    return rows / rows.norm(dim=1, keepdim=True)
+    found: Tensor = rows / rows.norm(dim=1, keepdim=True)
+    return found
 
 
 def stain_shift(images: Tensor, level: int, keys: Sequence[int], *, normalize: Any, seed: int = 0) -> Tensor:

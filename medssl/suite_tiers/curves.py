@@ -151,8 +151,8 @@ def label_curves(
     stopped: list[dict[str, str]] = []
     try:
         recipe = recipe.model_copy(update={"out": str(folder)})
-        counts = list(counts or _counts_of(section, recipe))
-        summary = run_curve(recipe, bench.weights, counts=counts, seeds=section.seeds, twin=True)
+        labels = list(counts or _counts_of(section, recipe))
+        summary = run_curve(recipe, bench.weights, counts=labels, seeds=section.seeds, twin=True)
     except RequestError as err:
         return Found(skipped=[skip(task, "fine-tuning", f"{err}; the next run tries again")], again=True)
     except TrainingStopped as err:
@@ -166,7 +166,7 @@ def label_curves(
     found = Found(rows=_curve_rows(summary, tier, task, patients), skipped=stopped)
     if controls is not None:
         with or_skip(found, task, "controls"):
-            found.rows += _curve_rows(controls(bench, recipe, counts, section.seeds), tier, task, patients)
+            found.rows += _curve_rows(controls(bench, recipe, labels, section.seeds), tier, task, patients)
         why = "an untrained network draws nothing and finds nothing; trained, it is the scratch twin"
         found.skipped.append(skip(task, "random_init", why))
     elif tier != "classification":
