@@ -230,13 +230,13 @@ def head_faults(recipe: EvaluateBase) -> list[str]:
 
 def suite_faults(recipe: SuiteRecipe) -> list[str]:
     """Check the source, the tiers and the corruptions of a suite."""
-    from medssl.evaluation.corruptions import LEVELS, STRENGTHS
+    from medssl.evaluation.corruptions import KINDS, LEVELS
     from medssl.evaluation.suite_rows import TIERS
 
     faults = source_faults("source", recipe.source) + card_faults({"source.card": recipe.source.cards})
     for path, given, known in (
         ("tiers", recipe.tiers, list(TIERS)),
-        ("corruptions.kinds", recipe.corruptions.kinds, list(STRENGTHS)),
+        ("corruptions.kinds", recipe.corruptions.kinds, list(KINDS)),
     ):
         faults += [
             f'{path}: "{name}" is unknown{near(name, known)}; accepted: {", ".join(known)}' for name in given if name not in known

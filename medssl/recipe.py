@@ -385,13 +385,20 @@ class EvaluateAnomalyRecipe(EvaluateBase):
 
 
 class SuiteTask(Node):
-    """One column of the table of labels."""
+    """One column of the table of labels; of survival two."""
 
-    column: str = Field(description="Column of the label")
-    task: Literal["regression", "classification"] = "classification"
+    column: str = Field(description="Column of the label; of survival, of the time to the event or to the last that was heard")
+    task: Literal["regression", "classification", "survival"] = "classification"
+    event: str | None = Field(None, description="survival: column with 1 for an event at that time, 0 for none until then")
     classes: list[str | int | float] = Field(
         default_factory=list, description="All classes, where their names may be published; else they are called class_1 ..."
     )
+
+    @model_validator(mode="after")
+    def _event_of_survival(self) -> SuiteTask:
+        if (self.event is not None) != (self.task == "survival"):
+            raise ValueError("task survival takes event, the column with 1 for an event and 0 for none; other tasks have no event")
+        return self
 
 
 class CurveSection(Node):
@@ -410,7 +417,7 @@ class CurveSection(Node):
 class CorruptionSection(Node):
     """What is done to test images."""
 
-    kinds: list[str] = Field(default_factory=lambda: ["noise", "blur", "contrast", "motion", "anisotropy"])
+    kinds: list[str] = Field(default_factory=lambda: ["noise", "blur", "contrast", "motion", "anisotropy", "stain"])
     levels: list[int] = Field(default_factory=lambda: [1, 2, 3, 4, 5])
 
 

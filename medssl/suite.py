@@ -28,6 +28,7 @@ from medssl.errors import RequestError
 from medssl.evaluation import suite_rows
 from medssl.evaluation.aggregate import holm
 from medssl.evaluation.suite_rows import TIERS, skip
+from medssl.evaluation.survival import SurvivalCases
 from medssl.evaluation.target_cases import Cases
 from medssl.leakage import refuse_pretraining_patients
 from medssl.probe_tasks import evaluation_section
@@ -63,7 +64,7 @@ def run_suite(
         if section is not None and section.recipe is not None:  # a fault in it must not come to light after hours
             load_recipe(section.recipe, section.overrides, kind="finetune")
     bench = open_bench(recipe, weights, on_cache)
-    scored = {bench.series[int(n)] for name, cases in bench.tasks.items() for n in cases.ids[bench.unseen(name)]}
+    scored = {bench.series[int(n)] for name, cases in bench.all_cases.items() for n in cases.ids[bench.unseen(name)]}
     rows = [row for row in bench.shelf.rows if row.series_id in scored]
     leakage = refuse_pretraining_patients(weights, replace(bench.shelf, rows=rows))
     out = Path(recipe.out)
@@ -90,9 +91,10 @@ def open_bench(recipe: SuiteRecipe, weights: Path | str, on_cache: Any = None) -
     shelf = data_sources.fill_shelf("source", section, on_progress=on_cache)
     found: dict[str, tuple[Cases, dict[int, str]]] = {}
     names = {}
+    events: dict[str, np.ndarray] = {}
     for name, task in recipe.tasks.items():
         one = FinetuneTargetsRecipe(
-            task=task.task,
+            task="regression" if task.task == "survival" else task.task,
             source=section,
             table=recipe.table,
             file_column=recipe.file_column,
@@ -105,6 +107,8 @@ def open_bench(recipe: SuiteRecipe, weights: Path | str, on_cache: Any = None) -
                 f"tasks.{name}: {bad} of {len(cases.targets)} numbers in column {task.column} are not finite; empty the cells of cases "
                 "without a label"
             )
+        if task.task == "survival":
+            events[name] = _events(recipe, name, cases, series, shelf)
         names[name] = (known, [str(public) for public in cases.classes])
         found[name] = (cases, series)
     everything = sorted({name for _, series in found.values() for name in series.values()})
@@ -112,7 +116,28 @@ def open_bench(recipe: SuiteRecipe, weights: Path | str, on_cache: Any = None) -
     tasks = {
         name: replace(cases, ids=np.array([place[series[int(n)]] for n in cases.ids])) for name, (cases, series) in found.items()
     }
-    return Bench(recipe, Path(weights), manifest, section, shelf, tasks, everything, names)
+    survival = {name: SurvivalCases(tasks.pop(name), own) for name, own in events.items()}
+    return Bench(recipe, Path(weights), manifest, section, shelf, tasks, everything, names, survival)
+
+
+def _events(recipe: SuiteRecipe, name: str, cases: Cases, series: Mapping[int, str], shelf: data_sources.Shelf) -> np.ndarray:
+    """Return (N,) whether an event ended the time of each case.
+
+    Raises:
+        RequestError: A time is below 0, or a case with a time has neither 0 nor 1 for its event.
+    """
+    task = recipe.tasks[name]
+    assert task.event is not None
+    if early := int((cases.targets < 0).sum()):
+        raise RequestError(f"tasks.{name}: {early} of {len(cases.targets)} times in column {task.column} are below 0; correct them")
+    said = data_sources.read_targets(recipe.table, recipe.file_column, task.event, shelf)
+    values = [{"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}.get(said.get(series[int(n)], ""), np.nan) for n in cases.ids]
+    if bad := int(np.isnan(values).sum()):
+        raise RequestError(
+            f"tasks.{name}: {bad} of {len(values)} cases with a time have neither 0 nor 1 in column {task.event}; write 1 for an event, 0 for "
+            "none until then, and empty the time of cases that are to be left out"
+        )
+    return np.array(values)
 
 
 def claim(out: Path, bench: Bench, leakage: str) -> dict[str, Any]:
@@ -124,8 +149,10 @@ def claim(out: Path, bench: Bench, leakage: str) -> dict[str, Any]:
     settings = {k: v for k, v in bench.recipe.model_dump(mode="json").items() if k not in ("out", "tiers", "batch")}
     cases = {
         name: sorted((bench.series[int(n)], float(t), str(s)) for n, t, s in zip(cases.ids, cases.targets, cases.split))
-        for name, cases in bench.tasks.items()
+        for name, cases in bench.all_cases.items()
     }
+    for name, own in bench.survival.items():
+        cases[f"{name}, events"] = sorted((bench.series[int(n)], float(e), "") for n, e in zip(own.cases.ids, own.events))
     for name in ("classification", "segmentation", "detection", "regression"):
         section = getattr(bench.recipe, name)
         if section is not None and section.recipe is not None:  # what it says, not where it lies
@@ -150,15 +177,19 @@ def claim(out: Path, bench: Bench, leakage: str) -> dict[str, Any]:
     write_atomic(path, json.dumps(shared, indent=1).encode())
     mapping = {name: dict(zip(public, known)) for name, (known, public) in bench.names.items()}
     write_private(out / "private" / "classes.json", json.dumps(mapping, indent=1).encode())
-    counts = {name: {s: int((cases.split == s).sum()) for s in ("train", "val", "test")} for name, cases in bench.tasks.items()}
-    tasks = {name: {"task": c.task, "cases": counts[name], "classes": bench.names[name][1]} for name, c in bench.tasks.items()}
+    counts = {name: {s: int((cases.split == s).sum()) for s in ("train", "val", "test")} for name, cases in bench.all_cases.items()}
+    tasks = {
+        name: {"task": bench.recipe.tasks[name].task, "cases": counts[name], "classes": bench.names[name][1]}
+        for name in bench.all_cases
+    }
     encoder = str(bench.manifest["encoder"]["name"])
     return {**shared, "encoder": encoder, "leakage_check": leakage, "tasks": tasks, "seed": bench.recipe.seed}
 
 
 def _columns(bench: Bench) -> dict[str, Any]:
     """Return column -> value of every series, of all columns besides the targets that a tier reads."""
-    names = sorted({*bench.recipe.left_out, *bench.recipe.subgroups, *bench.recipe.leakage})
+    of_folds = ["site"] if bench.survival else []
+    names = sorted({*bench.recipe.left_out, *bench.recipe.subgroups, *bench.recipe.leakage, *of_folds})
     found: dict[str, Any] = {name: bench.column(name) for name in names}
     found |= {f"index.{key}": list(map(str, bench.row(key))) for key in ("patient_id", "study_id", "quality_flags")}
     return {"series": bench.series, **found}

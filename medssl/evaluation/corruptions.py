@@ -29,6 +29,10 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
 the k-space lines that are taken while the object is up to 3 pixels away; anisotropy: factor by which the last axis is thinned and filled in again."""
 
 
+KINDS = (*STRENGTHS, "stain")
+"""All corruptions of the suite; `stain` needs colours, and is in `evaluation.stain`."""
+
+
 def corrupt(images: Tensor, kind: str, level: int, seed: int = 0) -> Tensor:
     """Corrupt images.
 

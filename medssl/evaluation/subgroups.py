@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,75 @@ def subgroup_rows(
             row |= {"by": "by image" if groups is None else "by patient"}
         rows.append({**row, "group": kind, "sufficient": enough})
     return rows
+
+
+def equalised_odds(
+    name: str,
+    probe: str,
+    calls: np.ndarray,
+    targets: np.ndarray,
+    attribute: Sequence[str],
+    groups: Sequence[str] | None,
+    usable: Collection[str],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any] | None:
+    """Return the equalised-odds difference: of the spreads over groups of true- and false-positive rate, the larger.
+
+    The interval is of the rate and the two groups that make it, signed, or no interval could hold 0; as they were picked on these same
+    cases the difference is too large.
+
+    Args:
+        name: See `scores.score_row`.
+        probe: See there.
+        calls: (N,) bool, called positive at a threshold that these cases had no part in.
+        targets: (N,) 0 or 1.
+        attribute: (N,) group of each case.
+        groups: Patient of each case, or None.
+        usable: Groups that are large enough (see `subgroup_rows`).
+        draws: Bootstrap draws.
+        seed: Seed of the draws.
+
+    Returns:
+        A row (`scores.score_row`) with `rate` (true_positive_rate or false_positive_rate) and `groups`, the one with more and the one with
+        fewer; None with fewer than two groups.
+
+    Reference:
+        Hardt et al. 2016, "Equality of Opportunity in Supervised Learning", definition 2.1; the larger of the two differences as in
+        Bird et al. 2020, "Fairlearn", `equalized_odds_difference`.
+    """
+    kinds, table = np.asarray(attribute, dtype=str), np.stack([targets, calls], axis=1).astype(np.float64)
+    names = sorted(usable)
+    if len(names) < 2:
+        return None
+    spreads = []
+    for rate, kind in (("true_positive_rate", 1.0), ("false_positive_rate", 0.0)):
+        found = [called(table[kinds == group], kind) for group in names]
+        high, low = int(np.argmax(found)), int(np.argmin(found))
+        spreads.append((found[high] - found[low], rate, kind, names[high], names[low]))
+    _, rate, kind, high_group, low_group = max(spreads, key=lambda spread: spread[0])
+    marked = np.concatenate([table, (kinds == high_group)[:, None], (kinds == low_group)[:, None]], axis=1)
+
+    def difference(rows: np.ndarray) -> float:
+        return called(rows[rows[:, 2] > 0], kind) - called(rows[rows[:, 3] > 0], kind)
+
+    row = score_row(name, probe, "equalised_odds_difference", marked, groups, statistic=difference, draws=draws, seed=seed)
+    inside = np.isin(kinds, names)
+    row |= {"n_images": int(inside.sum())}
+    row |= {"n_patients": None if groups is None else len({str(groups[int(k)]) for k in np.flatnonzero(inside)})}
+    return {**row, "rate": rate, "groups": (high_group, low_group)}
+
+
+def called(rows: np.ndarray, kind: float) -> float:
+    """Return the share of the cases of a class that is called positive; NaN without one.
+
+    Args:
+        rows: (N, 2 or more), target and call.
+        kind: 1 for the true-positive rate, 0 for the false-positive rate.
+    """
+    calls = rows[rows[:, 0] == kind, 1]
+    return float(calls.mean()) if len(calls) else float("nan")
 
 
 def gap(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

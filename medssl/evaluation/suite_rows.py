@@ -20,7 +20,7 @@ TIERS = {
     "segmentation": "Segmentation",
     "detection": "Detection",
     "retrieval": "Retrieval, other patients only",
-    "regression": "Numbers",
+    "regression": "Numbers and survival",
     "ood": "Other sites, other scanners, corrupted images",
     "fairness": "Subgroups, and what features leak",
 }

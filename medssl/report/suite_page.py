@@ -22,7 +22,7 @@ _MODELS = {
     "intensity_statistics": "intensity statistics",
     "chance": "chance",
 }
-_WORDS = {"auroc": "AUC", "r2": "R²", "mae": "mean absolute error"}
+_WORDS = {"auroc": "AUC", "r2": "R²", "mae": "mean absolute error", "concordance": "concordance index"}
 _SHOWN = 12  # lines of a table that are open at once
 
 
@@ -143,7 +143,8 @@ def _caveats(result: Mapping[str, Any]) -> str:
         "Fitted on training, chosen on validation, scored on test cases; neighbours, retrieval and leakage take validation and test cases.",
         "Brackets are 95 % intervals by bootstrap over patients: chance among these patients, not other hospitals.",
         "Subgroups with fewer than 50 cases, or 10 of either class, have no number. A gap without a number is no evidence of fairness.",
-        "The best and the worst group of a gap were picked on these same data, which makes the gap too large; its interval leaves that out.",
+        "The groups of a gap or an equalised-odds difference were picked on these same data, which makes it too large; its interval leaves that out.",
+        "Equalised odds: the larger difference in true- or false-positive rate, at the threshold of 95 % specificity on validation cases.",
         "The scratch twin exists where a network is fine-tuned; in frozen tables its fine-tuned score stands in the last lines.",
     ]
     if "not checked" in str(result["leakage_check"]):

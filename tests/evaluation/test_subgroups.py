@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medssl.evaluation.scores import roc_auc
-from medssl.evaluation.subgroups import age_band, gap, subgroup_rows
+from medssl.evaluation.subgroups import age_band, equalised_odds, gap, subgroup_rows
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,33 @@ def test_gap__lies_between_best_and_worst() -> None:
     rows = [{"group": name, "value": value} for name, value in (("a", 0.9), ("b", 0.7), ("c", 0.8), ("d", None), ("unknown", 0.1))]
     found = gap(rows)
     assert found == {"best": "a", "worst": "b", "worst_value": 0.7, "gap": pytest.approx(0.2)}
+
+
+def counted(true_positive: int, positives: int, false_positive: int, negatives: int) -> tuple[np.ndarray, np.ndarray]:
+    """Targets and calls of a group with so many of each."""
+    targets = np.repeat([1.0, 0.0], [positives, negatives])
+    calls = np.concatenate([np.arange(positives) < true_positive, np.arange(negatives) < false_positive])
+    return targets, calls
+
+
+def odds(parts: dict[str, tuple[np.ndarray, np.ndarray]], usable: list[str], **how: int) -> dict[str, object] | None:
+    kinds = [name for name, (targets, _) in parts.items() for _ in targets]
+    targets, calls = (np.concatenate([part[k] for part in parts.values()]) for k in (0, 1))
+    return equalised_odds("m", "", calls, targets, kinds, [str(k // 2) for k in range(len(kinds))], usable, **how)
+
+
+def test_equalised_odds__is_the_larger_spread_of_the_two_rates() -> None:
+    parts = {"a": counted(18, 20, 5, 40), "b": counted(12, 20, 4, 40), "c": counted(15, 20, 20, 40), "tiny": counted(0, 3, 3, 3)}
+    found = odds(parts, ["a", "b", "c"], draws=200)
+    assert found is not None  # true positives 0.9, 0.6, 0.75; false positives 0.125, 0.1, 0.5
+    assert found["value"] == pytest.approx(0.4) and found["rate"] == "false_positive_rate" and found["groups"] == ("c", "b")
+    spread = 1.96 * (0.5 * 0.5 / 20 + 0.1 * 0.9 / 20) ** 0.5  # 20 patients of two cases alike: 0.26
+    assert found["n_images"] == 180 and (found["low"], found["high"]) == pytest.approx((0.4 - spread, 0.4 + spread), abs=0.06)
+    less = odds(parts, ["a", "b"], draws=20)
+    assert less is not None and less["rate"] == "true_positive_rate" and less["value"] == pytest.approx(0.3)
+    assert odds(parts, ["a"], draws=20) is None
+
+
+def test_equalised_odds__of_groups_alike_has_an_interval_with_zero() -> None:
+    found = odds({"a": counted(10, 20, 4, 40), "b": counted(10, 20, 5, 40)}, ["a", "b"], draws=200)
+    assert found is not None and found["value"] == pytest.approx(0.025) and found["low"] < 0 < found["high"]  # type: ignore[operator]

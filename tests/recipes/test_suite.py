@@ -27,12 +27,20 @@ def house(phantom_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         rows = list(csv.DictReader(stream))
     seen: dict[str, int] = {}
     with (root / "labels.csv").open("w", newline="") as stream:
-        table = csv.DictWriter(stream, fieldnames=["file", "liver_ml", "finding", "ward"])
+        table = csv.DictWriter(stream, fieldnames=["file", "liver_ml", "finding", "ward", "died"])
         table.writeheader()
         for row in rows:
             place = seen[row["split"]] = seen.get(row["split"], 0) + 1
             finding = ("rare disease", "present")[place % 2]
-            table.writerow({"file": row["file"], "liver_ml": row["liver_ml"], "finding": finding, "ward": WARDS[place // 2 % 2]})
+            table.writerow(
+                {
+                    "file": row["file"],
+                    "liver_ml": row["liver_ml"],
+                    "finding": finding,
+                    "ward": WARDS[place // 2 % 2],
+                    "died": place % 2,
+                }
+            )
     quiet = ["train.monitor_items=0", "train.tensorboard=false", "train.steps=2"]
     smoke = recipe_folder() / "smoke" / "mae_cnn_segresnet3d_mri.yaml"
     assert api.pretrain(smoke, [f"data.index={phantom_archive}", f"out={root / 'run'}", *quiet]).status == "finished"
@@ -113,6 +121,21 @@ def test_all_tiers__run_or_say_why(house: Path, phantom_archive: Path) -> None:
     assert twin["missing"] > 0 and len(done["comparisons"]) == 6
     table = (out / "table.md").read_text()
     assert "| model | mean z |" in table and "for comparison, fine-tuned: 4 labels, auroc" in table and "- skipped: " in table
+
+
+def test_survival__is_read_from_two_columns(house: Path, phantom_archive: Path, tmp_path: Path) -> None:
+    death = "tasks={death: {column: liver_ml, task: survival, event: died}}"
+    recipe = load(house, phantom_archive, death, "tiers=[regression]", f"out={tmp_path / 'out'}", *QUICK[1:])
+    done = suite.run_suite(recipe, house / "run")
+    assert done["tasks"]["death"]["task"] == "survival" and done["tasks"]["death"]["cases"]["train"] > 0
+    said = {entry["what"]: entry["why"] for entry in done["skipped"]}
+    assert done["rows"] or "it takes 5" in said["survival, given splits"]  # phantoms are few
+    table = (house / "labels.csv").read_text().replace(",1\n", ",2\n", 1)
+    (tmp_path / "wrong.csv").write_text(table)
+    with pytest.raises(RequestError, match=r"1 of .* cases with a time have neither 0 nor 1 in column died"):
+        suite.open_bench(load(house, phantom_archive, death, f"table={tmp_path / 'wrong.csv'}"), house / "run")
+    with pytest.raises(RecipeError, match="task survival takes event"):
+        load(house, phantom_archive, "tasks={death: {column: liver_ml, task: survival}}")
 
 
 def test_faults__come_before_anything_is_written(house: Path, phantom_archive: Path, tmp_path: Path) -> None:

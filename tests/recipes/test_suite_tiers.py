@@ -10,17 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from medssl import suite, suite_tiers
+from medssl import suite
 from medssl.build import suite_faults
 from medssl.errors import LeakageError, RequestError, TrainingStopped
+from medssl.evaluation.calibration import threshold_at_specificity
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.label_curve import Cell, plan
-from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS
+from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, tables
+from medssl.evaluation.survival import SurvivalCases
 from medssl.evaluation.target_cases import Cases
 from medssl.finetune_cells import fill
-from medssl.recipe import CurveSection, SourceSection, SuiteRecipe
-from medssl.suite_tiers import Bench, Found
+from medssl.recipe import Component, CurveSection, SourceSection, SuiteRecipe, SuiteTask
+from medssl.suite_tiers import Bench, Found, curves, groups, robustness
+from tests.evaluation.tiny_cohort import TINY_ENCODER, write_cohort
 
 
 def toy_bench(
@@ -100,9 +104,9 @@ def test_one_training_patient_without_val__skips_the_probe(tmp_path: Path) -> No
 def test_leakage__counts_patients_not_series() -> None:
     patients, sexes = [f"p{k // 5}" for k in range(50)], ["FM"[k // 5 % 2] for k in range(50)]
     enough = toy_bench(patients, ["test"] * 50, [0, 1] * 25, sex=sexes)
-    assert {row["model"] for row in suite_tiers._leakage(enough, "sex").rows} == {WEIGHTS, *CONTROLS}
+    assert {row["model"] for row in groups._leakage(enough, "sex").rows} == {WEIGHTS, *CONTROLS}
     few = toy_bench(["f"] * 10 + ["m"] * 10, ["test"] * 20, [0, 1] * 10, sex=["F"] * 10 + ["M"] * 10)
-    found = suite_tiers._leakage(few, "sex")
+    found = groups._leakage(few, "sex")
     assert not found.rows and "0 value of sex has 5 or more patients" in found.skipped[0]["why"]
 
 
@@ -115,7 +119,7 @@ def test_curve_that_fails__is_skipped_and_tried_again_where_that_can_help(
     def fails(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(suite_tiers, "run_curve", fails)
+    monkeypatch.setattr(curves, "run_curve", fails)
     bench = thirds(classification={"counts": [4], "seeds": [0]})
     first = suite.run_tier("classification", bench, tmp_path)
     assert str(error) in first["skipped"][0]["why"] and first["finished"] is finished
@@ -145,7 +149,7 @@ def test_stopped_curve__keeps_its_finished_cells_in_the_table(tmp_path: Path, mo
 
         fill(out, cells, {}, compute, summarise, None)
 
-    monkeypatch.setattr(suite_tiers, "run_curve", stops)
+    monkeypatch.setattr(curves, "run_curve", stops)
     found = suite.run_tier("classification", thirds(classification={"counts": [4], "seeds": [0, 1]}), tmp_path)
     (row,) = [row for row in found["rows"] if row["model"] == WEIGHTS]
     assert (row["value"], row["low"], row["patients"], row["seeds"]) == (0.7, 0.6, 2, 1)
@@ -162,31 +166,190 @@ def test_gap__is_signed_so_that_its_interval_can_hold_zero(task: str) -> None:
     table = np.stack([targets, guess] if task == "regression" else [targets, 1 - guess, guess], axis=1)
     sexes = ["FM"[k % 2] for k in range(n)]
     bench = toy_bench([f"p{k}" for k in range(n)], ["test"] * n, targets.tolist(), task=task, sex=sexes, draws=100)
-    rows = suite_tiers._by_group(bench, "t", "sex", {WEIGHTS: table}).rows
+    rows = groups._by_group(bench, "t", "sex", {WEIGHTS: table}).rows
     (gap,) = [row for row in rows if row["metric"].startswith("gap")]
     assert gap["low"] < 0 < gap["value"] < gap["high"] and "on these same data" in gap["subgroup"]
+
+
+def test_equalised_odds__take_the_threshold_of_validation_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Men score higher than women by as much as the disease does: at a threshold for well men the ill women are missed."""
+    n = 480
+    targets, sexes = [float(k // 2 % 2) for k in range(n)], ["FM"[k % 2] for k in range(n)]
+    split = [("train", "val", "test")[k // 4 % 3] for k in range(n)]
+    bench = toy_bench([f"p{k}" for k in range(n)], split, targets, sex=sexes, subgroups=["sex"], draws=50)
+    rng = np.random.default_rng(3)
+    place = np.array(targets)[:, None] + np.array([sex == "M" for sex in sexes])[:, None]
+    bench.features[WEIGHTS] = np.concatenate([place + 0.1 * rng.normal(size=(n, 1)), rng.normal(size=(n, 3))], axis=1)
+    seen = []
+
+    def threshold(scores: np.ndarray, *rest: Any) -> float:
+        seen.append(len(scores))
+        return threshold_at_specificity(scores, *rest)
+
+    monkeypatch.setattr(groups, "threshold_at_specificity", threshold)
+    found = suite.run_tier("fairness", bench, tmp_path)
+    odds = {row["model"]: row for row in found["rows"] if row["metric"] == "equalised_odds_difference"}
+    assert set(odds) == {WEIGHTS, *CONTROLS} and odds[WEIGHTS]["low"] > 0.7
+    assert odds[WEIGHTS]["value"] == pytest.approx(
+        0.9, abs=0.05
+    )  # 5 % of the well, a tenth of the well men, a tenth of the ill women
+    assert odds[WEIGHTS]["subgroup"].startswith("true_positive_rate, M against F") and odds["raw_pixels"]["value"] < 0.5
+    assert seen == [160] * 4  # the validation cases, of every model
+
+
+@pytest.mark.parametrize("what", ["no val", "numbers"])
+def test_equalised_odds__say_what_they_lack(tmp_path: Path, what: str) -> None:
+    bench = (
+        thirds(subgroups=["sex"])
+        if what == "no val"
+        else toy_bench(
+            list("abcdefghi"), ["train", "val", "test"] * 3, np.arange(9.0).tolist(), task="regression", subgroups=["sex"]
+        )
+    )
+    if what == "no val":
+        bench.tasks["t"].split[bench.tasks["t"].split == "val"] = "none"
+    why = {entry["what"]: entry["why"] for entry in suite.run_tier("fairness", bench, tmp_path)["skipped"]}
+    assert (
+        why["equalised odds"]
+        == {
+            "no val": "no validation case of the first class to fit a threshold on",
+            "numbers": "it is of two classes, and these are numbers",
+        }[what]
+    )
 
 
 def test_controls_of_curves__say_what_they_lack() -> None:
     bench = thirds()
     bench.tasks["t"].split[bench.tasks["t"].split == "val"] = "none"
-    found = suite_tiers._control_curves(bench, "t", [4], [0])
+    found = curves._control_curves(bench, "t", [4], [0])
     assert not found.rows and "no labelled case is marked val" in found.skipped[0]["why"]
 
 
 def test_controls_of_curves__name_the_seeds_without_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = thirds()
     train = bench.tasks["t"].where("train")
-    monkeypatch.setattr(suite_tiers, "few_label_order", lambda cases, seed: train[::2] if seed else train)
-    found = suite_tiers._control_curves(bench, "t", [4], [0, 1])
+    monkeypatch.setattr(curves, "few_label_order", lambda cases, seed: train[::2] if seed else train)
+    found = curves._control_curves(bench, "t", [4], [0, 1])
     assert {row["seeds"] for row in found.rows} == {1} and "1 of 2 seeds lack a class" in found.skipped[0]["why"]
 
 
 def test_relative_robustness__is_no_main_row(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = thirds(corruptions={"kinds": ["noise"], "levels": [1]})
     monkeypatch.setattr(Bench, "look", lambda self, places, change=None: {m: x[list(places)] for m, x in self.features.items()})
-    rows = suite_tiers._corrupted(bench, "t").rows
+    rows = robustness._corrupted(bench, "t").rows
     assert {row["metric"] for row in rows} >= {"relative_robustness"} and not any(row["main"] for row in rows)
+
+
+@pytest.mark.parametrize(("domain", "said"), [("mri", "images of domain mri are not stained"), ("wsi", "are grey")])
+def test_stain__is_left_out_and_said_so_where_nothing_is_stained(monkeypatch: pytest.MonkeyPatch, domain: str, said: str) -> None:
+    bench = thirds(corruptions={"kinds": ["noise", "stain"], "levels": [1]})
+    section = {"views": {"normalize": "none"}, "domain": Component(name=domain)}
+    bench.section = bench.section.model_copy(update=section)
+
+    def look(self: Bench, places: Sequence[int], change: Any = None) -> dict[str, np.ndarray]:
+        change(torch.randn(len(places), 1, 8, 8).expand(-1, 3, -1, -1), places)
+        return {m: x[list(places)] for m, x in self.features.items()}
+
+    monkeypatch.setattr(Bench, "look", look)
+    found = robustness._corrupted(bench, "t")
+    assert {row["setting"] for row in found.rows} == {"noise, level 1", "all corruptions"}
+    (entry,) = found.skipped
+    assert entry["what"] == "corruption stain" and said in entry["why"]
+
+
+def test_controls__stand_in_the_tables_of_segmentation_and_detection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curve of the networks is given; the controls are computed from the cohort."""
+    folder = write_cohort(tmp_path / "cohort", train=3, val=1, test=2)
+    row = {"labels": 2, "seeds": [0], "n_test": 2, "dice": 0.9, "low": 0.8, "high": 1.0}
+    given = {"rows": [{**row, "arm": arm} for arm in ("pretrained", "scratch")]}
+    monkeypatch.setattr(curves, "run_curve", lambda *_, **__: given)
+    written = {
+        "segmentation": f"task: segmentation\nnetwork: segresnet\nsettings: {{crop: [16, 16, 16]}}\ncohort: {{path: {folder}}}\n",
+        "detection": f"task: detection\nviews: {{size: [16, 16, 16]}}\ncohort: {{path: {folder}}}\n",
+    }
+    sections = {}
+    for name, text in written.items():
+        (tmp_path / f"{name}.yaml").write_text("kind: finetune\n" + text)
+        sections[name] = {"recipe": str(tmp_path / f"{name}.yaml"), "counts": [2], "seeds": [0]}
+    bench = thirds(**sections)
+    bench.manifest |= {"encoder": TINY_ENCODER, "intensity": {"normalize": "zscore"}}  # type: ignore[operator]
+    for name in sections:
+        found = suite.run_tier(name, bench, tmp_path)
+        rows = {row["model"]: row for row in found["rows"]}
+        assert set(rows) == {WEIGHTS, "scratch", "raw_pixels", "intensity_statistics"}, found["skipped"]
+        assert rows["raw_pixels"]["value"] is not None and rows["raw_pixels"]["main"] and rows["raw_pixels"]["n"] == 2
+        assert {entry["what"] for entry in found["skipped"]} == {"random_init"}
+        models = next(tier for tier in tables(found["rows"], {}) if tier["tier"] == name)["tables"][0]["lines"]
+        assert models and {"raw_pixels", "intensity_statistics"} <= {model for line in models for model in line["cells"]}
+
+
+def with_survival(n: int = 90, events: float = 0.7, **settings: Any) -> Bench:
+    """A bench whose weights see the hazard, of two sites; every patient has a time."""
+    bench = thirds(n, **settings)
+    rng = np.random.default_rng(0)
+    hazard = rng.normal(size=n)
+    times = rng.exponential(size=n) * np.exp(-1.5 * hazard)
+    cases = Cases(np.arange(n), times, [f"p{k}" for k in range(n)], bench.tasks["t"].split)
+    bench.recipe.tasks["death"], bench.names["death"] = SuiteTask(column="months", task="survival", event="died"), ([], [])
+    bench.survival["death"] = SurvivalCases(cases, (rng.random(n) < events).astype(float))
+    bench.features[WEIGHTS] = np.stack([hazard, *rng.normal(size=(3, n))], axis=1)
+    for k, row in enumerate(bench.shelf.rows):
+        row.site = "ab"[k // 7 % 2]  # type: ignore[misc]
+    return bench
+
+
+def test_survival__is_scored_on_given_splits_and_on_folds_of_unseen_patients(tmp_path: Path) -> None:
+    bench = with_survival(180)
+    found = suite.run_tier("regression", bench, tmp_path)
+    index = {(row["setting"], row["model"]): row for row in found["rows"]}
+    assert set(index) == {(s, m) for s in ("Cox", "Cox, 5 folds, sites spread") for m in (WEIGHTS, *CONTROLS)}
+    assert all(row["metric"] == "concordance" and row["task"] == "death" for row in found["rows"])
+    given, folded = index["Cox", WEIGHTS], index["Cox, 5 folds, sites spread", WEIGHTS]
+    assert given["low"] > 0.6 and given["value"] > 0.7 and given["n"] == 60 and given["main"]
+    assert folded["low"] > 0.6 and folded["value"] > 0.7 and folded["n"] == 120 and not folded["main"]
+    assert index["Cox", "raw_pixels"]["low"] < 0.5 < index["Cox", "raw_pixels"]["high"]
+    assert {row["against"] for row in found["p_values"]} == set(CONTROLS) and not found["skipped"]
+    leaks = suite.run_tier("retrieval", bench, tmp_path)
+    assert {row["task"] for row in leaks["rows"]} == {"t"}  # other tiers leave times alone
+
+
+@pytest.mark.parametrize("what", ["no events", "few patients", "none"])
+def test_survival__says_what_it_lacks(tmp_path: Path, what: str) -> None:
+    bench = thirds() if what == "none" else with_survival(events=0.0) if what == "no events" else with_survival(18)
+    if what == "few patients":
+        own = bench.survival["death"].cases
+        own.split[own.split == "val"], own.groups[:] = "none", ["p"] * 18  # type: ignore[index, call-overload]
+    why = {entry["what"]: entry["why"] for entry in suite.run_tier("regression", bench, tmp_path)["skipped"]}
+    wanted = {
+        "no events": {
+            "survival, given splits": "0 events among 30 training cases; it takes 5",
+            "survival, 5 folds": "0 events among 78 fitted cases; it takes 5",
+        },
+        "few patients": {"survival, 5 folds": "1 validation and test patients; it takes 5"},
+        "none": {"survival": "the recipe names no task of times and events (task: survival)"},
+    }[what]
+    assert wanted.items() <= why.items()
+
+
+def test_events__are_read_beside_times_and_refused_where_they_are_no_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = thirds()
+    recipe = bench.recipe.model_copy(update={"tasks": {"death": SuiteTask(column="months", task="survival", event="died")}})
+    cases = Cases(np.arange(3), np.array([4.0, 2.0, 9.0]), list("abc"), np.array(["train", "val", "test"]))
+    series = {0: "s0", 1: "s1", 2: "s2"}
+    said = {"s0": "1", "s1": "0.0", "s2": "1.0"}
+    monkeypatch.setattr(suite.data_sources, "read_targets", lambda *_: said)
+    assert suite._events(recipe, "death", cases, series, bench.shelf).tolist() == [1, 0, 1]
+    said["s2"] = "yes"
+    with pytest.raises(RequestError, match="1 of 3 cases with a time have neither 0 nor 1 in column died"):
+        suite._events(recipe, "death", cases, series, bench.shelf)
+    cases.targets[1] = -2
+    with pytest.raises(RequestError, match="1 of 3 times in column months are below 0"):
+        suite._events(recipe, "death", cases, series, bench.shelf)
+    for given in ({"task": "survival"}, {"task": "regression", "event": "died"}):
+        with pytest.raises(ValueError, match="task survival takes event"):
+            SuiteTask(column="months", **given)
 
 
 def write_nested(path: Path, lr: float) -> None:
@@ -208,6 +371,19 @@ def test_claim__knows_what_tiers_read(tmp_path: Path, change: str) -> None:
         bench.shelf.rows[0].sex = "M"  # type: ignore[misc]
     else:
         bench.shelf.rows[0].patient_id = "p1"  # type: ignore[misc]
+    with pytest.raises(RequestError, match="computed with other"):
+        suite.claim(tmp_path / "out", bench, "")
+
+
+@pytest.mark.parametrize("change", ["an event", "a site"])
+def test_claim__knows_what_survival_reads(tmp_path: Path, change: str) -> None:
+    bench = with_survival(18)
+    suite.claim(tmp_path / "out", bench, "")
+    suite.claim(tmp_path / "out", bench, "")
+    if change == "an event":
+        bench.survival["death"].events[0] = 1 - bench.survival["death"].events[0]
+    else:
+        bench.shelf.rows[0].site = "c"  # type: ignore[misc]
     with pytest.raises(RequestError, match="computed with other"):
         suite.claim(tmp_path / "out", bench, "")
 
@@ -246,10 +422,10 @@ def test_patients_of_folds__are_those_of_all_folds_of_a_seed(tmp_path: Path) -> 
             cell = tmp_path / "cells" / f"pretrained_n4_s{seed}_f{fold}"
             cell.mkdir(parents=True)
             (cell / "results.json").write_text(json.dumps({"cases": [{"patient_id": f"p{fold}{k}"} for k in range(4)]}))
-    assert suite_tiers._patients_of(tmp_path) == 12
+    assert curves._patients_of(tmp_path) == 12
     for cell in (tmp_path / "cells").iterdir():
         (cell / "results.json").write_text(json.dumps({"cases": [{"patient_id": None}]}))
-    assert suite_tiers._patients_of(tmp_path) is None
+    assert curves._patients_of(tmp_path) is None
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
@@ -259,4 +435,4 @@ def test_fractions_of_folds__are_of_what_every_fold_trains_with(tmp_path: Path, 
     section = CurveSection(recipe="x.yaml", fractions=[0.5, 1.0], seeds=[0, 1])
     for folds, counts in ((None, [2, 4]), (5, [2, 5] if task == "detection" else [3, 6])):
         recipe = SimpleNamespace(cohort=SimpleNamespace(path="c"), folds=folds, task=task)
-        assert suite_tiers._counts_of(section, recipe) == counts
+        assert curves._counts_of(section, recipe) == counts

@@ -1,0 +1,224 @@
+"""Tiers of fine-tuned networks: label curves of classes, segmentation and detection."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medssl import build
+from medssl.api import label_curve as run_curve
+from medssl.errors import RequestError, TrainingStopped
+from medssl.evaluation.frozen import fit_probe, predicted
+from medssl.evaluation.scores import mean_auc, score_row
+from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, Row, row_of, skip
+from medssl.evaluation.target_cases import few_label_order
+from medssl.recipe import CurveSection, FinetuneTargetsRecipe, Recipe
+from medssl.suite_tiers.bench import Bench, Found, join, mean_of, or_skip
+from medssl.suite_tiers.probes import cannot_fit, classes_of
+
+Controls = Callable[[Bench, Any, Sequence[int], Sequence[int]], Mapping[str, Any]]
+"""(bench, fine-tuning recipe, numbers of labels, seeds) -> summary of the controls, as that of the curve."""
+
+
+def classification(bench: Bench, out: Path) -> Found:
+    """Label curves of classes: the weights and the scratch twin fine-tuned, the controls probed on the same cases."""
+    section = bench.recipe.classification
+    if section is None:
+        return _not_named("classification", "label curves")
+    if section.recipe is not None:
+        return label_curves("classification", section, Recipe.load(section.recipe, section.overrides), bench, out, "")
+    done = Found()
+    for name, cases in classes_of(bench):
+        if why := cannot_fit(cases):
+            done.skipped.append(skip(name, "label curves", why))
+            continue
+        counts = budgets(section, len(cases.where("train")), least=len(cases.classes))
+        join(done, label_curves("classification", section, own_recipe(bench, section, name), bench, out, name, counts))
+        with or_skip(done, name, f"label curves of {', '.join(CONTROLS)}"):
+            join(done, _control_curves(bench, name, counts, section.seeds))
+    return done
+
+
+def segmentation(bench: Bench, out: Path) -> Found:
+    """Label curves of a segmentation network."""
+    section = bench.recipe.segmentation
+    if section is None or section.recipe is None:
+        return _not_named("segmentation", "label curves of Dice")
+    recipe = Recipe.load(section.recipe, section.overrides)
+    return label_curves("segmentation", section, recipe, bench, out, "", controls=_drawn_by_pixels)
+
+
+def detection(bench: Bench, out: Path) -> Found:
+    """Label curves of a detector."""
+    section = bench.recipe.detection
+    if section is None or section.recipe is None:
+        return _not_named("detection", "label curves of mAP")
+    recipe = Recipe.load(section.recipe, section.overrides)
+    return label_curves("detection", section, recipe, bench, out, "", controls=_found_by_pixels)
+
+
+def _drawn_by_pixels(bench: Bench, recipe: Any, counts: Sequence[int], seeds: Sequence[int]) -> Mapping[str, Any]:
+    """Return the summary of the controls of segmentation."""
+    from medssl.evaluation.cohort import Cohort
+    from medssl.evaluation.label_curve import summarise
+    from medssl.evaluation.pixel_controls import segmentation_controls
+
+    settings = replace(build.finetune_settings(recipe), encoder=bench.manifest["encoder"])
+    cohort = Cohort.load(recipe.cohort.path, every=recipe.folds is not None)
+    return summarise(segmentation_controls(cohort, settings, counts=counts, seeds=seeds, folds=recipe.folds))
+
+
+def _found_by_pixels(bench: Bench, recipe: Any, counts: Sequence[int], seeds: Sequence[int]) -> Mapping[str, Any]:
+    """Return the summary of the controls of detection; the curve has refused patients that the weights have seen."""
+    from medssl.box_tasks import BoxRoad
+    from medssl.evaluation.box_summary import summarise
+    from medssl.evaluation.pixel_controls import detection_controls
+    from medssl.finetune_cells import section_of
+
+    section, _ = section_of(recipe, bench.manifest)
+    source = BoxRoad(recipe, section, None).source
+    return summarise(detection_controls(source, counts=counts, seeds=seeds, folds=recipe.folds))
+
+
+def budgets(section: CurveSection, cases: int, least: int = 1) -> list[int]:
+    """Return the numbers of labels of a curve, in rising order."""
+    wanted = section.counts or [round(share * cases) for share in section.fractions]
+    return sorted({min(max(count, least), cases) for count in wanted})
+
+
+def own_recipe(bench: Bench, section: CurveSection, name: str) -> FinetuneTargetsRecipe:
+    """Return the fine-tuning recipe of a task of the suite, where none is named."""
+    task = bench.recipe.tasks[name]
+    return FinetuneTargetsRecipe(
+        task=task.task, source=bench.recipe.source, table=bench.recipe.table, file_column=bench.recipe.file_column, target=task.column,
+        settings=section.settings, classes=task.classes,
+    )  # fmt: skip
+
+
+def _control_curves(bench: Bench, name: str, counts: Sequence[int], seeds: Sequence[int]) -> Found:
+    """Return the logistic probes of the controls on the labels that the fine-tuned arms have."""
+    cases, found, what = bench.tasks[name], Found(), f"label curves of {', '.join(CONTROLS)}"
+    test = cases.where("test")
+    if not len(cases.where("val")):
+        return Found(skipped=[skip(name, what, "no labelled case is marked val, and few labels leave none to choose the penalty")])
+    for count in counts:
+        trains = [few_label_order(cases, seed)[:count] for seed in seeds]
+        usable = [rows for rows in trains if len(set(cases.targets[rows].tolist())) == len(cases.classes)]
+        if lacking := len(trains) - len(usable):
+            why = f"the labels of {lacking} of {len(trains)} seeds lack a class; controls have {len(usable)} seeds here"
+            found.skipped.append(skip(name, f"{what}, {count} labels", why))
+        for model, values in bench.of(name).items():
+            if model == WEIGHTS or not usable:
+                continue
+            table = np.stack([predicted(fit_probe(values, cases, rows), values, cases, test) for rows in usable], axis=1)
+            score = score_row(
+                model, "", "auroc", table, cases.patients(test), statistic=mean_of(mean_auc), draws=bench.recipe.draws,
+                seed=bench.recipe.seed,
+            )  # fmt: skip
+            row = row_of(score, "classification", name, f"{count} labels", seeds=len(usable), main=count == max(counts))
+            found.rows.append(row)
+    return found
+
+
+def _not_named(tier: str, what: str) -> Found:
+    return Found(skipped=[skip("", what, f"the recipe names no fine-tuning (key {tier})")])
+
+
+def label_curves(
+    tier: str,
+    section: CurveSection,
+    recipe: Any,
+    bench: Bench,
+    out: Path,
+    name: str,
+    counts: Sequence[int] | None = None,
+    controls: Controls | None = None,
+) -> Found:
+    """Run a label curve and return its rows; one that cannot run is a skipped part, not a lost suite.
+
+    A refused request (a folder that is not there, weights that do not fit) can be corrected, so it is tried again by the next run. A
+    training that a monitor stopped would stop again; the cells that were done before it stay in the table.
+    """
+    folder = out / tier / (name or "curve")
+    task = name or Path(str(section.recipe)).stem
+    stopped: list[dict[str, str]] = []
+    try:
+        recipe = recipe.model_copy(update={"out": str(folder)})
+        labels = list(counts or _counts_of(section, recipe))
+        summary = run_curve(recipe, bench.weights, counts=labels, seeds=section.seeds, twin=True)
+    except RequestError as err:
+        return Found(skipped=[skip(task, "fine-tuning", f"{err}; the next run tries again")], again=True)
+    except TrainingStopped as err:
+        path = folder / "summary.json"
+        if not path.is_file():
+            return Found(skipped=[skip(task, "fine-tuning", str(err))])
+        summary = json.loads(path.read_text())
+        cells = summary["cells"]
+        stopped = [skip(task, f"fine-tuning, {cells['planned'] - cells['done']} of {cells['planned']} cells", str(err))]
+    patients = _patients_of(folder)
+    found = Found(rows=_curve_rows(summary, tier, task, patients), skipped=stopped)
+    if controls is not None:
+        with or_skip(found, task, "controls"):
+            found.rows += _curve_rows(controls(bench, recipe, labels, section.seeds), tier, task, patients)
+        why = "an untrained network draws nothing and finds nothing; trained, it is the scratch twin"
+        found.skipped.append(skip(task, "random_init", why))
+    elif tier != "classification":
+        found.skipped.append(skip(task, ", ".join(CONTROLS), "a control is not fine-tuned; its ridge stands beside"))
+    return found
+
+
+def _curve_rows(summary: Mapping[str, Any], tier: str, task: str, patients: int | None) -> list[Row]:
+    """Return the rows of a curve from its summary."""
+    rows = []
+    for entry in summary["rows"]:
+        score = {
+            "name": entry["arm"],
+            "metric": entry.get("metric", "dice"),
+            "value": entry.get("value", entry.get("dice")),
+            "low": entry["low"],
+            "high": entry["high"],
+            "n_images": entry["n_test"],
+            "n_patients": patients,
+        }
+        most = entry["labels"] == max(row["labels"] for row in summary["rows"])
+        rows.append(row_of(score, tier, task, f"{entry['labels']} labels", seeds=len(entry["seeds"]), main=most))
+    return rows
+
+
+def _counts_of(section: CurveSection, recipe: Any) -> list[int]:
+    """Return the label budgets of a curve with a recipe of its own."""
+    if section.counts:
+        return list(section.counts)
+    if getattr(recipe, "cohort", None) is None:
+        raise RequestError("fractions are taken of a cohort, and this recipe has none; give counts")
+    return budgets(section, _training_cases(recipe, section.seeds))
+
+
+def _training_cases(recipe: Any, seeds: Sequence[int]) -> int:
+    """Return how many training cases every cell of a curve over a cohort has at least."""
+    from medssl.evaluation.cohort import Cohort
+    from medssl.evaluation.label_curve import deals
+
+    cohort = Cohort.load(recipe.cohort.path)
+    if recipe.folds is None or recipe.task != "detection":
+        return min(len(one.split("train")) for one in deals(cohort, recipe.folds, seeds).values())
+    # folds of detection are alike in their boxes, which nobody has looked for yet: the two that do not train have no more than these patients
+    sizes = sorted(Counter(case.patient for case in cohort.cases if case.label is not None).values(), reverse=True)
+    return sum(sizes[2 * -(-len(sizes) // recipe.folds) :])
+
+
+def _patients_of(folder: Path) -> int | None:
+    """Return the number of test patients of a curve: those of the cells of one arm, number of labels and seed, of all its folds."""
+    found: dict[str, set[str | None]] = {}
+    for path in sorted(folder.glob("cells/*/results.json")):
+        own = [case.get("patient") or case.get("patient_id") for case in json.loads(path.read_text()).get("cases", [])]
+        found.setdefault(re.sub(r"_f[0-9]+$", "", path.parent.name), set()).update(own)
+    most = max(found.values(), key=len, default=set())
+    return len(most) if most and None not in most else None
