@@ -1,7 +1,8 @@
 """What scanners and hands do to images, at five levels each, for asking how much a score falls.
 
 Images are (B, C, *spatial) float32 as an encoder sees them; strengths are relative to the standard deviation of each image, so that they
-mean the same for every normalisation. Level 0 leaves an image as it is. Equal seeds give equal corruptions, and one pattern at all levels.
+mean the same for every normalisation. Level 0 leaves an image as it is. What is drawn for an image hangs on the seed and its own number, not on
+the batch it comes in; it is one pattern at all levels.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ KINDS = (*STRENGTHS, "stain")
 """All corruptions of the suite; `stain` needs colours, and is in `evaluation.stain`."""
 
 
-def corrupt(images: Tensor, kind: str, level: int, seed: int = 0) -> Tensor:
+def corrupt(images: Tensor, kind: str, level: int, keys: Sequence[int], *, seed: int = 0) -> Tensor:
     """Corrupt images.
 
     Args:
         images: (B, C, *spatial), two or three spatial axes.
         kind: Of `STRENGTHS`.
         level: 0 to 5.
+        keys: (B,) number of each image, for noise and motion.
         seed: Of noise and motion.
 
     Returns:
@@ -60,17 +62,18 @@ def corrupt(images: Tensor, kind: str, level: int, seed: int = 0) -> Tensor:
         return images
     strength = STRENGTHS[kind][level - 1]
     x = images.float()
-    generator = torch.Generator().manual_seed(derive_seed(seed, "corruption", kind))
+    draws = [torch.Generator().manual_seed(derive_seed(seed, "corruption", kind, int(key))) for key in keys]
     if kind == "noise":
         axes = tuple(range(1, x.dim()))
-        found = x + strength * x.std(dim=axes, keepdim=True) * torch.randn(x.shape, generator=generator).to(x.device)
+        noise = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws]).to(x.device)
+        found = x + strength * x.std(dim=axes, keepdim=True) * noise
     elif kind == "blur":
         found = _blurred(x, strength)
     elif kind == "contrast":
         mean = x.mean(dim=tuple(range(1, x.dim())), keepdim=True)
         found = mean + strength * (x - mean)
     elif kind == "motion":
-        found = _moved(x, strength, generator)
+        found = torch.cat([_moved(row[None], strength, draw) for row, draw in zip(x, draws, strict=True)])
     else:
         found = _thinned(x, strength)
     return found.to(images.dtype)

@@ -28,7 +28,7 @@ def smoke(bench: Bench, _out: Path) -> Found:
             continue
         features, patients = bench.of(name), cases.patients(rows)
         try:
-            noisy = bench.look(cases.ids[rows], lambda images, _: corrupt(images, "noise", 1, bench.recipe.seed))
+            noisy = bench.look(cases.ids[rows], lambda images, places: corrupt(images, "noise", 1, places, seed=bench.recipe.seed))
         except TypeError as err:
             noisy = {}
             done.skipped.append(skip(name, "alignment", str(err)))

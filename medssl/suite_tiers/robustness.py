@@ -128,7 +128,7 @@ def _change(bench: Bench, kind: str, level: int) -> Change:
     """
     seed = bench.recipe.seed
     if kind != "stain":
-        return lambda images, _: corrupt(images, kind, level, seed)
+        return lambda images, places: corrupt(images, kind, level, places, seed=seed)
     check_domain(bench.section.domain.name)
     normalize = bench.section.views["normalize"]
     return lambda images, places: stain_shift(images, level, places, normalize=normalize, seed=seed)
