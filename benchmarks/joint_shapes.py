@@ -37,12 +37,13 @@ GAIN, NMI = 0.15, 0.5
 SLICES, SIDE = 16, 32
 NOISE = 150.0
 """As strong as the shape itself. With less, the untrained encoder has little room above it (1.00 at 20, 0.74 at 80, 0.56 here)."""
-ARMS: dict[str, dict[str, Any]] = {
-    "swav": {"mode": "swav", "intra_prototypes": 16, "inter_prototypes": 8, "intra_queue": 512, "inter_queue": 128},
-    "deepcluster": {"mode": "deepcluster", "intra_prototypes": [16], "inter_prototypes": [4, 4, 4]},
-    "deepcluster standardised": {
-        **{"mode": "deepcluster", "intra_prototypes": [16], "inter_prototypes": [4, 4, 4], "standardise": True}
-    },
+SWAV: dict[str, Any] = {"mode": "swav", "intra_prototypes": 16, "inter_prototypes": 8, "intra_queue": 512, "inter_queue": 128}
+DEEPCLUSTER: dict[str, Any] = {"mode": "deepcluster", "intra_prototypes": [16], "inter_prototypes": [4, 4, 4]}
+ARMS = {
+    "swav": {**SWAV, "standardise": False},
+    "swav standardised": {**SWAV, "standardise": True},
+    "deepcluster": {**DEEPCLUSTER, "standardise": False},
+    "deepcluster standardised": {**DEEPCLUSTER, "standardise": True},
 }
 
 
@@ -181,7 +182,7 @@ def compare(folder: Path, arm: str, *, seed: int, items: int, epochs: int, batch
     seconds = time.perf_counter() - begin
     z, _ = features(build.load_encoder(run), recipe, other, labels)
     heads = prototypes(recipe, run, items)
-    seen_as = standardised(torch.from_numpy(z)) if ARMS[arm].get("standardise") else torch.from_numpy(z)
+    seen_as = standardised(torch.from_numpy(z)) if ARMS[arm]["standardise"] else torch.from_numpy(z)
     rows = normalize(seen_as, dim=1)
     scores = [mutual_information((rows @ head.T).argmax(dim=1).numpy(), classes) for head in heads]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
