@@ -63,6 +63,7 @@ PLANS: dict[str, Plan] = {
     # the volume embedding of this arm is untrained: what the collapse monitor looks at says nothing about it
     "intra": Plan(JOINT, ("objective.weights={intra: 1}", "train.monitor_items=0")),
     "inter": Plan(RECIPES / "joint_resnet18_64_stacks.yaml"),
+    "joint_equal": Plan(JOINT, ("objective.weights={intra: 1, inter: 1, mask: 0.1}",)),
     "random": Plan(JOINT, trained=False),
     "raw": Plan(None, seeds=(0,), trained=False),
     "graph_matching": Plan(RECIPES / "joint_graph_matching_resnet18_64.yaml", seeds=(0,)),

@@ -288,7 +288,7 @@ class IntraInterClustering(nn.Module):
         standardise: Standardise embeddings over the micro-batch of all processes before they are scored. Embeddings of medical images of one
             kind point nearly the same way; balanced assignments of them are nearly uniform, and the quickest way down is to make them quite
             so. Standardised ones cannot all be alike, so that only agreement of views is left to learn. For small
-            batches from scratch, which otherwise end at ln K; with several processes each takes its own statistics, as batch norms do.
+            batches from scratch, which otherwise end at ln K.
         places: Memory slots per item in L_intra (`deepcluster`): slices of a stack share a slot when they lie in the same of this many
             parts of it.
         slice_axis: Of volumes.
