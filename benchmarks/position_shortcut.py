@@ -96,6 +96,7 @@ def play(arm: str, *, seed: int, steps: int, batch: int, prototypes: int, lr: fl
         weights={"inter": 1.0},
         inter_prototypes=prototypes,
         freeze_prototypes=0,
+        standardise=False,
         alarm={"steps": 10 * steps},
     )
     optimiser = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=lr)

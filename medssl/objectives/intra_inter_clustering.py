@@ -316,7 +316,7 @@ class IntraInterClustering(nn.Module):
         inter_queue: int = 0,
         freeze_prototypes: int = 313,
         mask_ratio: float = 0.1,
-        standardise: bool = False,
+        standardise: bool = True,
         places: int = 16,
         slice_axis: int = 2,
         alarm: Mapping[str, float] | None = None,

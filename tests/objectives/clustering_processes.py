@@ -53,6 +53,7 @@ def play_objective(mode: str) -> dict[str, Any]:
         intra_prototypes=6,
         inter_prototypes=[3, 4],
         freeze_prototypes=0,
+        standardise=False,
         **queues,  # type: ignore[arg-type]
     )
     model: nn.Module = objective

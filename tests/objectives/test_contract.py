@@ -63,7 +63,7 @@ def clustering(**changes: Any) -> IntraInterClustering:
 
 def deep_clustering() -> IntraInterClustering:
     """After its first clustering: until then targets are balanced over the micro-batch."""
-    objective = clustering(mode="deepcluster", places=3)
+    objective = clustering(mode="deepcluster", places=3, standardise=False)
     for view in ("stack", "image"):
         objective(toy_views(objective, view=view, batch=4), StepContext())
         objective.after_step(StepContext())
@@ -73,7 +73,7 @@ def deep_clustering() -> IntraInterClustering:
 
 def graphs() -> GraphMatching:
     return GraphMatching(
-        Image2D(model="test_resnet"), view_specs={"image": SPECS["image"]}, dim=8, nodes=4, neighbours=2, noise=0.1
+        Image2D(model="test_resnet"), view_specs={"image": SPECS["image"]}, dim=8, nodes=4, neighbours=2, noise=1.0
     )
 
 

@@ -24,7 +24,9 @@ from tests.objectives.stacks import SPECS, FakeStackEncoder, make_views
 def build(seed: int = 0, dtype: torch.dtype = torch.float32, dim: int = 16, **changes: Any) -> IntraInterClustering:
     torch.manual_seed(seed)
     arguments = {"view_specs": SPECS, "items": 12, "intra_prototypes": 8, "inter_prototypes": 4, "projector_dim": 8}
-    return IntraInterClustering(FakeStackEncoder(dim), **{**arguments, "freeze_prototypes": 0, **changes}).to(dtype)
+    return IntraInterClustering(FakeStackEncoder(dim), **{**arguments, "freeze_prototypes": 0, "standardise": False, **changes}).to(
+        dtype
+    )
 
 
 def softmax(row: list[float]) -> list[float]:
