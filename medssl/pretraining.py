@@ -171,8 +171,8 @@ def _check_resume(run: RunFolder, recipe: PretrainRecipe, resume: bool) -> None:
     before = Recipe.load(run.path / "recipe.yaml")
     if Recipe.hash(before) != Recipe.hash(recipe):
         raise RequestError(
-            f"the recipe differs from the one in {run.path}/recipe.yaml, and a resumed run must be the same run; "
-            f"use `medssl pretrain {run.path} --resume`, or start a new run with out=PATH"
+            f"the recipe differs from the one in {run.path}/recipe.yaml ({', '.join(Recipe.differences(before, recipe))}), and a resumed run "
+            f"must be the same run; use `medssl pretrain {run.path} --resume`, or start a new run with out=PATH"
         )
 
 

@@ -80,7 +80,7 @@ def test_pretraining__goes_on_without_bad_images_and_counts_them(
         capsys, "pretrain", SMOKE, f"data.index={archive}", f"out={tmp_path / 'run'}", "train.steps=5", "--resume"
     )
     assert status == 2
-    assert "a resumed run must be the same run" in err
+    assert "(train.steps was 4 and is 5), and a resumed run must be the same run" in err
     status, out, err = medssl(capsys, "runs", "ls", tmp_path, "--json")
     assert status == 0
     assert json.loads(out)[0]["status"] == "finished"
@@ -94,6 +94,7 @@ def test_pretraining__goes_on_without_bad_images_and_counts_them(
         ("views.size=[30, 32, 16]", "does not divide"),
         ("data.index=nowhere", "nowhere"),
         ("data.where=modalty = 'MR'", "modalty"),
+        ("data.where=modality = MR", "if MR is a value, write it in single quotes: 'MR'"),
         ("data.where=modality = 'CT'", "the selection is empty"),
         ("train.batch=5 train.micro_batch=2", "choose a batch that is a multiple of 2"),
     ],
