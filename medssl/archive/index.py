@@ -43,7 +43,9 @@ from medssl.errors import RequestError, header_words
 
 logger = logging.getLogger(__name__)
 
-ACCEPTED = "NIfTI (.nii, .nii.gz), NRRD/NHDR, MHA/MHD and DICOM series, told by content and not by name"
+ACCEPTED = (
+    "DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF, GIF, videos and slides, also in zip and tar, told by content and not by name"
+)
 SPLITS = ("train", "val", "test", "unknown")
 
 
