@@ -14,7 +14,7 @@ def test_empty_selection__says_which_views_show_what_is_there() -> None:
     archive: Any = SimpleNamespace(select=lambda _where: rows)
     source: Any = SimpleNamespace(index="archive", where="true", views={})
     with pytest.raises(
-        RequestError, match="none of them a usable microscopy volume; 2 are of kind image, which views.kind: image shows"
+        RequestError, match=r"none of them a usable microscopy volume; 2 are of kind image, which views\.kind: image shows"
     ):
         select_rows(source, "microscopy", archive)
     source.views = {"kind": "image"}
