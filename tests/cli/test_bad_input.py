@@ -169,6 +169,14 @@ def test_no_write_permission__exits_without_traces(archive: Path, open_folder: P
     assert list(closed.iterdir()) == []
 
 
+def test_report__leaves_a_folder_of_images_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "picture.jpg").write_bytes(b"not ours")
+    status, _, err = medssl(capsys, "report", tmp_path)
+    assert status == 2
+    assert "nothing there that medssl wrote; give the run folder" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.jpg"]
+
+
 def test_unexpected_error__hides_its_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def explode(*_: object, **__: object) -> None:
         raise ValueError("PatientName^Secret")
