@@ -177,6 +177,16 @@ def test_report__leaves_a_folder_of_images_alone(tmp_path: Path, capsys: pytest.
     assert [path.name for path in tmp_path.iterdir()] == ["picture.jpg"]
 
 
+def test_keyboard__says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medssl.recipe.shipped", stop)
+    status, _, err = medssl(capsys, "recipe", "ls")
+    assert status == 1
+    assert "stopped by the keyboard; what was written is complete, the same command continues (pretrain: add --resume)" in err
+
+
 def test_unexpected_error__hides_its_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def explode(*_: object, **__: object) -> None:
         raise ValueError("PatientName^Secret")
