@@ -177,6 +177,15 @@ def test_report__leaves_a_folder_of_images_alone(tmp_path: Path, capsys: pytest.
     assert [path.name for path in tmp_path.iterdir()] == ["picture.jpg"]
 
 
+def test_run_folder_that_cannot_be_written__is_refused_before_the_store_is_filled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    status, _, err = medssl(capsys, "pretrain", SMOKE, f"data.index={tmp_path / 'absent'}", f"out={tmp_path / 'file' / 'run'}")
+    assert status == 2
+    assert "cannot be written" in err and "give another with out=PATH" in err
+
+
 def test_keyboard__says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
