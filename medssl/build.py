@@ -15,6 +15,7 @@ from medssl.cards.schema import Card
 from medssl.data_sources import make_views, select_rows, source_faults, specs, view_faults
 from medssl.errors import LeakageError, RecipeError, RequestError, near
 from medssl.recipe import (
+    KINDS,
     Component,
     EvaluateBase,
     EvaluateSegmentationRecipe,
@@ -26,6 +27,8 @@ from medssl.recipe import (
     PretrainRecipe,
     Recipe,
     SuiteRecipe,
+    apply_overrides,
+    read_yaml,
 )
 from medssl.registry import ENCODERS, argument_faults, component_faults, lookup
 from medssl.seeding import derive_seed
@@ -172,15 +175,21 @@ def load_recipe(recipe: Any, overrides: Sequence[str] = (), kind: str | None = N
     if isinstance(recipe, str | Path):
         path = Path(recipe)
         if path.is_dir():  # a run folder is itself, wherever it was moved to
-            recipe = Recipe.load(path / "recipe.yaml", [*overrides, f"out={path}"])
+            raw = apply_overrides(read_yaml(path / "recipe.yaml"), [*overrides, f"out={path}"])
         else:
-            recipe = Recipe.load(path, overrides)
-    if kind and recipe.kind != kind:
-        command = "evaluate --suite" if kind == "suite" else kind
-        hint = "; `medssl evaluate --suite` runs it" if recipe.kind == "suite" else ""
-        raise RequestError(f"this is a recipe of kind {recipe.kind}{hint}; `medssl {command}` needs one with kind: {kind}")
+            raw = apply_overrides(read_yaml(path), overrides)
+        _check_kind(str(raw.get("kind", "pretrain")), kind)  # before its keys, which are those of another command
+        recipe = Recipe.parse(raw)
+    _check_kind(recipe.kind, kind)
     check(recipe)
     return recipe
+
+
+def _check_kind(found: str, needed: str | None) -> None:
+    if needed is None or found == needed or found not in KINDS:
+        return
+    runs, needs = ("evaluate --suite" if kind == "suite" else kind for kind in (found, needed))
+    raise RequestError(f"this is a recipe of kind {found}; `medssl {runs}` runs it; `medssl {needs}` needs one with kind: {needed}")
 
 
 def check(

@@ -219,6 +219,10 @@ def select_rows(source: SourceSection, domain_name: str, archive: Archive, where
     if not usable:
         unknown = sum(row.domain == "unknown" for row in rows)
         hint = f"{unknown} do not say what they are: index them again with --modality; " if unknown else ""
+        others = Counter(row.kind for row in rows if row.domain == domain_name and row.status != "rejected")
+        for kind, n in sorted(others.items()):
+            shown = " or ".join(name for name, view in VIEW_KINDS.items() if kind in view.items)
+            hint += f"{n} are of kind {kind}, which views.kind: {shown} shows; "
         raise RequestError(
             f"the selection is empty: {condition!r} matches {len(rows)} of {len(archive.select(None))} series in {source.index}, "
             f"none of them a usable {domain_name} {' or '.join(kinds)}; {hint}look with `medssl archive ls {source.index}`"

@@ -95,6 +95,12 @@ def near(name: str, known: Iterable[str]) -> str:
     return f' (did you mean "{match[0]}"?)' if match else ""
 
 
+def near_or_all(name: str, known: Iterable[str]) -> str:
+    """Return the closest known name as `near` does, or all known names where none is close."""
+    names = list(known)
+    return near(name, names) or (f"; accepted are {', '.join(names)}" if names else "")
+
+
 def header_words(columns: Iterable[str], known: Iterable[str]) -> str:
     """Return the titles of a table's columns for a message, if its first line is a header at all.
 

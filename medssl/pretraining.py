@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,7 @@ def pretrain(
     run = RunFolder(recipe.out)
     if run.exists():
         _check_resume(run, recipe, resume)
+    _check_out(run.path)
     cards = build.assign_cards(recipe)
     world = distributed.start()
     card_facts, notes = _data_cards(recipe, cards, run) if world.is_main else (build.data_card_facts(recipe, cards), [])
@@ -165,14 +167,23 @@ def pretrain(
     return RunResult(run.path, status, len(items), failed)
 
 
+def _check_out(out: Path) -> None:
+    """Refuse a run folder that cannot be written, before the store is filled for hours."""
+    nearest = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RequestError(
+            f"out: {out} cannot be written, because {nearest} is no folder that you may write to; give another with out=PATH"
+        )
+
+
 def _check_resume(run: RunFolder, recipe: PretrainRecipe, resume: bool) -> None:
     if not resume:
         raise RequestError(f"{run.path} already holds a run; continue it with --resume, or give another folder with out=PATH")
     before = Recipe.load(run.path / "recipe.yaml")
     if Recipe.hash(before) != Recipe.hash(recipe):
         raise RequestError(
-            f"the recipe differs from the one in {run.path}/recipe.yaml, and a resumed run must be the same run; "
-            f"use `medssl pretrain {run.path} --resume`, or start a new run with out=PATH"
+            f"the recipe differs from the one in {run.path}/recipe.yaml ({', '.join(Recipe.differences(before, recipe))}), and a resumed run "
+            f"must be the same run; use `medssl pretrain {run.path} --resume`, or start a new run with out=PATH"
         )
 
 

@@ -113,7 +113,8 @@ def evaluation_section(
 ) -> SourceSection:
     """Return the recipe's source with the views of the weights where the recipe names none.
 
-    These are size, spacing and normalisation; for an encoder of clips also the kind, the frames and their rate.
+    These are size, spacing and normalisation; for an encoder of pictures alone also the kind, for one of clips the kind, the frames and
+    their rate.
 
     Raises:
         RequestError: Clips are asked for, and the encoder takes none; or neither recipe nor weights say size and normalisation.
@@ -121,7 +122,9 @@ def evaluation_section(
     assert recipe.source is not None
     given = recipe.source.views
     encoder = manifest["encoder"]
-    clips = getattr(lookup("encoder", encoder["name"]), "takes_clips", False)
+    clips, images, stacks = (
+        getattr(lookup("encoder", encoder["name"]), f"takes_{what}", False) for what in ("clips", "images", "stacks")
+    )
     if given.get("kind") == "clip" and not clips:
         raise RequestError(
             f"source.views.kind: clip, and the weights are of encoder {encoder['name']}, which takes no clips; choose kind: image or stack "
@@ -134,8 +137,11 @@ def evaluation_section(
             f"the weights do not say how their images were prepared (imported weights may not); give {' and '.join(lacking)} in the recipe"
         )
     views = {**known, **given}
-    if clips and given.get("kind", "clip") == "clip":
-        views = {"kind": "clip", "channels": "mean" if encoder["args"]["in_channels"] == 1 else "keep", **views}
+    channels = "mean" if encoder["args"].get("in_channels", 1) == 1 else "keep"
+    if images and not clips and not stacks and "kind" not in given:
+        views = {"kind": "image", "channels": channels, **views}
+    elif clips and given.get("kind", "clip") == "clip":
+        views = {"kind": "clip", "channels": channels, **views}
         if shown := manifest.get("clip"):
             views = data_sources.with_timing(views, shown["frames"], shown["fps"])
     elif manifest.get("spacing_source") == "views":

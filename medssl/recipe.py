@@ -527,10 +527,29 @@ class Recipe:
         return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
 
     @staticmethod
+    def differences(before: Node, now: Node) -> list[str]:
+        """Return the dotted paths, `out` aside, at which two recipes differ, as sentences: `train.steps was 5 and is 20`."""
+        old, new = (_flat(recipe.model_dump(mode="json", exclude={"out"})) for recipe in (before, now))
+        return [
+            f"{key} was {old.get(key, 'absent')} and is {new.get(key, 'absent')}"
+            for key in dict.fromkeys([*old, *new])
+            if old.get(key, "absent") != new.get(key, "absent")
+        ]
+
+    @staticmethod
     def hash(recipe: Node) -> str:
         """Return a digest of everything but the output folder."""
         content = {key: value for key, value in recipe.model_dump(mode="json").items() if key != "out"}
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by their dotted paths."""
+    if not isinstance(value, Mapping) or not value:
+        return {path: value}
+    return {
+        key: leaf for name, child in value.items() for key, leaf in _flat(child, f"{path}.{name}" if path else str(name)).items()
+    }
 
 
 def _with_tasks(sentence: str) -> str:
@@ -540,7 +559,11 @@ def _with_tasks(sentence: str) -> str:
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """Read a YAML mapping; RecipeError says what is wrong with the file."""
-    return read_mapping(path, RecipeError, what="a recipe", absent="`medssl recipe ls` lists those that come with medssl")
+    name = str(path).removesuffix(".yaml").removeprefix("recipes/")
+    absent = "`medssl recipe ls` lists those that come with medssl"
+    if not Path(path).exists() and shipped_folder("recipes") is not None and name in shipped():
+        absent = f"medssl comes with a recipe of this name: copy it with `medssl recipe show {name} > mine.yaml` and give mine.yaml"
+    return read_mapping(path, RecipeError, what="a recipe", absent=absent)
 
 
 def with_placeholders(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from medssl.errors import RegistryError, near
+from medssl.errors import RegistryError, near, near_or_all
 
 ENCODERS: dict[str, str] = {
     "vit3d": "medssl.encoders.vit3d:ViT3D",
@@ -96,7 +96,7 @@ def argument_faults(path: str, target: Any, args: Mapping[str, Any], given: Iter
     """
     parameters = inspect.signature(target).parameters
     accepted = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD and name not in ("self", *given)]
-    faults = [f"{path}.{name}: unknown key{near(name, accepted)}" for name in args if name not in accepted]
+    faults = [f"{path}.{name}: unknown key{near_or_all(name, accepted)}" for name in args if name not in accepted]
     needed = [name for name in accepted if parameters[name].default is inspect.Parameter.empty]
     return faults + [f"{path}.{name}: required and missing" for name in needed if name not in args]
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from medssl.errors import FaultsError, near
+from medssl.errors import FaultsError, near_or_all
 
 REQUIRED_MARK = "???"  # what a human must still give
 
@@ -99,7 +99,7 @@ def fault(model: type[BaseModel], error: Any, *, short_keys: Sequence[str] = (),
     kind = error["type"]
     if kind == "extra_forbidden":
         known = known_keys(model, location[:-1]) + (list(short_keys) if len(location) == 1 else [])
-        return f"{path}: unknown key{near(str(location[-1]), known)}"
+        return f"{path}: unknown key{near_or_all(str(location[-1]), known)}"
     if kind == "missing":
         return f"{path}: {missing}"
     if kind == "value_error":

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from medssl import build
-from medssl.errors import RecipeError
+from medssl.errors import RecipeError, RequestError
 from medssl.recipe import KINDS, Recipe, apply_overrides, read_yaml, recipe_folder, shipped, with_placeholders
 
 GOOD: dict[str, Any] = {
@@ -42,6 +42,38 @@ def test_unknown_keys__are_named_with_near_matches() -> None:
     assert 'encoder.pach_size: unknown key (did you mean "patch_size"?)' in faults(["encoder.pach_size=3"])
     assert 'data.views.sise: unknown key (did you mean "size"?)' in faults(["views.sise=3"])
     assert 'unknown objective "may" (did you mean "mae"?)' in faults(["objective.name=may"])
+
+
+def test_unknown_keys_without_a_near_match__come_with_what_is_accepted() -> None:
+    text = faults(["encoder.blocks_down=[1, 1]"])
+    assert "encoder.blocks_down: unknown key; accepted are in_channels, image_size, patch_size, hidden_size" in text
+    assert "optim.zzz: unknown key; accepted are name, lr, weight_decay" in faults(["optim.zzz=1"])
+
+
+def test_kind_of_another_command__is_said_before_the_keys(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("kind: finetune\ncohort: {path: FOLDER}\nnetwork: segresnet\n")
+    with pytest.raises(
+        RequestError, match="kind finetune; `medssl finetune` runs it; `medssl pretrain` needs one with kind: pretrain"
+    ):
+        build.load_recipe(path, kind="pretrain")
+
+
+def test_name_of_a_shipped_recipe__says_how_to_copy_it() -> None:
+    for name in ("smoke/mae_vit3d_mri", "recipes/smoke/mae_vit3d_mri.yaml"):
+        if not Path(name).exists():
+            with pytest.raises(RecipeError, match=r"`medssl recipe show smoke/mae_vit3d_mri > mine.yaml`"):
+                read_yaml(name)
+
+
+def test_differences__are_named_key_by_key() -> None:
+    before = Recipe.parse(GOOD)
+    now = Recipe.parse(apply_overrides(GOOD, ["train.steps=20", "views.mask.ratio=0.5", "out=elsewhere"]))
+    assert Recipe.differences(before, before) == []
+    assert Recipe.differences(before, now) == [
+        "sources.main.views.mask.ratio was 0.75 and is 0.5",
+        "train.steps was 1000 and is 20",
+    ]
 
 
 def test_wrong_types__say_what_was_found() -> None:

@@ -64,9 +64,10 @@ def inside(where: str) -> str:
 def refuse(where: str, why: str, columns: Sequence[str]) -> RequestError:
     """Return the error for a condition that cannot be used."""
     unknown = why.split('"')[1] if 'column "' in why else ""
-    return RequestError(
-        f"where: {where!r} is not a condition that can be used ({why}){near(unknown, columns)}; columns: {', '.join(columns)}"
-    )
+    hint = near(unknown, columns)
+    if unknown and not hint:  # modality = MR: SQL takes a bare word for a column
+        hint = f"; if {unknown} is a value, write it in single quotes: '{unknown}'"
+    return RequestError(f"where: {where!r} is not a condition that can be used ({why}){hint}; columns: {', '.join(columns)}")
 
 
 def unknown_as_null(columns: Iterable[tuple[str, str]]) -> str:

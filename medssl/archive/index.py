@@ -43,7 +43,9 @@ from medssl.errors import RequestError, header_words
 
 logger = logging.getLogger(__name__)
 
-ACCEPTED = "NIfTI (.nii, .nii.gz), NRRD/NHDR, MHA/MHD and DICOM series, told by content and not by name"
+ACCEPTED = (
+    "DICOM, NIfTI, NRRD, MetaImage, PNG, JPEG, TIFF, GIF, videos and slides, also in zip and tar, told by content and not by name"
+)
 SPLITS = ("train", "val", "test", "unknown")
 
 
@@ -451,6 +453,10 @@ def _choose(path: str, sources: dict[str, Any]) -> Choice:
     return Choice(source["site"], modality=source.get("modality", "unknown"))
 
 
+LABELS = r"(?i)/(labels?(Tr|Ts|Val)?|masks?|segmentations?)/[^/]+$"
+"""Paths of files in folders that Decathlon, nnU-Net and most cohorts keep label maps in."""
+
+
 def _summarise(out: Path, scanned: int) -> IndexSummary:
     series, files = quote(out / "series.parquet"), quote(out / "private" / "files.parquet")
     cursor = shared()
@@ -464,6 +470,15 @@ def _summarise(out: Path, scanned: int) -> IndexSummary:
     GROUP BY patient_id HAVING count(DISTINCT split) > 1)"""
     if n := cursor.execute(split).fetchone()[0]:
         logger.warning("%d patients are in more than one split; correct the splits table", n)
+    private_files = f"read_parquet({quote(out / 'private' / 'files.parquet')})"
+    if n := cursor.execute(
+        f"SELECT count(*) FROM {private_files} WHERE reason IS NULL AND regexp_matches(path, ?)", [LABELS]
+    ).fetchone()[0]:
+        logger.warning(
+            "%d used files lie in folders that are named as those of label maps are (labels, labelsTr, masks ...) and count as images, because "
+            "a file does not say which it is; where they are label maps, index the folders of images alone into a new archive",
+            n,
+        )
     usable = "status <> 'rejected'"
     reasons = counts("reason", files, "reason IS NOT NULL")
     used = counts("reason", files, "reason IS NULL").get("None", 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,13 +35,15 @@ def recipe_ls(json: Json = False) -> None:
     """List the recipes that come with medssl."""
     from medssl.recipe import shipped
 
-    rows = [[name, _first_comment(path)] for name, path in shipped().items()]
+    rows = [[name, first_sentence(path.read_text())] for name, path in shipped().items()]
     show.result([{"name": name, "about": about} for name, about in rows], json, show.table(rows, ["recipe", "about"]))
 
 
-def _first_comment(path: Path) -> str:
-    line = path.read_text().splitlines()[0]
-    return line.lstrip("# ").strip() if line.startswith("#") else ""
+def first_sentence(text: str) -> str:
+    """Return the first sentence of the comment that a recipe begins with, over as many lines as it has."""
+    lines = (line.removeprefix("#").strip() if line.startswith("#") else "" for line in text.splitlines())
+    paragraph = " ".join(itertools.takewhile(bool, lines))
+    return re.split(r"(?<=\.) ", paragraph)[0]
 
 
 @recipe_app.command("show")

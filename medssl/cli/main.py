@@ -39,6 +39,10 @@ app.add_typer(info.recipe_app, name="recipe")
 app.add_typer(info.runs_app, name="runs")
 app.command("doctor")(info.doctor)
 
+STOPPED = "stopped by the keyboard; what was written is complete, the same command continues (pretrain: add --resume)"
+INTERRUPTED = 130
+"""What typer returns for Ctrl-C inside a command, in place of the exception."""
+
 
 @app.callback(invoke_without_command=True)
 def _root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     except MedsslError as err:
         fail(str(err), err.exit_code)
     except KeyboardInterrupt:
-        fail("stopped by the keyboard; what was written is complete, the same command continues (pretrain: add --resume)", 1)
+        fail(STOPPED, 1)
     except typer.Abort:
         fail("aborted", 1)
     except Exception as err:
@@ -73,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
             "not shown because it may quote file content; MEDSSL_DEBUG=1 shows everything",
             1,
         )
+    if status == INTERRUPTED:
+        fail(STOPPED, 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 

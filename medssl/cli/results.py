@@ -179,8 +179,13 @@ def report(
     elif any((run / name).is_file() for name in ("label_curve.json", "target_curve.json", "results.json")):
         path = _clinical_report(run, out or run / "report.html", with_images)
     else:
+        from medssl.report.collect import collect, holds_nothing
         from medssl.report.page import report as draw
 
+        if holds_nothing(collect(run, with_images=False)):  # it would write a page into a folder of images
+            raise RequestError(
+                f"{run}: nothing there that medssl wrote; give the run folder, archive or demo folder that a report is for"
+            )
         path = draw(run, out or run / "report.html", with_images=with_images)
     show.result({"report": str(path)}, json, str(path))
 

@@ -99,7 +99,7 @@ class BoxSettings:
             ("encoder_lr_scale", self.encoder_lr_scale >= 0, "0 or more"),
             ("layer_decay", 0 < self.layer_decay <= 1, "above 0, at most 1"),
             ("freeze_steps", 0 <= self.freeze_steps <= self.steps, "0 to steps"),
-            ("warmup_steps", 0 <= self.warmup_steps < self.steps, "0 to below steps"),
+            ("warmup_steps", 0 <= self.warmup_steps < self.steps, f"0 to below steps, which is {self.steps}"),
             ("box_weight", self.box_weight > 0, "above 0"),
             ("val_every", self.val_every >= 0, "0 or more"),
             ("patience", self.patience is None or (self.patience >= 1 and self.val_every > 0), "1 or more, with val_every above 0"),

@@ -143,8 +143,18 @@ class FinetuneSettings:
                     set(self.flips) <= set(range(len(self.crop))) and len(set(self.flips)) == len(self.flips),
                     f"axes 0 to {len(self.crop) - 1}, none twice",
                 ),
-                ("freeze_steps", self.freeze_steps, 0 <= self.freeze_steps < self.steps, "0 to below steps"),
-                ("warmup_steps", self.warmup_steps, 0 <= self.warmup_steps < self.steps, "0 to below steps"),
+                (
+                    "freeze_steps",
+                    self.freeze_steps,
+                    0 <= self.freeze_steps < self.steps,
+                    f"0 to below steps, which is {self.steps}",
+                ),
+                (
+                    "warmup_steps",
+                    self.warmup_steps,
+                    0 <= self.warmup_steps < self.steps,
+                    f"0 to below steps, which is {self.steps}",
+                ),
                 ("foreground", self.foreground, 0 <= self.foreground <= 1, "0 to 1"),
                 ("overlap", self.overlap, 0 <= self.overlap < 1, "0 to below 1"),
                 (

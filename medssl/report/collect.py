@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,11 @@ class Leftovers:
     regressions: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def holds_nothing(found: Leftovers) -> bool:
+    """Return whether a folder holds nothing that medssl wrote, a folder of images for instance."""
+    return not any(getattr(found, item.name) for item in fields(found) if item.name != "root")
 
 
 def collect(root: Path, *, with_images: bool = True) -> Leftovers:

@@ -156,6 +156,18 @@ def test_second_source__joins_and_keeps_the_first(tmp_path: Path) -> None:
     assert sorted(row.site for row in Archive.open(tmp_path / "out").select()) == ["A", "A", "B"]
 
 
+def test_folders_of_label_maps__are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    array, affine = oblique_volume()
+    for folder, value in (("imagesTr", 1), ("labelsTr", 2), ("labelled", 3)):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        write_nifti(tmp_path / "set" / folder / "case.nii", array + value, affine)
+    assert index([tmp_path / "set" / "imagesTr"], tmp_path / "images").n_files_used == 1
+    assert "label maps" not in caplog.text
+    assert index([tmp_path / "set"], tmp_path / "all").n_files_used == 3
+    assert "1 used files lie in folders that are named as those of label maps are" in caplog.text
+    assert str(tmp_path) not in caplog.text
+
+
 def test_detached_data__a_change_is_seen(tmp_path: Path) -> None:
     array, affine = oblique_volume()
     write_itk(tmp_path / "src.mhd", array, affine)
@@ -173,7 +185,7 @@ def test_empty_folder__request_error_and_nothing_written(tmp_path: Path, content
     (tmp_path / "src").mkdir()
     if content == "links":
         (tmp_path / "src" / "loop").symlink_to(tmp_path)
-    with pytest.raises(RequestError, match=r"no (readable )?file there.*accepted are NIfTI .*DICOM series.*check the path"):
+    with pytest.raises(RequestError, match=r"no (readable )?file there.*accepted are DICOM, NIfTI.*slides.*check the path"):
         index([tmp_path / "src"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

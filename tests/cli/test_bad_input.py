@@ -80,7 +80,7 @@ def test_pretraining__goes_on_without_bad_images_and_counts_them(
         capsys, "pretrain", SMOKE, f"data.index={archive}", f"out={tmp_path / 'run'}", "train.steps=5", "--resume"
     )
     assert status == 2
-    assert "a resumed run must be the same run" in err
+    assert "(train.steps was 4 and is 5), and a resumed run must be the same run" in err
     status, out, err = medssl(capsys, "runs", "ls", tmp_path, "--json")
     assert status == 0
     assert json.loads(out)[0]["status"] == "finished"
@@ -94,6 +94,7 @@ def test_pretraining__goes_on_without_bad_images_and_counts_them(
         ("views.size=[30, 32, 16]", "does not divide"),
         ("data.index=nowhere", "nowhere"),
         ("data.where=modalty = 'MR'", "modalty"),
+        ("data.where=modality = MR", "if MR is a value, write it in single quotes: 'MR'"),
         ("data.where=modality = 'CT'", "the selection is empty"),
         ("train.batch=5 train.micro_batch=2", "choose a batch that is a multiple of 2"),
     ],
@@ -166,6 +167,33 @@ def test_no_write_permission__exits_without_traces(archive: Path, open_folder: P
     assert done.returncode == 1, done.stderr
     assert "no permission to write" in done.stderr
     assert list(closed.iterdir()) == []
+
+
+def test_report__leaves_a_folder_of_images_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "picture.jpg").write_bytes(b"not ours")
+    status, _, err = medssl(capsys, "report", tmp_path)
+    assert status == 2
+    assert "nothing there that medssl wrote; give the run folder" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.jpg"]
+
+
+def test_run_folder_that_cannot_be_written__is_refused_before_the_store_is_filled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    status, _, err = medssl(capsys, "pretrain", SMOKE, f"data.index={tmp_path / 'absent'}", f"out={tmp_path / 'file' / 'run'}")
+    assert status == 2
+    assert "cannot be written" in err and "give another with out=PATH" in err
+
+
+def test_keyboard__says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medssl.recipe.shipped", stop)
+    status, _, err = medssl(capsys, "recipe", "ls")
+    assert status == 1
+    assert "stopped by the keyboard; what was written is complete, the same command continues (pretrain: add --resume)" in err
 
 
 def test_unexpected_error__hides_its_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

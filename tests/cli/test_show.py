@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from medssl.cli import show
+from medssl.cli.info import first_sentence
 
 
 def test_speed__starts_over_with_the_next_cell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -11,3 +12,10 @@ def test_speed__starts_over_with_the_next_cell(monkeypatch: pytest.MonkeyPatch) 
     speed = show._Speed()
     assert [speed(1), speed(21)] == [0.0, 2.0]
     assert [speed(1), speed(11)] == [0.0, 1.0]  # not (11 - 1) / 110
+
+
+def test_first_sentence__is_whole_over_several_lines() -> None:
+    text = "# How unlike a clip is: mean distance,\n# scored by the area. The second sentence.\n#\n# medssl index\nkind: evaluate\n"
+    assert first_sentence(text) == "How unlike a clip is: mean distance, scored by the area."
+    assert first_sentence("# One line without a stop\nkind: pretrain\n") == "One line without a stop"
+    assert first_sentence("kind: pretrain\n") == ""

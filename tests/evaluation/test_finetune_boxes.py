@@ -122,7 +122,7 @@ def test_settings__are_checked_together() -> None:
     with pytest.raises(RequestError, match=r'unknown key stepps \(did you mean "steps"\?\)'):
         settings_of(BoxSettings, {"stepps": 3})
     with pytest.raises(
-        RequestError, match=r"steps: 0; 1 or more; warmup_steps: 0; 0 to below steps; detector\.nms: 2; between 0 and 1"
+        RequestError, match=r"steps: 0; 1 or more; warmup_steps: 0; 0 to below steps, which is 0; detector\.nms: 2; between 0 and 1"
     ):
         settings_of(BoxSettings, {"steps": 0, "warmup_steps": 0, "detector": {"nms": 2}})
     with pytest.raises(RequestError, match=r'unknown key detector\.strids \(did you mean "strides"\?\)'):

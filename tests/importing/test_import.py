@@ -420,3 +420,24 @@ def test_evaluation__asks_for_what_imported_weights_do_not_say() -> None:
     views["size"] = [64, 64, 32]
     evaluation_section(recipe, manifest)
     assert found["views"] == views
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, "mean"), (3, "keep")])
+def test_evaluation__shows_pictures_to_an_encoder_of_pictures(channels: int, shown: str) -> None:
+    from types import SimpleNamespace
+
+    from medssl.probe_tasks import evaluation_section
+
+    manifest = {
+        "encoder": {"name": "image2d", "args": {"in_channels": channels}},
+        "image_size": [64, 64],
+        "intensity": {"normalize": "zscore"},
+    }
+    found: dict[str, Any] = {}
+    views: dict[str, Any] = {}
+    recipe: Any = SimpleNamespace(source=SimpleNamespace(views=views, model_copy=lambda update: found.update(update)))
+    evaluation_section(recipe, manifest)
+    assert found["views"] == {"kind": "image", "channels": shown, "size": [64, 64], "normalize": "zscore"}
+    views["kind"] = "stack"
+    evaluation_section(recipe, manifest)
+    assert found["views"] == {"kind": "stack", "size": [64, 64], "normalize": "zscore"}

@@ -108,8 +108,9 @@ def read_fractions(text: str) -> dict[str, float]:
         except ValueError:
             number = -1.0
         if name not in SPLITS or not sign or not 0 <= number <= 1 or name in found:
+            hint = "" if name in SPLITS else near(name, SPLITS)
             raise RequestError(
-                f"fractions: {part!r}{near(name, SPLITS)}; {', '.join(SPLITS)} are accepted, each once with a number from 0 to 1, "
+                f"fractions: {part!r}{hint}; {', '.join(SPLITS)} are accepted, each once with a number from 0 to 1, "
                 "for instance train=0.8,val=0.1,test=0.1"
             )
         found[name] = number

@@ -155,6 +155,9 @@ def test_assign__a_twin_without_identity_takes_its_patient_to_train() -> None:
 def test_fractions__faults_named(text: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         read_fractions(text)
+    with pytest.raises(RequestError) as caught:
+        read_fractions("train=80")
+    assert "did you mean" not in str(caught.value)  # the name is right, the number is not
     assert read_fractions("train=0.9, test=0.1") == {"train": 0.9, "val": 0.0, "test": 0.1}
 
 
