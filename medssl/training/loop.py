@@ -281,13 +281,20 @@ def set_trainable(objective: nn.Module, patterns: Sequence[str], frozen: set[str
 
 @contextmanager
 def stop_signals(state: dict[str, bool]) -> Any:
-    """Set state["stop"] on SIGTERM or SIGUSR1, and put the old handlers back afterwards."""
+    """Set state["stop"] on SIGTERM, SIGUSR1 or Ctrl-C (state["keyboard"] too), and put the old handlers back afterwards.
+
+    A second Ctrl-C does not wait for the step.
+    """
     previous: dict[int, Any] = {}
 
-    def handler(_number: int, _frame: FrameType | None) -> None:
+    def handler(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if state.get("keyboard"):
+                raise KeyboardInterrupt
+            state["keyboard"] = True
         state["stop"] = True
 
-    for caught in (signal.SIGTERM, signal.SIGUSR1):
+    for caught in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         try:
             previous[caught] = signal.signal(caught, handler)
         except ValueError:  # not in the main thread: nothing to catch
@@ -374,6 +381,7 @@ def train(
         `finished` or `interrupted` (a signal came, everything is saved).
 
     Raises:
+        KeyboardInterrupt: Ctrl-C; everything is saved before.
         TrainingStopped: A monitor stopped the run.
         CheckpointError: The checkpoint belongs to another items table or seed, or is cut short.
         StoreError: The disk is full.
@@ -414,6 +422,8 @@ def train(
                     steps = _Steps(engine, job)
                     if steps.run(max(start, first), first, last, index, flags):
                         _state(run, world, "interrupted")
+                        if flags.get("keyboard"):  # whoever pressed it wants all to stop, a loop over runs too
+                            raise KeyboardInterrupt
                         return "interrupted"
                 first = last
         _state(run, world, "finished")

@@ -72,6 +72,16 @@ def test_signal__saves_and_ends_within_a_step(tmp_path: Path, reference: Path, n
 
 
 @pytest.mark.slow
+def test_keyboard__saves_and_stops_the_program(tmp_path: Path, reference: Path) -> None:
+    stopped = toy(str(tmp_path / "a"), "20", "--signal-at", "6", "--signal", "SIGINT")
+    assert stopped.returncode == -2 and "KeyboardInterrupt" in stopped.stderr and "status" not in stopped.stdout
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["status"] == "interrupted"
+    assert (tmp_path / "a" / "checkpoints" / "step_000000007").is_dir()
+    assert toy(str(tmp_path / "a"), "20", "--resume").returncode == 0
+    assert largest_difference(tmp_path / "a", reference) == 0
+
+
+@pytest.mark.slow
 def test_two_processes__train_the_same_global_batch(tmp_path: Path, reference: Path) -> None:
     for strategy in ("ddp", "fsdp"):
         done = toy(str(tmp_path / strategy), "20", "--strategy", strategy, processes=2)
