@@ -12,6 +12,7 @@ Which cases train is settled in `target_cases`, how fast each part learns in `le
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -306,8 +307,9 @@ class _Learner:
     ) -> tuple[list[dict[str, Any]], str, dict[str, float]]:
         """Run all steps, or until validation stops; leave the network with the state to be scored."""
         settings, network = self.settings, self.network
+        frozen = settings.freeze_steps if self.pretrained else 0
         if isinstance(network.head, LinearHead):
-            network.head.settle(self.features(self.cases.ids[self.rows]))
+            network.head.settle(self.features(self.cases.ids[self.rows], training=frozen == 0))
         factors = factors_inside(network, "encoder", settings, pretrained=self.pretrained)
         optimizer = torch.optim.AdamW(parameter_groups(network, factors, settings.weight_decay), lr=settings.lr)
         ids = [int(number) for number in self.cases.ids[self.rows]]
@@ -320,6 +322,7 @@ class _Learner:
         for step in range(settings.steps):
             began = time.perf_counter()
             _, lr = set_learning_rates(optimizer, step, settings, pretrained=self.pretrained)
+            network.encoder.train(step >= frozen)  # frozen, it keeps what its batch norms know
             images, shown = self.batches.training(ids, step, self.seed, settings.batch)
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(
@@ -355,13 +358,15 @@ class _Learner:
         seconds = {"train": time.perf_counter() - start, "per_step": float(np.median(times))}
         return curve, best.restore(network, len(self.cases.where("val"))), seconds
 
-    def features(self, ids: Sequence[int]) -> Tensor:
-        """Return the pooled features of cases, in training mode as it was before."""
-        self.network.eval()
-        with torch.no_grad():
-            rows = torch.cat([encode(self.network.encoder, images).pooled.float() for images, _ in self.batches.plain(ids)])
-        self.network.train()
-        return rows
+    def features(self, ids: Sequence[int], *, training: bool = False) -> Tensor:
+        """Return the pooled features of cases, of the encoder as it is scored or as it is trained.
+
+        The two are far apart where batch norms have seen few batches, or none: those of a training step are not standardised by the others.
+        """
+        encoder = copy.deepcopy(self.network.encoder).train(training)  # which counts no batch of these
+        with torch.no_grad(), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(self.seed, "finetune", "settle"))
+            return torch.cat([encode(encoder, images).pooled.float() for images, _ in self.batches.plain(ids)])
 
     @torch.no_grad()
     def scores(self, rows: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -130,6 +131,32 @@ def test_frozen_encoder__stays_as_it_was_and_its_twin_moves() -> None:
         run(cases, replace(QUICK, steps=5, freeze_steps=5), encoder=encoder, pretrained=pretrained)
         same = all(torch.equal(a, b) for a, b in zip(before.values(), encoder.state_dict().values()))
         assert same == pretrained
+
+
+class Normed(Toy):
+    """With a batch norm that has seen nothing yet, after features far from mean 0 and variance 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, eps=1e-12)
+
+    def forward_features(self, x: Tensor) -> EncoderOutput:
+        found = super().forward_features(x)
+        return EncoderOutput(tokens=found.tokens, grid=(3,), pooled=self.norm(1e-3 * found.pooled + 1))
+
+
+def test_head__standardises_features_as_training_shows_them() -> None:
+    cases = make_cases()
+    result, network = run(cases, replace(QUICK, steps=2, warmup_steps=0, val_every=1, lr=1e-4), encoder=Normed())
+    assert all(line["loss"] == pytest.approx(math.log(3), abs=0.3) for line in result.curve)
+    assert int(network.encoder.norm.num_batches_tracked) == 2  # looking at features is no step
+
+
+def test_frozen_encoder__keeps_the_statistics_of_its_norms() -> None:
+    frozen, moved = Normed(), Normed()
+    for encoder, steps in ((frozen, 4), (moved, 2)):
+        run(make_cases(), replace(QUICK, steps=4, freeze_steps=steps), encoder=encoder, pretrained=True)
+    assert torch.equal(frozen.norm.running_mean, torch.zeros(8)) and int(moved.norm.num_batches_tracked) == 2
 
 
 def test_patience__scores_the_best_state_and_says_who_chose_it() -> None:
