@@ -219,12 +219,15 @@ def select_rows(source: SourceSection, domain_name: str, archive: Archive, where
     if not usable:
         unknown = sum(row.domain == "unknown" for row in rows)
         hint = f"{unknown} do not say what they are: index them again with --modality; " if unknown else ""
+        every = archive.select(None)
+        if "split" in (condition or "") and (n := sum(row.split == "unknown" for row in every)):
+            hint += f"{n} of all series have split 'unknown', as their patients are not known or no split was made (`medssl archive split`); "
         others = Counter(row.kind for row in rows if row.domain == domain_name and row.status != "rejected")
         for kind, n in sorted(others.items()):
             shown = " or ".join(name for name, view in VIEW_KINDS.items() if kind in view.items)
             hint += f"{n} are of kind {kind}, which views.kind: {shown} shows; "
         raise RequestError(
-            f"the selection is empty: {condition!r} matches {len(rows)} of {len(archive.select(None))} series in {source.index}, "
+            f"the selection is empty: {condition!r} matches {len(rows)} of {len(every)} series in {source.index}, "
             f"none of them a usable {domain_name} {' or '.join(kinds)}; {hint}look with `medssl archive ls {source.index}`"
         )
     return sorted(usable, key=lambda row: row.series_id)

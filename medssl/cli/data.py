@@ -23,7 +23,7 @@ def index(
     out: Annotated[Path, typer.Option("--out", help="Archive folder to write; run again to add what is new or changed.")],
     site: Annotated[str, typer.Option(help="Your name for where the images come from.")] = "unknown",
     modality: Annotated[
-        str, typer.Option(help="MR, CT, CR, DX, US, SM or GM, for files that do not say (NIfTI, NRRD, MHA, pictures, videos).")
+        str, typer.Option(help="MR, CT, CR, DX, RG, US, SM or GM, for files that do not say (NIfTI, NRRD, MHA, pictures, videos).")
     ] = "unknown",
     splits: Annotated[Path | None, typer.Option(help="CSV with file,split[,patient]: which image is train, val or test.")] = None,
     key_file: Annotated[

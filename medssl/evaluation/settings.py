@@ -28,7 +28,7 @@ def settings_of(kind: type[Settings], values: Mapping[str, Any], *, prefix: str 
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     unknown = [f"{prefix}{key}{near(key, known)}" for key in values if key not in known]
     if unknown:
-        raise RequestError(f"fine-tuning settings: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
+        raise RequestError(f"unknown key {', '.join(unknown)}; known: {', '.join(known)}")
     hints = get_type_hints(kind)
     refuse_settings(
         [f"{prefix}{key}: {value!r}; {accepted(hints[key])}" for key, value in values.items() if not fits(value, hints[key])]
@@ -70,4 +70,4 @@ def refuse_settings(faults: list[str]) -> None:
         RequestError: With all of them.
     """
     if faults:
-        raise RequestError("fine-tuning settings: " + "; ".join(faults) + "; correct these and run again")
+        raise RequestError("; ".join(faults) + "; correct these and run again")

@@ -96,6 +96,7 @@ def test_pretraining__goes_on_without_bad_images_and_counts_them(
         ("data.where=modalty = 'MR'", "modalty"),
         ("data.where=modality = MR", "if MR is a value, write it in single quotes: 'MR'"),
         ("data.where=modality = 'CT'", "the selection is empty"),
+        ("data.where=split = 'val'", "of all series have split 'unknown', as their patients are not known or no split was made"),
         ("train.batch=5 train.micro_batch=2", "choose a batch that is a multiple of 2"),
     ],
 )
