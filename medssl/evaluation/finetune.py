@@ -37,7 +37,7 @@ from medssl.errors import RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.best_state import BestState
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.features import encode
-from medssl.evaluation.learning_rates import parameter_groups, set_learning_rates
+from medssl.evaluation.learning_rates import hold_norms, parameter_groups, set_learning_rates
 from medssl.evaluation.metrics import dice
 from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.segmentation_results import (
@@ -417,6 +417,7 @@ def _train(
     for step in range(settings.steps):
         began = time.perf_counter()
         encoder_lr, lr = set_learning_rates(optimizer, step, settings, pretrained=pretrained)
+        hold_norms(network, optimizer, step, settings, pretrained=pretrained)
         chosen = [volumes[next(order)] for _ in range(settings.batch)]
         images, labels = crops.batch(chosen, step)
         labels, labelled = as_classes(labels, run.values), labelled_classes(chosen, run.values)

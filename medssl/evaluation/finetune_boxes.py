@@ -34,7 +34,7 @@ from medssl.evaluation.detection import (
     operating_point,
 )
 from medssl.evaluation.features import encode, evaluation_mode
-from medssl.evaluation.learning_rates import factors_inside, parameter_groups, set_learning_rates
+from medssl.evaluation.learning_rates import factors_inside, hold_norms, parameter_groups, set_learning_rates
 from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.settings import refuse_settings, settings_of
 from medssl.networks.detection import DetectorSettings, build_detector, detect, detector_faults, losses_of
@@ -273,6 +273,7 @@ class _Learner:
         for step in range(settings.steps):
             began = time.perf_counter()
             _, lr = set_learning_rates(optimizer, step, settings, pretrained=self.pretrained)
+            hold_norms(network, optimizer, step, settings, pretrained=self.pretrained)
             losses.append(self.step(ids, step, optimizer))
             times.append(time.perf_counter() - began)
             done = step + 1

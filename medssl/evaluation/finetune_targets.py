@@ -28,7 +28,7 @@ from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.best_state import BestState
 from medssl.evaluation.calibration import calibration_rows, fit_temperature, reliability, softmax, threshold_at_specificity
 from medssl.evaluation.features import encode
-from medssl.evaluation.learning_rates import factors_inside, parameter_groups, set_learning_rates
+from medssl.evaluation.learning_rates import factors_inside, hold_norms, parameter_groups, set_learning_rates
 from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.scores import balanced_accuracy, mae, mean_auc, r2, score_row
 from medssl.evaluation.settings import refuse_settings, settings_of
@@ -322,7 +322,7 @@ class _Learner:
         for step in range(settings.steps):
             began = time.perf_counter()
             _, lr = set_learning_rates(optimizer, step, settings, pretrained=self.pretrained)
-            network.encoder.train(step >= frozen)  # frozen, it keeps what its batch norms know
+            hold_norms(network, optimizer, step, settings, pretrained=self.pretrained)
             images, shown = self.batches.training(ids, step, self.seed, settings.batch)
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(

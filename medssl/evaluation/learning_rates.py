@@ -109,6 +109,23 @@ def set_learning_rates(optimizer: Optimizer, step: int, settings: Schedule, *, p
     return settings.lr * encoder * (settings.encoder_lr_scale if pretrained else 1.0), settings.lr * head
 
 
+def hold_norms(network: nn.Module, optimizer: Optimizer, step: int, settings: Schedule, *, pretrained: bool) -> None:
+    """Keep the statistics of the encoder's batch norms in the steps in which its weights are frozen.
+
+    Args:
+        network: In training mode.
+        optimizer: Of `parameter_groups`, which knows what is of the encoder.
+        step: From 0.
+        settings: See there.
+        pretrained: Whether the encoder is; else no step is frozen.
+    """
+    frozen = pretrained and step < settings.freeze_steps
+    inside = {id(p) for group in optimizer.param_groups if group["encoder"] for p in group["params"]}
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module.weight) in inside:
+            module.train(not frozen)
+
+
 def encoder_factors(encoder: nn.Module, settings: Schedule, *, pretrained: bool) -> dict[str, float]:
     """Return the factor on the learning rate of every parameter of an encoder, by its name there; 1 where it is not pretrained."""
     scales = layer_scales(encoder, settings.layer_decay if pretrained else 1.0)

@@ -22,7 +22,7 @@ from medssl.evaluation.cell_summary import markdown
 from medssl.evaluation.clinical import clinical_facts
 from medssl.evaluation.finetune_targets import TargetSettings, class_weights, finetune_targets
 from medssl.evaluation.folds import deals, refuse_counts
-from medssl.evaluation.learning_rates import layer_scales, learning_rate
+from medssl.evaluation.learning_rates import hold_norms, layer_scales, learning_rate, parameter_groups
 from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import mean_auc, roc_auc
 from medssl.evaluation.target_cases import Cases, few_label_order, training_rows
@@ -157,6 +157,15 @@ def test_frozen_encoder__keeps_the_statistics_of_its_norms() -> None:
     for encoder, steps in ((frozen, 4), (moved, 2)):
         run(make_cases(), replace(QUICK, steps=4, freeze_steps=steps), encoder=encoder, pretrained=True)
     assert torch.equal(frozen.norm.running_mean, torch.zeros(8)) and int(moved.norm.num_batches_tracked) == 2
+
+
+def test_norms__of_the_encoder_alone_are_held_in_frozen_steps() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(parameter_groups(network, {"0.weight": 1.0, "0.bias": 1.0}, 0.0))
+    settings = replace(QUICK, freeze_steps=3)
+    for step, pretrained, learns in ((2, True, False), (3, True, True), (2, False, True)):
+        hold_norms(network.train(), optimizer, step, settings, pretrained=pretrained)
+        assert [module.training for module in network] == [learns, True]
 
 
 def test_patience__scores_the_best_state_and_says_who_chose_it() -> None:
