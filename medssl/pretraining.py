@@ -108,9 +108,9 @@ def pretrain(
     settings = build.loop_settings(recipe)
     settings.micro_steps(distributed.environment()[1])
     run = RunFolder(recipe.out)
+    _check_out(run.path)
     if run.exists():
         _check_resume(run, recipe, resume)
-    _check_out(run.path)
     cards = build.assign_cards(recipe)
     world = distributed.start()
     card_facts, notes = _data_cards(recipe, cards, run) if world.is_main else (build.data_card_facts(recipe, cards), [])
@@ -169,7 +169,9 @@ def pretrain(
 
 def _check_out(out: Path) -> None:
     """Refuse a run folder that cannot be written, before the store is filled for hours."""
-    nearest = next(folder for folder in (out, *out.parents) if folder.exists())
+    nearest = next(
+        folder for folder in (out, *out.parents) if os.path.exists(folder)
+    )  # False, not an error, below a folder that is closed
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise RequestError(
             f"out: {out} cannot be written, because {nearest} is no folder that you may write to; give another with out=PATH"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -309,7 +309,7 @@ class _Learner:
         settings, network = self.settings, self.network
         frozen = settings.freeze_steps if self.pretrained else 0
         if isinstance(network.head, LinearHead):
-            network.head.settle(self.features(self.cases.ids[self.rows], training=frozen == 0))
+            network.head.settle(self.features(self.cases.ids[self.rows], training=frozen == 0 and len(self.rows) > 1))
         factors = factors_inside(network, "encoder", settings, pretrained=self.pretrained)
         optimizer = torch.optim.AdamW(parameter_groups(network, factors, settings.weight_decay), lr=settings.lr)
         ids = [int(number) for number in self.cases.ids[self.rows]]
@@ -366,7 +366,15 @@ class _Learner:
         encoder = copy.deepcopy(self.network.encoder).train(training)  # which counts no batch of these
         with torch.no_grad(), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(derive_seed(self.seed, "finetune", "settle"))
-            return torch.cat([encode(encoder, images).pooled.float() for images, _ in self.batches.plain(ids)])
+            return torch.cat([encode(encoder, images).pooled.float()[-n:] for images, n in self._plain(ids, training)])
+
+    def _plain(self, ids: Sequence[int], training: bool) -> Iterator[tuple[Images, int]]:
+        """Yield images and how many of the last ones are asked for; in training no image comes alone, which batch norms cannot take."""
+        for images, shown in self.batches.plain(ids):
+            if training and len(shown) == 1 and len(ids) > 1:
+                beside = ids[0] if ids[0] != shown[0] else ids[1]
+                images, _ = next(iter(self.batches.plain([beside, shown[0]])))
+            yield images, len(shown)
 
     @torch.no_grad()
     def scores(self, rows: np.ndarray) -> np.ndarray:

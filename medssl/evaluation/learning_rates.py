@@ -119,11 +119,15 @@ def hold_norms(network: nn.Module, optimizer: Optimizer, step: int, settings: Sc
         settings: See there.
         pretrained: Whether the encoder is; else no step is frozen.
     """
-    frozen = pretrained and step < settings.freeze_steps
+    if not pretrained or step > settings.freeze_steps:
+        return
+    if step == settings.freeze_steps:
+        network.train()  # by the network's own rule: an encoder may keep its norms frozen for good
+        return
     inside = {id(p) for group in optimizer.param_groups if group["encoder"] for p in group["params"]}
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module.weight) in inside:
-            module.train(not frozen)
+            module.eval()
 
 
 def encoder_factors(encoder: nn.Module, settings: Schedule, *, pretrained: bool) -> dict[str, float]:

@@ -187,7 +187,8 @@ class _Drawer:
         """Return the Dice of a test case; distances are left to networks."""
         scores = self.dice(case, often)
         by_name = {name: plain(scores.get(value, float("nan"))) for value, name in self.structures.items()}
-        return CaseScore(id=case.id, patient=case.patient_id, dice=by_name, hd95_mm=dict.fromkeys(by_name), facts=dict(case.facts))
+        patient = case.patient_id if case.patient_known else None
+        return CaseScore(id=case.id, patient=patient, dice=by_name, hd95_mm=dict.fromkeys(by_name), facts=dict(case.facts))
 
 
 def _best(merits: Mapping[float, float]) -> float:

@@ -163,10 +163,11 @@ def label_curves(
         cells = summary["cells"]
         stopped = [skip(task, f"fine-tuning, {cells['planned'] - cells['done']} of {cells['planned']} cells", str(err))]
     patients = _patients_of(folder)
-    found = Found(rows=_curve_rows(summary, tier, task, patients), skipped=stopped)
+    most = max((row["labels"] for row in summary["rows"]), default=0)  # what a stopped curve came to, for its controls too
+    found = Found(rows=_curve_rows(summary, tier, task, patients, most), skipped=stopped)
     if controls is not None:
         with or_skip(found, task, "controls"):
-            found.rows += _curve_rows(controls(bench, recipe, labels, section.seeds), tier, task, patients)
+            found.rows += _curve_rows(controls(bench, recipe, labels, section.seeds), tier, task, patients, most)
         why = "an untrained network draws nothing and finds nothing; trained, it is the scratch twin"
         found.skipped.append(skip(task, "random_init", why))
     elif tier != "classification":
@@ -174,8 +175,8 @@ def label_curves(
     return found
 
 
-def _curve_rows(summary: Mapping[str, Any], tier: str, task: str, patients: int | None) -> list[Row]:
-    """Return the rows of a curve from its summary."""
+def _curve_rows(summary: Mapping[str, Any], tier: str, task: str, patients: int | None, most: int) -> list[Row]:
+    """Return the rows of a curve from its summary; the main ones are those with most labels."""
     rows = []
     for entry in summary["rows"]:
         score = {
@@ -187,8 +188,7 @@ def _curve_rows(summary: Mapping[str, Any], tier: str, task: str, patients: int 
             "n_images": entry["n_test"],
             "n_patients": patients,
         }
-        most = entry["labels"] == max(row["labels"] for row in summary["rows"])
-        rows.append(row_of(score, tier, task, f"{entry['labels']} labels", seeds=len(entry["seeds"]), main=most))
+        rows.append(row_of(score, tier, task, f"{entry['labels']} labels", seeds=len(entry["seeds"]), main=entry["labels"] == most))
     return rows
 
 

@@ -62,7 +62,9 @@ def _of_splits(bench: Bench, name: str) -> Found:
         return Found(skipped=[skip(name, "survival, given splits", why)])
     tables = {}
     for model, x in bench.of(name).items():
-        held_out = (x[val], times[val], events[val]) if len(val) else None
+        held_out = (
+            None if _too_few(events[val], "validation") else (x[val], times[val], events[val])
+        )  # else inner folds choose the penalty
         cox = fit_cox(x[train], times[train], events[train], cases.patients(train), held_out=held_out, seed=bench.recipe.seed)
         tables[model] = own.rows(test, cox.hazard(x[test]))
     rows = probe_rows(bench, "regression", name, tables, "Cox", {"concordance": concordance}, main="concordance")

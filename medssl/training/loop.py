@@ -292,6 +292,7 @@ def stop_signals(state: dict[str, bool]) -> Any:
             if state.get("keyboard"):
                 raise KeyboardInterrupt
             state["keyboard"] = True
+            logger.warning("stopping after this step, with everything saved; press Ctrl-C again to stop at once")
         state["stop"] = True
 
     for caught in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -422,17 +423,23 @@ def train(
                     steps = _Steps(engine, job)
                     if steps.run(max(start, first), first, last, index, flags):
                         _state(run, world, "interrupted")
-                        if flags.get("keyboard"):  # whoever pressed it wants all to stop, a loop over runs too
-                            raise KeyboardInterrupt
-                        return "interrupted"
+                        status = "interrupted"
+                        break
                 first = last
-        _state(run, world, "finished")
-        return "finished"
+            else:
+                status = "finished"
+                _state(run, world, status)
+    except KeyboardInterrupt:  # the second one, in the middle of a step
+        _state(run, world, "interrupted")
+        raise
     except MedsslError as err:
         _state(run, world, "failed", str(err))
         raise
     finally:
         prefetcher.close()
+    if distributed.any_rank(flags.get("keyboard", False), world):  # whoever pressed it wants all to stop, a loop over runs too
+        raise KeyboardInterrupt
+    return status
 
 
 def _state(run: RunFolder, world: World, status: str, message: str = "") -> None:

@@ -168,6 +168,32 @@ def test_norms__of_the_encoder_alone_are_held_in_frozen_steps() -> None:
         assert [module.training for module in network] == [learns, True]
 
 
+def test_norms__that_are_frozen_for_good_stay_so() -> None:
+    class Frozen(nn.Sequential):
+        def train(self, mode: bool = True) -> Frozen:
+            super().train(mode)
+            self[0].eval()
+            return self
+
+    network = Frozen(nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    optimizer = torch.optim.AdamW(parameter_groups(network, {"0.weight": 1.0, "0.bias": 1.0}, 0.0))
+    for step in range(4):
+        hold_norms(network, optimizer, step, replace(QUICK, freeze_steps=2), pretrained=True)
+        assert not network[0].training and network[1].training
+
+
+def test_head__is_settled_on_a_last_batch_of_one() -> None:
+    class Refuses(Normed):
+        def forward_features(self, x: Tensor) -> EncoderOutput:
+            if self.training and len(x) == 1:
+                raise ValueError("batch norm cannot train on one image")
+            return super().forward_features(x)
+
+    cases = make_cases()
+    result, _ = run(cases, replace(QUICK, steps=2, warmup_steps=0), encoder=Refuses(), labels=33)
+    assert result.labels == 33 and math.isfinite(result.curve[-1]["loss"])
+
+
 def test_patience__scores_the_best_state_and_says_who_chose_it() -> None:
     cases = make_cases()
     result, _ = run(cases, replace(QUICK, steps=400, patience=2, lr=0.1))
