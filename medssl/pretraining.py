@@ -169,9 +169,8 @@ def pretrain(
 
 def _check_out(out: Path) -> None:
     """Refuse a run folder that cannot be written, before the store is filled for hours."""
-    nearest = next(
-        folder for folder in (out, *out.parents) if os.path.exists(folder)
-    )  # False, not an error, below a folder that is closed
+    # os.path.exists is False below a closed folder, where Path.exists raises
+    nearest = next(folder for folder in (out, *out.parents) if os.path.exists(folder))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise RequestError(
             f"out: {out} cannot be written, because {nearest} is no folder that you may write to; give another with out=PATH"

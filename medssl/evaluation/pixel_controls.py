@@ -168,24 +168,25 @@ class _Drawer:
         kinds[~volume.valid] = UNKNOWN
         return self.image(volume), kinds
 
-    def draw(self, volume: Volume, often: float) -> np.ndarray:
-        """Return the label map (X, Y, Z)."""
-        best = self.table.chances(often).argmax(axis=0)
-        found: np.ndarray = self.values[best[self.table.index(self.image(volume))]]
+    def draw(self, index: np.ndarray, often: float) -> np.ndarray:
+        """Return the label map (X, Y, Z) of what `PixelTable.index` says of an image."""
+        found: np.ndarray = self.values[self.table.chances(often).argmax(axis=0)[index]]
         return found
 
-    def dice(self, case: Case, often: float) -> dict[int, float]:
-        """Return the Dice of each structure that a case labels."""
+    def dice(self, case: Case, exponents: Sequence[float]) -> list[dict[int, float]]:
+        """Return the Dice of each structure that a case labels, for each exponent; the image is read once."""
         volume = self.reader(case)
-        return dice(*comparable(self.draw(volume, often), volume, self.structures))
+        index = self.table.index(self.image(volume))
+        return [dice(*comparable(self.draw(index, often), volume, self.structures)) for often in exponents]
 
     def choose(self, cases: Sequence[Case]) -> float:
         """Return how much the frequency counts, by the mean Dice of cases."""
-        return _best({often: finite_mean([mean_score(self.dice(case, often)) for case in cases]) for often in OFTEN})
+        merits = [[mean_score(scores) for scores in self.dice(case, OFTEN)] for case in cases]
+        return _best({often: finite_mean([row[k] for row in merits]) for k, often in enumerate(OFTEN)})
 
     def score(self, case: Case, often: float) -> CaseScore:
         """Return the Dice of a test case; distances are left to networks."""
-        scores = self.dice(case, often)
+        scores = self.dice(case, [often])[0]
         by_name = {name: plain(scores.get(value, float("nan"))) for value, name in self.structures.items()}
         patient = case.patient_id if case.patient_known else None
         return CaseScore(id=case.id, patient=patient, dice=by_name, hd95_mm=dict.fromkeys(by_name), facts=dict(case.facts))

@@ -21,7 +21,7 @@ from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, Row, row_of, skip
 from medssl.evaluation.target_cases import few_label_order
 from medssl.recipe import CurveSection, FinetuneTargetsRecipe, Recipe
 from medssl.suite_tiers.bench import Bench, Found, join, mean_of, or_skip
-from medssl.suite_tiers.probes import cannot_fit, classes_of
+from medssl.suite_tiers.probes import fitted_tasks
 
 Controls = Callable[[Bench, Any, Sequence[int], Sequence[int]], Mapping[str, Any]]
 """(bench, fine-tuning recipe, numbers of labels, seeds) -> summary of the controls, as that of the curve."""
@@ -35,10 +35,7 @@ def classification(bench: Bench, out: Path) -> Found:
     if section.recipe is not None:
         return label_curves("classification", section, Recipe.load(section.recipe, section.overrides), bench, out, "")
     done = Found()
-    for name, cases in classes_of(bench):
-        if why := cannot_fit(cases):
-            done.skipped.append(skip(name, "label curves", why))
-            continue
+    for name, cases in fitted_tasks(bench, done, "label curves", "classification"):
         counts = budgets(section, len(cases.where("train")), least=len(cases.classes))
         join(done, label_curves("classification", section, own_recipe(bench, section, name), bench, out, name, counts))
         with or_skip(done, name, f"label curves of {', '.join(CONTROLS)}"):
@@ -48,20 +45,19 @@ def classification(bench: Bench, out: Path) -> Found:
 
 def segmentation(bench: Bench, out: Path) -> Found:
     """Label curves of a segmentation network."""
-    section = bench.recipe.segmentation
-    if section is None or section.recipe is None:
-        return _not_named("segmentation", "label curves of Dice")
-    recipe = Recipe.load(section.recipe, section.overrides)
-    return label_curves("segmentation", section, recipe, bench, out, "", controls=_drawn_by_pixels)
+    return _named("segmentation", "label curves of Dice", bench.recipe.segmentation, bench, out, _drawn_by_pixels)
 
 
 def detection(bench: Bench, out: Path) -> Found:
     """Label curves of a detector."""
-    section = bench.recipe.detection
+    return _named("detection", "label curves of mAP", bench.recipe.detection, bench, out, _found_by_pixels)
+
+
+def _named(tier: str, what: str, section: CurveSection | None, bench: Bench, out: Path, controls: Controls) -> Found:
+    """Return the label curves of the fine-tuning recipe that the suite's recipe names."""
     if section is None or section.recipe is None:
-        return _not_named("detection", "label curves of mAP")
-    recipe = Recipe.load(section.recipe, section.overrides)
-    return label_curves("detection", section, recipe, bench, out, "", controls=_found_by_pixels)
+        return _not_named(tier, what)
+    return label_curves(tier, section, Recipe.load(section.recipe, section.overrides), bench, out, "", controls=controls)
 
 
 def _drawn_by_pixels(bench: Bench, recipe: Any, counts: Sequence[int], seeds: Sequence[int]) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from medssl.evaluation.scores import mean_auc, score_row
 from medssl.evaluation.suite_rows import WEIGHTS, row_of, skip
 from medssl.feature_statistics import alignment, effective_rank, uniformity
 from medssl.suite_tiers.bench import Bench, Found, join, mean_of, or_skip
-from medssl.suite_tiers.probes import against_controls, cannot_fit, classes_of, neighbours, probe_rows, probe_tables
+from medssl.suite_tiers.probes import against_controls, classes_of, fitted_tasks, neighbours, probe_rows, probe_tables
 
 
 def smoke(bench: Bench, _out: Path) -> Found:
@@ -49,10 +49,7 @@ def smoke(bench: Bench, _out: Path) -> Found:
 def frozen(bench: Bench, _out: Path) -> Found:
     """Neighbours, logistic probe with the penalty chosen on validation, and few-label probes, of classes."""
     done = Found()
-    for name, cases in classes_of(bench):
-        if why := cannot_fit(cases):
-            done.skipped.append(skip(name, "frozen probes", why))
-            continue
+    for name, cases in fitted_tasks(bench, done, "frozen probes", "classification"):
         features = bench.of(name)
         with or_skip(done, name, "neighbours"):
             done.rows += neighbours(bench, "frozen", name, [k for k in bench.recipe.k if k < len(bench.unseen(name))])

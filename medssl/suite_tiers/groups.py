@@ -15,7 +15,7 @@ from medssl.evaluation.subgroups import POSITIVES, SMALLEST, equalised_odds, sub
 from medssl.evaluation.suite_rows import row_of, skip
 from medssl.evaluation.target_cases import Cases
 from medssl.suite_tiers.bench import Bench, Features, Found, join, or_skip
-from medssl.suite_tiers.probes import LEAST, cannot_fit, probe_tables, probes
+from medssl.suite_tiers.probes import LEAST, fitted_tasks, probe_tables, probes
 
 CHOSEN = "best and worst on these same data"
 CHOSEN_ODDS = "rate and groups picked on these same data"
@@ -26,10 +26,7 @@ SPECIFICITY = 0.95
 def fairness(bench: Bench, _out: Path) -> Found:
     """Scores by subgroup with the rule of the smallest group, gaps, and what frozen features say of site, sex and scanner."""
     done = Found()
-    for name, cases in bench.tasks.items():
-        if why := cannot_fit(cases):
-            done.skipped.append(skip(name, "subgroups", why))
-            continue
+    for name, cases in fitted_tasks(bench, done, "subgroups"):
         bench.of(name)
         with or_skip(done, name, "subgroups"):
             fitted = probes(bench, name)

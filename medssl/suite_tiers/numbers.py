@@ -12,7 +12,7 @@ from medssl.evaluation.suite_rows import row_of, skip
 from medssl.evaluation.survival import concordance, fit_cox, fold_order
 from medssl.suite_tiers.bench import Bench, Found, join, or_skip
 from medssl.suite_tiers.curves import budgets, label_curves, own_recipe
-from medssl.suite_tiers.probes import LEAST, against_controls, cannot_fit, neighbours, probe_rows, probe_tables
+from medssl.suite_tiers.probes import LEAST, against_controls, fitted_tasks, neighbours, probe_rows, probe_tables
 
 FOLDS = 5
 """Of survival (card evaluation-protocols, section D, tier 7)."""
@@ -21,12 +21,7 @@ FOLDS = 5
 def regression(bench: Bench, out: Path) -> Found:
     """Numbers and survival: ridge with the penalty chosen on validation, neighbours, and fine-tuning where the recipe asks."""
     done = Found()
-    for name, cases in bench.tasks.items():
-        if cases.task != "regression":
-            continue
-        if why := cannot_fit(cases):
-            done.skipped.append(skip(name, "ridge", why))
-            continue
+    for name, cases in fitted_tasks(bench, done, "ridge", "regression"):
         bench.of(name)
         with or_skip(done, name, "ridge"):
             tables = probe_tables(bench, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from medssl.evaluation.bootstrap import Statistic, paired_bootstrap, paired_p
@@ -10,9 +10,9 @@ from medssl.evaluation.frozen import fit_probe, predicted
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import LinearModel
 from medssl.evaluation.scores import score_row
-from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, Row, row_of
+from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, Row, row_of, skip
 from medssl.evaluation.target_cases import Cases
-from medssl.suite_tiers.bench import Bench, Features, finite
+from medssl.suite_tiers.bench import Bench, Features, Found, finite
 
 LEAST = 5  # patients of a value for a leakage probe (its outer folds), and test cases of a held-out value; fewer say nothing
 
@@ -33,6 +33,24 @@ def cannot_fit(cases: Cases) -> str:
             if absent:
                 return f"{absent} of {len(cases.classes)} classes have no {split} case"
     return ""
+
+
+def fitted_tasks(bench: Bench, done: Found, what: str, kind: str | None = None) -> Iterator[tuple[str, Cases]]:
+    """Yield name and cases of the tasks that something can be fitted to; of the others `done` says why not.
+
+    Args:
+        bench: What the suite asks.
+        done: Takes the skipped parts.
+        what: That cannot be done.
+        kind: `classification` or `regression`, None for both.
+    """
+    for name, cases in bench.tasks.items():
+        if kind is not None and cases.task != kind:
+            continue
+        if why := cannot_fit(cases):
+            done.skipped.append(skip(name, what, why))
+            continue
+        yield name, cases
 
 
 def neighbours(bench: Bench, tier: str, name: str, ks: Sequence[int]) -> list[Row]:

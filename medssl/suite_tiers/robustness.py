@@ -15,16 +15,13 @@ from medssl.evaluation.stain import check_domain, stain_shift
 from medssl.evaluation.suite_rows import row_of, skip
 from medssl.evaluation.target_cases import Cases
 from medssl.suite_tiers.bench import Bench, Change, Found, finite, join, or_skip
-from medssl.suite_tiers.probes import LEAST, cannot_fit, probe_tables, probes
+from medssl.suite_tiers.probes import LEAST, cannot_fit, fitted_tasks, probe_tables, probes
 
 
 def ood(bench: Bench, _out: Path) -> Found:
     """Sites and scanners held out in turn, and test images corrupted at rising levels."""
     done = Found()
-    for name, cases in bench.tasks.items():
-        if why := cannot_fit(cases):
-            done.skipped.append(skip(name, "robustness", why))
-            continue
+    for name, _ in fitted_tasks(bench, done, "robustness"):
         bench.of(name)
         for column in bench.recipe.left_out:
             with or_skip(done, name, f"{column} held out"):
