@@ -172,8 +172,8 @@ def _some(series: Sequence[str], count: int = 3) -> str:
 
 
 def _check_paths(recipe: EvaluateBase) -> None:
-    if not Path(recipe.table).is_file():
-        raise RequestError(f"no such table: {recipe.table}; give a CSV with the column {recipe.file_column} and the labels")
+    columns = (recipe.ed, recipe.es) if isinstance(recipe, EvaluatePhaseRecipe) else (recipe.target,)  # type: ignore[attr-defined]
+    data_sources.check_table(recipe.table, recipe.file_column, *columns)
     if isinstance(recipe, EvaluateSegmentationRecipe) and not Path(recipe.labels).is_dir():
         raise RequestError(f"labels: no such folder: {recipe.labels}; give the folder of the label files that {recipe.table} names")
 

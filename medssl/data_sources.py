@@ -508,6 +508,23 @@ def random_views(maker: ViewMaker, batch: int, channels: int, device: torch.devi
     return Views(data, meta)
 
 
+def check_table(table: str, file_column: str, *columns: str) -> None:
+    """Refuse a CSV of labels that is not there or lacks a column: asked before the store is filled, which may take hours.
+
+    Raises:
+        RequestError: No such file, or columns are missing.
+    """
+    import csv
+
+    path, asked = Path(table), (file_column, *columns)
+    if not path.is_file():
+        raise RequestError(f"no such table: {table}; give a CSV with the columns {', '.join(dict.fromkeys(asked))}")
+    with open(path, newline="") as stream:
+        found = csv.DictReader(stream).fieldnames or []
+    if missing := [column for column in dict.fromkeys(asked) if column not in found]:
+        raise RequestError(f"{path.name} has no column {', '.join(missing)}; it has {header_words(found, asked)}")
+
+
 def read_targets(table: str, file_column: str, target: str, shelf: Shelf) -> dict[str, str]:
     """Join a CSV of labels to series by the path or name of the image file, or of the DICOM folder; see `file_names.join_names`.
 
@@ -525,19 +542,12 @@ def read_targets(table: str, file_column: str, target: str, shelf: Shelf) -> dic
     """
     import csv
 
+    check_table(table, file_column, target)
     path = Path(table)
-    if not path.is_file():
-        raise RequestError(f"no such table: {table}; give a CSV with the columns {file_column} and {target}")
     labels: dict[str, set[str]] = {}
     fixed: set[str] = set()
     with open(path, newline="") as stream:
         reader = csv.DictReader(stream)
-        columns = reader.fieldnames or []
-        missing = [column for column in (file_column, target) if column not in columns]
-        if missing:
-            raise RequestError(
-                f"{path.name} has no column {', '.join(missing)}; it has {header_words(columns, (file_column, target))}"
-            )
         for row in reader:
             if row[target] in ("", None) or not row[file_column]:
                 continue

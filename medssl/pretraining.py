@@ -112,6 +112,8 @@ def pretrain(
     if run.exists():
         _check_resume(run, recipe, resume)
     cards = build.assign_cards(recipe)
+    for probe in recipe.probes.values():
+        data_sources.check_table(probe.table, probe.file_column, probe.target)
     world = distributed.start()
     card_facts, notes = _data_cards(recipe, cards, run) if world.is_main else (build.data_card_facts(recipe, cards), [])
     for note in notes:

@@ -55,6 +55,7 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
 
         return evaluate_clips(recipe, weights, on_cache)
     started = time.perf_counter()
+    data_sources.check_table(recipe.table, recipe.file_column, recipe.target)
     encoder = build.load_encoder(weights)
     _, manifest = load_part(weights)
     section = evaluation_section(recipe, manifest)

@@ -86,6 +86,8 @@ def open_bench(recipe: SuiteRecipe, weights: Path | str, on_cache: Any = None) -
     Raises:
         RequestError: A column is missing, or labels do not fit their task.
     """
+    columns = [column for task in recipe.tasks.values() for column in (task.column, task.event) if column is not None]
+    data_sources.check_table(recipe.table, recipe.file_column, *columns)
     _, manifest = load_part(weights)
     section = evaluation_section(recipe, manifest)
     shelf = data_sources.fill_shelf("source", section, on_progress=on_cache)

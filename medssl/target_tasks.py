@@ -84,6 +84,7 @@ class TargetRoad:
     def __init__(self, recipe: FinetuneTargetsRecipe, section: SourceSection, weights: Path | str | None) -> None:
         self.recipe, self.section = recipe, section
         self.settings = build.target_settings(recipe)
+        data_sources.check_table(recipe.table, recipe.file_column, recipe.target)
         self.shelf = data_sources.fill_shelf(NAME, section)
         self.cases, self.series, self.names = labelled_cases(self.shelf, recipe)
         scored = self.shelf if recipe.folds else _scored(self.shelf, self.cases, self.series)

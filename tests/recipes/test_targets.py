@@ -163,3 +163,24 @@ def test_patients_of_pretraining__may_train_and_not_be_scored(house: Path, phant
     with pytest.raises(LeakageError, match="belong to patients that the weights were pretrained on"):
         api.finetune(load(house, phantom_archive, f"out={tmp_path / 'out'}"), tmp_path / "run")
     assert not (tmp_path / "out").exists()
+
+
+def test_column_missing__is_said_before_the_store_is_filled(
+    house: Path, phantom_archive: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def filled(*_args: Any, **_words: Any) -> None:
+        raise AssertionError("the store was filled first")
+
+    monkeypatch.setattr("medssl.data_sources.fill_shelf", filled)
+    asked = [f"table={house / 'labels.csv'}", "target=fnding", f"out={tmp_path / 'out'}"]
+    probe = f"probes={{one: {{table: {house / 'labels.csv'}, target: fnding}}}}"
+    smoke, evaluation = (recipe_folder() / name for name in ("smoke/mae_cnn_segresnet3d_mri.yaml", "demo/evaluate.yaml"))
+    with pytest.raises(RequestError, match="labels.csv has no column fnding; it has file, liver_ml, finding"):
+        api.evaluate(evaluation, house / "run", [f"source.index={phantom_archive}", *asked])
+    with pytest.raises(RequestError, match="has no column fnding"):
+        api.pretrain(smoke, [f"data.index={phantom_archive}", probe, f"out={tmp_path / 'out'}"])
+    with pytest.raises(RequestError, match="has no column fnding"):
+        api.label_curve(load(house, phantom_archive, *asked), house / "run", counts=[4], seeds=[0])
+    with pytest.raises(RequestError, match="no such table: nowhere.csv; give a CSV with the columns file, finding"):
+        api.label_curve(load(house, phantom_archive, "table=nowhere.csv"), house / "run", counts=[4], seeds=[0])
+    assert not (tmp_path / "out").exists()
