@@ -55,7 +55,7 @@ COHORT: dict[str, Any] = {"patients": 280, "clips": 1, "seed": 6, "size": (96, 9
 LV = ECHO_LABELS.index("lv_cavity")
 SHOWN = 4
 """Labelled frames of a clip, spread over the tubelets."""
-HEAD = HeadSettings(steps=300)
+HEAD = HeadSettings()
 DRAWS = 2000
 
 
@@ -142,7 +142,7 @@ def encoder_of(arm: str, seed: int, recipe: Any, run: Path | None) -> nn.Module:
     return encoder
 
 
-def probe(fit: Cases, held: Cases, seed: int, head: HeadSettings = HEAD) -> dict[str, Any]:
+def probe(fit: Cases, held: Cases, seed: int) -> dict[str, Any]:
     """Fit on one split and say what is found on another: EF of each clip, and Dice of each clip over its frames."""
     found: dict[str, Any] = {"file": held.files, "patient": held.patients, "ef": held.ef.tolist(), "predicted": {}}
     for name, values in fit.vectors.items():
@@ -157,7 +157,7 @@ def probe(fit: Cases, held: Cases, seed: int, head: HeadSettings = HEAD) -> dict
         flat: np.ndarray = ((cases.tokens.reshape(-1, *cases.tokens.shape[2:]) - mean) / scale).astype(np.float32)
         return flat
 
-    model_of_frames = fit_head(rows(fit), fit.labels.reshape(-1, *fit.labels.shape[2:]), classes=2, settings=head, seed=seed)
+    model_of_frames = fit_head(rows(fit), fit.labels.reshape(-1, *fit.labels.shape[2:]), classes=2, settings=HEAD, seed=seed)
     with torch.no_grad():
         drawn = model_of_frames(torch.from_numpy(rows(held))).argmax(dim=1).numpy().reshape(held.labels.shape)
     known = np.where(held.labels == IGNORED, 0, held.labels)
@@ -173,7 +173,6 @@ def compute(
     *,
     split: str,
     overrides: Sequence[str] = (),
-    head: HeadSettings = HEAD,
 ) -> None:
     """Train and probe the cells that are missing."""
     for arm, seed in cells:
@@ -191,7 +190,7 @@ def compute(
         recipe = shown_recipe(data, overrides)
         encoder = encoder_of(arm, seed, recipe, run)
         fit, held = (look_at(recipe, data, encoder, name, raw=arm == "raw") for name in ("train", split))
-        found = {"arm": arm, "seed": seed, "split": split, "overrides": list(overrides), **probe(fit, held, seed, head)}
+        found = {"arm": arm, "seed": seed, "split": split, "overrides": list(overrides), **probe(fit, held, seed)}
         found |= {"seconds": {"train": trained, "probe": time.perf_counter() - begin - trained}, "when": now()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(found).encode())

@@ -357,17 +357,23 @@ class HeadSettings:
         width: See `FrameHead`.
         steps: Steps of AdamW, cosine to 0.
         batch: Frames per step.
-        lr: Peak learning rate.
+        lr: Peak learning rate; None is 3e-2 for a linear head and 3e-3 for a decoder. Tokens of a frozen encoder lie along few directions,
+            and a linear head that is fitted for too short or too slowly says how far it came, not what the tokens hold.
         weight_decay: Of AdamW.
         folds: Folds of patients.
     """
 
     width: int = 0
-    steps: int = 300
+    steps: int = 1500
     batch: int = 32
-    lr: float = 3e-3
+    lr: float | None = None
     weight_decay: float = 1e-3
     folds: int = 3
+
+    @property
+    def peak(self) -> float:
+        """Peak learning rate."""
+        return self.lr if self.lr is not None else 3e-3 if self.width else 3e-2
 
 
 def fit_head(
@@ -399,7 +405,7 @@ def fit_head(
         head = FrameHead(tokens.shape[-1], classes, scale, settings.width)
     head.to(device).train()
     loss_of = DiceCELoss(include_background=False, softmax=True, batch=True)
-    optimiser = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=settings.peak, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
     order = np.random.default_rng(derive_seed(seed, "frame_batches"))
     x, y = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.float32)), torch.from_numpy(np.ascontiguousarray(labels))
