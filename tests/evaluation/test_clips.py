@@ -216,7 +216,9 @@ def test_linear_head__reads_tokens_that_lie_along_few_directions() -> None:
     narrow = ((tokens @ rotation) * np.geomspace(1, 0.03, 16) @ rng.normal(size=(16, 16))).astype(np.float32)
 
     def right(settings: HeadSettings) -> float:
-        drawn = fit_head(narrow / narrow.std(), labels, classes=2, settings=settings, seed=0)(torch.from_numpy(narrow / narrow.std()))
+        drawn = fit_head(narrow / narrow.std(), labels, classes=2, settings=settings, seed=0)(
+            torch.from_numpy(narrow / narrow.std())
+        )
         return float(np.mean([dice(one, truth, [1])[1] for one, truth in zip(drawn.argmax(1).numpy(), labels)]))
 
     assert right(HeadSettings()) > 0.95 > 0.92 > right(HeadSettings(steps=300, lr=3e-3))

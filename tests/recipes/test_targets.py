@@ -175,12 +175,12 @@ def test_column_missing__is_said_before_the_store_is_filled(
     asked = [f"table={house / 'labels.csv'}", "target=fnding", f"out={tmp_path / 'out'}"]
     probe = f"probes={{one: {{table: {house / 'labels.csv'}, target: fnding}}}}"
     smoke, evaluation = (recipe_folder() / name for name in ("smoke/mae_cnn_segresnet3d_mri.yaml", "demo/evaluate.yaml"))
-    with pytest.raises(RequestError, match="labels.csv has no column fnding; it has file, liver_ml, finding"):
+    with pytest.raises(RequestError, match=r"labels\.csv has no column fnding; it has file, liver_ml, finding"):
         api.evaluate(evaluation, house / "run", [f"source.index={phantom_archive}", *asked])
     with pytest.raises(RequestError, match="has no column fnding"):
         api.pretrain(smoke, [f"data.index={phantom_archive}", probe, f"out={tmp_path / 'out'}"])
     with pytest.raises(RequestError, match="has no column fnding"):
         api.label_curve(load(house, phantom_archive, *asked), house / "run", counts=[4], seeds=[0])
-    with pytest.raises(RequestError, match="no such table: nowhere.csv; give a CSV with the columns file, finding"):
+    with pytest.raises(RequestError, match=r"no such table: nowhere\.csv; give a CSV with the columns file, finding"):
         api.label_curve(load(house, phantom_archive, "table=nowhere.csv"), house / "run", counts=[4], seeds=[0])
     assert not (tmp_path / "out").exists()
