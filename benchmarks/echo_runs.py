@@ -8,8 +8,9 @@ start it again to go on. `--split val` probes the validation patients, which is 
 last run alone. `--collect` gathers what is there into `benchmarks/results/echo_runs.json` and prints the tables.
 
 Probes are fitted on the labels of the training patients: a ridge on the vector of a clip, and a linear head on the tokens of single frames. The
-vector is what the encoder pools, beside mean and deviation over time of the mean token (`motion`). Differences draw the same patients for
-both arms; intervals hold for these weights, how much training itself varies shows in the spread over seeds.
+vector is what the encoder pools; or mean and deviation over time of the mean token (`motion`); or these and the deviation over time of single
+places (`motion_places`). Differences draw the same patients for both arms; intervals hold for these weights, how much training itself varies
+shows in the spread over seeds.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ TRAINED = {
     "video_mae": RECIPES / "echo_video_mae.yaml",
     "frames": RECIPES / "echo_frames.yaml",
 }
-ARMS = (*TRAINED, "random", "raw")
+ARMS = (*TRAINED, "random", "random_frames", "raw")
+"""`random` is the untrained encoder of discovr and video_mae, `random_frames` that of frames: its tokens are of one frame and not of two."""
 SEEDS = (0, 1, 2)
 COHORT: dict[str, Any] = {"patients": 280, "clips": 1, "seed": 6, "size": (96, 96), "seconds": 1.6}
 LV = ECHO_LABELS.index("lv_cavity")
@@ -88,10 +90,10 @@ class Cases:
     files: list[str]
 
 
-def shown_recipe(data: Path, overrides: Sequence[str] = ()) -> Any:
-    """Return the recipe whose views and encoder all arms are probed with; of changes, those of views and encoder count."""
+def shown_recipe(data: Path, overrides: Sequence[str] = (), arm: str = "discovr") -> Any:
+    """Return the recipe whose views and encoder arms are probed with; of changes, those of views and encoder count."""
     changes = [change for change in overrides if change.startswith(("views.", "encoder."))]
-    return api.load_recipe(TRAINED["discovr"], [f"data.index={data / 'index'}", *changes, "out=none"])
+    return api.load_recipe(TRAINED[arm], [f"data.index={data / 'index'}", *changes, "out=none"])
 
 
 def look_at(recipe: Any, data: Path, encoder: nn.Module, split: str, raw: bool = False) -> Cases:
@@ -121,6 +123,7 @@ def look_at(recipe: Any, data: Path, encoder: nn.Module, split: str, raw: bool =
     vectors = {"pooled": found.pooled}
     if not raw:
         vectors["motion"] = np.concatenate([np.nanmean(found.steps, axis=1), np.nanstd(found.steps, axis=1)], axis=1)
+        vectors["motion_places"] = np.concatenate([vectors["motion"], motion_of_places(found.tokens, found.token_valid)], axis=1)
     return Cases(
         vectors,
         found.tokens[:, chosen // per_token],
@@ -131,10 +134,26 @@ def look_at(recipe: Any, data: Path, encoder: nn.Module, split: str, raw: bool =
     )
 
 
-def encoder_of(arm: str, seed: int, recipe: Any, run: Path | None) -> nn.Module:
+def motion_of_places(tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Return the deviation over time of the tokens of a place, its mean over the places that are valid throughout.
+
+    Args:
+        tokens: (N, t, h, w, E).
+        valid: (N, t, h, w) bool.
+
+    Returns:
+        (N, E); 0 where no place is valid throughout.
+    """
+    steady = valid.all(axis=1)[..., None]
+    moved = (tokens.std(axis=1) * steady).sum(axis=(1, 2))
+    return np.asarray(moved / np.maximum(steady.sum(axis=(1, 2)), 1))
+
+
+def encoder_of(arm: str, seed: int, data: Path, overrides: Sequence[str], run: Path | None) -> nn.Module:
     """Return the encoder of an arm; pixels for `raw`."""
     if run is not None:
         return build.load_encoder(run)
+    recipe = shown_recipe(data, overrides, "frames" if arm == "random_frames" else "discovr")
     encoder = random_init(lambda: build.build_encoder(recipe.encoders["encoder"]), seed)
     if arm == "raw":
         assert isinstance(encoder, VideoViT)
@@ -188,7 +207,7 @@ def compute(
             run = pretrain(TRAINED[arm], folder / f"{arm}_{seed}", changes)
         trained = time.perf_counter() - begin
         recipe = shown_recipe(data, overrides)
-        encoder = encoder_of(arm, seed, recipe, run)
+        encoder = encoder_of(arm, seed, data, overrides, run)
         fit, held = (look_at(recipe, data, encoder, name, raw=arm == "raw") for name in ("train", split))
         found = {"arm": arm, "seed": seed, "split": split, "overrides": list(overrides), **probe(fit, held, seed)}
         found |= {"seconds": {"train": trained, "probe": time.perf_counter() - begin - trained}, "when": now()}
