@@ -100,7 +100,7 @@ def test_echo_runs__every_arm_and_nothing_twice(tmp_path: Path, monkeypatch: pyt
     assert json.loads((tmp_path / "echo_runs_val.json").read_text()) == json.loads(json.dumps(content))
     rows = {(row["arm"], row["metric"]): row["value"] for row in content["rows"]}
     assert {arm for arm, _ in rows} == set(echo_runs.ARMS) and ("raw", "ef_mae_motion") not in rows
-    assert all(np.isfinite(value) for value in rows.values()) and len(content["differences"]) == 3 * 5
+    assert all(np.isfinite(value) for value in rows.values()) and len(content["differences"]) == 4 * 5
     cells = sorted((tmp_path / "runs" / "cells").iterdir())
     times = [cell.stat().st_mtime_ns for cell in cells]
     held = json.loads(cells[0].read_text())
