@@ -144,7 +144,7 @@ def motion_of_places(tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
     Returns:
         (N, E); 0 where no place is valid throughout.
     """
-    steady = valid.all(axis=1)[..., None]
+    steady = np.asarray(valid.all(axis=1))[..., None]
     moved = (tokens.std(axis=1) * steady).sum(axis=(1, 2))
     return np.asarray(moved / np.maximum(steady.sum(axis=(1, 2)), 1))
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import alice_runs, match_accuracy, match_page, pair_kinds
+from benchmarks import alice_runs, match_accuracy, match_page, mining_share, pair_kinds
 from medssl.domains.statistics import foreground, intensity_stats, rounded
 from medssl.matching.base import MatchVolume
 from medssl.phantoms import make_cohort
+from medssl.recipe import recipe_folder
+from medssl.sampling.pairs import PairSampler
 from medssl.types import ImageMeta, Sample
 
 FEW = ["train.steps=2", "train.batch=2", "train.checkpoint_every=1", "train.log_every=1", "train.monitor_items=0"]
@@ -170,3 +172,15 @@ def test_alice_runs__all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert set(content["pretraining"]) == {"matcher", "alice", "mae-cnn"}
     monkeypatch.setattr(alice_runs.api, "pretrain", None)
     assert alice_runs.main([*asked])["summary"] == content["summary"]
+
+
+@pytest.mark.slow
+def test_mining_share__counts_every_draw_of_the_steps(tmp_path: Path) -> None:
+    archive = match_accuracy.phantom_archive(tmp_path, 6).parent / "archive"
+    before = PairSampler.draw
+    smoke = recipe_folder() / "smoke" / "alice_segresnet3d_mri_pairs.yaml"
+    row = mining_share.measure(
+        smoke, [f"data.index={archive}", "data.where=series_id is not null", "train.batch=2"], 4, tmp_path / "run"
+    )
+    assert PairSampler.draw is before and (row["steps"], row["batch"]) == (3, 2)
+    assert row["share"] == pytest.approx(2 * row["draw_ms"] / row["step_ms"]) and row["draw_ms"] > 0
