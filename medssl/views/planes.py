@@ -377,7 +377,7 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
     places = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     weights = torch.exp(-0.5 * (places / sigma) ** 2)
     weights = weights / weights.sum()
-    # all planes as channels of one picture: the same numbers as a batch of planes, up to 20 times faster on a CPU
+    # all planes as channels of one picture: the same numbers as a batch of planes, and a much faster kernel on a CPU
     planes = F.pad(x.reshape(1, -1, *x.shape[-2:]), (radius, radius, radius, radius), mode="reflect")
     count = planes.shape[1]
     for shape in ((1, 1, 1, -1), (1, 1, -1, 1)):
