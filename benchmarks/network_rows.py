@@ -1,4 +1,4 @@
-"""One row per network on the hippocampus set: 20 labels, one seed, 300 steps, from `mae_cnn` of as many steps and from scratch.
+"""One row per network on the hippocampus set: 20 labels, one seed, 300 steps, pretrained for as many steps and from scratch.
 
     medssl index ../shared/data/msd_hippocampus/images --splits ../shared/data/msd_hippocampus/split.csv --modality MR --out runs/hippocampus/archive
     python -m benchmarks.network_rows
@@ -6,7 +6,8 @@
 
 A smoke row: it shows that weights reach the network and what a run costs on a CPU, not which network is better; one seed says little, and 300
 steps are far from the plateau. Networks are small forms of SwinUNETR, nnU-Net's residual-encoder U-Net, and the pyramid over a SegResNet.
-Every stage and cell is kept: kill the script and start it again to go on.
+Pretraining is `mae_cnn`; `swin_unetr_alice` is Alice, with matched pairs by the matcher and the embeddings of `alice_runs`. Every stage and
+cell is kept: kill the script and start it again to go on. A row that the folder lacks stays in the JSON as it was.
 """
 
 from __future__ import annotations
@@ -31,15 +32,21 @@ RESENC = {"name": "resenc3d", "features_per_stage": [8, 16, 32, 64], "n_blocks_p
 SEGRESNET = {"name": "segresnet3d", "init_filters": 8, "blocks_down": [1, 2, 2, 4], "blocks_up": [1, 1, 1]}
 NETWORKS: dict[str, dict[str, Any]] = {
     "swin_unetr": {"network": "swin_unetr", "encoder": SWIN, "lr": 1e-3},
+    "swin_unetr_alice": {"network": "swin_unetr", "encoder": SWIN, "lr": 1e-3, "objective": "alice"},
     "resenc_unet": {"network": "resenc_unet", "encoder": RESENC, "lr": 1e-3},
     "pyramid": {"network": "pyramid", "encoder": SEGRESNET, "lr": 3e-3, "args": {"strides": [2, 4, 8], "width": 32}},
 }
+ALICE = {
+    "name": "alice", "weights": {"cls": 1, "patch": 1, "rec": 1}, "prototypes": 128,
+    "head_hidden": 256, "bottleneck": 64, "casa_heads": 4, "casa_hidden": 256,
+}  # fmt: skip
+"""As in `recipes/pretrain/alice_segresnet3d_hippocampus.yaml`."""
 AUGMENT = {"rotate_deg": 15, "scale": [0.9, 1.1], "noise_std": 0.1, "brightness": 0.2, "contrast": [0.8, 1.25], "gamma": [0.7, 1.5]}
 
 
-def pretraining(name: str, archive: Path, out: Path, steps: int) -> dict[str, Any]:
+def pretraining(name: str, archive: Path, matcher: Path, out: Path, steps: int) -> dict[str, Any]:
     """Return the recipe of the pretraining of a network's encoder."""
-    return {
+    recipe: dict[str, Any] = {
         "kind": "pretrain",
         "data": {"index": str(archive), "card": "msd_hippocampus", "where": "split = 'train'", "domain": "mri"},
         "views": {"size": CROP, "normalize": "zscore", "rotate_deg": 15, "scale": [0.9, 1.1], "mask": {"ratio": 0.6, "cell": 8}},
@@ -57,6 +64,11 @@ def pretraining(name: str, archive: Path, out: Path, steps: int) -> dict[str, An
         "export": {"licence": "CC-BY-SA-4.0"},
         "out": str(out),
     }
+    if NETWORKS[name].get("objective") == "alice":
+        recipe["data"]["sampler"] = {"pairs": "matched", "matcher": {"name": "embedding", "weights": str(matcher)}}
+        recipe["views"] |= {"kind": "pair", "size": [32, 64, 32], "spacing_mm": 0.75}  # 24 x 48 x 24 mm of about 35 x 50 x 36
+        recipe["objective"] = ALICE
+    return recipe
 
 
 def finetuning(name: str, cohort: Path, out: Path, steps: int) -> dict[str, Any]:
@@ -79,7 +91,7 @@ def row(name: str, options: argparse.Namespace) -> None:
     """Pretrain and fine-tune one network, or go on."""
     run = options.folder / name / "pretrain"
     if not finished(run):
-        recipe = apply_overrides(pretraining(name, options.archive, run, options.pretrain_steps), options.pretrain)
+        recipe = apply_overrides(pretraining(name, options.archive, options.matcher, run, options.pretrain_steps), options.pretrain)
         result = api.pretrain(Recipe.parse(recipe), resume=True)
         if result.status != "finished":
             raise SystemExit(f"{name}: {result.status}; start again to go on")
@@ -92,20 +104,26 @@ def row(name: str, options: argparse.Namespace) -> None:
     api.label_curve(Recipe.parse(recipe), run, counts=[options.labels], seeds=[options.seed], on_cell=said)
 
 
-def collect(folder: Path) -> dict[str, Any]:
-    """Return the rows of the networks that are there."""
-    content: dict[str, Any] = {"benchmark": "network_rows", "when": now(), "networks": {}}
+def collect(folder: Path, before: Path) -> dict[str, Any]:
+    """Return the rows of the networks that are there, and of the others those of the JSON before."""
+    kept = json.loads(before.read_text())["networks"] if before.is_file() else {}
+    facts = {"when": now(), **{key: facts_of_machine()[key] for key in ("hardware", "versions", "git")}}
+    rows: dict[str, Any] = {}
     for name in NETWORKS:
         path = folder / name / "curve" / "summary.json"
         if path.is_file():
-            content["networks"][name] = summary = json.loads(path.read_text())
+            summary = json.loads(path.read_text())
+            rows[name] = {**rounded(summary), **facts}
             print(f"{name}\n\n{markdown(summary)}\n")
-    return {**content, **{key: facts_of_machine()[key] for key in ("hardware", "versions", "git")}}
+        elif name in kept:
+            rows[name] = kept[name]
+    return {"benchmark": "network_rows", "networks": rows}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--archive", type=Path, default=Path("runs/hippocampus/archive"))
+    parser.add_argument("--matcher", type=Path, default=Path("runs/hippocampus/matcher"), help="of Alice's pairs")
     parser.add_argument("--cohort", type=Path, default=SHARED)
     parser.add_argument("--folder", type=Path, default=Path("runs/hippocampus/rows"))
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
@@ -121,9 +139,10 @@ def main(argv: list[str] | None = None) -> None:
     if not options.collect:
         for name in options.networks:
             row(name, options)
-    content = collect(options.folder)
+    path: Path = options.out / "network_rows.json"
+    content = collect(options.folder, path)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.out / "network_rows.json", (json.dumps(rounded(content), indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

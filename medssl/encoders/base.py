@@ -114,6 +114,10 @@ class Encoder(nn.Module):
                 f"{self.name}: image size {size} is not a multiple of the patch {self.patch_size}; crop or pad the image"
             )
 
+    def check_decoder(self, size: Iterable[int]) -> None:
+        """Raise unless images of this size can be decoded in training, too."""
+        self.check_size(size)
+
 
 def freeze(module: nn.Module) -> None:
     """Set requires_grad False on parameters that no path uses."""

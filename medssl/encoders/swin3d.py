@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -127,6 +127,16 @@ class Swin3D(Encoder):
         tokens = flatten_tokens(pyramid[-1])
         return EncoderOutput(tokens=tokens, grid=tuple(x.shape[2:]), pooled=tokens.mean(dim=1), pyramid=tuple(pyramid))
 
+    def check_decoder(self, size: Iterable[int]) -> None:
+        """Raise unless more than one cell is left at the coarsest stride, for the decoder's instance norm needs two."""
+        size = tuple(size)
+        self.check_size(size)
+        if prod(n // STRIDE for n in size) == 1:
+            raise ValueError(
+                f"swin3d: images of {size} voxels have one cell at stride {STRIDE}, over which the decoder's instance norm is "
+                f"undefined; use {2 * STRIDE} voxels or more along an axis"
+            )
+
     def decode(self, pyramid: Sequence[Tensor], image: Tensor | None = None) -> Iterator[Tensor]:
         """Walk the decoder and yield its maps from stride 16 to 1; what is not asked for is not computed.
 
@@ -136,11 +146,8 @@ class Swin3D(Encoder):
         """
         if image is None:
             raise ValueError("swin3d: the decoder has a skip connection from the image; give the image that was encoded")
-        if self.training and prod(pyramid[-1].shape[2:]) == 1:
-            raise ValueError(
-                f"swin3d: images of {tuple(image.shape[2:])} voxels have one cell at stride 32, over which the decoder's instance norm is "
-                "undefined; use 64 voxels or more along an axis"
-            )
+        if self.training:
+            self.check_decoder(image.shape[2:])
         net = self.net
         x = self.run(net.decoder5, self.run(net.encoder10, pyramid[4]), pyramid[3])
         yield x

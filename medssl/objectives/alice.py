@@ -252,7 +252,9 @@ class Alice(nn.Module):
         _check_terms(given, self.weights)
         _check_temperatures(student_temperature, teacher_temperature, temperature_warmup)
         _check_numbers(teacher_momentum, centre_momentum, casa, casa_heads, prototypes, recon_region, export)
-        encoder.check_size(image_size)
+        aligned = "patch" in self.weights and casa == "cross_attention"
+        decoded = encoder.has_decoder and (aligned or "rec" in self.weights)
+        encoder.check_decoder(image_size) if decoded else encoder.check_size(image_size)
         self.encoder = encoder
         self.view = view
         self.view_specs = {view: ViewSpec("volume", tuple(image_size), spacing_mm, 2)}
@@ -264,7 +266,6 @@ class Alice(nn.Module):
         self.patch = tuple(encoder.patch_size)
         self.grid = tuple(n // p for n, p in zip(image_size, self.patch))
         self.own_decoder = not encoder.has_decoder
-        aligned = "patch" in self.weights and casa == "cross_attention"
         self.mask_stem = encoder.mask_stem()
         self.decoder: TokenDecoder | None = None
         if self.own_decoder and (aligned or "rec" in self.weights):

@@ -63,7 +63,7 @@ class MAECNN(nn.Module):
         super().__init__()
         if recon_region not in ("masked", "all"):
             raise ValueError(f'recon_region is "{recon_region}"; accepted: "masked" (hidden voxels only) or "all"')
-        encoder.check_size(image_size)
+        encoder.check_decoder(image_size)
         self.encoder = encoder
         self.view = view
         self.view_specs = {view: ViewSpec("volume", tuple(image_size), spacing_mm)}

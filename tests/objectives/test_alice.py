@@ -172,6 +172,12 @@ def test_losses__recon_region_all_scores_every_valid_voxel() -> None:
 # -- contract ----------------------------------------------------------------------------------------------------------
 
 
+def test_alice__says_at_the_start_that_crops_are_too_small_to_decode() -> None:
+    with pytest.raises(ValueError, match=r"one cell at stride 32.*use 64 voxels"):
+        make_alice("swin3d", image_size=(32, 32, 32))
+    make_alice("swin3d", image_size=(32, 32, 32), weights={"cls": 1})  # decodes nothing
+
+
 @pytest.mark.parametrize("name", ["segresnet3d", "vit3d", pytest.param("swin3d", marks=pytest.mark.slow)])
 def test_alice__keeps_the_contract(name: str) -> None:
     """In few steps the reconstruction must weigh most: as the centres move away from 0, targets say more, and what is harder costs more."""
