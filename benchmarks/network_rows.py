@@ -66,7 +66,7 @@ def pretraining(name: str, archive: Path, matcher: Path, out: Path, steps: int) 
     }
     if NETWORKS[name].get("objective") == "alice":
         recipe["data"]["sampler"] = {"pairs": "matched", "matcher": {"name": "embedding", "weights": str(matcher)}}
-        recipe["views"] |= {"kind": "pair", "size": [32, 64, 32], "spacing_mm": 0.75}  # 24 x 48 x 24 mm of about 35 x 50 x 36
+        recipe["views"] |= {"kind": "pair", "spacing_mm": 1.0}
         recipe["objective"] = ALICE
     return recipe
 

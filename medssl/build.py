@@ -358,7 +358,7 @@ def finetune_settings(recipe: FinetuneRecipe) -> Any:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     domain = {"domain": recipe.cohort.domain.name, "domain_args": recipe.cohort.domain.args}
-    values = {"network": recipe.network, **domain, "device": device, **recipe.settings}
+    values = {"network": recipe.network, **domain, "device": device, "force": recipe.force, **recipe.settings}
     if recipe.encoder:
         arguments = {key: value for key, value in recipe.encoder.items() if key != "name"}
         values["encoder"] = {"name": recipe.encoder["name"], "args": arguments}

@@ -29,6 +29,7 @@ from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.cell_summary import markdown
 from medssl.evaluation.folds import deals, fewest, refuse_counts
 from medssl.evaluation.label_curve import SCRATCH, Cell, plan
+from medssl.evaluation.pretrained_views import unlike_axes
 from medssl.probe_tasks import evaluation_section
 from medssl.recipe import FinetuneBoxesRecipe, FinetuneTargetsRecipe, SourceSection
 from medssl.seeding import derive_seed
@@ -219,7 +220,7 @@ def section_of(recipe: SourceRecipe, manifest: Mapping[str, Any] | None) -> tupl
             )
         return recipe.source, []
     section = evaluation_section(recipe, manifest)
-    differ = []
+    differ = [axes] if (axes := unlike_axes(manifest)) else []
     known = {"normalize": manifest["intensity"]["normalize"]}
     if manifest.get("spacing_source") == "views":
         known["spacing_mm"] = manifest["spacing_mm"]

@@ -227,6 +227,7 @@ class FinetuneRecipe(Node):
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of FinetuneSettings")
     folds: Folds = None
     labels: int | None = Field(None, gt=0, description="Use only the first n training cases in few-label order")
+    force: bool = Field(False, description="Fine-tune on other views than the weights were pretrained with; the result says so")
     out: str = "runs/finetune"
 
 

@@ -22,6 +22,7 @@ class Encoder(nn.Module):
     Attributes:
         name: Registered name.
         library: The stock class, for the manifest.
+        axis_order: What the axes of its images are, for the manifest.
         key_groups: `encoder` and, where the stock module has one, `decoder`: prefixes of state-dict keys.
         patch_size: Voxels per token and axis.
         embed_dim: E, the width of `tokens` and `pooled`.
@@ -38,6 +39,7 @@ class Encoder(nn.Module):
 
     name: str = ""
     library: str = ""
+    axis_order: str = "XYZ-RAS"
     drops_tokens: bool = False
     marks_hidden: bool = False
     has_decoder: bool = False
@@ -73,7 +75,7 @@ class Encoder(nn.Module):
             "key_groups": self.key_groups,
             "channels": self.in_channels,
             "patch_size": list(self.patch_size),
-            "axis_order": "XYZ-RAS",
+            "axis_order": self.axis_order,
             "token_order": TOKEN_ORDER,
         }
         return Part(module=self, manifest=manifest, keys=tuple(self.key_groups[group]))

@@ -153,6 +153,7 @@ class Image2D(Encoder):
 
     name = "image2d"
     library = "timm"
+    axis_order = "HW"
     key_groups = {"encoder": [""], "slice_encoder": [""]}  # noqa: RUF012
     takes_images = True
 
@@ -225,7 +226,7 @@ class Image2D(Encoder):
     def part(self, group: str) -> Part:
         """Describe the network for the run's `weights/` folder; `model` is its timm name."""
         part = super().part(group)
-        part.manifest |= {"axis_order": "HW", "token_order": TOKEN_ORDER_2D, "model": self._args["model"]}
+        part.manifest |= {"token_order": TOKEN_ORDER_2D, "model": self._args["model"]}
         return part
 
     @property

@@ -110,6 +110,7 @@ class SliceVolumeEncoder(Encoder):
 
     name = "slice_volume"
     library = "medssl.SliceVolumeEncoder"
+    axis_order = "slices of XYZ-RAS"
     key_groups = {"encoder": [""], "joint": [""]}  # noqa: RUF012
     takes_stacks = True
 
@@ -174,7 +175,7 @@ class SliceVolumeEncoder(Encoder):
             "key_groups": self.key_groups,
             "channels": self.in_channels,
             "patch_size": list(self.patch_size),
-            "axis_order": "slices of XYZ-RAS",
+            "axis_order": self.axis_order,
             "token_order": f"slices in order; within a slice {TOKEN_ORDER_2D}",
         }
         if group == "aggregator":

@@ -113,6 +113,7 @@ class VideoViT(Encoder):
 
     name = "video_vit"
     library = "medssl.VideoTransformer"
+    axis_order = "THW"
     drops_tokens = True
     takes_clips = True
     key_groups = {"encoder": [""], "video_teacher": [""], "video_student": [""], "image_teacher": [""]}  # noqa: RUF012
@@ -194,7 +195,7 @@ class VideoViT(Encoder):
     def part(self, group: str) -> Part:
         """Describe the network for the run's `weights/` folder."""
         part = super().part(group)
-        part.manifest |= {"axis_order": "THW", "token_order": TOKEN_ORDER_3D}
+        part.manifest |= {"token_order": TOKEN_ORDER_3D}
         return part
 
     @property

@@ -40,6 +40,7 @@ from medssl.evaluation.features import encode
 from medssl.evaluation.learning_rates import hold_norms, parameter_groups, set_learning_rates
 from medssl.evaluation.metrics import dice
 from medssl.evaluation.outside import Look, outside, training_range
+from medssl.evaluation.pretrained_views import refuse_unlike, unlike_axes, unlike_intensities, unlike_spacing
 from medssl.evaluation.segmentation_results import (
     CaseScore,
     FinetuneResult,
@@ -184,6 +185,7 @@ def finetune(
     if settings.dicom_seg:
         check_dicom_seg(test_cases)
     reader = reader or reader_of(settings)
+    forced = [] if weights is None else unlike_pretraining(weights.manifest, settings, train_cases, reader)
     structures = structures_of(cohort, reader)
     device = torch.device(settings.device)
     network = build_network(settings, n_classes=1 + len(structures), seed=seed)
@@ -219,6 +221,7 @@ def finetune(
         seconds=seconds,
         settings=asdict(settings),
         training_range=span.facts(),
+        forced=forced,
         fold=fold[0],
         of_folds=fold[1],
     )
@@ -251,7 +254,7 @@ def with_encoder(settings: FinetuneSettings, weights: Pretrained | None) -> Fine
     """Return the settings with the encoder filled in from the weights, after checking that they go together.
 
     Raises:
-        RequestError: Neither names an encoder, or the images would be normalised otherwise than in pretraining.
+        RequestError: Neither names an encoder.
         WeightsError: Settings and weights name different encoders.
     """
     if weights is None:
@@ -267,12 +270,6 @@ def with_encoder(settings: FinetuneSettings, weights: Pretrained | None) -> Fine
         raise WeightsError(
             f"the weights are of encoder {encoder.get('name')}, the settings name {settings.encoder.get('name')}; "
             "leave encoder out of the settings to take it from the weights"
-        )
-    how = normalizations(manifest)
-    if how and _plain_normalize(settings.normalize) not in how:
-        raise RequestError(
-            f"the weights were pretrained with normalize {' or '.join(map(str, how))}, the settings say {settings.normalize}; features would "
-            f"meet other intensities; set normalize: {how[0]}"
         )
     return replace(settings, encoder=encoder)
 
@@ -300,19 +297,22 @@ def refuse_images(volumes: Sequence[Volume], settings: FinetuneSettings) -> None
         )
 
 
-def normalizations(manifest: Mapping[str, Any]) -> list[Any]:
-    """Return how the images of a pretraining were normalised: one way, or one for each kind of source."""
-    views: Mapping[str, Any] = manifest.get("views") or {}
-    ways = [dict(manifest.get("intensity") or {}).get("normalize"), *(dict(view or {}).get("normalize") for view in views.values())]
-    found: list[Any] = []
-    for way in ways:
-        if way is not None and _plain_normalize(way) not in found:
-            found.append(_plain_normalize(way))
-    return found
+def unlike_pretraining(
+    manifest: Mapping[str, Any], settings: FinetuneSettings, cases: Sequence[Case], reader: CaseReader
+) -> list[str]:
+    """Return how the images of the task differ from those of the pretraining, where that is forced.
 
+    Images are read only where their own voxel size is what the network will see.
 
-def _plain_normalize(how: Any) -> Any:
-    return json.loads(json.dumps(dict(how) if isinstance(how, Mapping) else how))
+    Raises:
+        RequestError: They differ, and nobody forced it.
+    """
+    early = refuse_unlike([unlike_axes(manifest), unlike_intensities(manifest, settings.normalize)], settings.force)
+    seen = settings.spacing_mm
+    if seen is None and manifest.get("spacing_source") == "views":
+        sizes = [volume.spacing_mm[: len(settings.crop)] for volume in map(reader, cases) if volume.measured]
+        seen = tuple(np.median(sizes, axis=0).tolist()) if sizes else None
+    return early + refuse_unlike([unlike_spacing(manifest, seen, settings.spacing_mm is not None)], settings.force)
 
 
 def build_network(settings: FinetuneSettings, *, n_classes: int, seed: int) -> nn.Module:

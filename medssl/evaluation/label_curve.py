@@ -27,7 +27,7 @@ import numpy as np
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import Pretrained, data_cards, finetune, reader_of, structures_of, with_encoder
+from medssl.evaluation.finetune import Pretrained, data_cards, finetune, reader_of, structures_of, unlike_pretraining, with_encoder
 from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.weights import private_folder, write_atomic, write_private
@@ -35,7 +35,7 @@ from medssl.weights import private_folder, write_atomic, write_private
 log = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
-UNUSED_SETTINGS = ("device", "figures", "predictions", "dicom_seg", "log_every")  # change no score
+UNUSED_SETTINGS = ("device", "figures", "predictions", "dicom_seg", "log_every", "force")  # change no score
 VALIDATION_SETTINGS = ("val_every", "val_cases")  # change no score without `patience`
 BY_CASE = "by image"  # as `evaluation.scores` has it
 TRANSFER_SETTINGS = ("encoder_lr_scale", "layer_decay", "freeze_steps", "transfer")  # change no score of a scratch cell
@@ -86,21 +86,25 @@ def label_curve(
         The summary, see `summarise`.
 
     Raises:
-        RequestError: The folder holds cells of other settings, weights were chosen by labels, or the request is empty or unnamed.
+        RequestError: The folder holds cells of other settings, weights were chosen by labels, images differ from those of the
+            pretraining and nobody forced it, or the request is empty or unnamed.
     """
     out = Path(out)
     cells = plan(arms, counts, seeds, folds)
     refuse_chosen(arms)
-    if named := next((weights for weights in arms.values() if weights is not None), None):
-        settings = with_encoder(settings, named)  # the twin is built with the encoder of the weights
+    if first := next((weights for weights in arms.values() if weights is not None), None):
+        settings = with_encoder(settings, first)  # the twin is built with the encoder of the weights
     reader = reader_of(settings)
     if folds is not None and not cohort.structures:
         cohort = replace(cohort, structures=structures_of(cohort, reader, every=True))
     dealt = deals(cohort, folds, seeds)
     for one in dealt.values():
         one.first(max(counts))  # too many labels asked for: say so before the first hour, not after it
+    cases = next(iter(dealt.values())).first(max(counts))
+    named = {arm: weights for arm, weights in arms.items() if weights is not None}
+    forced = {arm: unlike_pretraining(weights.manifest, settings, cases, reader) for arm, weights in named.items()}
     private_folder(out)
-    claim(out, cohort, settings, arms, folds)
+    claim(out, cohort, settings, arms, folds, forced)
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name
         result = read_cell(folder)
@@ -163,7 +167,12 @@ def deals(cohort: Cohort, folds: int | None, seeds: Sequence[int]) -> dict[tuple
 
 
 def claim(
-    out: Path, cohort: Cohort, settings: FinetuneSettings, arms: Mapping[str, Pretrained | None], folds: int | None = None
+    out: Path,
+    cohort: Cohort,
+    settings: FinetuneSettings,
+    arms: Mapping[str, Pretrained | None],
+    folds: int | None = None,
+    forced: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Write what the cells of a folder have in common, or check it against what the finished cells have.
 
@@ -190,6 +199,7 @@ def claim(
         "folds": folds,
         "weights": weights,
         "data_cards": cards,
+        "forced": dict(forced or {}),
     }
     if path.is_file() and any(out.glob("cells/*/results.json")):  # without one there is nothing to be mixed
         known = json.loads(path.read_text())
@@ -211,6 +221,7 @@ def claim(
             )
         shared["weights"] = {**known["weights"], **weights}
         shared["data_cards"] = {**known.get("data_cards", {}), **cards}
+        shared["forced"] = {**known.get("forced", {}), **shared["forced"]}
     write_atomic(path, json.dumps(shared, indent=1).encode())
     return shared
 

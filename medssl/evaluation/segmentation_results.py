@@ -69,6 +69,7 @@ class FinetuneResult:
         seconds: Wall time of training, and per step (median).
         settings: Settings used.
         training_range: What the training cases span, see `outside.TrainingRange.facts`; empty in results of earlier versions.
+        forced: How the images differ from those of the pretraining, where the settings forced it.
         fold: The fold that was tested, of `of_folds`; None where the splits were given.
         of_folds: Number of folds.
     """
@@ -84,6 +85,7 @@ class FinetuneResult:
     seconds: dict[str, float]
     settings: dict[str, Any]
     training_range: dict[str, Any] = field(default_factory=dict)
+    forced: list[str] = field(default_factory=list)
     fold: int | None = None
     of_folds: int | None = None
 

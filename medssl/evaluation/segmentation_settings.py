@@ -63,6 +63,7 @@ class FinetuneSettings:
         dicom_seg: Whether to write predictions as DICOM-SEG; images must be DICOM series, and highdicom installed (extra `seg`).
         figures: Test cases pictured.
         device: Torch device.
+        force: Fine-tune weights on other intensities, voxel sizes or axes than they were pretrained with; the result says so.
     """
 
     network: str = "segresnet"
@@ -103,6 +104,7 @@ class FinetuneSettings:
     dicom_seg: bool = False
     figures: int = 3
     device: str = "cpu"
+    force: bool = False
 
     def __post_init__(self) -> None:
         faults = [

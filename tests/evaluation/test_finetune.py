@@ -40,7 +40,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
     return Cohort.load(write_cohort(tmp_path_factory.mktemp("cohort")))
 
 
-def pretrained(seed: int = 5, intensity: Any = None) -> Pretrained:
+def pretrained(seed: int = 5, intensity: Any = None, **facts: Any) -> Pretrained:
     torch.manual_seed(seed)
     encoder = SegResNet3D(**TINY_ENCODER["args"])
     state = {k: v for k, v in encoder.net.state_dict().items() if k.startswith(("convInit.", "down_layers."))}
@@ -52,6 +52,7 @@ def pretrained(seed: int = 5, intensity: Any = None) -> Pretrained:
         "axis_order": "XYZ-RAS",
         "channels": 1,
         "intensity": intensity or {"normalize": "zscore"},
+        **facts,
     }
     return Pretrained(state, manifest)
 
@@ -334,10 +335,39 @@ def test_wrong_requests__say_what_to_do(cohort: Cohort, tmp_path: Path) -> None:
         finetune(cohort, replace(SETTINGS, encoder=vit), tmp_path, weights=pretrained())
     with pytest.raises(RequestError, match=r"pretrained with normalize percentile.*set normalize: percentile"):
         finetune(cohort, SETTINGS, tmp_path, weights=pretrained(intensity={"normalize": "percentile"}))
+    of_2_mm = {"spacing_mm": [2.0, 2.0, 2.0], "spacing_source": "views"}
+    with pytest.raises(
+        RequestError, match=r"pretrained at 2 x 2 x 2 mm.*have a median of 1 x 1 x 2 mm: set spacing_mm: \[2.0, 2.0, 2.0\]"
+    ):
+        finetune(cohort, SETTINGS, tmp_path, weights=pretrained(**of_2_mm))
+    with pytest.raises(RequestError, match=r"pretrained at 2 x 2 x 2 mm, the settings ask for 1 x 1 x 1 mm"):
+        finetune(cohort, replace(SETTINGS, spacing_mm=(1.0, 1.0, 1.0)), tmp_path, weights=pretrained(**of_2_mm))
+    with pytest.raises(RequestError, match=r"axis order ZYX-SAR, segresnet3d gets XYZ-RAS here.*force: true"):
+        finetune(cohort, SETTINGS, tmp_path, weights=pretrained(axis_order="ZYX-SAR"))
     alone = Cohort("x", tuple(case for case in cohort.cases if case.split == "train"))
     with pytest.raises(RequestError, match="no labelled test cases"):
         finetune(alone, SETTINGS, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_other_images_than_those_of_the_pretraining__are_taken_where_forced_and_the_result_says_so(
+    cohort: Cohort, tmp_path: Path
+) -> None:
+    other = pretrained(
+        intensity={"normalize": "percentile"}, axis_order="ZYX-SAR", spacing_mm=[2.0, 2.0, 2.0], spacing_source="views"
+    )
+    settings = replace(SETTINGS, steps=2, val_every=0, force=True)
+    result = finetune(cohort, settings, tmp_path / "forced", labels=1, weights=other)
+    written = json.loads((tmp_path / "forced" / "results.json").read_text())["forced"]
+    assert written == result.forced and [said.split(":")[-1] for said in written] == [
+        " save or convert them in XYZ-RAS",
+        " percentile",
+        " [2.0, 2.0, 2.0]",
+    ]
+    near = pretrained(spacing_mm=[1.05, 0.95, 2.1], spacing_source="views")  # scanners that are set to the same
+    assert finetune(cohort, replace(settings, force=False), tmp_path / "near", labels=1, weights=near).forced == []
+    summary = pretrained(spacing_mm=[2.0, 2.0, 2.0], spacing_source="median of the items")  # a summary is no rule
+    assert finetune(cohort, replace(settings, force=False), tmp_path / "own", labels=1, weights=summary).forced == []
 
 
 def test_nan_loss__stops_with_advice(cohort: Cohort, tmp_path: Path) -> None:

@@ -21,7 +21,13 @@ def test_resenc_unet__is_fine_tuned_from_a_run_with_its_decoder(tmp_path: Path) 
     encoder = ResEnc3D(features_per_stage=(8, 12), n_blocks_per_stage=(1, 1), strides=(1, 2))
     run = save_run(encoder, tmp_path / "run", intensity={"normalize": "zscore"})
     settings = FinetuneSettings(
-        network="resenc_unet", crop=(16, 16, 16), steps=2, warmup_steps=1, log_every=1, transfer="encoder_decoder"
+        network="resenc_unet",
+        crop=(16, 16, 16),
+        spacing_mm=(2.0, 1.0, 1.5),
+        steps=2,
+        warmup_steps=1,
+        log_every=1,
+        transfer="encoder_decoder",
     )
     weights = open_weights(run, transfer="encoder_decoder")
     cohort = Cohort.load(write_cohort(tmp_path / "cohort", train=1, val=0, test=1))

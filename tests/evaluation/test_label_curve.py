@@ -202,6 +202,16 @@ def test_folder__without_a_finished_cell_takes_a_corrected_recipe(cohort: Cohort
     assert summary["cells"]["done"] == 1
 
 
+def test_weights_of_other_voxels__are_refused_before_the_folder_is_claimed_unless_forced(cohort: Cohort, tmp_path: Path) -> None:
+    arms = {"ours": pretrained(spacing_mm=[2.0, 2.0, 2.0], spacing_source="views"), "scratch": None}
+    with pytest.raises(RequestError, match="pretrained at 2 x 2 x 2 mm"):
+        label_curve(cohort, SETTINGS, tmp_path / "out", arms=arms, counts=[1], seeds=[0])
+    assert not (tmp_path / "out").exists()
+    label_curve(cohort, replace(SETTINGS, force=True), tmp_path / "out", arms=arms, counts=[1], seeds=[0])
+    shared = json.loads((tmp_path / "out" / "label_curve.json").read_text())
+    assert list(shared["forced"]) == ["ours"] and "pretrained at 2 x 2 x 2 mm" in shared["forced"]["ours"][0]
+
+
 def test_folder__never_mixes_settings_cohorts_or_weights(cohort: Cohort, tmp_path: Path) -> None:
     finished_cell(tmp_path)
     claim(tmp_path, cohort, SETTINGS, {"scratch": None})

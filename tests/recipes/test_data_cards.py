@@ -212,6 +212,7 @@ def test_fine_tuned_network__carries_the_cards_of_its_pretraining_and_its_cohort
     ]
     overrides += [
         "settings.crop=[32, 32, 16]",
+        "settings.spacing_mm=[4.0, 4.0, 4.0]",
         "settings.steps=1",
         "settings.warmup_steps=0",
         "settings.val_every=0",
