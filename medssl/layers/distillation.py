@@ -56,6 +56,18 @@ def information(logits: Tensor, weight: Tensor) -> Tensor:
     return (-torch.xlogy(mean, mean).sum() - share @ each) / math.log(logits.shape[-1])
 
 
+def start_small(module: nn.Module) -> None:
+    """Start linear layers as DINO does, with small weights and without bias: a head then keeps what tells rows apart.
+
+    With the usual start biases outgrow what tells rows apart from layer to layer, and rows that are brought to length 1 are more alike.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.04, b=0.04)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 class UnitLinear(nn.Module):
     """A linear layer without bias whose rows have length 1 (weight norm with gain 1), in float32 or better.
 
@@ -94,10 +106,7 @@ class UnitHead(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
         )
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.04, b=0.04)
-                nn.init.zeros_(layer.bias)
+        start_small(self.mlp)
         self.last = UnitLinear(bottleneck, count)
 
     def forward(self, x: Tensor, *, frozen: bool = False) -> Tensor:

@@ -23,12 +23,12 @@ How pairs are made is the sampler's business: two looks at one crop (`views.coun
 Reference:
     Jiang et al. 2023, "Anatomical Invariance Modeling and Semantic Alignment for Self-supervised Learning in 3D Medical Image Analysis"
     (ICCV, arXiv 2302.05615). We differ where the published settings cannot work: masks are three-dimensional and per crop, hidden voxels
-    are marked by a mask token or channel and alone are scored, teacher temperatures are 0.04 to 0.07, every sample of a batch has its own
+    are marked by a mask token or channel and alone are scored, the teacher's temperature is 0.02, every sample of a batch has its own
     partner, CASA is in the checkpoints. The teacher has a CASA of its own, averaged like the rest, and asks with its own tokens: one module
     for both, asked by the student twice, makes targets that follow the student at once and are one-hot after some thirty steps. The
     teacher's head is built as the student's (the public code shares one last layer between cls and patches in the teacher only, which no
     average of two can be). CASA's last norm starts with gain 1 / sqrt(K), so that its logits start with length 1 as those of the head do;
-    at gain 1 the teacher's targets are one-hot from the first step. What enters the heads is standardised over the micro-batch. The decay
+    at gain 1 the teacher's targets are one-hot from the first step. Heads start as those of DINO do. What enters the heads is standardised over the micro-batch. The decay
     of weights does not rise during the run.
 """
 
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medssl.errors import RequestError, TrainingStopped, near
-from medssl.layers.distillation import Centre, UnitLinear, cross_entropy, entropy_share, information, unit_spread
+from medssl.layers.distillation import Centre, UnitLinear, cross_entropy, entropy_share, information, start_small, unit_spread
 from medssl.layers.pos_embed import sincos_positions
 from medssl.layers.prototypes import StuckAlarm
 from medssl.layers.sinkhorn import sum_ranks
@@ -89,6 +89,7 @@ class DistillationHead(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
         )
+        start_small(self)
         self.last = nn.ModuleDict({term: UnitLinear(bottleneck, prototypes) for term in terms if term != "rec"})
 
     def forward(self, x: Tensor, term: str, *, context: bool = False, frozen: bool = False) -> Tensor:
@@ -198,7 +199,8 @@ class Alice(nn.Module):
         head_hidden: Width of the head's MLP.
         bottleneck: Its output.
         student_temperature: T_s.
-        teacher_temperature: T_t at the start and after the warm-up; below T_s, or targets teach nothing.
+        teacher_temperature: T_t at the start and after the warm-up; far enough below T_s, or targets become uniform: near there a student
+            that foretells a share r of its targets has logits r T_s / T_t times as large as the teacher's.
         temperature_warmup: Share of the run over which T_t rises.
         standardise: Bring the channels of what enters the heads to mean 0 and variance 1 over the micro-batch of all processes, see
             `standardised`. False is the published form.
@@ -233,7 +235,7 @@ class Alice(nn.Module):
         head_hidden: int = 2048,
         bottleneck: int = 256,
         student_temperature: float = 0.1,
-        teacher_temperature: Sequence[float] = (0.04, 0.07),
+        teacher_temperature: Sequence[float] = (0.02, 0.02),
         temperature_warmup: float = 0.1,
         standardise: bool = True,
         teacher_momentum: float = 0.996,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from medssl.errors import RequestError, TrainingStopped
-from medssl.layers.distillation import cross_entropy
+from medssl.layers.distillation import cross_entropy, unit_spread
 from medssl.layers.standardise import standardised
-from medssl.objectives.alice import Alice
+from medssl.objectives.alice import Alice, DistillationHead
 from medssl.testing import check_objective
 from medssl.training.ema import update_ema
 from medssl.types import StepContext, Views
@@ -245,7 +245,7 @@ def test_teacher_path__asks_with_its_own_tokens_and_has_no_gradient() -> None:
 
 
 def test_schedules__rise_as_they_should() -> None:
-    objective = make_alice(temperature_warmup=0.5)
+    objective = make_alice(temperature_warmup=0.5, teacher_temperature=(0.04, 0.07))
     first, middle, last = (objective.schedules(step, 101) for step in (0, 50, 100))
     assert first == {"teacher_momentum": pytest.approx(0.996), "teacher_temperature": pytest.approx(0.04)}
     assert middle == {"teacher_momentum": pytest.approx(0.998), "teacher_temperature": pytest.approx(0.07)}
@@ -253,6 +253,16 @@ def test_schedules__rise_as_they_should() -> None:
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
+
+
+def test_head__starts_with_what_tells_rows_apart() -> None:
+    """With the usual start of linear layers the spread is 0.6: biases make rows more alike."""
+    torch.manual_seed(0)
+    head = DistillationHead(32, 64, hidden=256, bottleneck=64, prototypes=128, terms=("cls", "patch"))
+    for layer in (head.embed, head.embed_context):
+        assert layer is not None
+        spread, _ = unit_spread(head.mlp(layer(torch.randn(64, layer.in_features))), torch.ones(64))
+        assert spread > 0.9
 
 
 def test_pair_weight_0__removes_a_pair_exactly() -> None:
