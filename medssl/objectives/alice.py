@@ -28,8 +28,8 @@ Reference:
     for both, asked by the student twice, makes targets that follow the student at once and are one-hot after some thirty steps. The
     teacher's head is built as the student's (the public code shares one last layer between cls and patches in the teacher only, which no
     average of two can be). CASA's last norm starts with gain 1 / sqrt(K), so that its logits start with length 1 as those of the head do;
-    at gain 1 the teacher's targets are one-hot from the first step. Heads start as those of DINO do. What enters the heads is standardised over the micro-batch. The decay
-    of weights does not rise during the run.
+    at gain 1 the teacher's targets are one-hot from the first step. Heads start as those of DINO do. What enters the heads is standardised
+    over the micro-batch. The decay of weights does not rise during the run.
 """
 
 from __future__ import annotations
