@@ -206,9 +206,10 @@ def find_part(path: Path | str, part: str | None = None, tag: str = "last") -> P
             raise WeightsError(f"{folder} has no {tag}/{name}.safetensors; it has {', '.join(have) or 'no weights'}")
     if part is None and _is_own_hub_folder(path):
         return path / "model.safetensors"
+    files = sorted(file.name for file in path.glob("*.safetensors")) if path.is_dir() else []
     raise WeightsError(
         f"no weights at {path}: expected a .safetensors file or a run folder that holds weights/index.json "
-        "(a run writes them when it saves its first checkpoint)"
+        + (f"; this folder holds {', '.join(files)}: give one of these" if files else "(a run writes them when it saves its first checkpoint)")
     )
 
 

@@ -64,6 +64,8 @@ def test_run_folder__is_found_through_its_index(tmp_path: Path) -> None:
         find_part(tmp_path, "decoder")
     with pytest.raises(WeightsError, match="no weights at"):
         find_part(tmp_path / "nothing")
+    with pytest.raises(WeightsError, match=r"this folder holds encoder\.safetensors: give one of these"):
+        find_part(tmp_path / "weights" / "last")  # as an export leaves them
 
 
 def test_pickles__are_refused(tmp_path: Path) -> None:
