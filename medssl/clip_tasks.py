@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from medssl import build, data_sources, probe_tasks
+from medssl import build, data_sources, label_tables, probe_tasks
 from medssl.domains.label_files.frames import FrameLabels, find_frame_labels, read_frame_labels
 from medssl.errors import RequestError
 from medssl.evaluation.clips import (
@@ -173,7 +173,7 @@ def _some(series: Sequence[str], count: int = 3) -> str:
 
 def _check_paths(recipe: EvaluateBase) -> None:
     columns = (recipe.ed, recipe.es) if isinstance(recipe, EvaluatePhaseRecipe) else (recipe.target,)  # type: ignore[attr-defined]
-    data_sources.check_table(recipe.table, recipe.file_column, *columns)
+    label_tables.check_table(recipe.table, recipe.file_column, *columns)
     if isinstance(recipe, EvaluateSegmentationRecipe) and not Path(recipe.labels).is_dir():
         raise RequestError(f"labels: no such folder: {recipe.labels}; give the folder of the label files that {recipe.table} names")
 
@@ -236,7 +236,7 @@ def read_marks(recipe: EvaluatePhaseRecipe, bench: Bench, column: str) -> dict[s
     Raises:
         RequestError: A cell is no list of numbers, or names a frame that the cine does not have. All such series are counted.
     """
-    texts = data_sources.read_targets(recipe.table, recipe.file_column, column, bench.shelf)
+    texts = label_tables.read_targets(recipe.table, recipe.file_column, column, bench.shelf)
     whole = recipe.unit == "frames"
     found: dict[str, list[int]] = {}
     unreadable, beyond = [], []
@@ -337,7 +337,7 @@ def read_label_files(recipe: EvaluateSegmentationRecipe, bench: Bench) -> dict[s
     Raises:
         RequestError: Files are missing, unreadable or of another size than their cines (counted), or a structure is in none of them.
     """
-    names = data_sources.read_targets(recipe.table, recipe.file_column, recipe.target, bench.shelf)
+    names = label_tables.read_targets(recipe.table, recipe.file_column, recipe.target, bench.shelf)
     found: dict[str, FrameLabels] = {}
     faults: dict[str, list[str]] = {}
     seen: set[int] = set()

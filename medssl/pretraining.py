@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from medssl import build, data_sources
+from medssl import build, data_sources, label_tables
 from medssl.build import load_recipe
 from medssl.cards.named import SourceCards
 from medssl.data_sources import ImageLike
@@ -113,7 +113,7 @@ def pretrain(
         _check_resume(run, recipe, resume)
     cards = build.assign_cards(recipe)
     for probe in recipe.probes.values():
-        data_sources.check_table(probe.table, probe.file_column, probe.target)
+        label_tables.check_table(probe.table, probe.file_column, probe.target)
     world = distributed.start()
     card_facts, notes = _data_cards(recipe, cards, run) if world.is_main else (build.data_card_facts(recipe, cards), [])
     for note in notes:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medssl import build, data_sources
+from medssl import build, data_sources, label_tables
 from medssl.build import load_recipe
 from medssl.cards.named import assign, card_facts
 from medssl.errors import RequestError
@@ -55,7 +55,7 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
 
         return evaluate_clips(recipe, weights, on_cache)
     started = time.perf_counter()
-    data_sources.check_table(recipe.table, recipe.file_column, recipe.target)
+    label_tables.check_table(recipe.table, recipe.file_column, recipe.target)
     encoder = build.load_encoder(weights)
     _, manifest = load_part(weights)
     section = evaluation_section(recipe, manifest)
@@ -154,7 +154,7 @@ def labelled_rows(
     shelf: data_sources.Shelf, table: str, file_column: str, target: str, task: str, limit: int | None = None
 ) -> tuple[np.ndarray, list[str], list[str] | None]:
     """Return (targets, series ids, patients) of the labelled rows of a shelf; patients is None when they are unknown."""
-    found = data_sources.read_targets(table, file_column, target, shelf)
+    found = label_tables.read_targets(table, file_column, target, shelf)
     rows = [row for row in shelf.rows if row.series_id in found][:limit]
     texts = [found[row.series_id] for row in rows]
     if task == "regression":

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from medssl import data_sources, target_tasks
+from medssl import data_sources, label_tables, target_tasks
 from medssl.build import load_recipe
 from medssl.errors import RequestError
 from medssl.evaluation import suite_rows
@@ -87,7 +87,7 @@ def open_bench(recipe: SuiteRecipe, weights: Path | str, on_cache: Any = None) -
         RequestError: A column is missing, or labels do not fit their task.
     """
     columns = [column for task in recipe.tasks.values() for column in (task.column, task.event) if column is not None]
-    data_sources.check_table(recipe.table, recipe.file_column, *columns)
+    label_tables.check_table(recipe.table, recipe.file_column, *columns)
     _, manifest = load_part(weights)
     section = evaluation_section(recipe, manifest)
     shelf = data_sources.fill_shelf("source", section, on_progress=on_cache)
@@ -132,7 +132,7 @@ def _events(recipe: SuiteRecipe, name: str, cases: Cases, series: Mapping[int, s
     assert task.event is not None
     if early := int((cases.targets < 0).sum()):
         raise RequestError(f"tasks.{name}: {early} of {len(cases.targets)} times in column {task.column} are below 0; correct them")
-    said = data_sources.read_targets(recipe.table, recipe.file_column, task.event, shelf)
+    said = label_tables.read_targets(recipe.table, recipe.file_column, task.event, shelf)
     values = [{"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0}.get(said.get(series[int(n)], ""), np.nan) for n in cases.ids]
     if bad := int(np.isnan(values).sum()):
         raise RequestError(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medssl import build, data_sources
+from medssl import build, data_sources, label_tables
 from medssl.archive.table import group_facts
 from medssl.errors import RequestError
 from medssl.evaluation.finetune_targets import Classifier, Images, TargetResult, finetune_targets
@@ -84,7 +84,7 @@ class TargetRoad:
     def __init__(self, recipe: FinetuneTargetsRecipe, section: SourceSection, weights: Path | str | None) -> None:
         self.recipe, self.section = recipe, section
         self.settings = build.target_settings(recipe)
-        data_sources.check_table(recipe.table, recipe.file_column, recipe.target)
+        label_tables.check_table(recipe.table, recipe.file_column, recipe.target)
         self.shelf = data_sources.fill_shelf(NAME, section)
         self.cases, self.series, self.names = labelled_cases(self.shelf, recipe)
         scored = self.shelf if recipe.folds else _scored(self.shelf, self.cases, self.series)

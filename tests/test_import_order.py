@@ -39,6 +39,7 @@ TOP = {
     "recipe",
     "build",
     "data_sources",
+    "label_tables",
     "correspondence",
     "target_tasks",
     "finetune_cells",

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from medssl.data_sources import read_targets
 from medssl.errors import RequestError
+from medssl.label_tables import read_targets
 
 FILES = {
     "a1": "/data/siteA/0001.png",

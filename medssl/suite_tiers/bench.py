@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medssl import build, data_sources
+from medssl import build, data_sources, label_tables
 from medssl.archive.table import SERIES_COLUMNS
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import Statistic
@@ -118,7 +118,7 @@ class Bench:
             known = {row.series_id: getattr(row, name) for row in self.shelf.rows}
             return [_word(known[series]) for series in self.series]
         try:
-            found = data_sources.read_targets(self.recipe.table, self.recipe.file_column, name, self.shelf)
+            found = label_tables.read_targets(self.recipe.table, self.recipe.file_column, name, self.shelf)
         except RequestError:
             return None
         return [found.get(series, "unknown") for series in self.series]
