@@ -72,11 +72,12 @@ def _bar(what: str) -> Iterator[Callable[..., None]]:
 
 
 def _lines(what: str, every: float = 5.0) -> Callable[..., None]:
-    speed, shown = _Speed(), [0.0]
+    speed, shown, before = _Speed(), [0.0], [(-1, -1)]
 
     def update(done: int, total: int, metrics: Mapping[str, float] | None = None) -> None:
         rate, now = speed(done), time.perf_counter()
-        if done < total and now - shown[0] < every:
+        again, before[0] = (done, total) == before[0], (done, total)
+        if again or (done < total and now - shown[0] < every):  # the last step may be reported twice
             return
         shown[0] = now
         left = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""

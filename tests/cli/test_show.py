@@ -14,6 +14,13 @@ def test_speed__starts_over_with_the_next_cell(monkeypatch: pytest.MonkeyPatch) 
     assert [speed(1), speed(11)] == [0.0, 1.0]  # not (11 - 1) / 110
 
 
+def test_lines__say_the_end_once_and_that_of_the_next_cell_too(capsys: pytest.CaptureFixture[str]) -> None:
+    update = show._lines("pretrain")
+    for done in (2, 2, 1, 2):
+        update(done, 2, {"loss": 0.5})
+    assert capsys.readouterr().err.splitlines() == ["pretrain: 2/2, loss 0.5"] * 2
+
+
 def test_first_sentence__is_whole_over_several_lines() -> None:
     text = "# How unlike a clip is: mean distance,\n# scored by the area. The second sentence.\n#\n# medssl index\nkind: evaluate\n"
     assert first_sentence(text) == "How unlike a clip is: mean distance, scored by the area."
