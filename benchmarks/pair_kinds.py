@@ -1,6 +1,9 @@
 """Card alice 10.5: what the kind of pairs is worth. Alice on phantoms with random, same-volume and matched pairs; linear organ probe.
 
     python -m benchmarks.pair_kinds --folder runs/pair_kinds
+    python -m benchmarks.pair_kinds --folder runs/pair_kinds_alone --overrides "objective.weights={cls: 1}"
+
+The second line leaves the two terms out that do not depend on the partner.
 
 Torso phantoms (`medssl.phantoms`) are written and indexed; per seed a matcher is trained on the training phantoms (`--matcher body_axis`
 needs none), their embeddings are written, and Alice is trained once per kind of pairs with everything else equal. Encoders are frozen and
@@ -299,7 +302,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         {
             "benchmark": "pair_kinds",
             "when": now(),
-            "settings": {"phantoms": options.phantoms, "matcher": options.matcher, "tokens": TOKENS, "seeds": options.seeds},
+            "settings": {
+                "phantoms": options.phantoms,
+                "matcher": options.matcher,
+                "tokens": TOKENS,
+                "seeds": options.seeds,
+                "overrides": options.overrides,
+            },
             **summarise(options.folder, options.seeds, options.arms),
             "runs": {name: last_of(run) for name, run in runs.items() if finished(run)}
             | {name: facts_of_run(run) for name, run in matchers.items() if finished(run)},
