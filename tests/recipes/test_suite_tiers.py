@@ -339,7 +339,7 @@ def test_events__are_read_beside_times_and_refused_where_they_are_no_events(
     cases = Cases(np.arange(3), np.array([4.0, 2.0, 9.0]), list("abc"), np.array(["train", "val", "test"]))
     series = {0: "s0", 1: "s1", 2: "s2"}
     said = {"s0": "1", "s1": "0.0", "s2": "1.0"}
-    monkeypatch.setattr(suite.data_sources, "read_targets", lambda *_: said)
+    monkeypatch.setattr(suite.label_tables, "read_targets", lambda *_: said)
     assert suite._events(recipe, "death", cases, series, bench.shelf).tolist() == [1, 0, 1]
     said["s2"] = "yes"
     with pytest.raises(RequestError, match="1 of 3 cases with a time have neither 0 nor 1 in column died"):
