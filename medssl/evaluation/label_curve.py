@@ -221,7 +221,7 @@ def claim(
             )
         shared["weights"] = {**known["weights"], **weights}
         shared["data_cards"] = {**known.get("data_cards", {}), **cards}
-        shared["forced"] = {**known.get("forced", {}), **shared["forced"]}
+        shared["forced"] = {**known.get("forced", {}), **(forced or {})}
     write_atomic(path, json.dumps(shared, indent=1).encode())
     return shared
 
