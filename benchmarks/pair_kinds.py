@@ -270,7 +270,9 @@ def last_of(run: Path) -> dict[str, Any]:
     """Return seed, steps and the mean of the losses and monitors over the last tenth of a run."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = max(line["step"] for line in lines)
-    names = {name for line in lines for name in line if name.startswith("loss_") or name.endswith(("entropy", "information", "spread"))}
+    names = {
+        name for line in lines for name in line if name.startswith("loss_") or name.endswith(("entropy", "information", "spread"))
+    }
     tail = [line for line in lines if line["step"] > 0.9 * last]
     means = {name: [line[name] for line in tail if line.get(name) is not None] for name in sorted(names)}
     facts = json.loads((run / "run.json").read_text())

@@ -23,7 +23,7 @@ How pairs are made is the sampler's business: two looks at one crop (`views.coun
 Reference:
     Jiang et al. 2023, "Anatomical Invariance Modeling and Semantic Alignment for Self-supervised Learning in 3D Medical Image Analysis"
     (ICCV, arXiv 2302.05615). We differ where the published settings cannot work: masks are three-dimensional and per crop, hidden voxels
-    are marked by a mask token or channel and alone are scored, the teacher's temperature is 0.02, every sample of a batch has its own
+    are marked by a mask token or channel and alone are scored, the teacher's temperatures are other ones, every sample of a batch has its own
     partner, CASA is in the checkpoints. The teacher has a CASA of its own, averaged like the rest, and asks with its own tokens: one module
     for both, asked by the student twice, makes targets that follow the student at once and are one-hot after some thirty steps. The
     teacher's head is built as the student's (the public code shares one last layer between cls and patches in the teacher only, which no
@@ -55,6 +55,8 @@ from medssl.objectives.mae_cnn import repeat_mask
 from medssl.types import EncoderOutput, Part, StepContext, Views, ViewSpec
 
 TERMS = ("cls", "patch", "rec")
+TEMPERATURES = {"cls": (0.02, 0.02), "patch": (0.04, 0.07)}
+"""T_t by term. With 0.04 to 0.07 for both, global targets became uniform; with 0.02 for both, targets of patches were one-hot and foretold."""
 SPREAD = 0.3
 """Std of unit-length features over a batch, in units of 1 / sqrt(E), below which they are alike. Convolutions start below it."""
 INFORMATION = 0.01
@@ -199,8 +201,9 @@ class Alice(nn.Module):
         head_hidden: Width of the head's MLP.
         bottleneck: Its output.
         student_temperature: T_s.
-        teacher_temperature: T_t at the start and after the warm-up; far enough below T_s, or targets become uniform: near there a student
-            that foretells a share r of its targets has logits r T_s / T_t times as large as the teacher's.
+        teacher_temperature: T_t at the start and after the warm-up, for both terms or by term; far enough below T_s, or targets become
+            uniform: near there a student that foretells a share r of its targets has logits r T_s / T_t times as large as the teacher's.
+            None is `TEMPERATURES`: the place of a crop of another patient is harder to foretell than a patch of the same crop.
         temperature_warmup: Share of the run over which T_t rises.
         standardise: Bring the channels of what enters the heads to mean 0 and variance 1 over the micro-batch of all processes, see
             `standardised`. False is the published form.
@@ -235,7 +238,7 @@ class Alice(nn.Module):
         head_hidden: int = 2048,
         bottleneck: int = 256,
         student_temperature: float = 0.1,
-        teacher_temperature: Sequence[float] = (0.02, 0.02),
+        teacher_temperature: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
         temperature_warmup: float = 0.1,
         standardise: bool = True,
         teacher_momentum: float = 0.996,
@@ -252,7 +255,9 @@ class Alice(nn.Module):
         given = {"cls": 1.0, "patch": 1.0, "rec": 10.0} if weights is None else weights
         self.weights = {term: float(weight) for term, weight in given.items() if weight}
         _check_terms(given, self.weights)
-        _check_temperatures(student_temperature, teacher_temperature, temperature_warmup)
+        temperatures = _by_term(teacher_temperature)
+        for term in TEMPERATURES:
+            _check_temperatures(student_temperature, temperatures[term], temperature_warmup)
         _check_numbers(teacher_momentum, centre_momentum, casa, casa_heads, prototypes, recon_region, export)
         aligned = "patch" in self.weights and casa == "cross_attention"
         decoded = encoder.has_decoder and (aligned or "rec" in self.weights)
@@ -261,7 +266,7 @@ class Alice(nn.Module):
         self.view = view
         self.view_specs = {view: ViewSpec("volume", tuple(image_size), spacing_mm, 2)}
         self.student_temperature = student_temperature
-        self.teacher_temperature = (float(teacher_temperature[0]), float(teacher_temperature[1]))
+        self.teacher_temperature = {term: (float(first), float(last)) for term, (first, last) in temperatures.items()}
         self.temperature_warmup = temperature_warmup
         self.teacher_momentum = teacher_momentum
         self.frozen_epochs, self.recon_region, self.export = frozen_epochs, recon_region, export
@@ -322,12 +327,15 @@ class Alice(nn.Module):
         return self
 
     def schedules(self, step: int, steps: int) -> dict[str, float]:
-        """Return the teacher's momentum (half a cosine up to 1) and temperature (linear over its warm-up) at a step of the run."""
+        """Return the teacher's momentum (half a cosine up to 1) and temperatures (linear over their warm-up) at a step of the run."""
         progress = step / max(steps - 1, 1)
-        first, last = self.teacher_temperature
         risen = min(progress / self.temperature_warmup, 1.0) if self.temperature_warmup > 0 else 1.0
         momentum = 1.0 - (1.0 - self.teacher_momentum) * 0.5 * (1.0 + math.cos(math.pi * progress))
-        return {"teacher_momentum": momentum, "teacher_temperature": first + (last - first) * risen}
+        temperatures = {
+            f"teacher_temperature_{term}": first + (last - first) * risen
+            for term, (first, last) in self.teacher_temperature.items()
+        }
+        return {"teacher_momentum": momentum, **temperatures}
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module, str]]:
         """Encoder, decoder, head and CASA of the student, their counterparts, and the schedule."""
@@ -417,7 +425,9 @@ class Alice(nn.Module):
                 f"built: {', '.join(self.weights)}; add it to the objective's weights"
             )
         x, hidden, valid, weight = self.inputs(views)
-        temperature = ctx.schedules.get("teacher_temperature", self.teacher_temperature[0])
+        temperature = {
+            term: ctx.schedules.get(f"teacher_temperature_{term}", first) for term, (first, _) in self.teacher_temperature.items()
+        }
         if self._step != ctx.step:
             self._health, self._step = [], ctx.step
             for centre in self.centres.values():
@@ -428,9 +438,9 @@ class Alice(nn.Module):
         parts: dict[str, Tensor] = {}
         frozen = ctx.epoch < self.frozen_epochs
         if "cls" in self.weights:
-            parts |= self._cls(output, target, weight, temperature, ctx, frozen)
+            parts |= self._cls(output, target, weight, temperature["cls"], ctx, frozen)
         if "patch" in self.weights:
-            parts |= self._patch(output, context, target, target_context, valid, weight, temperature, ctx, frozen)
+            parts |= self._patch(output, context, target, target_context, valid, weight, temperature["patch"], ctx, frozen)
         if painted is not None:
             scored = self._scored(hidden, valid, weight)
             kind = torch.promote_types(x.dtype, torch.float32)
@@ -559,6 +569,22 @@ def _check_terms(given: Mapping[str, float], kept: Mapping[str, float]) -> None:
             f"weights is {dict(given)}; accepted: 0 or more, with cls or patch above 0; for reconstruction alone take the objective mae or "
             "mae_cnn"
         )
+
+
+def _by_term(given: Sequence[float] | Mapping[str, Sequence[float]] | None) -> dict[str, Sequence[float]]:
+    """Return [first, last] of each term that has targets.
+
+    Raises:
+        RequestError: Another term is named.
+    """
+    if given is None or isinstance(given, Mapping):
+        if unknown := [term for term in given or () if term not in TEMPERATURES]:
+            raise RequestError(
+                f"teacher_temperature names {unknown[0]}{near(unknown[0], TEMPERATURES)}; accepted: {', '.join(TEMPERATURES)}, or one "
+                "[first, last] for both"
+            )
+        return {**TEMPERATURES, **(given or {})}
+    return dict.fromkeys(TEMPERATURES, given)
 
 
 def _check_temperatures(student: float, teacher: Sequence[float], warmup: float) -> None:

@@ -153,7 +153,9 @@ def test_losses__equal_plain_loops_in_float64(name: str) -> None:
     size = (8, 12, 4) if name == "segresnet3d" else SIZES[name]
     objective = settle(make_alice(name, image_size=size).double())
     views = to_double(make_pairs(name, weights=[1.0, 0.25], size=size))
-    found = numbers(objective(views, StepContext(schedules={"teacher_temperature": 0.05}, epoch=3)))
+    found = numbers(
+        objective(views, StepContext(schedules={"teacher_temperature_cls": 0.05, "teacher_temperature_patch": 0.05}, epoch=3))
+    )
     expected = loops(objective, views, 0.05)
     for term, value in expected.items():
         assert found[term] == pytest.approx(value, rel=1e-10), term
@@ -229,7 +231,7 @@ def test_teacher__is_a_frozen_copy_in_evaluation_mode_and_gets_no_gradient() -> 
     objective(make_pairs(), StepContext())["loss"].backward()
     assert all(not p.requires_grad and p.grad is None for p in objective.teacher.parameters())
     pairs = objective.ema_pairs()
-    assert len(pairs) == 3 and {schedule for _, _, schedule in pairs} == set(objective.schedules(0, 10)) - {"teacher_temperature"}
+    assert len(pairs) == 3 and {schedule for _, _, schedule in pairs} == {"teacher_momentum"}
     assert all(torch.equal(a, b) for s, t, _ in pairs for a, b in zip(s.state_dict().values(), t.state_dict().values()))
     assert sum(len(list(t.parameters())) for _, t, _ in pairs) == len(list(objective.teacher.parameters()))
 
@@ -247,9 +249,11 @@ def test_teacher_path__asks_with_its_own_tokens_and_has_no_gradient() -> None:
 def test_schedules__rise_as_they_should() -> None:
     objective = make_alice(temperature_warmup=0.5, teacher_temperature=(0.04, 0.07))
     first, middle, last = (objective.schedules(step, 101) for step in (0, 50, 100))
-    assert first == {"teacher_momentum": pytest.approx(0.996), "teacher_temperature": pytest.approx(0.04)}
-    assert middle == {"teacher_momentum": pytest.approx(0.998), "teacher_temperature": pytest.approx(0.07)}
-    assert last == {"teacher_momentum": pytest.approx(1.0), "teacher_temperature": pytest.approx(0.07)}
+    names = ("teacher_momentum", "teacher_temperature_cls", "teacher_temperature_patch")
+    for found, wanted in ((first, (0.996, 0.04, 0.04)), (middle, (0.998, 0.07, 0.07)), (last, (1.0, 0.07, 0.07))):
+        assert found == {name: pytest.approx(value) for name, value in zip(names, wanted)}
+    by_term = make_alice(teacher_temperature={"patch": (0.03, 0.05)}, temperature_warmup=0).schedules(1, 10)
+    assert (by_term["teacher_temperature_cls"], by_term["teacher_temperature_patch"]) == (0.02, 0.05)
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
@@ -373,7 +377,7 @@ def test_floor__teacher_equal_to_student_without_mask_and_with_a_equal_to_b() ->
     views.data["volume"][:, 1] = views.data["volume"][:, 0]
     views.data["volume_mask"][:] = False
     views.meta.valid["volume"][:] = True  # so that every token counts, in the loss as in the monitor
-    parts = numbers(objective(views, StepContext(schedules={"teacher_temperature": 0.04})))
+    parts = numbers(objective(views, StepContext(schedules={"teacher_temperature_cls": 0.04, "teacher_temperature_patch": 0.04})))
     for term in ("cls", "patch"):
         assert parts[f"loss_{term}"] == pytest.approx(parts[f"{term}_teacher_entropy"] * math.log(16), rel=1e-5), term
     assert parts["loss_rec"] == 0.0  # nothing was hidden
@@ -515,8 +519,9 @@ def look(objective: Alice, batches: list[Views]) -> None:
     ("changes", "match"),
     [
         ({"teacher_temperature": (0.04, 0.1)}, r"teacher_temperature is \[0.04, 0.1\] with student_temperature 0.1"),
-        ({"teacher_temperature": (0.07, 0.04)}, "0 < first <= last < student_temperature"),
+        ({"teacher_temperature": {"cls": (0.07, 0.04)}}, "0 < first <= last < student_temperature"),
         ({"teacher_temperature": (0.0, 0.04)}, "0 < first <= last < student_temperature"),
+        ({"teacher_temperature": {"patches": (0.02, 0.04)}}, r"names patches .*accepted: cls, patch"),
         ({"temperature_warmup": 30}, "temperature_warmup is 30; accepted: 0 to 1"),
         ({"weights": {"global": 1}}, "weights names global.*accepted: cls, patch, rec"),
         ({"weights": {"rec": 1}}, "with cls or patch above 0; for reconstruction alone take the objective mae"),
