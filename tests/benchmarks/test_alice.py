@@ -161,6 +161,7 @@ def test_alice_runs__all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     asked = ["--folder", str(tmp_path / "run"), "--labels", "2", "--seeds", "0", "--out", str(tmp_path)]
     asked += ["--matcher-overrides", *few, "objective.ignore_mm=[20,60]", "--overrides", *few, "probes={}"]
     asked += ["--finetune-overrides", f"cohort={{path: {data}, domain: mri}}", "settings.steps=2", "settings.warmup_steps=1"]
+    asked += ["settings.spacing_mm=[8, 8, 8]"]
     asked += ["settings.val_every=1", "settings.val_cases=1"]
     content = alice_runs.main(asked)
     assert content["cells"] == ["alice_n2_s0", "mae-cnn_n2_s0", "scratch_n2_s0"]
