@@ -251,7 +251,7 @@ def phantom_archive(folder: Path, patients: int, seed: int = 0) -> Path:
     """Write a cohort of phantoms and its index; return the folder."""
     data = make_cohort(folder / "data", patients=patients, seed=seed)
     if not (folder / "archive" / "series.parquet").exists():
-        api.index(data / "images", folder / "archive", splits=data / "split.csv")
+        api.index(data / "images", folder / "archive", splits=data / "split.csv", modality="MR")  # NIfTI files do not say it
     return data
 
 

@@ -208,11 +208,11 @@ def find_part(path: Path | str, part: str | None = None, tag: str = "last") -> P
         return path / "model.safetensors"
     files = sorted(file.name for file in path.glob("*.safetensors")) if path.is_dir() else []
     raise WeightsError(
-        f"no weights at {path}: expected a .safetensors file or a run folder that holds weights/index.json "
+        f"no weights at {path}: expected a .safetensors file or a run folder that holds weights/index.json"
         + (
             f"; this folder holds {', '.join(files)}: give one of these"
             if files
-            else "(a run writes them when it saves its first checkpoint)"
+            else " (a run writes them when it saves its first checkpoint)"
         )
     )
 

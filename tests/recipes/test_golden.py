@@ -24,14 +24,14 @@ SMOKE = {name: path for name, path in shipped().items() if name.startswith("smok
 USUAL = (1e-3, 2e-2)
 ROUGH = {
     "smoke/anatomical_embedding_segresnet3d_mri": (1e-3, 0.15),
-    "smoke/alice_segresnet3d_mri": (5e-3, 0.1),
-    "smoke/alice_segresnet3d_mri_pairs": (5e-3, 0.1),
+    "smoke/alice_segresnet3d_mri": (5e-3, 0.15),
+    "smoke/alice_segresnet3d_mri_pairs": (5e-3, 0.15),
     "smoke/mae_cnn_swin3d_mri": (1e-3, math.inf),
 }
-"""Tolerances of losses, relative, and of features, as a share of the largest, where rounding grows: AVX2 against AVX-512, or one thread
-against two, move the losses by up to 0.2 % and the features by up to 8 %. The first picks its hardest negatives by rank, the next two
-standardise a handful of rows. The pooled features of the last one, a single token that its loss hardly feels, are others on AMD than on
-Intel while the losses agree: only the losses are compared."""
+"""Relative tolerances of losses and features where rounding grows: AVX2 against AVX-512, or one thread against two, move the losses by up to
+0.2 % and the features by up to 8 %. The first picks its hardest negatives by rank, the next two standardise a handful of rows. The pooled
+features of the last one, a single token that its loss hardly feels, are others on AMD than on Intel while the losses agree: only the losses are
+compared."""
 LONG = {
     "smoke/mae_cnn_resenc3d_mri",
     "smoke/mae_cnn_swin3d_mri",
@@ -69,5 +69,4 @@ def test_twenty_steps__match_the_ledger(name: str, request: pytest.FixtureReques
     assert len(found["losses"]) == 20
     of_losses, of_features = ROUGH.get(name, USUAL)
     assert found["losses"] == pytest.approx(ledger[name]["losses"], rel=of_losses)
-    features = ledger[name]["features"]
-    assert found["features"] == pytest.approx(features, rel=0, abs=of_features * max(map(abs, features)))
+    assert found["features"] == pytest.approx(ledger[name]["features"], rel=of_features, abs=2e-3)
