@@ -37,6 +37,11 @@ def volume(shape: tuple[int, int, int], spacing: tuple[float, float, float], ori
     return MatchVolume.of_sample(Sample(image, spacing, affine, None, meta))
 
 
+def test_phantom_archive__has_every_phantom_in_the_domain_that_the_recipes_name(tmp_path: Path) -> None:
+    match_accuracy.phantom_archive(tmp_path, 6)  # NIfTI and DICOM
+    assert json.loads((tmp_path / "archive" / "summary.json").read_text())["domains"] == {"mri": 6}
+
+
 def test_pairs__are_distinct_ordered_and_of_two_patients() -> None:
     pairs = match_accuracy.draw_pairs(20, 6, 0)
     assert len(set(pairs)) == 20 and all(a != b for a, b in pairs)

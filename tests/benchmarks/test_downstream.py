@@ -11,6 +11,7 @@ import pytest
 from benchmarks import export_loading, finetune_step, network_rows
 from medssl.archive.index import index
 from medssl.export.write import EXPORTS
+from medssl.recipe import Recipe
 from tests.benchmarks.test_benchmarks import play
 from tests.evaluation.tiny_cohort import write_cohort
 
@@ -37,6 +38,15 @@ def test_export_loading__times_the_form(tmp_path: Path, monkeypatch: pytest.Monk
     found = play(export_loading.main, ["--forms", *toys], tmp_path)
     assert [row["form"] for row in found["rows"]] == list(toys) and all(row["load_s"] > 0 for row in found["rows"])
     assert all(check["met"] for check in found["checks"])
+
+
+def test_network_rows__keep_what_the_folder_lacks_and_name_recipes_that_parse(tmp_path: Path) -> None:
+    before = tmp_path / "network_rows.json"
+    before.write_text(json.dumps({"networks": {"swin_unetr": {"when": "then"}, "unknown": {}}}))
+    assert network_rows.collect(tmp_path / "none", before)["networks"] == {"swin_unetr": {"when": "then"}}
+    for name in network_rows.NETWORKS:
+        recipe = Recipe.parse(network_rows.pretraining(name, Path("archive"), Path("matcher"), Path("out"), 3))
+        assert (recipe.sources["main"].views.get("kind") == "pair") == (name == "swin_unetr_alice")
 
 
 @pytest.mark.slow
