@@ -105,6 +105,17 @@ def pretrain(
         CheckpointError: `--resume` met a checkpoint of another run or one cut short.
     """
     recipe = load_recipe(recipe, overrides, kind="pretrain")
+    joined_before = distributed.joined()
+    try:
+        return _pretrain(recipe, resume, on_note, on_cache, on_step)
+    finally:
+        if not joined_before:
+            distributed.stop()  # here, where no frame of a run that went well holds the model any more
+
+
+def _pretrain(
+    recipe: PretrainRecipe, resume: bool, on_note: Note | None, on_cache: Progress | None, on_step: StepProgress | None
+) -> RunResult:
     settings = build.loop_settings(recipe)
     settings.micro_steps(distributed.environment()[1])
     run = RunFolder(recipe.out)

@@ -26,16 +26,13 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder. Under torchrun or SLURM the same command trains on several processes."""
     from medssl import api
-    from medssl.training.distributed import environment, stop
+    from medssl.training.distributed import environment
 
     quiet = json or environment()[0] != 0
-    try:
-        with show.progress("cache", quiet=quiet) as cached, show.progress("pretrain", quiet=quiet) as stepped:
-            done = api.pretrain(
-                recipe, overrides or [], resume=resume, on_note=lambda note: show.say(note, quiet), on_cache=cached, on_step=stepped
-            )
-    finally:
-        stop()
+    with show.progress("cache", quiet=quiet) as cached, show.progress("pretrain", quiet=quiet) as stepped:
+        done = api.pretrain(
+            recipe, overrides or [], resume=resume, on_note=lambda note: show.say(note, quiet), on_cache=cached, on_step=stepped
+        )
     if environment()[0] != 0:
         return
     lines = [f"{done.status}: {done.items} items, run folder {done.path}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -59,15 +60,22 @@ def start() -> World:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():
+    if size > 1 and not joined():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(hours=2))
     return World(rank=rank, size=size, device=device)
 
 
+def joined() -> bool:
+    """Tell whether this process is in a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def stop() -> None:
-    """Leave the process group."""
-    if dist.is_available() and dist.is_initialized():
+    """Leave the process group, and end its threads."""
+    if joined():
+        # a wrapped model lies in cycles, and while it is there gloo's threads live on; one that wakes while the process exits aborts it
+        gc.collect()
         dist.destroy_process_group()
 
 
