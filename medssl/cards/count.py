@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medssl.archive.operations.suppress import suppress_partitions
+from medssl.archive.operations.suppress import count_people, suppress_partitions
 from medssl.archive.table import Archive, SeriesRow
 from medssl.cards.schema import HIDDEN, WITHHELD, Count, FileCounts, IndexCounts, Table
 from medssl.errors import MedsslError, RequestError
@@ -62,7 +62,8 @@ SUFFIXES = (
 def count_index(archive: Archive, k: int, where: str | None = None) -> tuple[IndexCounts, str | None]:
     """Count the usable series of an index and return the counts and the digest.
 
-    A cell is small when it is about fewer than `k` patients, however many series they have.
+    A cell is small when it is about fewer than `k` patients, however many series they have. Series of unknown patients add nobody to a cell
+    that knows one, and one person where it knows none: they may all be of one.
 
     Args:
         archive: The index.
@@ -77,15 +78,15 @@ def count_index(archive: Archive, k: int, where: str | None = None) -> tuple[Ind
         such = "usable series" if where is None else f"usable series where {where}"
         look = f"medssl report {archive.path}" if where is None else f"medssl archive ls {archive.path}"
         raise RequestError(f"{archive.path} has no {such}, so there is nothing to count; see `{look}`")
-    patients = [row.patient_id for row in rows]
+    patients = [_patient(row) for row in rows]
     columns = {name: [value(row) for row in rows] for name, value in COLUMNS.items()}
     shown = suppress_partitions(columns, patients, k)
-    enough = len(set(patients)) >= k
+    enough = count_people(patients) >= k
     series_by = {name: _table(Counter(values), shown[name]) for name, values in columns.items()}
     people = {name: _people(values, patients) for name, values in columns.items()}
     counts = IndexCounts(
         k=k,
-        patients=_total(len(set(patients)), enough),
+        patients=_total(count_people(patients), enough),
         studies=_total(len({row.study_id for row in rows}), enough),
         series=_total(len(rows), enough),
         files=_total(sum(row.n_files for row in rows), enough),
@@ -153,6 +154,10 @@ def _suffix(name: str) -> str:
     return found or ("other" if "." in name else "none")
 
 
+def _patient(row: SeriesRow) -> str | None:
+    return None if "patient_unknown" in row.quality_flags else row.patient_id
+
+
 def _total(n: int, enough: bool) -> Count:
     return n if enough else HIDDEN
 
@@ -163,11 +168,11 @@ def _table(counts: Mapping[str, int], shown: set[str]) -> Table:
     return {value: counts[value] if value in shown else HIDDEN for value in sorted(counts)}
 
 
-def _people(values: Sequence[str], patients: Sequence[str]) -> dict[str, int]:
-    groups: dict[str, set[str]] = defaultdict(set)
+def _people(values: Sequence[str], patients: Sequence[str | None]) -> dict[str, int]:
+    groups: dict[str, set[str | None]] = defaultdict(set)
     for value, patient in zip(values, patients):
         groups[value].add(patient)
-    return {value: len(group) for value, group in groups.items()}
+    return {value: count_people(group) for value, group in groups.items()}
 
 
 def _at(values: Sequence[float] | None, i: int) -> float | None:
@@ -179,8 +184,8 @@ def _quartiles(rows: Sequence[SeriesRow], domains: set[str], k: int) -> dict[str
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
     for domain in sorted(domains):
         for name, measure in MEASURES.items():
-            pairs = [(value, row.patient_id) for row in rows if row.domain == domain and (value := measure(row)) is not None]
-            if len({patient for _, patient in pairs}) >= k:
+            pairs = [(value, _patient(row)) for row in rows if row.domain == domain and (value := measure(row)) is not None]
+            if count_people(patient for _, patient in pairs) >= k:
                 low, middle, high = (float(f"{q:.3g}") for q in np.percentile([value for value, _ in pairs], (25, 50, 75)))
                 found.setdefault(domain, {})[name] = (low, middle, high)
     return found

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from medssl.archive.index import index
-from medssl.archive.table import Archive
+from medssl.archive.table import Archive, SeriesRow
 from medssl.cards.build import draft_card, write_card
 from medssl.cards.check import check_card
 from medssl.cards.count import count_files
@@ -79,6 +79,22 @@ def test_small_cells__and_their_complements_are_hidden(tmp_path: Path) -> None:
     assert counts.series_by["sex"] == {"F": 32, "M": "hidden", "O": "hidden"}
     assert counts.series_by["role"] == {"unknown": 82} and counts.patients == 53
     assert list(counts.quartiles) == []  # these rows state neither spacing nor shape
+
+
+def test_series_of_unknown_people__may_all_be_of_one(tmp_path: Path) -> None:
+    def unknown(number: int, **values: object) -> SeriesRow:
+        return row(number, number, quality_flags=("patient_unknown",), **values)
+
+    rows = [row(i, i, modality="CT") for i in range(20)]
+    rows += [row(100 + i, 100 + i, modality="MR") for i in range(9)] + [unknown(200 + i, modality="MR") for i in range(30)]
+    rows += [unknown(300 + i, modality="DX") for i in range(30)]
+    counts = draft_card(write_index(tmp_path / "mixed", rows), "mixed", k=10).counts
+    assert counts is not None and counts.patients == 29
+    assert counts.patients_by["modality"] == counts.series_by["modality"] == {"CT": 20, "MR": "hidden", "DX": "hidden"}
+    alone = write_index(tmp_path / "alone", [unknown(i, modality="DX") for i in range(30)])
+    hidden, shown = (draft_card(alone, "alone", k=k).counts for k in (2, 1))
+    assert hidden is not None and shown is not None
+    assert hidden.series == hidden.patients == "hidden" and (shown.series, shown.patients) == (30, 1)
 
 
 def test_open_fields__are_marked_and_named(phantoms: tuple[Path, Path]) -> None:

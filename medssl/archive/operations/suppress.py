@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -53,7 +53,7 @@ def _tells(hidden: list[int], k: int) -> bool:
     return n < 2 or total < k or (max(hidden) < k and total in (n, n * (k - 1)))
 
 
-def suppress_partitions(columns: Mapping[str, Sequence[str]], people: Sequence[str], k: int) -> dict[str, set[str]]:
+def suppress_partitions(columns: Mapping[str, Sequence[str]], people: Sequence[str | None], k: int) -> dict[str, set[str]]:
     """Return which values of each column may be shown with their counts, when all columns are shown beside each other.
 
     A value is small when fewer than `k` people have it, however many rows they have. Each column is treated by `suppress_small`. Then
@@ -63,7 +63,7 @@ def suppress_partitions(columns: Mapping[str, Sequence[str]], people: Sequence[s
 
     Args:
         columns: Name -> value of each row. Each column is a partition of the same rows.
-        people: Who each row is about.
+        people: Who each row is about; None: nobody knows, so it may be any of the others, and adds nobody to them (see `count_people`).
         k: Smallest number of people that a count may be about.
 
     Returns:
@@ -71,11 +71,11 @@ def suppress_partitions(columns: Mapping[str, Sequence[str]], people: Sequence[s
     """
     if not people:
         return {column: set() for column in columns}
-    groups: dict[Cell, set[str]] = {}
+    groups: dict[Cell, set[str | None]] = {}
     for column, values in columns.items():
         for value, person in zip(values, people):
             groups.setdefault((column, value), set()).add(person)
-    count = {cell: len(group) for cell, group in groups.items()}
+    count = {cell: count_people(group) for cell, group in groups.items()}
     shown: set[Cell] = set()
     for column in columns:
         of_column = {value: n for (name, value), n in count.items() if name == column}
@@ -90,6 +90,12 @@ def suppress_partitions(columns: Mapping[str, Sequence[str]], people: Sequence[s
     while needed := next((found for cell in small if (found := _derivation(vectors[cell], shown, vectors, total))), None):
         shown.remove(min(needed, key=lambda cell: (count[cell], cell)))
     return {column: {value for name, value in shown if name == column} for column in columns}
+
+
+def count_people(people: Iterable[str | None]) -> int:
+    """Return how many people these are at least; those whom nobody knows (None) may all be one, and one of the others."""
+    group = set(people)
+    return len(group - {None}) or len(group)
 
 
 def _derivation(secret: np.ndarray, shown: set[Cell], vectors: Mapping[Cell, np.ndarray], total: np.ndarray) -> list[Cell]:
