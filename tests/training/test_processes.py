@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medssl.archive.index import index
+from medssl.phantoms.cohort import make_cohort
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -101,3 +104,18 @@ def test_world_size__may_change_at_a_resume(tmp_path: Path, reference: Path) -> 
         assert done.returncode == 0, done.stderr
         assert losses(out) == pytest.approx(losses(reference), rel=1e-4)
         assert largest_difference(out, reference) < 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes__of_the_command_itself(tmp_path: Path) -> None:
+    cohort = make_cohort(tmp_path / "cohort", patients=6, size=(32, 32, 32))
+    index([cohort / "images"], tmp_path / "archive", modality="MR", splits=cohort / "split.csv")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "medssl", "pretrain"]
+    changes = [f"data.index={tmp_path / 'archive'}", f"out={tmp_path / 'run'}", "train.steps=4"]
+    recipe = ROOT / "recipes" / "smoke" / "mae_vit3d_mri.yaml"
+    done = subprocess.run([*command, str(recipe), *changes], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished: ") == 1  # rank 0 alone speaks
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["status"], facts["world_size"]) == ("finished", 2)
+    assert (tmp_path / "run" / "weights" / "last" / "encoder.safetensors").is_file()
