@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from benchmarks.alice_runs import pretrain
@@ -50,6 +51,7 @@ TRAINED = {
     "video_mae": RECIPES / "echo_video_mae.yaml",
     "frames": RECIPES / "echo_frames.yaml",
 }
+CHOSEN = RECIPES / "echo_chosen.yaml"
 ARMS = (*TRAINED, "random", "random_frames", "raw")
 """`random` is the untrained encoder of discovr and video_mae, `random_frames` that of frames: its tokens are of one frame and not of two."""
 SEEDS = (0, 1, 2)
@@ -59,6 +61,12 @@ SHOWN = 4
 """Labelled frames of a clip, spread over the tubelets."""
 HEAD = HeadSettings()
 DRAWS = 2000
+
+
+def chosen(arm: str) -> list[str]:
+    """Return the changes to an arm's recipe that `echo_trials` led to."""
+    found: dict[str, list[str]] = yaml.safe_load(CHOSEN.read_text())
+    return found.get(arm, [])
 
 
 def prepare(folder: Path, cohort: Mapping[str, Any] | None = None) -> Path:
@@ -279,7 +287,7 @@ def collect(folder: Path, split: str, out: Path, draws: int = DRAWS) -> dict[str
     content = rounded(
         {"benchmark": name, "when": now(), "split": split, "cohort": COHORT, **summarise(cells, draws)}
         | {"recipes": {arm: path.read_text() for arm, path in TRAINED.items()}}
-        | {"overrides": one_setting(cells)}
+        | {"overrides": settings_of(cells)}
         | {key: facts[key] for key in ("hardware", "versions", "git")}
     )
     for key in ("rows", "differences"):
@@ -289,6 +297,11 @@ def collect(folder: Path, split: str, out: Path, draws: int = DRAWS) -> dict[str
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())
     return dict(content)
+
+
+def settings_of(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return arm -> overrides, the same in all cells of an arm."""
+    return {arm: one_setting([c for c in cells if c["arm"] == arm]) for arm in sorted({c["arm"] for c in cells})}
 
 
 def text_of(value: Any) -> Any:
@@ -303,15 +316,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("--overrides", nargs="*", default=[], help="changes to the recipes, for trials")
+    parser.add_argument("--overrides", nargs="*", default=[], help="further changes to all recipes, for trials")
     parser.add_argument("--collect", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     if not options.collect:
         data = prepare(options.data or options.folder / "data")
-        cells = [(arm, seed) for seed in options.seeds for arm in options.arms if arm != "raw" or seed == options.seeds[0]]
-        compute(data, options.folder, cells, split=options.split, overrides=options.overrides)
+        for seed in options.seeds:
+            for arm in options.arms:
+                if arm != "raw" or seed == options.seeds[0]:
+                    overrides = [*chosen(arm), *options.overrides]
+                    compute(data, options.folder, [(arm, seed)], split=options.split, overrides=overrides)
     return collect(options.folder, options.split, options.out)
 
 

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from benchmarks.alice_runs import pretrain
-from benchmarks.common import RESULTS, markdown, one_setting, rounded
-from benchmarks.echo_runs import text_of
+from benchmarks.common import RESULTS, markdown, rounded
+from benchmarks.echo_runs import chosen, settings_of, text_of
 from benchmarks.joint_data import read_table, write_table
 from medssl import api, build, data_sources
 from medssl.archive.index import index
@@ -113,6 +113,11 @@ class Clips:
         return embed(encoder, data_sources.images_and_ids(source, torch.device("cpu"), batch=8))[0]
 
 
+def changes_of(arm: str, overrides: Sequence[str]) -> list[str]:
+    """Return the changes to the recipe of an arm: those that phantoms led to, but for the number of steps, and further ones."""
+    return [*(change for change in chosen(arm) if not change.startswith("train.steps=")), *overrides]
+
+
 def encoder_of(arm: str, seed: int, clips: Clips, run: Path | None) -> nn.Module:
     """Return the encoder of an arm; pixels for `raw`."""
     if run is not None:
@@ -146,13 +151,14 @@ def compute(
         for arm in arms:
             path = folder / "cells" / f"{arm}_fold{fold}_seed{seed}.json"
             if path.exists():
-                if (before := json.loads(path.read_text())["overrides"]) != list(overrides):
-                    raise SystemExit(f"{path}: computed with overrides {before}, now {list(overrides)}; choose another folder")
+                if (before := json.loads(path.read_text())["overrides"]) != changes_of(arm, overrides):
+                    raise SystemExit(f"{path}: computed with {before}, now {changes_of(arm, overrides)}; choose another folder")
                 continue
             clips = clips or Clips(shared, data, overrides)
             begin, run = time.perf_counter(), None
             if arm in TRAINED:
-                changes = [f"data.index={data / 'index'}", f"data.where={clips.condition(fold)}", *overrides, f"train.seed={seed}"]
+                where = [f"data.index={data / 'index'}", f"data.where={clips.condition(fold)}"]
+                changes = [*where, *changes_of(arm, overrides), f"train.seed={seed}"]
                 run = pretrain(TRAINED[arm], folder / f"{arm}_fold{fold}_seed{seed}", changes)
             trained = time.perf_counter() - begin
             held = np.flatnonzero(clips.fold == fold)
@@ -161,7 +167,7 @@ def compute(
                 "fold": fold,
                 "seed": seed,
                 "seconds": trained,
-                "overrides": list(overrides),
+                "overrides": changes_of(arm, overrides),
                 "when": now(),
             }
             found |= {"clip": [clips.series[n] for n in held], "patient": [clips.patients[n] for n in held]}
@@ -222,7 +228,7 @@ def collect(folder: Path, seed: int, out: Path, draws: int = DRAWS) -> dict[str,
         {"benchmark": "lung_runs", "when": now(), "seed": seed, **summarise(cells, draws)}
         | {"train_s": {arm: [c["seconds"] for c in cells if c["arm"] == arm] for arm in TRAINED}}
         | {"recipes": {arm: path.read_text() for arm, path in TRAINED.items()}}
-        | {"overrides": one_setting(cells)}
+        | {"overrides": settings_of(cells)}
         | {
             "notes": [
                 "15 patients: no claim that an arm is better",

@@ -86,6 +86,9 @@ def test_echo_trials__of_the_repository_fit_their_recipes() -> None:
     for trial in trials.values():
         if trial["arm"] in echo_runs.TRAINED:
             api.load_recipe(echo_runs.TRAINED[trial["arm"]], ["data.index=none", "out=none", *trial.get("overrides", [])])
+    assert all(
+        api.load_recipe(path, ["data.index=none", "out=none", *echo_runs.chosen(arm)]) for arm, path in echo_runs.TRAINED.items()
+    )
     for arm, path in lung_runs.TRAINED.items():
         lung, echo = (api.load_recipe(one, ["data.index=none", "out=none"]) for one in (path, echo_runs.TRAINED[arm]))
         assert (lung.objective, lung.encoders, lung.optim, lung.train) == (echo.objective, echo.encoders, echo.optim, echo.train)
