@@ -63,6 +63,12 @@ def test_echo_table__means_of_seeds_and_paired_differences() -> None:
     assert found["ef_mae_of_the_mean"] == pytest.approx(np.abs(np.linspace(25, 70, 12) - 45).mean())
 
 
+def test_echo_table__time_of_training_is_of_cells_that_trained() -> None:
+    cells = [echo_cell("discovr", seed, 6, 0.8) for seed in (1, 2)]
+    cells[0]["seconds"]["train"] = None  # its run was there
+    assert echo_runs.seconds_of_training(cells) == 20 and echo_runs.seconds_of_training(cells[:1]) is None
+
+
 def test_echo_table__of_different_clips_is_refused() -> None:
     cells = [echo_cell("discovr", seed, 6, 0.8) for seed in (0, 1)]
     cells[1]["file"] = cells[1]["file"][::-1]
