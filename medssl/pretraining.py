@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def _pretrain(
         write_items(items, run.items)
     distributed.barrier(world)
     objective.to(world.device)
-    with _tensorboard(run, recipe, world) as board:
+    with run.held() if world.is_main else nullcontext(), _tensorboard(run, recipe, world) as board:
         status = train(
             objective,
             sources,

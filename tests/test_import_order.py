@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "medssl"
-OPEN = {"errors", "types", "registry", "seeding", "weights", "yaml_models", "feature_statistics", "_compat", ""}
+OPEN = {"errors", "types", "registry", "seeding", "weights", "yaml_models", "feature_statistics", "locks", "_compat", ""}
 MAY_IMPORT = {
     "archive": set(),
     "cards": {"archive"},

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import json
 import logging
 import os
@@ -40,6 +39,7 @@ from medssl.archive.scanning.scan import RETRIED, data_unchanged
 from medssl.archive.scanning.sweep import LIMIT_S, sweep
 from medssl.archive.table import FORMAT
 from medssl.errors import RequestError, header_words
+from medssl.locks import hold_lock
 
 logger = logging.getLogger(__name__)
 
@@ -397,11 +397,7 @@ def _open_out(out: Path, key_file: Path | None) -> IdKey:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    with open(os.open(out / "private" / "lock", os.O_WRONLY | os.O_CREAT, 0o600), "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            raise RequestError(f"{out} is being indexed by another process; wait until it has finished") from err
+    with hold_lock(out / "private" / "lock", f"{out} is being indexed by another process; wait until it has finished"):
         for stray in [*out.glob(f"{TEMPORARY}*"), *out.glob(f"*/{TEMPORARY}*"), *out.glob(f"private/scan/{TEMPORARY}*")]:
             stray.unlink(missing_ok=True)
         yield

@@ -582,9 +582,7 @@ def _data(found: Leftovers) -> str:
             parts.append('<p class="warn">Files used and files left out do not add up to files seen: index again.</p>')
     items = _mapping(found.run.get("items"))
     if items:
-        rows = [
-            (f"volumes {key}" if key == "used" else text(key), plain(items[key])) for key in ("used", "patients") if key in items
-        ]
+        rows = [(f"items {key}" if key == "used" else text(key), plain(items[key])) for key in ("used", "patients") if key in items]
         rows += [(f"failed: {text(name).replace('_', ' ')}", plain(count)) for name, count in _mapping(items.get("failed")).items()]
         parts.append(table(["pretraining", ""], rows, numeric=False))
     for cache in found.caches:

@@ -455,6 +455,8 @@ def _resume_point(run: RunFolder, settings: LoopSettings, items_hash: str, world
     """Find the newest checkpoint and check that it belongs to this run."""
     folders = checkpoint.step_folders(run.checkpoints)
     if not folders:
+        if world.is_main:
+            run.truncate_metrics(-1)
         return 0, None
     meta = checkpoint.read_meta(folders[-1])
     if meta["items_hash"] != items_hash:

@@ -10,12 +10,14 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from medssl.errors import RequestError
+from medssl.locks import hold_lock
 from medssl.weights import disk_error, write_atomic
 
 
@@ -71,6 +73,17 @@ class RunFolder:
             raise disk_error(err, self.path) from err
         write_atomic(self.path / "recipe.yaml", recipe_yaml.encode())
         self.update(status="created", started=now(), **facts)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training here.
+
+        Raises:
+            RequestError: One does.
+        """
+        busy = f"another process is training in {self.path}; wait until it has finished, or give another folder with out=PATH"
+        with hold_lock(self.path / "lock", busy):
+            yield
 
     def read(self) -> dict[str, Any]:
         """Return run.json."""

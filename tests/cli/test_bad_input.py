@@ -13,6 +13,7 @@ import pytest
 
 from medssl.cli import main as cli
 from medssl.recipe import recipe_folder
+from medssl.training.run_folder import RunFolder
 
 SMOKE = str(recipe_folder() / "smoke" / "mae_cnn_segresnet3d_mri.yaml")
 
@@ -81,6 +82,10 @@ def test_pretraining__goes_on_without_bad_images_and_counts_them(
     )
     assert status == 2
     assert "(train.steps was 4 and is 5), and a resumed run must be the same run" in err
+    with RunFolder(tmp_path / "run").held():
+        status, _, err = medssl(capsys, "pretrain", tmp_path / "run", "--resume")
+    assert status == 2
+    assert f"another process is training in {tmp_path / 'run'}; wait until it has finished" in err
     status, out, err = medssl(capsys, "runs", "ls", tmp_path, "--json")
     assert status == 0
     assert json.loads(out)[0]["status"] == "finished"

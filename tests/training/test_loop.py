@@ -35,10 +35,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_interrupted_run__resumes_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [7, 2])
+def test_interrupted_run__resumes_to_the_same_bits(tmp_path: Path, step: int) -> None:
+    """Also before the first checkpoint: the lines of the steps that are done again go."""
+
     class Stops(ToySource):
         def fetch(self, keys: list[Any]) -> list[Any]:
-            if keys[0].step == 7:
+            if keys[0].step == step:
                 raise StoreError("the disk went away")
             return super().fetch(keys)
 

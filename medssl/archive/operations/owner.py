@@ -7,9 +7,7 @@ result, so that an operation can say what it could not look at.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from medssl.archive._parquet import quote, shared
 from medssl.archive.ids import IdKey, load_key
 from medssl.archive.table import Archive
 from medssl.errors import RequestError
+from medssl.locks import hold_lock
 
 LISTED = "IN (SELECT unnest(?::VARCHAR[]))"
 """Condition on a column, with one list of texts as its parameter."""
@@ -104,16 +103,12 @@ def locked(archive: Archive) -> Iterator[None]:
     Raises:
         RequestError: Another process writes to this index.
     """
-    path = archive.path / "private" / "lock"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-    except OSError as err:
-        raise RequestError(
-            f"{archive.path} cannot be written ({err.strerror}); this needs the right to write to the index"
-        ) from err
-    with open(descriptor, "w") as handle:
+    busy = f"{archive.path} is being written by another process; wait until it has finished"
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(hold_lock(archive.path / "private" / "lock", busy))
         except OSError as err:
-            raise RequestError(f"{archive.path} is being written by another process; wait until it has finished") from err
+            raise RequestError(
+                f"{archive.path} cannot be written ({err.strerror}); this needs the right to write to the index"
+            ) from err
         yield
