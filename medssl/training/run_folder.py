@@ -1,6 +1,6 @@
 """The run folder: the only place a run writes to, and what it leaves for report, evaluation and export.
 
-recipe.yaml run.json items.parquet metrics.jsonl checkpoints/ weights/{last,best}/ figures/ tensorboard/ report.html
+recipe.yaml run.json items.parquet metrics.jsonl lock checkpoints/ weights/{last,best}/ figures/ tensorboard/ report.html
 """
 
 from __future__ import annotations
