@@ -40,7 +40,7 @@ def test_bytes__are_the_same_in_every_process(tmp_path: Path) -> None:
         "import sys, torch; from medssl.weights import save_part; from tests.test_weights import MANIFEST, state; "
         "[save_part(sys.argv[1] + f'/{k}', 'encoder', state(), MANIFEST) for k in range(20)]"
     )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=300)
     ours = save_part(tmp_path / "ours", "encoder", state(), MANIFEST).read_bytes()
     assert {(tmp_path / str(k) / "encoder.safetensors").read_bytes() for k in range(20)} == {ours}
     start = 8 + int.from_bytes(ours[:8], "little")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,32 @@ from benchmarks import (
     slice_order,
 )
 from tests.benchmarks.test_benchmarks import by, play
+from tests.cost import elements, flops
 
 TOY = ["--dim", "64", "--heads", "4", "--dim-head", "16", "--batch", "1"]
 
 
-def test_deformable_attention__doubling_the_slices_costs_little_more_than_twice(tmp_path: Path) -> None:
+def test_deformable_attention__doubling_the_slices_costs_little_more_than_twice() -> None:
+    """Counted: products of matrices, and elements written; the benchmark times the same steps."""
+    cost: dict[tuple[str, int], tuple[int, int]] = {}
+    for flavour, slices in product(("per_query", "grouped", "dense"), (128, 256, 512)):
+        layer = deformable_attention.FLAVOURS[flavour](64, heads=4, dim_head=16)
+        call = deformable_attention.stepper(layer, 1, slices, 64)
+        cost[flavour, slices] = flops(call), elements(call)
+
+    def doubled(flavour: str, slices: int) -> tuple[float, float]:
+        return tuple(b / a for a, b in zip(cost[flavour, slices], cost[flavour, 2 * slices]))  # type: ignore[return-value]
+
+    for slices in (128, 256):
+        assert max(doubled("per_query", slices)) <= deformable_attention.TARGET
+        assert min(doubled("grouped", slices)) > deformable_attention.TARGET  # what is quadratic shows in both counts
+    assert min(doubled("dense", 256)) > deformable_attention.TARGET
+
+
+def test_deformable_attention__checks_each_doubling_from_512_slices(tmp_path: Path) -> None:
     sizes = ["--slices", "256", "512", "1024", "--flavours", "per_query"]
-    content = play(deformable_attention.main, [*TOY, *sizes], tmp_path, repeats=9)
+    content = play(deformable_attention.main, [*TOY, *sizes], tmp_path, repeats=1)
     assert [check["target"] for check in content["checks"]] == ["<= 2.2", "<= 2.2"]
-    assert all(check["value"] <= 1.25 * 2.2 for check in content["checks"])
 
 
 def test_deformable_attention__lists_all_flavours(tmp_path: Path) -> None:

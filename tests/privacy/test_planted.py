@@ -193,7 +193,7 @@ def test_archive__every_file_holds_identifiers(tmp_path: Path, searcher: planted
 def guarded(tmp_path: Path, code: str) -> tuple[str, str]:
     log = tmp_path / "attempts"
     env = {**os.environ, "PYTHONPATH": str(Path(planted.__file__).parent / "guard"), "MEDSSL_TEST_ATTEMPTS": str(log)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
     return done.stdout.strip(), log.read_text() if log.exists() else ""
 
 

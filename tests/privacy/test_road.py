@@ -80,7 +80,7 @@ class House:
         self.cines = root / "cines"
         self.data, self.out, self.attempts = root / "data", root / "out", root / "attempts.log"
 
-    def run(self, steps: Sequence[Step], timeout: float = 110) -> None:
+    def run(self, steps: Sequence[Step], timeout: float = 300) -> None:
         """Run the steps in one process and check the exit status of each."""
         job = self.root / f"job{len(self.said)}.json"
         keys = ("argv", "set", "kill")
@@ -99,7 +99,7 @@ class House:
         ]
         assert not failed, "\n".join(failed)
 
-    def run_alone(self, one: Step, timeout: float = 110) -> None:
+    def run_alone(self, one: Step, timeout: float = 300) -> None:
         """Run one step as a user does."""
         done = self._start([sys.executable, "-m", "medssl", *one.argv], timeout)
         assert done.returncode == one.status, (one.argv, done.stderr[-3000:])
@@ -378,7 +378,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
     planted.write_cines(house.cines)
     for path in (house.cines / house.sources.name).iterdir():
         os.utime(path, (MODIFIED, MODIFIED))
-    house.run([*matching_road(house), *clip_road(house), withdrawal(house)], timeout=200)
+    house.run([*matching_road(house), *clip_road(house), withdrawal(house)], timeout=500)
     return house
 
 
