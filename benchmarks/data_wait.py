@@ -1,8 +1,8 @@
-"""Share of step time that training spends waiting for data, for every shipped smoke recipe and the demo's recipe.
+"""Share of step time that training spends waiting for data: shipped smoke recipes, the demo's recipe, clips of echo phantoms.
 
     python -m benchmarks.data_wait
 
-Each recipe trains through `medssl.api.pretrain` on an archive of phantoms; every step is a measurement
+Each recipe trains through `medssl.api.pretrain` on an archive of phantoms of its domain; every step is a measurement
 (`metrics.jsonl`, train.log_every=1). The share is time waited over time of all steps, the first one included. The
 ViT-B recipes need a GPU: benchmarks/gpu_step.py measures their share.
 """
@@ -22,22 +22,33 @@ from medssl.archive.index import index
 from medssl.archive.table import Archive
 from medssl.demo import choose_views
 from medssl.phantoms.cohort import make_cohort
-from medssl.recipe import shipped
+from medssl.phantoms.echo import make_echo_cohort
+from medssl.recipe import read_yaml, shipped
 
 LIMIT = 0.05
+RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
 def chosen() -> dict[str, Path]:
-    """Return the recipes that a CPU trains in minutes."""
-    return {name: path for name, path in shipped().items() if name.startswith("smoke/") or name == "demo/pretrain"}
+    """Return the pretraining recipes that a CPU trains in minutes."""
+    small = {name: path for name, path in shipped().items() if name.startswith("smoke/") or name == "demo/pretrain"}
+    small |= {path.stem: path for path in sorted(RECIPES.glob("echo_*.yaml"))}
+    return {name: path for name, path in small.items() if read_yaml(path).get("kind") == "pretrain"}
 
 
-def phantom_archive(folder: Path, patients: int, size: Sequence[int]) -> Path:
-    """Write and index a cohort of phantoms, as the demo does."""
-    x, y, z = size
-    cohort = make_cohort(folder / "cohort", patients=patients, size=(x, y, z))
-    index([cohort / "images"], folder / "archive", splits=cohort / "split.csv", modality="MR")
-    return folder / "archive"
+def phantom_archive(folder: Path, domain: str, patients: int, size: Sequence[int]) -> Path:
+    """Write and index a cohort of phantoms of a domain, once: bodies as in the demo, hearts as in `echo_runs`."""
+    if domain == "ultrasound":
+        cohort = make_echo_cohort(folder / "echo", patients=patients, size=(64, 64))
+        modality = "US"
+    else:
+        x, y, z = size
+        cohort = make_cohort(folder / "cohort", patients=patients, size=(x, y, z))
+        modality = "MR"
+    archive = folder / f"archive_{domain}"
+    if not archive.exists():
+        index([cohort / "images"], archive, splits=cohort / "split.csv", modality=modality)
+    return archive
 
 
 def overrides(name: str, archive: Path, out: Path, steps: int) -> list[str]:
@@ -79,9 +90,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows, checks, details = [], [], {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        archive = phantom_archive(folder, options.patients, options.size)
         for name in options.recipes:
-            row, details[name] = measure(name, chosen()[name], archive, folder / name.replace("/", "_"), options.repeats)
+            path = chosen()[name]
+            archive = phantom_archive(folder, read_yaml(path)["data"]["domain"], options.patients, options.size)
+            row, details[name] = measure(name, path, archive, folder / name.replace("/", "_"), options.repeats)
             rows.append(row)
             checks.append(Check(f"{name}: share of step time waiting for data", row["wait_share"], LIMIT, at_least=False))
     notes = ["--repeats is the number of training steps here: each step is one measurement"]

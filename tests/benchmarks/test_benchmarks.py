@@ -29,6 +29,7 @@ from benchmarks import (
     store_size,
 )
 from medssl.archive.scanning import sweep
+from medssl.recipe import read_yaml
 from tests.archive.pixels.test_burned_in import tissue
 
 TINY_VIT = ["--hidden", "48", "--layers", "2", "--heads", "2"]
@@ -171,16 +172,17 @@ def test_all_token_form__scores_hidden_voxels_only() -> None:
 
 @pytest.mark.slow
 def test_data_wait__measures_every_step(tmp_path: Path) -> None:
-    arguments = ["--patients", "4", "--size", "28", "24", "20", "--recipes", "smoke/mae_vit3d_mri", "demo/pretrain"]
-    content = play(data_wait.main, arguments, tmp_path)
+    recipes = ["smoke/mae_vit3d_mri", "smoke/video_mae_video_vit_ultrasound", "demo/pretrain"]
+    content = play(data_wait.main, ["--patients", "4", "--size", "28", "24", "20", "--recipes", *recipes], tmp_path)
     rows = by(content["rows"], "recipe")
-    assert rows["smoke/mae_vit3d_mri"]["steps"] == rows["demo/pretrain"]["steps"] == 2
+    assert [rows[name]["steps"] for name in recipes] == [2, 2, 2]
     assert all(0 <= row["wait_share"] < 1 for row in rows.values())
 
 
 def test_data_wait__covers_every_smoke_recipe_and_the_demo() -> None:
     assert "demo/pretrain" in data_wait.chosen()
-    assert {"smoke/mae_vit3d_mri", "smoke/mae_cnn_segresnet3d_mri"} <= set(data_wait.chosen())
+    assert {"smoke/mae_vit3d_mri", "smoke/video_mae_video_vit_ultrasound", "echo_discovr"} <= set(data_wait.chosen())
+    assert {read_yaml(path)["kind"] for path in data_wait.chosen().values()} == {"pretrain"}
 
 
 @pytest.mark.slow
