@@ -57,9 +57,11 @@ from medssl.sampling.source import ImageSource
 from medssl.store.reader import StoreReader
 from medssl.store.writer import create_store, write_item
 from medssl.training.distributed import World
-from medssl.training.loop import Engine, LoopSettings, Stage, frozen_names, train
+from medssl.training.engine import Engine, frozen_names
+from medssl.training.loop import train
 from medssl.training.optim import OptimSettings, build_optimiser, parameter_groups
 from medssl.training.run_folder import RunFolder
+from medssl.training.settings import LoopSettings, Stage
 from medssl.types import DrawKey, ImageMeta, Sample, StepContext, Views
 from medssl.views.pipeline import Crop, VolumeViews
 

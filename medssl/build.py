@@ -32,8 +32,8 @@ from medssl.recipe import (
 )
 from medssl.registry import ENCODERS, argument_faults, component_faults, lookup
 from medssl.seeding import derive_seed
-from medssl.training.loop import LoopSettings, Stage
 from medssl.training.optim import OptimSettings
+from medssl.training.settings import LoopSettings, Stage
 from medssl.types import ViewSpec
 from medssl.views.pipeline import VolumeViews
 from medssl.weights import load_part

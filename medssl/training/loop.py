@@ -12,17 +12,14 @@ Everything a step needs is a pure function of (seed, step), so a resumed run nee
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -30,84 +27,23 @@ import torch
 from torch import Tensor, nn
 
 from medssl.errors import CheckpointError, MedsslError, RequestError, TrainingStopped
-from medssl.seeding import counter_rng, derive_seed
+from medssl.seeding import derive_seed
 from medssl.training import checkpoint, distributed
 from medssl.training.distributed import World
 from medssl.training.ema import update_ema
+from medssl.training.engine import Engine, PartKeeper, frozen_names
 from medssl.training.monitors import check_finite
-from medssl.training.optim import OptimSettings, build_optimiser, carry_moments, layer_scales, parameter_groups, set_lr
+from medssl.training.optim import carry_moments, set_lr
+from medssl.training.prefetch import Prefetcher
 from medssl.training.run_folder import RunFolder
 from medssl.training.schedules import schedule_value
-from medssl.types import DrawKey, Part, ProbeCallback, Source, StepContext, Views
-from medssl.weights import save_part, write_atomic
+from medssl.training.settings import LoopSettings, Stage
+from medssl.types import ProbeCallback, Source, StepContext, Views
+from medssl.weights import write_atomic
 
 logger = logging.getLogger(__name__)
 StepCallback = Callable[[int, int, Mapping[str, float]], None]
 Embedder = Callable[[Mapping[str, nn.Module], str], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a run.
-
-    Args:
-        name: For logs and checkpoints.
-        steps: Optimiser steps.
-        optim: Its optimiser.
-        train: Patterns of parameter names that are trained.
-        loss_weights: Passed to the objective.
-    """
-
-    name: str
-    steps: int
-    optim: OptimSettings
-    train: Sequence[str] = ("*",)
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """How the loop runs; see `recipe.TrainSection`.
-
-    Args:
-        batch: Items per optimiser step over all processes and micro-steps.
-        micro_batch: Items per forward pass and process; None means batch / processes.
-        seed: Seed of everything.
-        precision: `fp32` or `bf16` (autocast).
-        strategy: `auto`, `ddp` or `fsdp`.
-        workers: Threads that read ahead.
-        compile: Compile each encoder block.
-        checkpoint_blocks: Activation checkpointing of encoder blocks.
-        checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: How many to keep.
-        log_every: Steps between lines of metrics.jsonl.
-    """
-
-    batch: int = 4
-    micro_batch: int | None = None
-    seed: int = 0
-    precision: str = "fp32"
-    strategy: str = "auto"
-    workers: int = 2
-    compile: bool = False
-    checkpoint_blocks: bool = False
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    log_every: int = 10
-
-    def micro_steps(self, world_size: int) -> tuple[int, int]:
-        """Return (micro-steps, items per micro-step and rank).
-
-        Raises:
-            RequestError: The batch cannot be shared out evenly.
-        """
-        micro = self.micro_batch or max(self.batch // world_size, 1)
-        if self.batch % (micro * world_size):
-            raise RequestError(
-                f"train.batch={self.batch} cannot be shared by {world_size} process(es) with micro_batch {micro}; "
-                f"choose a batch that is a multiple of {micro * world_size}"
-            )
-        return self.batch // (micro * world_size), micro
 
 
 @dataclass(frozen=True)
@@ -126,157 +62,6 @@ class Callback:
     call: ProbeCallback
     best_by: str | None = None
     labels: int = 0
-
-
-def pick_source(sources: Mapping[str, Source], seed: int, step: int) -> Source:
-    """Choose the source of a step: it depends on (seed, step) alone, so that all ranks agree."""
-    names = list(sources)
-    if len(names) == 1:
-        return sources[names[0]]
-    weights = [sources[name].weight for name in names]
-    total = sum(weights)
-    draw = counter_rng(seed, step, "source").choice(len(names), p=[w / total for w in weights])
-    return sources[names[int(draw)]]
-
-
-def batch_keys(seed: int, step: int, micro_step: int, micro: int, world: World) -> list[DrawKey]:
-    """Return the draw keys of one micro-batch on this rank; positions run over ranks and micro-steps."""
-    first = (micro_step * world.size + world.rank) * micro
-    return [DrawKey(seed, step, first + i) for i in range(micro)]
-
-
-class Prefetcher:
-    """Reads the micro-batches of coming steps in threads. Reading is a pure function of the step, so a resumed run reads the same.
-
-    Args:
-        sources: Name -> source.
-        settings: The loop's settings.
-        world: This process.
-        last: First step that is not run.
-    """
-
-    def __init__(self, sources: Mapping[str, Source], settings: LoopSettings, world: World, last: int) -> None:
-        self.sources = sources
-        self.settings = settings
-        self.world = world
-        self.last = last
-        self.micro_steps, self.micro = settings.micro_steps(world.size)
-        self.pool = ThreadPoolExecutor(max(settings.workers, 1), thread_name_prefix="medssl-read")
-        self.ahead: dict[int, list[Future[Any]]] = {}
-
-    def _submit(self, step: int) -> None:
-        if step < self.last and step not in self.ahead:
-            source = pick_source(self.sources, self.settings.seed, step)
-            self.ahead[step] = [
-                self.pool.submit(source.fetch, batch_keys(self.settings.seed, step, m, self.micro, self.world))
-                for m in range(self.micro_steps)
-            ]
-
-    def get(self, step: int) -> tuple[Source, list[Any]]:
-        """Return the source and what it fetched for each micro-step."""
-        depth = 2 if self.settings.workers else 0
-        for later in range(step, step + depth + 1):
-            self._submit(later)
-        fetched = [future.result() for future in self.ahead.pop(step)]
-        return pick_source(self.sources, self.settings.seed, step), fetched
-
-    def close(self) -> None:
-        """Drop what was read ahead."""
-        self.pool.shutdown(wait=True, cancel_futures=True)
-
-
-class Engine:
-    """One stage's objective, wrapped, with its optimiser.
-
-    Args:
-        objective: The bare objective.
-        stage: The stage.
-        settings: The loop's settings.
-        world: This process.
-        find_unused: True exactly when there are several sources.
-        encoders: The encoders inside the objective, whose `blocks` are sharded, compiled and checkpointed.
-        frozen: Names of parameters that no stage may thaw.
-        first: False in later stages: blocks are compiled already, and an FSDP-sharded objective cannot be unwrapped and is used again.
-    """
-
-    def __init__(
-        self,
-        objective: nn.Module,
-        stage: Stage,
-        settings: LoopSettings,
-        world: World,
-        *,
-        find_unused: bool,
-        encoders: Sequence[Any],
-        frozen: set[str],
-        first: bool,
-    ) -> None:
-        self.objective = objective
-        self.stage = stage
-        self.strategy = distributed.choose_strategy(settings.strategy, world)
-        blocks = [block for encoder in encoders for block in encoder.blocks]
-        set_trainable(objective, stage.train, frozen)
-        if first:
-            for encoder in encoders:
-                encoder.checkpoint_blocks = settings.checkpoint_blocks
-            if settings.compile:
-                for block in blocks:
-                    block.compile()
-        if self.strategy == "fsdp" and not first:
-            self.model: nn.Module = objective
-        else:
-            self.model = distributed.wrap(objective, self.strategy, world, blocks=blocks, find_unused=find_unused)
-        scales = self._layer_scales(encoders, stage.optim)
-        groups = parameter_groups(objective.named_parameters(), stage.optim, scales)
-        if not groups:
-            raise RequestError(f"stage {stage.name}: train patterns {list(stage.train)} match no trainable parameter")
-        self.optimiser = build_optimiser(groups, stage.optim)
-        self.seen_sources: set[str] = set()
-        self.without_gradient = {n for n, p in objective.named_parameters() if p.requires_grad}
-
-    def _layer_scales(self, encoders: Sequence[Any], optim: OptimSettings) -> dict[str, float] | None:
-        if optim.layer_decay is None:
-            return None
-        modules = {id(module): name for name, module in self.objective.named_modules()}
-        scales: dict[str, float] = {}
-        for encoder in encoders:
-            prefixes = {modules[id(block)] + ".": i + 1 for i, block in enumerate(encoder.blocks)}
-            root = modules[id(encoder)] + "."
-            names = [n for n, _ in self.objective.named_parameters() if n.startswith(root)]
-            depth = len(prefixes) + 1
-            stem = {n: 0 for n in names if not n.startswith(tuple(prefixes)) and ".norm." not in n[len(root) - 1 :]}
-            scales.update(layer_scales(names, {**prefixes, **stem}, depth, optim.layer_decay))
-        return scales
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Parameters in the optimiser."""
-        return [p for group in self.optimiser.param_groups for p in group["params"]]
-
-    def note_gradients(self, source: Source, sources: Mapping[str, Source]) -> None:
-        """Remember which parameters received a gradient; once all sources were seen, one without stops the run by name."""
-        if not self.without_gradient:
-            return
-        grads = {n for n, p in self.objective.named_parameters() if p.grad is not None}
-        self.without_gradient -= grads
-        self.seen_sources.add(source.name)
-        if self.without_gradient and self.seen_sources == set(sources):
-            names = sorted(self.without_gradient)
-            raise TrainingStopped(
-                f"stage {self.stage.name}: {len(names)} trainable parameter(s) got no gradient from any source, first {names[0]}; "
-                "set requires_grad False where no path uses a parameter, or leave it out of the stage's train patterns"
-            )
-
-
-def frozen_names(objective: nn.Module) -> set[str]:
-    """Names of parameters that are frozen by construction (teachers, parameters no path uses); no stage thaws them."""
-    return {name for name, parameter in objective.named_parameters() if not parameter.requires_grad}
-
-
-def set_trainable(objective: nn.Module, patterns: Sequence[str], frozen: set[str]) -> None:
-    """Set requires_grad by name patterns."""
-    for name, parameter in objective.named_parameters():
-        wanted = name not in frozen and any(fnmatchcase(name, pattern) for pattern in patterns)
-        parameter.requires_grad_(wanted)
 
 
 @contextmanager
@@ -305,43 +90,6 @@ def stop_signals(state: dict[str, bool]) -> Any:
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
-
-
-class PartKeeper:
-    """Makes full, unwrapped copies of the exported parts, for probes and for `weights/`.
-
-    Must be built before wrapping: the copies keep the plain modules.
-    """
-
-    def __init__(self, objective: Any) -> None:
-        self.parts: dict[str, Part] = objective.exported() if hasattr(objective, "exported") else {}
-        names = {id(module): name for name, module in objective.named_modules()}
-        self.prefixes = {name: names[id(part.module)] + "." for name, part in self.parts.items()}
-        self.copies: dict[str, nn.Module] = {}
-        made: dict[int, nn.Module] = {}
-        for name, part in self.parts.items():
-            if id(part.module) not in made:
-                made[id(part.module)] = copy.deepcopy(part.module).eval().requires_grad_(False)
-            self.copies[name] = made[id(part.module)]
-
-    def gather(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Return the parts as plain modules in eval mode with the current weights. All ranks must call."""
-        state = checkpoint.gathered_state(model)
-        for name, module in self.copies.items():
-            prefix = self.prefixes[name]
-            module.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
-            module.eval()
-        return self.copies
-
-    def write(self, copies: Mapping[str, nn.Module], folder: Any, facts: Mapping[str, Any]) -> None:
-        """Write every part as safetensors with its manifest."""
-        for name, part in self.parts.items():
-            state = {
-                key[len(part.prefix) :]: value
-                for key, value in copies[name].state_dict().items()
-                if key.startswith(part.prefix) and (part.keys is None or key[len(part.prefix) :].startswith(part.keys))
-            }
-            save_part(folder, name, state, {**part.manifest, **facts})
 
 
 def train(

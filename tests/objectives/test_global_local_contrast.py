@@ -27,7 +27,7 @@ from medssl.objectives.global_local_contrast import (
     region_centres,
 )
 from medssl.testing import check_objective
-from medssl.training.loop import frozen_names, set_trainable
+from medssl.training.engine import frozen_names, set_trainable
 from medssl.types import EncoderOutput, Part, StepContext, Views, ViewsMeta, ViewSpec
 
 SPECS = {"image": ViewSpec("image", (32, 32), None, 2)}

@@ -23,9 +23,10 @@ from medssl.objectives.graph_matching import GraphMatching
 from medssl.objectives.intra_inter_clustering import IntraInterClustering
 from medssl.sampling.planes import PlaneSampler, PlaneSource
 from medssl.training import checkpoint, distributed
-from medssl.training.loop import LoopSettings, Stage, train
+from medssl.training.loop import train
 from medssl.training.optim import OptimSettings
 from medssl.training.run_folder import RunFolder
+from medssl.training.settings import LoopSettings, Stage
 from medssl.types import DrawKey, ViewSpec
 from medssl.views.planes import Planes, PlaneViews
 

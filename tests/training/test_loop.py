@@ -16,8 +16,10 @@ from medssl.encoders.slice_volume import SliceVolumeEncoder
 from medssl.errors import CheckpointError, RequestError, StoreError, TrainingStopped
 from medssl.training import checkpoint
 from medssl.training.distributed import drops_at_random
-from medssl.training.loop import Callback, LoopSettings, Stage, pick_source
+from medssl.training.loop import Callback
 from medssl.training.optim import OptimSettings
+from medssl.training.prefetch import pick_source
+from medssl.training.settings import LoopSettings, Stage
 from medssl.weights import load_part
 from tests.training.toy import ToySource, run, stage
 

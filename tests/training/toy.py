@@ -20,9 +20,10 @@ from medssl.objectives.mae import MAE
 from medssl.objectives.mae_cnn import MAECNN
 from medssl.seeding import counter_rng
 from medssl.training import distributed
-from medssl.training.loop import Callback, LoopSettings, Stage, train
+from medssl.training.loop import Callback, train
 from medssl.training.optim import OptimSettings
 from medssl.training.run_folder import RunFolder
+from medssl.training.settings import LoopSettings, Stage
 from medssl.types import DrawKey, Views, ViewsMeta
 
 SIZE = (16, 24, 8)
