@@ -7,7 +7,6 @@ and without `with_images` no patient's image is even read.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,13 @@ from typing import Any
 import numpy as np
 
 from medssl.errors import RequestError
-from medssl.report import clip_figures, figures
-from medssl.report.collect import Json, Leftovers, Segmentation, collect, number, spacing_of
+from medssl.report.collect import Json, Leftovers, collect, number
 from medssl.report.elements import (
     PRIVATE_KEYS,
     Section,
     absent,
-    charts,
     decimal,
     duration,
-    image,
     interval_svg,
     plain,
     span_of,
@@ -44,11 +40,11 @@ from medssl.report.headline import (
     scores_of,
     verdict,
 )
+from medssl.report.page_curves import label_curves, training_curves
+from medssl.report.page_pictures import pictures
 from medssl.weights import card_lines, write_atomic
 
 log = logging.getLogger(__name__)
-
-MAX_CASES = 3  # pictured per section: a page is read, not scrolled
 
 # What of run.json may be shown. Host, user, paths and command lines are not among it.
 _RUN_KEYS = {
@@ -121,8 +117,8 @@ def render(found: Leftovers, *, with_images: bool) -> str:
     sections = [
         Section("result", "Result", _result(found, lines)),
         Section("ran", "What ran", _what_ran(found)),
-        Section("curves", "Loss and monitors", _curves(found)),
-        *_pictures(found, with_images),
+        Section("curves", "Loss and monitors", training_curves(found)),
+        *pictures(found, with_images),
         Section("probes", "Probes and controls", _probes(found)),
         Section("data", "Data", _data(found)),
         Section("caveats", "Before you use this", _caveats(found, lines, with_images)),
@@ -133,17 +129,6 @@ def render(found: Leftovers, *, with_images: bool) -> str:
     lead = f"Self-supervised pretraining, and what it was worth. Research only, not for diagnosis. {privacy}"
     footer = "Made by medssl from the files of one folder."
     return whole_page("medssl report", f"medssl report{subject}", lead, sections, footer=footer, before=_faults(found))
-
-
-def _pictures(found: Leftovers, with_images: bool) -> list[Section]:
-    """Return the sections with pictures; a page about clips says nothing of volumes that are not there."""
-    of_clips = bool(found.clips or found.regressions)
-    sections = []
-    if found.reconstructions or not of_clips:
-        sections.append(Section("reconstructions", "Reconstructions", _reconstructions(found, with_images)))
-    if found.segmentations or not of_clips:
-        sections.append(Section("segmentation", "Segmentation", _segmentation(found, with_images)))
-    return [*sections, Section("clips", "Clips", _clips(found))] if of_clips else sections
 
 
 def _faults(found: Leftovers) -> str:
@@ -189,7 +174,7 @@ def _result(found: Leftovers, lines: Sequence[Comparison]) -> str:
         f"{drawn_by}. The difference is paired: the same test cases, the same number of steps. Where scratch still gains at that "
         "number (validation Dice below), it is a difference in speed; quality is what is left at the plateau of scratch."
     )
-    parts = [sentences, table(head, rows, caption=caption), _label_curves(found), _structures(found)]
+    parts = [sentences, table(head, rows, caption=caption), label_curves(found), _structures(found)]
     return "\n".join(part for part in parts if part)
 
 
@@ -200,25 +185,6 @@ def _as_it_stands(raw: Any) -> str:
         return absent("demo.json holds a table in a form that this page does not know.", "Its raw numbers are in that file.")
     columns = list(dict.fromkeys(key for row in rows for key in row if str(key).lower() not in PRIVATE_KEYS))
     return table([text(c) for c in columns], [[plain(row.get(c)) for c in columns] for row in rows])
-
-
-def _label_curves(found: Leftovers) -> str:
-    parts = []
-    for curve in found.curves:
-        arms: dict[str, list[Json]] = {}
-        for row in curve["rows"]:
-            if number(row.get("labels")) is not None and number(row.get("dice")) is not None:
-                arms.setdefault(str(row.get("arm", "")), []).append(row)
-        lines = []
-        for k, (arm, rows) in enumerate(sorted(arms.items(), key=lambda item: item[0] == "scratch")):
-            rows.sort(key=lambda row: float(row["labels"]))
-            columns = {key: np.array([_or_nan(row.get(key)) for row in rows]) for key in ("labels", "dice", "low", "high")}
-            colour = 1 if arm == "scratch" else (0, 2, 3, 4)[k % 4]
-            lines.append(figures.Line(arm, columns["labels"], columns["dice"], columns["low"], columns["high"], colour))
-        if lines and len(lines[0].x) > 1:
-            chart = figures.Chart("mean Dice on test", lines, x_label="labelled training cases", log_x=True)
-            parts.append(charts([chart], "Label curve: mean Dice against labelled cases", columns=1, panel=(5.4, 3.0)))
-    return "".join(parts)
 
 
 def _structures(found: Leftovers) -> str:
@@ -264,17 +230,12 @@ def _structure_mean(results: Sequence[Json], names: Sequence[Any], k: int, metri
     return (float(np.mean(values)) if values else None), missing
 
 
-def _or_nan(value: Any) -> float:
-    found = number(value)
-    return math.nan if found is None else found
-
-
 def _what_ran(found: Leftovers) -> str:
     parts = []
     rows = _facts(found.run, _RUN_KEYS)
     if found.metrics and not {"steps", "steps done"} & {name for name, _ in rows}:
-        last = max((_or_nan(row.get("step")) for row in found.metrics), default=math.nan)
-        rows += [("steps done", plain(int(last)))] if math.isfinite(last) else []
+        steps = [step for row in found.metrics if (step := number(row.get("step"))) is not None]
+        rows += [("steps done", plain(int(max(steps))))] if steps else []
     if rows:
         parts.append(table(["pretraining", ""], rows, numeric=False))
     else:
@@ -337,201 +298,13 @@ def _finetuning(found: Leftovers) -> str:
     return table(["fine-tuning", ""], rows, numeric=False)
 
 
-def _curves(found: Leftovers) -> str:
-    parts = []
-    if found.metrics:
-        keys = list(dict.fromkeys(key for row in found.metrics for key in row if key != "step"))
-        columns = {key: np.array([_or_nan(row.get(key)) for row in found.metrics]) for key in keys}
-        losses = [key for key in keys if key == "loss" or key.endswith("/loss") or key.startswith("loss/")]
-        probes = [key for key in keys if key.startswith("probe/")]
-        drawn = [key for key in keys if np.isfinite(columns[key]).any()]
-        for group, alt in (
-            (losses, "Loss against step"),
-            (probes, "Live probes against step"),
-            ([key for key in keys if key not in (*losses, *probes)], "Monitors against step"),
-        ):
-            shown = [key for key in group if key in drawn][:12]
-            if shown:
-                panel = (5.4, 2.8) if len(shown) == 1 else (3.3, 2.2)
-                parts.append(charts([_chart(key, found.metrics) for key in shown], alt, panel=panel))
-        logged = [row["loss"] for row in found.metrics if "loss" in row]
-        holes = sum(number(loss) is None for loss in logged)
-        if holes:
-            parts.append(f'<p class="warn">{holes} of {len(logged)} logged losses were not finite.</p>')
-    else:
-        parts.append(absent("No metrics.jsonl was found.", "<code>medssl pretrain</code> writes one."))
-    parts.append(_finetune_curves(found))
-    return "".join(parts)
-
-
 def _name(part: Any) -> str:
     """Return the name of an objective or encoder of a manifest without its arguments."""
     return plain(part["name"] if isinstance(part, dict) and "name" in part else part)
 
 
-def _chart(key: str, metrics: Sequence[Json]) -> figures.Chart:
-    """Return the chart of one metric: lines of other monitors leave no gap in it, a loss that was not finite does."""
-    points = [(_or_nan(row.get("step", k)), _or_nan(row[key])) for k, row in enumerate(metrics) if key in row]
-    points = [(step, value) for step, value in points if math.isfinite(step) and (math.isfinite(value) or key == "loss")]
-    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
-    name = key.removeprefix("monitor/").replace("probe/", "probe ").replace("_", " ")
-    return figures.Chart(name, [figures.Line("", steps, values)], smooth=True)
-
-
-def _finetune_curves(found: Leftovers) -> str:
-    """Return the fine-tuning losses and validation Dice of both arms, so that a plateau can be seen."""
-    panels: dict[str, list[figures.Line]] = {}
-    seen: set[tuple[str, str]] = set()
-    for result in found.results:
-        curve = [row for row in result.get("curve") or [] if isinstance(row, dict)]
-        arm = str(result.get("arm", "unknown"))
-        where = " at ".join(part for part in (network_of(result), f"{result.get('labels', '?')} labels") if part)
-        if (where, arm) in seen:  # further seeds would only thicken the lines
-            continue
-        seen.add((where, arm))
-        for key, title in (("loss", "fine-tuning loss"), ("val_dice", "validation Dice"), ("dice", "validation Dice")):
-            points = [(_or_nan(row.get("step")), _mean_of(row.get(key))) for row in curve]
-            points = [(step, value) for step, value in points if math.isfinite(step) and math.isfinite(value)]
-            if len(points) > 1:
-                x, y = (np.array(part) for part in zip(*points))
-                lines = panels.setdefault(f"{title}, {where}", [])
-                lines.append(figures.Line(arm, x, y, colour=1 if arm == "scratch" else (0, 2, 3)[len(lines) % 3]))
-    if not panels:
-        return ""
-    parts = [figures.Chart(title, lines, smooth=True) for title, lines in list(panels.items())[:12]]
-    return charts(parts, "Fine-tuning: loss and validation Dice against step", "Fine-tuning, first seed of each arm.")
-
-
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-def _mean_of(value: Any) -> float:
-    """Return a number, or the mean of the numbers in name -> value."""
-    if isinstance(value, Mapping):
-        kept = [v for v in map(number, value.values()) if v is not None]
-        return float(np.mean(kept)) if kept else math.nan
-    return _or_nan(value)
-
-
-def _no_images() -> str:
-    return absent("Left out.", "This page was made without images of patients, so that it can be shared.")
-
-
-def _reconstructions(found: Leftovers, with_images: bool) -> str:
-    if not with_images:
-        return _no_images()
-    parts: list[str] = []
-    for arrays in found.reconstructions:
-        for i in range(len(arrays["input"])):
-            if len(parts) == MAX_CASES:
-                break
-            shown, hidden, output = arrays["input"][i], arrays["mask"][i].astype(bool), arrays["output"][i]
-            share = f"{100 * hidden.mean():.0f} % hidden"
-            error = hidden_error(shown, hidden, output)
-            said = (
-                ""
-                if error is None
-                else f"; error where hidden {decimal(error, 2)} of the variance there (1 = no better than the mean)"
-            )
-            png = figures.reconstruction_png(shown, hidden, output, spacing_of(arrays, i))
-            caption = f"Volume {len(parts) + 1}: {share}{said}."
-            parts.append(image(png, f"Input, masked input, completed image and error in three planes, {share}", caption=caption))
-    if not parts:
-        return absent("No figures/reconstruction.npz was found.", "<code>medssl pretrain</code> writes one at its end.")
-    lead = (
-        "Blue blocks were hidden. “Completed” keeps what was visible and shows the output where it was hidden: the loss "
-        "looks nowhere else. Error: blue too dark, orange too bright. Right of the patient is on the left."
-    )
-    return f"<p>{lead}</p>" + "".join(parts)
-
-
-def hidden_error(shown: np.ndarray, hidden: np.ndarray, output: np.ndarray) -> float | None:
-    """Return the mean squared error at hidden voxels over the variance of the input there; None when undefined.
-
-    Args:
-        shown: (X, Y, Z) input.
-        hidden: (X, Y, Z) bool.
-        output: (X, Y, Z) prediction.
-    """
-    truth, guess = shown[hidden].astype(np.float64), output[hidden].astype(np.float64)
-    if truth.size == 0 or not np.isfinite(guess).all() or truth.var() <= 0:
-        return None
-    return float(((guess - truth) ** 2).mean() / truth.var())
-
-
-def _segmentation(found: Leftovers, with_images: bool) -> str:
-    if not with_images:
-        return _no_images()
-    arms = _one_group(found.segmentations)
-    cases = _paired_cases(arms)
-    if not cases:
-        return absent("No figures/segmentation.npz was found.", "<code>medssl finetune</code> writes one.")
-    parts: list[str] = []
-    for cuts, structures, dice in cases[:MAX_CASES]:
-        said = ", ".join(f"{text(arm)} {decimal(value, 2)}" for arm, value in dice.items() if value is not None)
-        caption = f"Test case {len(parts) + 1}" + (f": mean Dice {said}." if said else ".")
-        alt = f"Label and predictions over the image{'' if figures.PICTURE in cuts else ' in three planes'}: {', '.join(dice)}"
-        parts.append(image(figures.segmentation_png(cuts, structures), alt, caption=caption))
-    labels, seed = (text(word) for word in arms[0].group)
-    of = f"Fine-tuned with {labels} labelled cases, seed {seed}. " if labels else ""
-    lead = f"{of}The first test cases in the order of the cohort, not chosen by their result."
-    return f"<p>{lead}</p>" + "".join(parts)
-
-
-def _clips(found: Leftovers) -> str:
-    parts = []
-    for place, clip in enumerate(found.clips[:MAX_CASES], start=1):
-        branches = ", ".join(clip.prototypes)
-        of = f", and the prototypes that its tokens were assigned to ({text(branches)})" if branches else ""
-        alt = f"Frames of a clip over time{of}"
-        parts.append(image(clip_figures.strip_png(clip), alt, caption=f"Clip {place}: frames over time{of}."))
-    if parts:
-        lead = "Black is outside the sector. Blue squares were hidden from the student, at all times alike. A prototype has one colour throughout."
-        parts.insert(0, f"<p>{lead}</p>")
-    for name, target, predicted in found.regressions[:MAX_CASES]:
-        light, dark = (clip_figures.scatter_png(target, predicted, theme) for theme in (figures.LIGHT, figures.DARK))
-        caption = f"{text(name)}: predictions on patients of other folds. Dotted: always saying the mean."
-        parts.append(image(light, "Predicted over measured values", dark=dark, caption=caption))
-    return "".join(parts)
-
-
-def _one_group(found: Sequence[Segmentation]) -> list[Segmentation]:
-    """Return the runs of one number of labels and one seed: where most arms are, then the first in the folder."""
-    groups: dict[tuple[str, ...], dict[str, Segmentation]] = {}
-    for part in found:
-        groups.setdefault(part.group, {}).setdefault(part.arm, part)
-    best = max(groups.values(), key=len, default={})
-    return sorted(best.values(), key=lambda part: part.arm != "scratch")
-
-
-def _paired_cases(
-    arms: Sequence[Segmentation],
-) -> list[tuple[dict[str, figures.Cut], list[str], dict[str, float | None]]]:
-    """Put the arms of the same test case side by side: cuts with one map per arm, structures, Dice per arm."""
-    cases: list[tuple[dict[str, figures.Cut], list[str], dict[str, float | None]]] = []
-    for part in arms:
-        names = part.structures or [f"structure {k}" for k in range(1, 1 + _largest(part))]
-        for case in part.cases:
-            known = next((c for c in cases if part.arm not in c[2] and _same_image(c[0], case.cuts)), None)
-            if known is None:
-                maps = {plane: {"label": cut.maps["label"]} for plane, cut in case.cuts.items()}
-                known = ({p: figures.Cut(c.image, maps[p], c.spacing_mm) for p, c in case.cuts.items()}, names, {})
-                cases.append(known)
-            cuts, _, dice = known
-            for plane, cut in case.cuts.items():
-                old = cuts[plane]
-                cuts[plane] = figures.Cut(old.image, {**old.maps, part.arm: cut.maps["prediction"]}, old.spacing_mm)
-            dice[part.arm] = case.dice
-    return cases
-
-
-def _largest(part: Segmentation) -> int:
-    return max((int(labels.max()) for case in part.cases for cut in case.cuts.values() for labels in cut.maps.values()), default=0)
-
-
-def _same_image(a: Mapping[str, figures.Cut], b: Mapping[str, figures.Cut]) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[p].image, b[p].image, equal_nan=True) for p in a)
 
 
 def _probes(found: Leftovers) -> str:

@@ -183,6 +183,7 @@ def test_data_wait__covers_every_smoke_recipe_and_the_demo() -> None:
     assert "demo/pretrain" in data_wait.chosen()
     assert {"smoke/mae_vit3d_mri", "smoke/video_mae_video_vit_ultrasound", "echo_discovr"} <= set(data_wait.chosen())
     assert {read_yaml(path)["kind"] for path in data_wait.chosen().values()} == {"pretrain"}
+    assert {data_wait.domain_of(path) for path in data_wait.chosen().values()} == {"mri", "ultrasound"}
 
 
 @pytest.mark.slow

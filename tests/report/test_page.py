@@ -16,8 +16,11 @@ from medssl.errors import RequestError
 from medssl.phantoms import ORGAN_NAMES, draw_phantom
 from medssl.report import report
 from medssl.report.collect import Leftovers, collect
+from medssl.report.elements import duration, plain, text
 from medssl.report.headline import Comparison, Estimate
-from medssl.report.page import _chart, _one_group, _paired_cases, _probes, _result, duration, hidden_error, plain, text
+from medssl.report.page import _probes, _result
+from medssl.report.page_curves import _chart
+from medssl.report.page_pictures import _one_group, _paired_cases, hidden_error
 
 TITLES = (
     "Result",
