@@ -5,6 +5,8 @@ A case has a time, and an event (1) at that time or none until then (0: censored
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +15,6 @@ import numpy as np
 from medssl.evaluation.linear_probe import INNER_FOLDS, LOGISTIC_ALPHAS, row_basis
 from medssl.evaluation.scores import check_features, patient_folds
 from medssl.evaluation.target_cases import Cases
-
-ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,22 @@ def concordance(rows: np.ndarray) -> float:
     Reference:
         Harrell et al. 1996, "Multivariable prognostic models", section 5.5; ties as in Therneau's R package survival, `concordance`.
     """
-    times, events, hazard = rows[:, 0], rows[:, 1] > 0.5, rows[:, 2]
     pairs, right = 0, 0.0
-    firsts = np.flatnonzero(events)
-    for start in range(0, len(firsts), ROWS_AT_ONCE):
-        first = firsts[start : start + ROWS_AT_ONCE, None]
-        known = (times > times[first]) | ((times == times[first]) & ~events)
-        pairs += int(known.sum())
-        right += float((known & (hazard < hazard[first])).sum()) + 0.5 * float((known & (hazard == hazard[first])).sum())
+    outlived: list[float] = []  # hazards, sorted, of those who outlived the case at hand: cases are met from the last time to the first
+    at_once: list[float] = []  # of events at its time
+    before = math.nan
+    for time, event, hazard in rows[np.lexsort((rows[:, 1] > 0.5, -rows[:, 0]))].tolist():
+        if time != before:
+            for one in at_once:
+                insort(outlived, one)
+            at_once, before = [], time
+        if event > 0.5:
+            lower, as_low = bisect_left(outlived, hazard), bisect_right(outlived, hazard)
+            pairs += len(outlived)
+            right += lower + 0.5 * (as_low - lower)
+            at_once.append(hazard)
+        else:
+            insort(outlived, hazard)
     return right / pairs if pairs else float("nan")
 
 
