@@ -12,7 +12,6 @@ from medssl import build
 from medssl.archive import index as indexing
 from medssl.archive.index import IndexSummary, ScanOptions
 from medssl.archive.scanning.cluster import executor_of
-from medssl.build import load_recipe
 from medssl.cards.named import card_facts
 from medssl.cards.schema import find_card, load_card
 from medssl.domains.pixel_pass import PixelSummary, look_at_pixels
@@ -23,6 +22,7 @@ from medssl.recipe import (
     TARGET_TASKS,
     FinetuneBagsRecipe,
 )
+from medssl.recipe_checks import load_recipe
 
 __all__ = [
     "IndexResult",

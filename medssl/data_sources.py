@@ -152,10 +152,15 @@ def with_timing(views: Mapping[str, Any], frames: int, fps: float) -> dict[str, 
     return {**views, **dict(lacking[: max(0, 2 - len(given))])}
 
 
+def views_path(path: str) -> str:
+    """Return the dotted path of a source's views: those of the only one, `data`, stand at the top of a recipe."""
+    return "views" if path == "data" else f"{path}.views"
+
+
 def source_faults(path: str, source: SourceSection) -> list[str]:
     """Check one source."""
     faults = component_faults(f"{path}.domain", "domain", source.domain)
-    broken = view_faults(f"{path}.views", source.views)
+    broken = view_faults(views_path(path), source.views)
     if broken:
         return faults + broken
     kind = view_kind(source.views)

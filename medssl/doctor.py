@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from medssl import build
+from medssl import build, recipe_checks
 from medssl.data_sources import make_views, random_views
 from medssl.errors import RequestError
 from medssl.recipe import PretrainRecipe, Recipe
@@ -56,7 +56,7 @@ def predict(raw: Mapping[str, Any], steps: int = 3) -> dict[str, Any]:
     recipe = Recipe.parse(raw)
     if not isinstance(recipe, PretrainRecipe):
         raise RequestError(f"doctor predicts pretraining; this is a {recipe.kind} recipe")
-    build.check(recipe)
+    recipe_checks.check(recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective, encoders = build.build_objective(recipe)
     objective.to(device).train()

@@ -24,7 +24,6 @@ import torch
 
 from medssl import build, data_sources
 from medssl.archive.table import SeriesRow
-from medssl.build import load_recipe
 from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.cell_summary import markdown
 from medssl.evaluation.folds import deals, fewest, refuse_counts
@@ -32,6 +31,7 @@ from medssl.evaluation.label_curve import SCRATCH, Cell, plan
 from medssl.evaluation.pretrained_views import unlike_axes
 from medssl.probe_tasks import evaluation_section
 from medssl.recipe import FinetuneBoxesRecipe, FinetuneTargetsRecipe, SourceSection
+from medssl.recipe_checks import load_recipe
 from medssl.seeding import derive_seed
 from medssl.training.run_folder import facts_of_machine, now
 from medssl.weights import load_part, private_folder, save_part, write_atomic, write_private

@@ -13,12 +13,12 @@ import torch
 
 from medssl import build, data_sources
 from medssl.archive.table import SeriesRow
-from medssl.build import load_recipe
 from medssl.errors import RequestError
 from medssl.evaluation.features import embed
 from medssl.evaluation.membership import membership_auc, view_similarity
 from medssl.leakage import run_of
 from medssl.recipe import PretrainRecipe, SourceSection
+from medssl.recipe_checks import load_recipe
 from medssl.sampling.items import read as read_items
 from medssl.seeding import counter_rng
 from medssl.training.run_folder import RunFolder, now

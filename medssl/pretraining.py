@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from medssl import build, data_sources, label_tables
-from medssl.build import load_recipe
 from medssl.cards.named import SourceCards
 from medssl.data_sources import ImageLike
 from medssl.errors import RequestError
@@ -28,6 +27,7 @@ from medssl.recipe import (
     ProbeSection,
     Recipe,
 )
+from medssl.recipe_checks import load_recipe
 from medssl.sampling.items import Item, items_hash
 from medssl.sampling.items import write as write_items
 from medssl.training import distributed

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from medssl import build, data_sources, label_tables
-from medssl.build import load_recipe
 from medssl.cards.named import assign, card_facts
 from medssl.errors import RequestError
 from medssl.evaluation.controls import control_features
@@ -28,6 +27,7 @@ from medssl.recipe import (
     SourceSection,
     SuiteRecipe,
 )
+from medssl.recipe_checks import load_recipe
 from medssl.registry import lookup
 from medssl.training.run_folder import facts_of_machine
 from medssl.weights import load_part, private_folder, write_atomic

@@ -580,6 +580,11 @@ def as_written(sentence: str, raw: Mapping[str, Any]) -> str:
     return sentence
 
 
+def source_path(recipe: PretrainRecipe, name: str) -> str:
+    """Return the dotted path under which a source is written: `data` for the only one."""
+    return "data" if list(recipe.sources) == ["main"] else f"sources.{name}"
+
+
 def apply_overrides(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return a copy of `raw` with dotted `key=value` assignments applied; values are parsed as YAML."""
     result: dict[str, Any] = json.loads(json.dumps(raw))

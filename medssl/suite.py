@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from medssl import data_sources, label_tables, target_tasks
-from medssl.build import load_recipe
 from medssl.errors import RequestError
 from medssl.evaluation import suite_rows
 from medssl.evaluation.aggregate import holm
@@ -33,6 +32,7 @@ from medssl.evaluation.target_cases import Cases
 from medssl.leakage import refuse_pretraining_patients
 from medssl.probe_tasks import evaluation_section
 from medssl.recipe import FinetuneTargetsRecipe, Recipe, SuiteRecipe
+from medssl.recipe_checks import load_recipe
 from medssl.suite_tiers import RUN, Bench
 from medssl.training.run_folder import facts_of_machine, now
 from medssl.weights import load_part, private_folder, write_atomic, write_private

@@ -38,6 +38,7 @@ ARCHIVE_MAY_IMPORT = {
 TOP = {
     "recipe",
     "build",
+    "recipe_checks",
     "data_sources",
     "label_tables",
     "correspondence",

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from medssl import build
+from medssl import build, recipe_checks
 from medssl.errors import RecipeError, RequestError
 from medssl.recipe import KINDS, Recipe, apply_overrides, read_yaml, recipe_folder, shipped, with_placeholders
 
@@ -22,14 +22,14 @@ GOOD: dict[str, Any] = {
 
 def faults(overrides: list[str], raw: dict[str, Any] = GOOD) -> str:
     with pytest.raises(RecipeError) as caught:
-        build.check(Recipe.parse(apply_overrides(raw, overrides)))
+        recipe_checks.check(Recipe.parse(apply_overrides(raw, overrides)))
     assert caught.value.exit_code == 2
     return str(caught.value)
 
 
 def test_short_form__stands_for_one_source_and_one_encoder() -> None:
     recipe = Recipe.parse(GOOD)
-    build.check(recipe)
+    recipe_checks.check(recipe)
     assert list(recipe.sources) == ["main"]
     assert recipe.sources["main"].views["size"] == [32, 32, 16]
     assert list(recipe.encoders) == ["encoder"]
@@ -40,7 +40,7 @@ def test_unknown_keys__are_named_with_near_matches() -> None:
     assert 'train.stepps: unknown key (did you mean "steps"?)' in faults(["train.stepps=3"])
     assert 'objective.decoder_dmi: unknown key (did you mean "decoder_dim"?)' in faults(["objective.decoder_dmi=3"])
     assert 'encoder.pach_size: unknown key (did you mean "patch_size"?)' in faults(["encoder.pach_size=3"])
-    assert 'data.views.sise: unknown key (did you mean "size"?)' in faults(["views.sise=3"])
+    assert 'views.sise: unknown key (did you mean "size"?)' in faults(["views.sise=3"])
     assert 'unknown objective "may" (did you mean "mae"?)' in faults(["objective.name=may"])
 
 
@@ -56,7 +56,7 @@ def test_kind_of_another_command__is_said_before_the_keys(tmp_path: Path) -> Non
     with pytest.raises(
         RequestError, match="kind finetune; `medssl finetune` runs it; `medssl pretrain` needs one with kind: pretrain"
     ):
-        build.load_recipe(path, kind="pretrain")
+        recipe_checks.load_recipe(path, kind="pretrain")
 
 
 def test_name_of_a_shipped_recipe__says_how_to_copy_it() -> None:
@@ -119,7 +119,7 @@ def test_faults_of_short_forms__name_the_keys_of_the_file() -> None:
 def test_card_that_must_be_given__does_not_stop_a_check() -> None:
     raw = with_placeholders({**GOOD, "data": {"index": "???", "card": "???", "domain": "mri"}})
     recipe = Recipe.parse(raw)
-    build.check(recipe)
+    recipe_checks.check(recipe)
     assert recipe.sources["main"].cards == {}
 
 
@@ -160,6 +160,19 @@ def test_missing_file_and_bad_yaml__are_request_errors(tmp_path: Path) -> None:
         Recipe.load(bad)
 
 
+def test_faults__of_keys_and_of_what_is_inside_components_are_named_together() -> None:
+    raw = apply_overrides(
+        GOOD, ["data.modalty=MR", "views.spacing_mmm=4", "encoder.nme=vit3d", "objective.name=may", "optim.lr=-1", "out=???"]
+    )
+    with pytest.raises(RecipeError) as caught:
+        recipe_checks.parse(raw)
+    paths = [sentence.partition(":")[0] for sentence in caught.value.faults]
+    assert paths == ["out", "data.modalty", "optim.lr", "views.spacing_mmm", "encoder.nme", "objective.name"]
+    with pytest.raises(RecipeError) as caught:  # what has no form at all is not guessed
+        recipe_checks.parse({**raw, "encoder": 3})
+    assert "views.spacing_mmm" not in str(caught.value) and "train" not in str(caught.value)
+
+
 def test_hash__ignores_the_output_folder_and_nothing_else() -> None:
     base = Recipe.hash(Recipe.parse(GOOD))
     assert Recipe.hash(Recipe.parse(apply_overrides(GOOD, ["out=elsewhere"]))) == base
@@ -173,7 +186,7 @@ def test_every_shipped_recipe__is_valid_and_says_what_it_is() -> None:
         assert path.read_text().startswith("# "), f"{name}: the first line says what the recipe is"
         raw = read_yaml(path)
         recipe = Recipe.parse(with_placeholders(raw))
-        build.check(recipe)
+        recipe_checks.check(recipe)
         assert recipe.kind in KINDS
 
 
@@ -200,12 +213,12 @@ def test_rate_that_ends_above_its_peak__is_a_fault() -> None:
     assert "optim.schedule.final_lr: 0.0001 is above optim.lr 1.25e-05, so the rate would rise to it" in found
     stages = "stages=[{steps: 2}, {steps: 2, optim: {lr: 1e-5, schedule: {final_lr: 1e-4}}}]"
     assert "stages.1.optim.schedule.final_lr: 0.0001 is above stages.1.optim.lr" in faults([stages])
-    build.check(Recipe.parse(apply_overrides(GOOD, ["optim.lr=1e-4", "optim.schedule.final_lr=1e-4"])))
+    recipe_checks.check(Recipe.parse(apply_overrides(GOOD, ["optim.lr=1e-4", "optim.schedule.final_lr=1e-4"])))
 
 
 def test_alice__needs_a_mask_and_an_encoder_that_takes_marks() -> None:
     objective = "objective={name: alice, prototypes: 16}"
-    build.check(Recipe.parse(apply_overrides(GOOD, [objective, "views.count=2"])))
+    recipe_checks.check(Recipe.parse(apply_overrides(GOOD, [objective, "views.count=2"])))
     assert "views.mask: required by objective alice" in faults([objective, "views.count=2", "views.mask=null"])
     found = faults([objective, "encoder={name: image2d, model: resnet18}", "views.size=32"])
     assert (
@@ -224,5 +237,5 @@ def test_alice__needs_pairs_of_crops() -> None:
     assert wanted in faults([objective]) and wanted in faults([objective, "views.count=3"])
     matched = "data.sampler={pairs: matched, matcher: {name: embedding, weights: runs/matcher, step_mm: 8}}"
     pair = [objective, "views.kind=pair", "views.spacing_mm=1.5"]
-    build.check(Recipe.parse(apply_overrides(GOOD, [*pair, matched])))  # no views.points
-    build.check(Recipe.parse(apply_overrides(GOOD, [*pair, "data.sampler={pairs: same_volume}"])))
+    recipe_checks.check(Recipe.parse(apply_overrides(GOOD, [*pair, matched])))  # no views.points
+    recipe_checks.check(Recipe.parse(apply_overrides(GOOD, [*pair, "data.sampler={pairs: same_volume}"])))

@@ -59,14 +59,14 @@ def recipe_validate(
     json: Json = False,
 ) -> None:
     """Check a recipe and report every fault at once."""
-    from medssl import build
-    from medssl.recipe import Recipe, apply_overrides, read_yaml, with_placeholders
+    from medssl import recipe_checks
+    from medssl.recipe import apply_overrides, read_yaml, with_placeholders
     from medssl.yaml_models import REQUIRED_MARK, marked
 
     raw = apply_overrides(read_yaml(find_recipe(name)), overrides or [])
     open_keys = marked(raw)
     try:
-        build.check(Recipe.parse(with_placeholders(raw)))
+        recipe_checks.check(recipe_checks.parse(with_placeholders(raw)))
     except RecipeError as err:
         raise RecipeError(err.faults) from None
     note = f"; still to be given ({REQUIRED_MARK}): {', '.join(open_keys)}" if open_keys else ""

@@ -45,7 +45,9 @@ def concordance(rows: np.ndarray) -> float:
         Harrell et al. 1996, "Multivariable prognostic models", section 5.5; ties as in Therneau's R package survival, `concordance`.
     """
     pairs, right = 0, 0.0
-    outlived: list[float] = []  # hazards, sorted, of those who outlived the case at hand: cases are met from the last time to the first
+    outlived: list[
+        float
+    ] = []  # hazards, sorted, of those who outlived the case at hand: cases are met from the last time to the first
     at_once: list[float] = []  # of events at its time
     before = math.nan
     for time, event, hazard in rows[np.lexsort((rows[:, 1] > 0.5, -rows[:, 0]))].tolist():

@@ -239,7 +239,7 @@ def test_embed__weights_at_another_spacing_or_step(archive: Path, run: Path, cap
     [
         (
             ["views.spacing_mm=null"],
-            r"data.views.spacing_mm: required for kind: pair \(both crops must cover the same millimetres\)",
+            r"views.spacing_mm: required for kind: pair \(both crops must cover the same millimetres\)",
         ),
         (["data.sampler={pairs: matched}"], r"data.sampler.matcher: required for pairs: matched; give \{name: embedding"),
         (["data.sampler={pairs: matched, matcher: {name: afine}}"], r'unknown matcher "afine" \(did you mean "affine"\?\)'),
@@ -250,8 +250,8 @@ def test_embed__weights_at_another_spacing_or_step(archive: Path, run: Path, cap
             ["data.sampler={pairs: matched, matcher: {name: affine}}"],
             "data.sampler.pairs: objective anatomical_embedding learns from pairs",
         ),
-        (["views.points=null"], "data.views.points: required by objective anatomical_embedding"),
-        (["views.count=3"], "data.views.count: unknown key"),
+        (["views.points=null"], "views.points: required by objective anatomical_embedding"),
+        (["views.count=3"], "views.count: unknown key"),
         (
             ["encoder={name: vit3d, image_size: [24, 24, 16], patch_size: 8}"],
             r"needs pyramid_centres\); encoders that fit: resenc3d, segresnet3d",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from medssl import api, box_tasks, build
+from medssl import api, box_tasks, build, recipe_checks
 from medssl.archive.index import index
 from medssl.box_pictures import PictureBatches, in_view, listed_pictures, picture_source
 from medssl.box_volumes import VolumeBatches, volume_source
@@ -315,7 +315,7 @@ def test_recipes_with_faults__say_which_key(smears: Path) -> None:
         (["boxes.drop=true"], r"boxes\.drop: unknown key"),
     ):
         with pytest.raises(RecipeError, match=message):
-            build.check(pictures(smears, "no", *changes))
+            recipe_checks.check(pictures(smears, "no", *changes))
 
 
 def volumes(root: Path, out: str, *changes: str) -> Any:

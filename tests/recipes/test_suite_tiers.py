@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from medssl import suite
-from medssl.build import suite_faults
 from medssl.errors import LeakageError, RequestError, TrainingStopped
 from medssl.evaluation.calibration import threshold_at_specificity
 from medssl.evaluation.cohort import Case, Cohort
@@ -23,6 +22,7 @@ from medssl.evaluation.survival import SurvivalCases
 from medssl.evaluation.target_cases import Cases
 from medssl.finetune_cells import fill
 from medssl.recipe import Component, CurveSection, SourceSection, SuiteRecipe, SuiteTask
+from medssl.recipe_checks import suite_faults
 from medssl.suite_tiers import Bench, Found, curves, groups, robustness
 from tests.evaluation.tiny_cohort import TINY_ENCODER, write_cohort
 
