@@ -139,7 +139,8 @@ def index(
             splits, the folder belongs to another key or cannot be written. Nothing was written.
         StoreError: Writing failed later; run again to go on.
     """
-    roots = [_source(Path(source)) for source in sources]
+    known = _known_sources(Path(out))
+    roots = [_source(Path(source), known) for source in sources]
     if not roots:
         raise RequestError(f"no source was given; name one or more folders holding {ACCEPTED}")
     if modality not in ("unknown", *DOMAINS):
@@ -298,12 +299,18 @@ def _find_fresh(connection: Any, private: Path) -> tuple[int, int]:
     return listed - n_fresh, n_fresh
 
 
-def _source(path: Path) -> Path:
+def _source(path: Path, known: Iterable[str]) -> Path:
+    """Return the absolute path of a source without `..`, so that a folder has one name however it is typed; links keep theirs."""
     if not path.exists():
         raise RequestError(f"{path} does not exist; name a folder holding {ACCEPTED}")
     if not os.access(path, os.R_OK):
         raise RequestError(f"{path} cannot be read (permission); change its rights or name another folder")
-    return path.absolute()
+    typed = path.absolute()
+    tidy = Path(os.path.normpath(typed))
+    if not tidy.exists() or not tidy.samefile(typed):  # `..` after a link leads elsewhere
+        tidy = typed.resolve()
+    older = (Path(root) for root in known if os.path.normpath(root) == str(tidy))  # of an index that kept `..`
+    return next(older, tidy)
 
 
 def read_splits(path: Path) -> dict[str, list[str]]:
@@ -413,6 +420,14 @@ def _state(private: Path) -> dict[str, Any]:
             f"{private}/state.json cannot be read ({type(err).__name__}); restore it or index into a new folder"
         ) from err
     return dict(state)
+
+
+def _known_sources(out: Path) -> list[str]:
+    """Return the sources of an index as they are called in it; what is wrong with its folder is said once it is opened."""
+    try:
+        return list(_state(out / "private").get("sources", {}))
+    except RequestError:
+        return []
 
 
 def _remember(

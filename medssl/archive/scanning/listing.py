@@ -140,9 +140,13 @@ def read_list(path: Path, roots: Sequence[Path]) -> list[str]:
     found = []
     for number, line in enumerate(lines, 1):
         full = os.path.normpath(line if os.path.isabs(line) else os.path.join(str(roots[0]), line))
-        if not any(full == str(root) or full.startswith(f"{root}{os.sep}") for root in roots):
+        for root in roots:
+            tidy = os.path.normpath(root)
+            if full == tidy or full.startswith(f"{tidy}{os.sep}"):
+                found.append(f"{root}{full[len(tidy) :]}")  # as the source is called in the index
+                break
+        else:
             raise RequestError(
                 f"list {path}: line {number} lies outside the sources; name its folder as a source, or drop the line"
             )
-        found.append(full)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import time
@@ -155,6 +156,39 @@ def test_list__only_the_named_paths_are_looked_at(tmp_path: Path, monkeypatch: p
     (tmp_path / "changes.txt").write_text("/elsewhere/file")
     with pytest.raises(RequestError, match="line 1 lies outside the sources"):
         index([source], tmp_path / "out", options=ScanOptions(only=tmp_path / "changes.txt"))
+
+
+def test_source__has_one_name_however_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "src", tmp_path / "out"
+    n = write_tree(source, 2, 3)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert index([Path("../src")], out).n_files_seen == n
+    os.rmdir(tmp_path / "elsewhere")  # nothing depends on the way
+    again = index([source], out)
+    assert (again.n_files_seen, again.n_files_scanned, again.reasons) == (n, 0, {})
+    monkeypatch.chdir(source)
+    one = next(path for path in source.rglob("*") if path.is_file())
+    (tmp_path / "changes.txt").write_text(f"{one.relative_to(source)}\n")
+    assert index([Path("../src")], out, options=ScanOptions(only=tmp_path / "changes.txt")).n_files_seen == n
+
+
+def test_source__keeps_the_name_of_an_index_that_kept_dots_and_links_lead_where_they_lead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "src", tmp_path / "out"
+    n = write_tree(source, 2, 3)
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "deep")
+    write_tree(tmp_path / "far" / "src", 1, 2)
+    assert index([tmp_path / "link" / ".." / "src"], tmp_path / "other").n_files_seen == 2  # far/src, not src
+    dotted = tmp_path / "far" / ".." / "src"
+    with monkeypatch.context() as patch:
+        patch.setattr("medssl.archive.index._source", lambda path, known: path.absolute())  # as it was before
+        index([dotted], out)
+    again = index([source], out)
+    assert (again.n_files_seen, again.n_files_scanned) == (n, 0)  # under its old name again, not twice
+    assert list(json.loads((out / "private" / "state.json").read_text())["sources"]) == [str(dotted)]
 
 
 def test_prune__unchanged_folders_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
