@@ -38,7 +38,7 @@ from medssl.clip_tasks import ClipLook
 from medssl.encoders.video_vit import VideoViT
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
-from medssl.evaluation.clips import IGNORED, HeadSettings, PixelTokens, embed_clips, fit_head, labels_in_view
+from medssl.evaluation.clips import IGNORED, HeadSettings, PixelTokens, embed_clips, fit_head, labels_in_view, motion_of
 from medssl.evaluation.controls import random_init
 from medssl.evaluation.linear_probe import fit_linear
 from medssl.evaluation.metrics import dice
@@ -131,8 +131,8 @@ def look_at(recipe: Any, data: Path, encoder: nn.Module, split: str, raw: bool =
         labels[-1][~shown["valid"][n, chosen]] = IGNORED
     vectors = {"pooled": found.pooled}
     if not raw:
-        vectors["motion"] = np.concatenate([np.nanmean(found.steps, axis=1), np.nanstd(found.steps, axis=1)], axis=1)
-        vectors["motion_places"] = np.concatenate([vectors["motion"], motion_of_places(found.tokens, found.token_valid)], axis=1)
+        vectors["motion_places"] = motion_of(torch.from_numpy(found.tokens), torch.from_numpy(found.token_valid)).numpy()
+        vectors["motion"] = vectors["motion_places"][:, : 2 * found.tokens.shape[-1]]
     return Cases(
         vectors,
         found.tokens[:, chosen // per_token],
@@ -141,21 +141,6 @@ def look_at(recipe: Any, data: Path, encoder: nn.Module, split: str, raw: bool =
         [rows[name]["patient"] for name in files],
         files,
     )
-
-
-def motion_of_places(tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Return the deviation over time of the tokens of a place, its mean over the places that are valid throughout.
-
-    Args:
-        tokens: (N, t, h, w, E).
-        valid: (N, t, h, w) bool.
-
-    Returns:
-        (N, E); 0 where no place is valid throughout.
-    """
-    steady = np.asarray(valid.all(axis=1))[..., None]
-    moved = (tokens.std(axis=1) * steady).sum(axis=(1, 2))
-    return np.asarray(moved / np.maximum(steady.sum(axis=(1, 2)), 1))
 
 
 def encoder_of(arm: str, seed: int, data: Path, overrides: Sequence[str], run: Path | None) -> nn.Module:

@@ -14,8 +14,9 @@ import torch
 from medssl import build, data_sources, label_tables
 from medssl.cards.named import assign, card_facts
 from medssl.errors import RequestError
+from medssl.evaluation.clips import motion
 from medssl.evaluation.controls import control_features
-from medssl.evaluation.features import embed, probe_table
+from medssl.evaluation.features import embed, pooled, probe_table
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_predict
 from medssl.leakage import refuse_pretraining_patients
@@ -59,6 +60,9 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
     encoder = build.load_encoder(weights)
     _, manifest = load_part(weights)
     section = evaluation_section(recipe, manifest)
+    if recipe.readout == "motion" and section.views.get("kind") != "clip":
+        raise RequestError("readout: motion reads changes over time off clips, and these are none; set readout: pooled")
+    readout = motion if recipe.readout == "motion" else pooled
     shelf = data_sources.fill_shelf("source", section, on_progress=on_cache)
     leakage = refuse_pretraining_patients(weights, shelf)
     targets, series, groups = labelled_rows(shelf, recipe.table, recipe.file_column, recipe.target, recipe.task)
@@ -68,14 +72,19 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
     def batches() -> Any:
         return data_sources.images_and_ids(source, device, recipe.batch)
 
-    features, _ = embed(encoder.to(device), batches())
-    controls = control_features(lambda: build.build_encoder(manifest["encoder"]), batches, seed=recipe.seed, device=device)
+    def untrained() -> Any:
+        return build.build_encoder(manifest["encoder"])
+
+    features, _ = embed(encoder.to(device), batches(), readout)
+    controls = control_features(untrained, batches, seed=recipe.seed, device=device, readout=readout)
     rows = probe_table(features, controls, targets, groups, task=recipe.task, k=recipe.k[0], seed=recipe.seed)
     for k in recipe.k[1:]:
         for name, values in {"encoder": features, **controls}.items():
             rows += knn_probe(values, targets, groups, task=recipe.task, name=name, k=k, seed=recipe.seed)
     seconds = time.perf_counter() - started
-    result = write_evaluation(recipe, manifest, leakage, shelf, {"target": recipe.target, "rows": rows, "seconds": seconds})
+    result = write_evaluation(
+        recipe, manifest, leakage, shelf, {"target": recipe.target, "readout": recipe.readout, "rows": rows, "seconds": seconds}
+    )
     if recipe.task == "regression":
         predicted = linear_predict(features, targets, groups, task="regression", seed=recipe.seed)
         private_folder(Path(recipe.out) / "figures")

@@ -352,6 +352,7 @@ class EvaluateRecipe(EvaluateBase):
     target: str
     task: Literal["regression", "classification"] = "regression"
     k: list[int] = Field(default_factory=lambda: [1, 5, 20])
+    readout: Literal["pooled", "motion"] = Field("pooled", description="motion: of clips, how their tokens change over time")
 
 
 class EvaluatePhaseRecipe(EvaluateBase):

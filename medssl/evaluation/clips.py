@@ -85,6 +85,30 @@ def embed_clips(
     )
 
 
+def motion(output: EncoderOutput) -> Tensor:
+    """Return (B, 3 E): how the tokens of clips change over time, for numbers that no single frame shows, as an ejection fraction."""
+    tokens = unflatten_tokens(output.tokens.float(), output.grid).movedim(1, -1)
+    return motion_of(tokens, (tokens != 0).any(dim=-1))
+
+
+def motion_of(tokens: Tensor, valid: Tensor) -> Tensor:
+    """Return the mean and the deviation over time of the mean token of a step, and the mean over places of the deviation of a place's token.
+
+    Args:
+        tokens: (B, t, h, w, E).
+        valid: (B, t, h, w) bool. Of places only those that are valid throughout count.
+
+    Returns:
+        (B, 3 E); 0 where nothing is valid.
+    """
+    steps = step_means(tokens, valid)
+    mean = steps.nanmean(dim=1)
+    spread = (steps - mean[:, None]).square().nanmean(dim=1).sqrt()
+    steady = valid.all(dim=1)[..., None]
+    moved = (tokens.std(dim=1, correction=0) * steady).sum(dim=(1, 2)) / steady.sum(dim=(1, 2)).clamp(min=1)
+    return torch.cat([mean, spread, moved], dim=1).nan_to_num(0)
+
+
 def step_means(tokens: Tensor, valid: Tensor) -> Tensor:
     """Return the mean over the valid tokens of each tubelet.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl.errors import RequestError
-from medssl.evaluation.features import Batch, embed
+from medssl.evaluation.features import Batch, Readout, embed, pooled
 from medssl.seeding import derive_seed
 from medssl.types import ClipBatch, Stack
 
@@ -75,6 +75,7 @@ def control_features(
     seed: int = 0,
     size: int = 8,
     device: torch.device | str = "cpu",
+    readout: Readout = pooled,
 ) -> dict[str, np.ndarray]:
     """Compute the features of all controls for `probe_table`.
 
@@ -84,11 +85,12 @@ def control_features(
         seed: Seed of the untrained encoder.
         size: Cells per axis of the small image.
         device: Where the untrained encoder runs.
+        readout: What is read off the untrained encoder, as off the trained one (`embed`).
 
     Returns:
         `random_init` (N, E), `raw_pixels` (N, C * size ** axes), `intensity_statistics` (N, 11 * C).
     """
-    untrained, _ = embed(random_init(build, seed).to(device), batches())
+    untrained, _ = embed(random_init(build, seed).to(device), batches(), readout)
     pixels, statistics = [], []
     for shown, _ in batches():
         images = as_images(shown)

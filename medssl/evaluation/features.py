@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from medssl.evaluation.scores import Task
 from medssl.types import ClipBatch, EncoderOutput, Stack
 
 Batch = tuple[Tensor | Stack | ClipBatch, Sequence[Hashable]]
+Readout = Callable[[EncoderOutput], Tensor]
 CONTROLS = ("random_init", "raw_pixels", "intensity_statistics")
 
 
@@ -75,13 +76,19 @@ def _encode_frames(forward: Any, clips: ClipBatch) -> EncoderOutput:
     return EncoderOutput(tokens=tokens.flatten(1, 2), grid=(frames, *found.grid[1:]), pooled=pooled.sum(dim=1) / count)
 
 
-def embed(encoder: nn.Module, batches: Iterable[Batch]) -> tuple[np.ndarray, list[Any]]:
-    """Return the pooled features of images, in the order in which they come.
+def pooled(output: EncoderOutput) -> Tensor:
+    """Return (B, E), what the encoder pools itself."""
+    return output.pooled
+
+
+def embed(encoder: nn.Module, batches: Iterable[Batch], readout: Readout = pooled) -> tuple[np.ndarray, list[Any]]:
+    """Return one vector of features per image, in the order in which they come.
 
     Args:
         encoder: Has `forward_features(x) -> EncoderOutput`; its state is the same afterwards (`evaluation_mode`).
         batches: Pairs of images (B, C, *size), stacks or clips, normalised as in pretraining, and their B ids. Moved to the encoder's
             device and dtype.
+        readout: Output of the encoder -> (B, E) vectors; `clips.motion` reads another one off clips.
 
     Returns:
         (N, E) float32 features, and the N ids.
@@ -97,7 +104,7 @@ def embed(encoder: nn.Module, batches: Iterable[Batch]) -> tuple[np.ndarray, lis
             if len(images) != len(batch_ids):
                 raise RequestError(f"embed: {len(images)} images and {len(batch_ids)} ids in one batch; give one id per image")
             output = encode(encoder, images.to(parameter.device, parameter.dtype))
-            parts.append(output.pooled.float().cpu().numpy())
+            parts.append(readout(output).float().cpu().numpy())
             ids.extend(batch_ids)
     if not parts:
         raise RequestError("embed: no images; check the selection (an SQL filter or a split may have left nothing)")

@@ -25,6 +25,8 @@ from medssl.evaluation.clips import (
     fit_head,
     labels_in_view,
     mark_error,
+    motion,
+    motion_of,
     phase_retrieval,
     phase_targets,
     segmentation_probe,
@@ -320,6 +322,41 @@ def test_real_echo_loop__is_read_masked_and_embedded(shared_data: Path) -> None:
     assert 0.05 < found.token_valid[0, 0].mean() < 0.6 and np.isfinite(found.pooled).all()
     inside = data["clip"][0, 0, :, 0][:, data["clip_sector"][0, 0, 0]]
     assert abs(float(inside.mean())) < 0.5 and 0.5 < float(inside.std()) < 2
+
+
+def test_motion__by_plain_loops() -> None:
+    rng = torch.Generator().manual_seed(2)
+    tokens, valid = torch.rand(3, 4, 2, 2, 5, generator=rng), torch.rand(3, 4, 2, 2, generator=rng) < 0.7
+    valid[0, :, 0] = True
+    valid[1, 2] = False  # a step without a token
+    valid[2] = False  # a clip without any
+    found = motion_of(tokens, valid)
+    for b in range(2):
+        steps = [
+            torch.stack([x for x, ok in zip(tokens[b, t].flatten(0, 1), valid[b, t].flatten()) if ok]).mean(0)
+            for t in range(4)
+            if valid[b, t].any()
+        ]
+        places = [tokens[b, :, i, j].std(dim=0, correction=0) for i in range(2) for j in range(2) if valid[b, :, i, j].all()]
+        moved = torch.stack(places).mean(0) if places else torch.zeros(5)
+        wanted = torch.cat([torch.stack(steps).mean(0), torch.stack(steps).std(dim=0, correction=0), moved])
+        torch.testing.assert_close(found[b], wanted)
+    assert torch.equal(found[2], torch.zeros(15))
+    still = motion_of(tokens[:1, :1].expand(-1, 4, -1, -1, -1), valid[:1, :1].expand(-1, 4, -1, -1))
+    assert (still[:, 5:] < 1e-6).all()
+
+
+def test_motion__is_read_off_the_encoder() -> None:
+    clips = ClipBatch(
+        torch.rand(2, 1, 4, 16, 24) + 1,
+        torch.ones(2, 4, dtype=torch.bool),
+        torch.ones(2, 1, 16, 24, dtype=torch.bool),
+        torch.zeros(2, 4),
+    )
+    found, ids = embed(TinyVideo(), [(clips, ["a", "b"])], motion)
+    whole = embed_clips(TinyVideo(), [(clips, ["a", "b"])], tokens=True)
+    assert ids == ["a", "b"] and whole.tokens is not None
+    np.testing.assert_allclose(found, motion_of(torch.from_numpy(whole.tokens), torch.from_numpy(whole.token_valid)), rtol=1e-6)
 
 
 def test_step_means__by_a_plain_loop() -> None:

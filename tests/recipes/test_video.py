@@ -135,6 +135,7 @@ def test_evaluate__takes_kind_frames_and_rate_from_the_weights(echo: Path) -> No
 
 def test_evaluate__clips_of_other_patients_beside_the_controls(echo: Path) -> None:
     done = api.evaluate(evaluate_recipe(echo), echo / "run")
+    assert done["readout"] == "motion"
     assert done["leakage_check"] == "no patient of this evaluation was pretrained on"
     assert {row["name"] for row in done["rows"]} == {"encoder", "random_init", "raw_pixels", "intensity_statistics"}
     assert {(row["n_images"], row["n_patients"], row["by"]) for row in done["rows"]} == {(6, 6, "by patient")}
@@ -145,6 +146,12 @@ def test_evaluate__clips_of_other_patients_beside_the_controls(echo: Path) -> No
     assert set(pairs[0].tolist()) == truth
     linear = next(r for r in done["rows"] if (r["name"], r["probe"], r["metric"]) == ("encoder", "linear", "r2"))
     assert r2(np.stack(pairs, axis=1)) == pytest.approx(linear["value"])
+    pooled = api.evaluate(evaluate_recipe(echo, "readout=pooled", f"out={echo / 'pooled'}"), echo / "run")
+    pairs_of_rows = [(a["name"], a["value"] == b["value"]) for a, b in zip(done["rows"], pooled["rows"], strict=True)]
+    assert all(same == (name in ("raw_pixels", "intensity_statistics")) for name, same in pairs_of_rows)
+    with pytest.raises(RequestError, match="readout: motion reads changes over time off clips"):
+        api.evaluate(evaluate_recipe(echo, "source.views={kind: image}", f"out={echo / 'refused'}"), echo / "run")
+    assert not (echo / "refused").exists()
     with pytest.raises(RequestError, match="patients that the weights were pretrained on"):
         api.evaluate(evaluate_recipe(echo, "source.where=split = 'train'"), echo / "run")
 
