@@ -94,6 +94,12 @@ class Leftovers:
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def only_evaluated(self) -> bool:
+        """Whether evaluations are there, and no run, fine-tuning, demo or archive."""
+        others = (self.run, self.metrics, self.results, self.curves, self.demo, self.archives)
+        return bool(self.evaluations) and not any(others)
+
 
 def holds_nothing(found: Leftovers) -> bool:
     """Return whether a folder holds nothing that medssl wrote, a folder of images for instance."""

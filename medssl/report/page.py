@@ -114,15 +114,18 @@ def report(run: Path, out: Path, *, with_images: bool = True) -> Path:
 def render(found: Leftovers, *, with_images: bool) -> str:
     """Return the page as text."""
     lines = comparisons(found)
-    sections = [
-        Section("result", "Result", _result(found, lines)),
-        Section("ran", "What ran", _what_ran(found)),
-        Section("curves", "Loss and monitors", training_curves(found)),
-        *pictures(found, with_images),
-        Section("probes", "Probes and controls", _probes(found)),
-        Section("data", "Data", _data(found)),
-        Section("caveats", "Before you use this", _caveats(found, lines, with_images)),
-    ]
+    shown = pictures(found, with_images)
+    probed = Section("probes", "Probes and controls", _probes(found))
+    if found.only_evaluated:
+        sections = [probed, *shown]
+    else:
+        training = [
+            Section("result", "Result", _result(found, lines)),
+            Section("ran", "What ran", _what_ran(found)),
+            Section("curves", "Loss and monitors", training_curves(found)),
+        ]
+        sections = [*training, *shown, probed, Section("data", "Data", _data(found))]
+    sections.append(Section("caveats", "Before you use this", _caveats(found, lines, with_images)))
     privacy = "Private: shows images of patients." if with_images else "Without images of patients."
     about = [_name(found.manifest[key]) for key in ("objective", "encoder") if found.manifest.get(key)]
     subject = f": {', '.join(about)}" if about else ""

@@ -14,14 +14,18 @@ MAX_CASES = 3  # pictured per section: a page is read, not scrolled
 
 
 def pictures(found: Leftovers, with_images: bool) -> list[Section]:
-    """Return the sections with pictures; a page about clips says nothing of volumes that are not there."""
-    of_clips = bool(found.clips or found.regressions)
+    """Return the sections with pictures; a page about clips, or about an evaluation alone, says nothing of volumes that are not there."""
+    elsewhere = bool(found.clips) or found.only_evaluated
     sections = []
-    if found.reconstructions or not of_clips:
+    if found.reconstructions or not elsewhere:
         sections.append(Section("reconstructions", "Reconstructions", _reconstructions(found, with_images)))
-    if found.segmentations or not of_clips:
+    if found.segmentations or not elsewhere:
         sections.append(Section("segmentation", "Segmentation", _segmentation(found, with_images)))
-    return [*sections, Section("clips", "Clips", _clips(found))] if of_clips else sections
+    if found.clips:
+        sections.append(Section("clips", "Clips", _clips(found)))
+    if found.regressions:
+        sections.append(Section("predictions", "Predicted numbers", _predictions(found)))
+    return sections
 
 
 def _no_images() -> str:
@@ -96,9 +100,12 @@ def _clips(found: Leftovers) -> str:
         of = f", and the prototypes that its tokens were assigned to ({text(branches)})" if branches else ""
         alt = f"Frames of a clip over time{of}"
         parts.append(image(clip_figures.strip_png(clip), alt, caption=f"Clip {place}: frames over time{of}."))
-    if parts:
-        lead = "Black is outside the sector. Blue squares were hidden from the student, at all times alike. A prototype has one colour throughout."
-        parts.insert(0, f"<p>{lead}</p>")
+    lead = "Black is outside the sector. Blue squares were hidden from the student, at all times alike. A prototype has one colour throughout."
+    return f"<p>{lead}</p>" + "".join(parts)
+
+
+def _predictions(found: Leftovers) -> str:
+    parts = []
     for name, target, predicted in found.regressions[:MAX_CASES]:
         light, dark = (clip_figures.scatter_png(target, predicted, theme) for theme in (figures.LIGHT, figures.DARK))
         caption = f"{text(name)}: predictions on patients of other folds. Dotted: always saying the mean."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +114,22 @@ def test_read__says_what_is_missing() -> None:
     assert isinstance(read_regression({"target": np.zeros(3)}), str) and isinstance(
         read_regression({"target": np.zeros(3), "predicted": np.zeros(2)}), str
     )
+
+
+def test_page_of_an_evaluation_alone__has_its_tables_and_predictions_and_no_empty_sections(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    np.savez(tmp_path / "figures" / "regression.npz", target=np.array([40.0, 55, 60]), predicted=np.array([44.0, 50, 61]))
+    row = {
+        "name": "encoder",
+        "probe": "linear",
+        "metric": "r2",
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "n_images": 3,
+        "n_patients": 3,
+    }
+    (tmp_path / "evaluate.json").write_text(json.dumps({"kind": "evaluate", "target": "ef", "rows": [row]}))
+    html = report(tmp_path, tmp_path / "page.html").read_text()
+    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", html)
+    assert headings == ["Probes and controls", "Predicted numbers", "Before you use this"]
