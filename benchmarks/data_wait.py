@@ -56,9 +56,10 @@ def phantom_archive(folder: Path, domain: str, patients: int, size: Sequence[int
     return archive
 
 
-def overrides(name: str, archive: Path, out: Path, steps: int) -> list[str]:
+def overrides(name: str, path: Path, archive: Path, out: Path, steps: int) -> list[str]:
     """Return what the recipe needs to run here; the demo chooses its views from the data, and so does this."""
-    common = [f"data.index={archive}", f"out={out}", f"train.steps={steps}", "train.log_every=1"]
+    sources = [f"sources.{source}" for source in read_yaml(path).get("sources", {})] or ["data"]
+    common = [*(f"{source}.index={archive}" for source in sources), f"out={out}", f"train.steps={steps}", "train.log_every=1"]
     if not name.startswith("demo/"):
         return common
     size, spacing = choose_views(Archive.open(archive))
@@ -67,7 +68,7 @@ def overrides(name: str, archive: Path, out: Path, steps: int) -> list[str]:
 
 def measure(name: str, path: Path, archive: Path, out: Path, steps: int) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Train a recipe and return its row and the steps."""
-    api.pretrain(path, overrides(name, archive, out, steps))
+    api.pretrain(path, overrides(name, path, archive, out, steps))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "data_wait" in line]
     waits = [line["data_wait"] * line["seconds_per_step"] for line in logged]

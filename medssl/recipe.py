@@ -518,6 +518,8 @@ class Recipe:
             found = [fault(node, error, short_keys=short) for error in err.errors()]
             if node is EvaluateRecipe:
                 found = [_with_tasks(sentence) for sentence in found]
+            if kind == "pretrain":
+                found = [_beside_the_long_form(sentence, raw) for sentence in found]
             raise RecipeError(faults + [as_written(sentence, raw) for sentence in found]) from None
         if faults:
             raise RecipeError(faults)
@@ -571,6 +573,18 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 def with_placeholders(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe that can be checked before its `???` are given: a card is left out, anything else is a word."""
     return apply_overrides(raw, [f"{key}={'null' if key.endswith('.card') else 'placeholder'}" for key in marked(raw)])
+
+
+def _beside_the_long_form(sentence: str, raw: Mapping[str, Any]) -> str:
+    """Say of a short form in a recipe that has the long one what to write instead."""
+    short, _, rest = sentence.partition(":")
+    path = SHORT_FORMS.get(short, "")
+    long, _, key = path.replace("main", "*").replace("encoders.encoder", "encoders.*").partition(".")
+    entries = raw.get(long)
+    if not rest.startswith(" unknown key") or not isinstance(entries, Mapping):
+        return sentence
+    named = " or ".join(f"{long}.{key.replace('*', str(name))}" for name in entries)
+    return f"{short}: stands for the only entry of {long}, and this recipe lists them; change {named}"
 
 
 def as_written(sentence: str, raw: Mapping[str, Any]) -> str:

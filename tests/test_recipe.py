@@ -173,6 +173,19 @@ def test_faults__of_keys_and_of_what_is_inside_components_are_named_together() -
     assert "views.spacing_mmm" not in str(caught.value) and "train" not in str(caught.value)
 
 
+def test_short_form_beside_the_long_one__says_what_to_write() -> None:
+    raw = read_yaml(shipped()["smoke/joint_slice_volume_mri"])
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(with_placeholders(apply_overrides(raw, ["data.index=archive", "views.size=3"])))
+    first, second = caught.value.faults
+    assert (
+        first == "data: stands for the only entry of sources, and this recipe lists them; change sources.stacks or sources.slices"
+    )
+    assert second.endswith("change sources.stacks.views or sources.slices.views")
+    with pytest.raises(RecipeError, match=r"encoder: stands for the only entry of encoders, .*; change encoders\.a or encoders\.b"):
+        Recipe.parse({**GOOD, "encoders": {"a": {"name": "vit3d"}, "b": {"name": "vit3d"}}})
+
+
 def test_hash__ignores_the_output_folder_and_nothing_else() -> None:
     base = Recipe.hash(Recipe.parse(GOOD))
     assert Recipe.hash(Recipe.parse(apply_overrides(GOOD, ["out=elsewhere"]))) == base
