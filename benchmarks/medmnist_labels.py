@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, markdown, rounded
-from benchmarks.joint_data import MEDMNIST, read_table
+from benchmarks.joint_data import MEDMNIST
 from medssl import api
+from medssl.archive.table import Archive
 from medssl.recipe import Recipe, apply_overrides
 from medssl.training.run_folder import facts_of_machine, now
 from medssl.weights import load_part, write_atomic
@@ -45,9 +45,8 @@ SHARES = (0.01, 0.1, 1.0)
 LEAST = 4  # labels: 1 % of the breast images are five
 
 
-def budgets(rows: Sequence[dict[str, str]]) -> list[int]:
-    """Return the numbers of labels that 1, 10 and 100 % are."""
-    training = sum(row["split"] == "train" for row in rows)
+def budgets(training: int) -> list[int]:
+    """Return the numbers of labels that 1, 10 and 100 % of the training images are."""
     return sorted({max(LEAST, round(share * training)) for share in SHARES})
 
 
@@ -104,8 +103,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     if not options.collect:
+        archive = Archive.open(options.data / "archive")
         for name in options.sets:
-            counts = budgets(read_table(options.data / "tree" / name / "labels.csv"))
+            counts = budgets(len(archive.select(f"site = '{name}' and split = 'train'")))  # without those of equal pixels in two splits
             recipe = apply_overrides(recipe_of(name, options.data, options.folder, options.steps), options.overrides)
 
             def said(done: int, total: int, cell: Any, content: Any, name: str = name) -> None:
