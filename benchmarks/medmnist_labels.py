@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     if not options.collect:
         archive = Archive.open(options.data / "archive")
         for name in options.sets:
-            counts = budgets(len(archive.select(f"site = '{name}' and split = 'train'")))  # without those of equal pixels in two splits
+            counts = budgets(
+                len(archive.select(f"site = '{name}' and split = 'train'"))
+            )  # without those of equal pixels in two splits
             recipe = apply_overrides(recipe_of(name, options.data, options.folder, options.steps), options.overrides)
 
             def said(done: int, total: int, cell: Any, content: Any, name: str = name) -> None:
