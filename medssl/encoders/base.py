@@ -32,6 +32,8 @@ class Encoder(nn.Module):
             `forward_decoder(pyramid, image)`, the last of them with `init_filters` channels, and `context_dim`, the channels of the first.
         pyramid_centres: Where a cell of the pyramid is centred in the voxels it stands for: on the `first` one along each axis
             (strided convolutions of odd size) or in the `middle` (patches); empty where there is no pyramid of several scales.
+        normalised_maps: Maps of the pyramid end in a norm, or in sums of few such; otherwise whoever reads them normalises them first, as the
+            network's own next block does.
         takes_images: `forward_features` takes flat images (B, C, H, W), and its tokens are the cells of a feature map.
         takes_clips: Images are clips (B, C, T, H, W), with `valid`; it has `masked(x, keep, valid)` and `frame_branch()`.
         takes_stacks: It has `embed_slices(stacks, valid)`, `aggregator(tokens, valid, z_mm)` and `parts()`.
@@ -44,6 +46,7 @@ class Encoder(nn.Module):
     marks_hidden: bool = False
     has_decoder: bool = False
     pyramid_centres: str = ""
+    normalised_maps: bool = True
     takes_images: bool = False
     takes_clips: bool = False
     takes_stacks: bool = False

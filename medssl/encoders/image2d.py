@@ -70,6 +70,12 @@ def _divisor(net: Any) -> int:
     return _scales(net)[-1][1] * int(block)
 
 
+def _ends_in_norm(net: nn.Module) -> bool:
+    """Whether a norm follows the last block: such networks normalise at the start of blocks, and their maps are plain sums of residuals."""
+    ends = (net, getattr(net, "head", None))
+    return any(not isinstance(getattr(end, "norm", nn.Identity()), nn.Identity) for end in ends)
+
+
 def _units(module: nn.Module) -> list[nn.Module]:
     """Open containers and stages down to residual or transformer blocks."""
     if isinstance(module, nn.Sequential | nn.ModuleList):
@@ -189,6 +195,7 @@ class Image2D(Encoder):
             self._check_only_size(type(skeleton).__name__)
         extra.update(json.loads(plain))
         self.net: Any = _timm().create_model(model, pretrained=False, in_chans=in_channels, num_classes=0, **extra)
+        self.normalised_maps = not _ends_in_norm(self.net)
         self._lower = self._lower_stages()
         self._live_norms = norm == "batch" and any(isinstance(module, BatchNorm) for module in self.net.modules())
         self.train()

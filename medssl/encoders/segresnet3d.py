@@ -30,6 +30,7 @@ class SegResNet3D(Encoder):
     has_decoder = True
     marks_hidden = True
     pyramid_centres = "first"
+    normalised_maps = False
     key_groups = {"encoder": ["convInit.", "down_layers."], "decoder": ["up_samples.", "up_layers."]}  # noqa: RUF012
 
     def __init__(

@@ -1,13 +1,14 @@
 """A feature pyramid over the maps of any encoder of images or volumes: maps of one width at chosen strides.
 
 An encoder with several scales (ResNet, ConvNeXt, SegResNet, Swin, residual-encoder U-Net) gets MONAI's top-down pyramid over its own maps.
+Maps that are sums of residuals without a norm (SegResNet, ConvNeXt) get one on the way in, as every block of these networks does first.
 An encoder with one scale (ViT) gets its last map up- and downsampled by itself, as in ViTDet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log2
+from math import gcd, log2
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ GROUPS = 8  # of the norms, as in the heads of MONAI's RetinaNet
 
 def norm_of(channels: int) -> nn.GroupNorm:
     """Return the norm over a map: two channels a group at least, or a single cell could not be normalised."""
-    return nn.GroupNorm(min(GROUPS, channels // 2), channels)
+    groups = gcd(GROUPS, channels)
+    return nn.GroupNorm(max(1, groups // 2) if groups == channels else groups, channels)
 
 
 class FeaturePyramid(nn.Module):
@@ -46,6 +48,7 @@ class FeaturePyramid(nn.Module):
     Reference:
         Lin et al. 2017, "Feature Pyramid Networks for Object Detection", as in MONAI `FeaturePyramidNetwork`; levels above the coarsest map
         are subsampled (section 4.1 there). Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object Detection", section 3.
+        A norm per map of a network that has none at the end of its stages: as the released detection code of ConvNeXt and Swin.
     """
 
     def __init__(self, encoder: nn.Module, *, image_size: Sequence[int], strides: Sequence[int] | None, width: int = 64) -> None:
@@ -72,6 +75,8 @@ class FeaturePyramid(nn.Module):
         else:
             self.picked, self.extra = _pick(name, own, wanted)
             channels = [maps[index] for index in self.picked]
+            normalised = getattr(encoder, "normalised_maps", True)
+            self.entries = nn.ModuleList(nn.Identity() if normalised else norm_of(count) for count in channels)
             self.neck = _top_down(channels, width, len(image_size))
             base = steps[self.picked[-1]]
         top = own[-1] if self.single else own[self.picked[-1]]
@@ -87,7 +92,7 @@ class FeaturePyramid(nn.Module):
         maps = feature_maps(self.encoder(images))
         if self.single:
             return self.neck(maps[-1])  # type: ignore[no-any-return]
-        found = self.neck({str(index): maps[index] for index in self.picked})
+        found = self.neck({str(index): entry(maps[index]) for index, entry in zip(self.picked, self.entries)})
         levels = list(found.values())
         for _ in range(self.extra):
             levels.append(_halve(levels[-1]))

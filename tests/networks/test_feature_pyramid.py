@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,3 +96,30 @@ def test_encoders_of_clips_and_stacks__are_refused() -> None:
         FeaturePyramid(Clips(), image_size=(32, 32), strides=(4,))
     with pytest.raises(RequestError, match="multiple of"):  # in the words of the encoder
         FeaturePyramid(SegResNet3D(init_filters=8), image_size=(20, 16, 16), strides=(4, 8))
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: SegResNet3D(init_filters=8, blocks_down=(1, 1, 1), blocks_up=(1, 1)), (16, 24, 16)),
+        (lambda: Image2D(model="convnext_atto"), (64, 64)),
+    ],
+)
+def test_maps_without_a_norm__get_one_on_the_way_in(make: Any, size: tuple[int, ...]) -> None:
+    """Pretraining may leave such maps at any scale and offset: the levels do not depend on it."""
+    torch.manual_seed(0)
+    encoder = make().eval()
+    pyramid = FeaturePyramid(encoder, image_size=size, strides=(4,), width=16).eval()
+    image = torch.randn(2, encoder.in_channels, *size)
+    before = pyramid(image)[0]
+    own = encoder.forward_features
+    encoder.forward_features = lambda x: replace(own(x), pyramid=tuple(50 * m + 200 for m in own(x).pyramid))
+    torch.testing.assert_close(pyramid(image)[0], before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [family[0] for family in FAMILIES[4:6]] + [lambda: Image2D(model="resnet10t")])
+def test_normalised_maps__are_taken_as_they_are(make: Any) -> None:
+    encoder = make()
+    size = (64,) * (2 if encoder.takes_images else 3)
+    pyramid = FeaturePyramid(encoder, image_size=size, strides=(4,), width=16)
+    assert encoder.normalised_maps and list(pyramid.entries.parameters()) == []
