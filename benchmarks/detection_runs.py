@@ -1,6 +1,8 @@
 """What the benchmarks of detection share: a pretraining that goes on, a curve that says what each cell found, and its collection.
 
-No benchmark of its own: `bccd_detection` and `phantom_lesions` use it.
+`bccd_detection` and `phantom_lesions` use it. What `medssl label-curve` left of a recipe of boxes is collected by
+
+    python -m benchmarks.detection_runs runs/hippocampus/detection --run runs/hippocampus/mae_cnn --name hippocampus_boxes
 """
 
 from __future__ import annotations
@@ -58,14 +60,14 @@ def curve(recipe: Any, run: Path, options: argparse.Namespace, metric: str) -> d
     return summary
 
 
-def collect(name: str, folder: Path) -> dict[str, Any]:
-    """Return what the finished cells say, without single boxes, and the pretraining."""
-    results = [json.loads(path.read_text()) for path in sorted((folder / "detection" / "cells").glob("*/results.json"))]
-    run = json.loads((folder / "pretrain" / "run.json").read_text())
+def collect(name: str, curve: Path, pretraining: Path) -> dict[str, Any]:
+    """Return what the finished cells of a curve say, without single boxes, and the pretraining."""
+    results = [json.loads(path.read_text()) for path in sorted((curve / "cells").glob("*/results.json"))]
+    run = json.loads((pretraining / "run.json").read_text())
     return {
         "benchmark": name,
         "when": now(),
-        "summary": json.loads((folder / "detection" / "summary.json").read_text()),
+        "summary": json.loads((curve / "summary.json").read_text()),
         "cells": [{key: content[key] for key in KEPT} for content in results],
         "pretraining": {key: run.get(key) for key in ("recipe_hash", "seed", "items", "started", "finished")},
         **facts_of_machine(),
@@ -73,7 +75,25 @@ def collect(name: str, folder: Path) -> dict[str, Any]:
 
 
 def write_collected(name: str, options: argparse.Namespace) -> None:
-    """Write what `collect` finds to `<out>/<name>.json`."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(rounded(collect(name, options.folder)), indent=1) + "\n"
-    write_atomic(options.out / f"{name}.json", text.encode())
+    """Write what `collect` finds in a folder of a benchmark to `<out>/<name>.json`."""
+    write(name, collect(name, options.folder / "detection", options.folder / "pretrain"), options.out)
+
+
+def write(name: str, content: Mapping[str, Any], out: Path) -> None:
+    """Write `<out>/<name>.json`."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / f"{name}.json", (json.dumps(rounded(content), indent=1) + "\n").encode())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Collect a label curve of boxes.")
+    parser.add_argument("curve", type=Path, help="`out` of the recipe")
+    parser.add_argument("--run", type=Path, required=True, help="run folder of the pretraining")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    write(options.name, collect(options.name, options.curve, options.run), options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -138,8 +138,7 @@ def volume_source(
         facts["data_cards"] = [card_facts(load_card(find_card(recipe.cohort.card)))]
     leakage = "no weights"
     if weights is not None:
-        refuse_pretraining_images(weights, cohort, every=recipe.folds is not None)
-        leakage = "no test image was pretrained on, as far as run folder and index are at hand"
+        leakage = refuse_pretraining_images(weights, cohort, every=recipe.folds is not None)
     labelled = {number: case for number, case in enumerate(c for c in cohort.cases if c.label is not None)}
     reader = CaseReader(recipe.cohort.domain.name, recipe.cohort.domain.args)
     structures = structures_of(cohort, reader)

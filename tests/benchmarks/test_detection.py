@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import bccd_detection, phantom_lesions
+from benchmarks import bccd_detection, detection_runs, phantom_lesions
 from medssl.evaluation.volume_boxes import parts_of
 
 BCCD = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "bccd"
@@ -68,6 +68,9 @@ def test_phantom_lesions__go_on_and_are_collected(tmp_path: Path, capsys: pytest
     content = json.loads((tmp_path / "phantom_lesions.json").read_text())
     assert {cell["arm"] for cell in content["cells"]} == {"pretrained", "scratch"} and "cases" not in content["cells"][0]
     assert {row["metric"] for row in content["cells"][0]["rows"]} >= {"map_10_50", "froc"}
+    detection_runs.main([str(folder / "detection"), "--run", str(folder / "pretrain"), "--name", "again", "--out", str(tmp_path)])
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["summary"] == content["summary"] and again["pretraining"] == content["pretraining"]
 
 
 @pytest.mark.slow
