@@ -14,8 +14,8 @@ An image is a file (a volume, or a picture), or a folder that holds the slices o
 values, or NIfTI of one slice (`domains.label_files.picture`). That of a volume is a file or folder of any form of
 `domains.label_files`: a map of whole numbers, .seg.nrrd, DICOM-SEG, RTSTRUCT, or a folder of one mask per organ.
 
-**Values.** 0 is background, -1 uncertain; a structure named `ignore` (nnU-Net) is uncertain too. Where structures are listed
-(`labels` of dataset.json), other values are refused. Forms that name their structures are matched to the list by name; without a
+**Values.** 0 is background, -1 uncertain; a structure named `ignore` (nnU-Net), in the list or in a label file, is uncertain too.
+Where structures are listed (`labels` of dataset.json), other values are refused. Forms that name their structures are matched to the list by name; without a
 list the names of the training labels get 1, 2, 3 ... in their order, and are called structure_1 ...: what somebody typed into a file
 stays inside.
 
@@ -63,7 +63,6 @@ FORMS = (
 LABEL_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".dcm", ".png", ".tif", ".tiff", "")
 PLAIN_MAPS = (".nii", ".nii.gz", ".mha", ".mhd", ".png", ".tif", ".tiff")
 PICTURE_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
-IGNORE = "ignore"
 
 
 @dataclass(frozen=True)
@@ -582,8 +581,10 @@ def _structures(labels: Mapping[str, Any]) -> tuple[dict[int, str], int | None]:
     Raises:
         RequestError: Another value is negative.
     """
+    from medssl.domains.label_files.base import IGNORE, name_key
+
     pairs = [(int(k), str(v)) if str(k).isdigit() else (int(v), str(k)) for k, v in labels.items()]
-    ignore = next((value for value, name in pairs if name.strip().lower() == IGNORE), None)
+    ignore = next((value for value, name in pairs if name_key(name) == IGNORE), None)
     negative = sorted(value for value, _ in pairs if value < -1 and value != ignore)
     if negative:
         raise RequestError(

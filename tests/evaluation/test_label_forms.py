@@ -140,6 +140,38 @@ def test_uncertain__is_minus_one_and_the_value_of_ignore(tmp_path: Path) -> None
     assert sorted(volume.points) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "listed", [{**STRUCTURES, "ignore": 3}, {"ignore": 1}, STRUCTURES, None], ids=["all", "ignore", "others", "none"]
+)
+@pytest.mark.parametrize("form", ["organs", "s.seg.nrrd", "seg.dcm", "rt.dcm"])
+def test_ignore__is_uncertain_in_forms_with_names(tmp_path: Path, form: str, listed: dict[str, int] | None) -> None:
+    label, affine = write_image(tmp_path / "image")
+    doubt = np.zeros(label.shape, dtype=bool)
+    doubt[1:6, 2:16, 2:14] = True  # over some of one, and background
+    masks = {"one": label == 1, "two": label == 2, "Ignore": doubt}
+    if form == "organs":
+        (tmp_path / form).mkdir()
+        for name, mask in masks.items():
+            write_nifti(tmp_path / form / f"{name}.nii.gz", mask.astype(np.uint8), affine)
+    elif form == "s.seg.nrrd":
+        segments = [{"Name": name, "LabelValue": 1, "Layer": n} for n, name in enumerate(masks)]
+        write_seg_nrrd(tmp_path / form, np.stack([mask * 1 for mask in masks.values()]), affine, segments)
+    elif form == "seg.dcm":
+        write_dicom_seg(tmp_path / form, masks, affine, frame=frame_uid("labels 0"))
+    else:
+        rois = {name: box_contours(mask, affine) for name, mask in masks.items()}
+        write_rtstruct(tmp_path / form, rois, frame=frame_uid("labels 0"))
+    cohort = table(tmp_path, [f"image,{form},train"], listed)
+    assert sorted(cohort.structures) == [1, 2]
+    assert sorted(cohort.file_names.values()) == ([] if listed and "one" in listed else ["one", "two"])
+    volume = CaseReader("mri")(cohort.cases[0])
+    expected, _ = reorient(np.where(doubt, -1, label.astype(int)), affine, "RAS")
+    assert volume.label is not None
+    assert np.array_equal(volume.label, expected)
+    assert sorted(volume.points) == [1, 2]
+    assert volume.labelled is None and not volume.counts
+
+
 def test_unlabelled__is_not_empty(tmp_path: Path) -> None:
     label, affine = write_image(tmp_path / "image")
     one = (label == 1).astype(np.uint8)
