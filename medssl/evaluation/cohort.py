@@ -14,10 +14,10 @@ An image is a file (a volume, or a picture), or a folder that holds the slices o
 values, or NIfTI of one slice (`domains.label_files.picture`). That of a volume is a file or folder of any form of
 `domains.label_files`: a map of whole numbers, .seg.nrrd, DICOM-SEG, RTSTRUCT, or a folder of one mask per organ.
 
-**Values.** 0 is background, -1 uncertain; a structure named `ignore` (nnU-Net), in the list or in a label file, is uncertain too.
-Where structures are listed (`labels` of dataset.json), other values are refused. Forms that name their structures are matched to the list by name; without a
-list the names of the training labels get 1, 2, 3 ... in their order, and are called structure_1 ...: what somebody typed into a file
-stays inside.
+**Values.** 0 is background, -1 uncertain; a structure named `ignore` (nnU-Net), in the list or in a label file, is uncertain too. Where
+structures are listed (`labels` of dataset.json), other values are refused. Forms that name their structures are matched to the list by
+name; without a list the names of the training labels get 1, 2, 3 ... in their order, and are called structure_1 ...: what somebody typed
+into a file stays inside.
 
 **Unlabelled is not empty.** A form with names labels the structures that it names. A plain map labels all structures of the list,
 unless the table says otherwise: a column `labelled` (names or values, separated by `;`), in a Decathlon JSON a list.
