@@ -4,7 +4,7 @@ Five forms are read:
 
     folder    images/, labels/, split.csv (columns file, split; optional label, few_label_rank, patient); a dataset.json
               beside them may name the structures
-    JSON      a Decathlon data list: training, optional validation and test, each {image, label}
+    JSON      a Decathlon data list: training, optional validation and test, each {image, label}; or its folder, as Task04_Hippocampus
     nnU-Net   a raw folder with dataset.json, imagesTr, labelsTr, optional imagesTs and labelsTs
     CSV       columns image, label, split; optional patient, few_label_rank; a dataset.json beside it may name the structures
     query     a JSON {index, where, maps, attached, labels}: the series of an archive that a condition selects, `maps` a folder of
@@ -305,12 +305,22 @@ def _reader(path: Path) -> Callable[[Path], _Table]:
         return readers[path.suffix.lower()]
     if (path / "split.csv").is_file() and (path / "images").is_dir():
         return _read_folder
-    if (path / "dataset.json").is_file() and (path / "imagesTr").is_dir():
+    if (path / "dataset.json").is_file() and (path / "imagesTr").is_dir() and not _is_decathlon(path):
         return _read_nnunet
     if (path / "dataset.json").is_file():
         return lambda folder: _read_decathlon(folder / "dataset.json")
     have = f"{n} other files and folders" if (n := sum(1 for _ in path.iterdir())) else "nothing"
     raise RequestError(f"cohort {path}: the folder holds {have}; {FORMS}")
+
+
+def _is_decathlon(path: Path) -> bool:
+    """Return whether a folder with dataset.json and imagesTr is a task of the Decathlon: its JSON lists images that have no channel number.
+
+    nnU-Net's first version wrote such a list as well, for images that are stored as `<case>_0000`.
+    """
+    content = _json(path / "dataset.json")
+    listed = isinstance(content.get("training"), list) and not {"channel_names", "file_ending"} & set(content)
+    return listed and next((path / "imagesTr").glob("*_0000.*"), None) is None
 
 
 def _read_folder(path: Path) -> _Table:

@@ -178,7 +178,9 @@ def finetune(
     train_cases, test_cases = cohort.first(labels), cohort.split("test")
     val_cases = cohort.split("val")[: settings.val_cases]
     if not test_cases:
-        raise RequestError(f"cohort {cohort.name}: no labelled test cases; mark some as test in its table")
+        raise RequestError(
+            f"cohort {cohort.name}: no labelled test cases; mark some as test in its table, or have every patient tested once with folds: 5"
+        )
     if settings.patience is not None and not val_cases:
         raise RequestError(
             f"cohort {cohort.name}: patience needs labelled validation cases, it has none; mark some as val, or set patience: null"

@@ -93,6 +93,26 @@ def test_nnunet_raw__reads_channels_labels_and_an_own_split(tmp_path: Path) -> N
         Cohort.load(tmp_path)
 
 
+def test_decathlon_folder__is_told_from_nnunet_by_its_json(tmp_path: Path) -> None:
+    touch(*(tmp_path / part / f"x_{n}.nii.gz" for n in range(3) for part in ("imagesTr", "labelsTr")))
+    touch(tmp_path / "imagesTs" / "x_3.nii.gz")
+    training = [{"image": f"./imagesTr/x_{n}.nii.gz", "label": f"./labelsTr/x_{n}.nii.gz"} for n in range(3)]
+    content = {
+        "labels": {"0": "background", "1": "a"},
+        "modality": {"0": "MRI"},
+        "training": training,
+        "test": ["./imagesTs/x_3.nii.gz"],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    cohort = Cohort.load(tmp_path)
+    assert cohort.cases == Cohort.load(tmp_path / "dataset.json").cases
+    assert [case.split for case in cohort.cases] == ["train"] * 3 + ["test"]
+    for n in range(3):  # as nnU-Net's first version had it: the list names images that are stored with a channel number
+        (tmp_path / "imagesTr" / f"x_{n}.nii.gz").rename(tmp_path / "imagesTr" / f"x_{n}_0000.nii.gz")
+    old = Cohort.load(tmp_path)
+    assert [case.image.name for case in old.cases] == [f"x_{n}_0000.nii.gz" for n in range(3)]
+
+
 def test_csv__same_file_name_in_two_folders_are_two_cases(tmp_path: Path) -> None:
     touch(*(tmp_path / name for name in ("a/i.nii", "a/l.nii", "b/i.nii", "b/l.nii")))
     path = tmp_path / "set.csv"

@@ -405,7 +405,10 @@ def test_wrong_requests__say_what_to_do(cohort: Cohort, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"axis order ZYX-SAR, segresnet3d gets XYZ-RAS here.*force: true"):
         finetune(cohort, SETTINGS, tmp_path, weights=pretrained(axis_order="ZYX-SAR"))
     alone = Cohort("x", tuple(case for case in cohort.cases if case.split == "train"))
-    with pytest.raises(RequestError, match="no labelled test cases"):
+    with pytest.raises(
+        RequestError,
+        match="no labelled test cases; mark some as test in its table, or have every patient tested once with folds: 5",
+    ):
         finetune(alone, SETTINGS, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -345,7 +345,9 @@ def test_folds__have_one_set_of_classes_where_none_is_listed(tmp_path: Path) -> 
         label = np.asarray(image.dataobj)
         nibabel.save(nibabel.Nifti1Image(np.where(label == 2, 0, label).astype(np.uint8), image.affine, image.header), path)
     settings = FinetuneSettings(encoder=TINY_ENCODER, crop=(16, 16, 16), steps=1, warmup_steps=0, figures=0)
-    with pytest.raises(RequestError, match="class structure_2 has no voxel in the 2 training cases of a fold; .* ask for fewer folds"):
+    with pytest.raises(
+        RequestError, match=r"class structure_2 has no voxel in the 2 training cases of a fold; .* ask for fewer folds"
+    ):
         label_curve(Cohort.load(folder), settings, tmp_path / "out", arms={"scratch": None}, counts=[2], seeds=[0], folds=3)
 
 
