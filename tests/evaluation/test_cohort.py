@@ -122,6 +122,32 @@ def test_csv__same_file_name_in_two_folders_are_two_cases(tmp_path: Path) -> Non
     assert cohort.name == "set"
 
 
+def test_patients__are_those_of_the_table_and_no_file_names(tmp_path: Path) -> None:
+    for side in ("train", "test"):  # as TotalSegmentator has it
+        touch(*(tmp_path / f"{side}{n}" / name for n in range(2) for name in ("ct.nii.gz", "segmentations/liver.nii.gz")))
+    lines = [f"{side}{n}/ct.nii.gz,{side}{n}/segmentations,{side}" for side in ("train", "test") for n in range(2)]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["image,label,split", *lines]))
+    cohort = Cohort.load(path)
+    assert len({case.patient for case in cohort.cases}) == 4
+    assert not any(case.patient_known for case in cohort.cases)
+    assert [case.split for case in cohort.dealt(4, 0, 0).cases].count("test") == 1
+    path.write_text("\n".join(["image,label,split,patient", *(f"{line},p{n}" for n, line in enumerate(lines))]))
+    assert [(case.patient, case.patient_known) for case in Cohort.load(path).cases] == [(f"p{n}", True) for n in range(4)]
+    path.write_text("\n".join(["image,label,split,patient", *(f"{line},{'p' * (n < 2)}" for n, line in enumerate(lines))]))
+    some = Cohort.load(path)
+    assert [case.patient_known for case in some.cases] == [True, True, False, False]
+    with pytest.raises(
+        RequestError, match=r"2 of 4 labelled series have no usable patient identity.*; fill in the column patient, or remove"
+    ):
+        some.dealt(3, 0, 0)
+    entries = [
+        {"image": f"{side}{n}/ct.nii.gz", "label": f"{side}{n}/segmentations"} for side in ("train", "test") for n in range(2)
+    ]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries[:2], "test": entries[2:]}))
+    assert len({case.patient for case in Cohort.load(tmp_path / "list.json").cases if not case.patient_known}) == 4
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [

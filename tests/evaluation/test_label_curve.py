@@ -286,3 +286,17 @@ def test_too_few_labels_for_a_structure__are_refused_before_the_first_cell(tmp_p
     with pytest.raises(RequestError, match="in the 1 training cases of a fold; give more labels, ask for fewer folds"):
         label_curve(cohort, SETTINGS, tmp_path / "out", arms={"scratch": None}, counts=[1], seeds=[0, 1, 2, 3], folds=3)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_without_patients__has_the_same_intervals_and_says_by_image(cohort: Cohort, tmp_path: Path) -> None:
+    said = {}
+    for name, known in (("none", False), ("column", True)):
+        cases = tuple(replace(case, patient_known=known) for case in cohort.cases)
+        assert known or cases == cohort.cases
+        summary = label_curve(
+            replace(cohort, cases=cases), SETTINGS, tmp_path / name, arms={"scratch": None}, counts=[2], seeds=[0]
+        )
+        said[name] = summary["rows"][0]
+    assert (said["none"]["by"], said["none"]["n_patients"]) == ("by image", None)
+    assert (said["column"]["by"], said["column"]["n_patients"]) == ("by patient", 2)
+    assert [said["none"][key] for key in ("dice", "low", "high")] == [said["column"][key] for key in ("dice", "low", "high")]

@@ -236,7 +236,7 @@ def patients_of(cases: list[Case]) -> set[str]:
 
 
 def test_folds__test_every_labelled_patient_once(cohort: Cohort) -> None:
-    twice = [replace(case, patient=f"p{number // 2}") for number, case in enumerate(cohort.cases)]
+    twice = [replace(case, patient=f"p{number // 2}", patient_known=True) for number, case in enumerate(cohort.cases)]
     cohort = replace(cohort, cases=tuple(twice))
     dealt = [cohort.dealt(3, 0, fold) for fold in range(3)]
     assert sorted(case.id for one in dealt for case in one.split("test")) == sorted(case.id for case in cohort.cases)
