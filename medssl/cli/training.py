@@ -117,4 +117,6 @@ def summary_table(summary: dict[str, Any]) -> str:
     for row in summary["differences"]:
         interval = "" if row["low"] is None else f" ({row['low']:+.3f} to {row['high']:+.3f}, paired over test patients)"
         text += f"\n{row['labels']} labels: {row['arm']} minus {row['against']} {row['difference']:+.3f}{interval}"
+    if resampled := summary.get("without_dicom_seg"):
+        text += f"\n{len(resampled)} test case(s) have NIfTI for DICOM-SEG, as their series was resampled: {', '.join(resampled)}"
     return text

@@ -4,7 +4,7 @@ Five forms are read:
 
     folder    images/, labels/, split.csv (columns file, split; optional label, few_label_rank, patient); a dataset.json
               beside them may name the structures
-    JSON      a Decathlon data list: training, optional validation and test, each {image, label}
+    JSON      a Decathlon data list: training, optional validation and test, each {image, label}; or its folder, as Task04_Hippocampus
     nnU-Net   a raw folder with dataset.json, imagesTr, labelsTr, optional imagesTs and labelsTs
     CSV       columns image, label, split; optional patient, few_label_rank; a dataset.json beside it may name the structures
     query     a JSON {index, where, maps, attached, labels}: the series of an archive that a condition selects, `maps` a folder of
@@ -14,13 +14,16 @@ An image is a file (a volume, or a picture), or a folder that holds the slices o
 values, or NIfTI of one slice (`domains.label_files.picture`). That of a volume is a file or folder of any form of
 `domains.label_files`: a map of whole numbers, .seg.nrrd, DICOM-SEG, RTSTRUCT, or a folder of one mask per organ.
 
-**Values.** 0 is background, -1 uncertain; a structure named `ignore` (nnU-Net) is uncertain too. Where structures are listed
-(`labels` of dataset.json), other values are refused. Forms that name their structures are matched to the list by name; without a
-list the names of the training labels get 1, 2, 3 ... in their order, and are called structure_1 ...: what somebody typed into a file
-stays inside.
+**Values.** 0 is background, -1 uncertain; a structure named `ignore` (nnU-Net), in the list or in a label file, is uncertain too. Where
+structures are listed (`labels` of dataset.json), other values are refused. Forms that name their structures are matched to the list by
+name; without a list the names of the training labels get 1, 2, 3 ... in their order, and are called structure_1 ...: what somebody typed
+into a file stays inside.
 
 **Unlabelled is not empty.** A form with names labels the structures that it names. A plain map labels all structures of the list,
 unless the table says otherwise: a column `labelled` (names or values, separated by `;`), in a Decathlon JSON a list.
+
+**Patients.** A column `patient` (in JSON a key of each entry) says which images are of one patient: they stay on one side, and intervals draw
+them together. Without it each image stands for itself, and intervals are drawn by image.
 
 **Several raters.** Further maps of a case stand in columns label_2, label_3 ...; in a Decathlon JSON `label` is a list.
 
@@ -34,6 +37,7 @@ import csv
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,7 +67,6 @@ FORMS = (
 LABEL_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".dcm", ".png", ".tif", ".tiff", "")
 PLAIN_MAPS = (".nii", ".nii.gz", ".mha", ".mhd", ".png", ".tif", ".tiff")
 PICTURE_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
-IGNORE = "ignore"
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Case:
         id: `case0001` for the first of the table.
         image: Image file, or the folder of a DICOM series.
         label: Label map; None where there is none, which only unscored test cases and cases with attached values may have.
-        patient: Patient key as the table gives it, or the file name without suffix: one patient per file. It stays inside.
+        patient: Patient key as the table gives it; else a name of the image that no other case has. It stays inside.
         split: `train`, `val` or `test`.
         rank: Place in the few-label order, from 1; None when the table gives no order.
         patient_id: `patient0001` for the first patient of the table.
@@ -101,7 +104,7 @@ class Case:
         series_id: Series of the index.
         values: What was attached to the series: column to value.
         facts: What the index says of person and scanner; empty where the case is of no index.
-        patient_known: Whether the index knows the patient; a table always does.
+        patient_known: Whether the index, or the column `patient` of the table, says who the patient is.
     """
 
     id: str
@@ -175,6 +178,7 @@ class Cohort:
         if not cases:
             raise RequestError(f"cohort {path}: no cases in it; {FORMS}")
         _check_unique(cases, path)
+        cases = _apart(cases, path if path.is_dir() else path.parent)
         _check_patients(cases, path)
         cases = _numbered(cases)
         structures, ignore = _structures(table.labels)
@@ -222,11 +226,17 @@ class Cohort:
         Raises:
             RequestError: It is so.
         """
-        known = [case.patient_known for case in self.cases if case.label is not None]
-        if 0 < known.count(False) < len(known):
+        labelled = [case for case in self.cases if case.label is not None]
+        unknown = sum(not case.patient_known for case in labelled)
+        if 0 < unknown < len(labelled):
+            remedy = (
+                'leave them out, for instance with "where": "not list_contains(quality_flags, \'patient_unknown\')"'
+                if any(case.series_id for case in labelled)
+                else "fill in the column patient, or remove it where every image is of another patient"
+            )
             raise RequestError(
-                f"cohort {self.name}: folds: {known.count(False)} of {len(known)} labelled series have no usable patient identity, so patients "
-                'cannot be kept together; leave them out, for instance with "where": "not list_contains(quality_flags, \'patient_unknown\')"'
+                f"cohort {self.name}: folds: {unknown} of {len(labelled)} labelled series have no usable patient identity, so patients "
+                f"cannot be kept together; {remedy}"
             )
 
     def dealt(self, folds: int, seed: int, fold: int) -> Cohort:
@@ -306,12 +316,22 @@ def _reader(path: Path) -> Callable[[Path], _Table]:
         return readers[path.suffix.lower()]
     if (path / "split.csv").is_file() and (path / "images").is_dir():
         return _read_folder
-    if (path / "dataset.json").is_file() and (path / "imagesTr").is_dir():
+    if (path / "dataset.json").is_file() and (path / "imagesTr").is_dir() and not _is_decathlon(path):
         return _read_nnunet
     if (path / "dataset.json").is_file():
         return lambda folder: _read_decathlon(folder / "dataset.json")
     have = f"{n} other files and folders" if (n := sum(1 for _ in path.iterdir())) else "nothing"
     raise RequestError(f"cohort {path}: the folder holds {have}; {FORMS}")
+
+
+def _is_decathlon(path: Path) -> bool:
+    """Return whether a folder with dataset.json and imagesTr is a task of the Decathlon: its JSON lists images that have no channel number.
+
+    nnU-Net's first version wrote such a list as well, for images that are stored as `<case>_0000`.
+    """
+    content = _json(path / "dataset.json")
+    listed = isinstance(content.get("training"), list) and not {"channel_names", "file_ending"} & set(content)
+    return listed and next((path / "imagesTr").glob("*_0000.*"), None) is None
 
 
 def _read_folder(path: Path) -> _Table:
@@ -434,7 +454,7 @@ def _read_nnunet(path: Path) -> _Table:
             if suffix == "Ts" and label is not None and not label.is_file():
                 label = None
             labels = [] if label is None else [label]
-            facts = {**row, "patient": row.get("patient") or name}
+            facts = {**row, "name": name}
             found.add(_case(path, number, image, labels, split, facts, where=f"images{suffix}"), facts)
     names = content.get("labels", {})
     flat = {name: value for name, value in names.items() if isinstance(value, int) or str(name).isdigit() or str(value).isdigit()}
@@ -463,7 +483,8 @@ def _case(
         id="",
         image=image,
         label=labels[0] if labels else None,
-        patient=row.get("patient") or stem(image.name),
+        patient=row.get("patient") or row.get("name") or stem(image.name),
+        patient_known=bool(row.get("patient")),
         split=split,
         rank=int(rank) if rank else None,
         raters=tuple(labels[1:]),
@@ -582,8 +603,10 @@ def _structures(labels: Mapping[str, Any]) -> tuple[dict[int, str], int | None]:
     Raises:
         RequestError: Another value is negative.
     """
+    from medssl.domains.label_files.base import IGNORE, name_key
+
     pairs = [(int(k), str(v)) if str(k).isdigit() else (int(v), str(k)) for k, v in labels.items()]
-    ignore = next((value for value, name in pairs if name.strip().lower() == IGNORE), None)
+    ignore = next((value for value, name in pairs if name_key(name) == IGNORE), None)
     negative = sorted(value for value, _ in pairs if value < -1 and value != ignore)
     if negative:
         raise RequestError(
@@ -607,6 +630,21 @@ def _check_unique(cases: list[Case], path: Path) -> None:
         if image in seen:
             raise RequestError(f"cohort {path}: entries {seen[image]} and {number} are the same image file; list each image once")
         seen[image] = number
+
+
+def _apart(cases: list[Case], root: Path) -> list[Case]:
+    """Return the cases with keys that keep unknown patients apart: where a file name occurs twice, its path from the table."""
+    keys = Counter(case.patient for case in cases)
+
+    def key(case: Case) -> str:
+        image = case.image.relative_to(root) if case.image.is_relative_to(root) else case.image
+        return image.as_posix()
+
+    # an index calls unknown patients itself
+    return [
+        case if case.patient_known or case.series_id or keys[case.patient] == 1 else replace(case, patient=key(case))
+        for case in cases
+    ]
 
 
 def _check_patients(cases: list[Case], path: Path) -> None:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl.encoders.loading import load_into
-from medssl.errors import RequestError, TrainingStopped, WeightsError
+from medssl.errors import GeometryError, RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.best_state import BestState
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.features import encode
@@ -41,6 +41,7 @@ from medssl.evaluation.learning_rates import hold_norms, parameter_groups, set_l
 from medssl.evaluation.metrics import dice
 from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.pretrained_views import refuse_unlike, unlike_axes, unlike_intensities, unlike_spacing
+from medssl.evaluation.segmentation_checks import look_through, refuse_unlearnable, refuse_unscorable
 from medssl.evaluation.segmentation_results import (
     CaseScore,
     FinetuneResult,
@@ -154,7 +155,8 @@ def finetune(
 ) -> FinetuneResult:
     """Train on the first labelled cases, score all test cases, and write everything to a folder.
 
-    Test labels are scored after the last step. Validation labels draw the curve; with `patience` they choose the state that is scored.
+    Test labels are looked through for faults before the first step and scored after the last. Validation labels draw the curve; with
+    `patience` they choose the state that is scored.
 
     Args:
         cohort: The labelled set.
@@ -169,13 +171,16 @@ def finetune(
         on_step: Called with (step, steps, values) at every log point.
 
     Raises:
-        RequestError: Settings, cohort and weights do not go together; nothing was trained.
+        RequestError: Settings, cohort and weights do not go together, or a structure cannot be learnt or none scored; nothing was trained.
+        ImageError: Images or label maps cannot be used; nothing was trained.
         TrainingStopped: The loss stopped being a number.
     """
     train_cases, test_cases = cohort.first(labels), cohort.split("test")
     val_cases = cohort.split("val")[: settings.val_cases]
     if not test_cases:
-        raise RequestError(f"cohort {cohort.name}: no labelled test cases; mark some as test in its table")
+        raise RequestError(
+            f"cohort {cohort.name}: no labelled test cases; mark some as test in its table, or have every patient tested once with folds: 5"
+        )
     if settings.patience is not None and not val_cases:
         raise RequestError(
             f"cohort {cohort.name}: patience needs labelled validation cases, it has none; mark some as val, or set patience: null"
@@ -187,6 +192,11 @@ def finetune(
     reader = reader or reader_of(settings)
     forced = [] if weights is None else unlike_pretraining(weights.manifest, settings, train_cases, reader)
     structures = structures_of(cohort, reader)
+    drawn = look_through(reader, train_cases, structures, settings.raters)  # first, so that these stay in memory
+    refuse_unlearnable(cohort.name, drawn, structures, one_fold=fold[0] is not None)
+    tested = look_through(reader, [*val_cases, *test_cases], structures)[len(val_cases) :]
+    if fold[0] is None:
+        refuse_unscorable(cohort.name, tested)
     device = torch.device(settings.device)
     network = build_network(settings, n_classes=1 + len(structures), seed=seed)
     loaded = load(network, weights) if weights is not None else None
@@ -208,13 +218,13 @@ def finetune(
     curve, choice, seconds = _train(run, crops, optimizer, loss_of, train_cases, val_cases, out, weights is not None, on_step)
     save_part(out, "network", network.state_dict(), _manifest(run, weights, data_cards(cohort, weights)))
     flags = {case.id: outside(look_at(encoder, reader(case), case, settings), span) for case in test_cases}
-    scores = [replace(score, outside=flags[score.id]) for score in _test(run, test_cases, out)]
+    scores, resampled = _test(run, test_cases, out)
     result = FinetuneResult(
         arm=arm or ("scratch" if weights is None else "pretrained"),
         labels=len(train_cases),
         seed=seed,
         structures=list(structures.values()),
-        cases=scores,
+        cases=[replace(score, outside=flags[score.id]) for score in scores],
         curve=curve,
         loaded=None if loaded is None else asdict(loaded),
         choice=choice,
@@ -224,6 +234,7 @@ def finetune(
         forced=forced,
         fold=fold[0],
         of_folds=fold[1],
+        without_dicom_seg=resampled,
     )
     write_label_counts(out, reader, cohort, [*train_cases, *val_cases, *test_cases])
     write_atomic(out / "results.json", json.dumps(result.to_json(), indent=1, allow_nan=False).encode())
@@ -508,12 +519,16 @@ def _validation_dice(run: _Run, cases: Sequence[Case]) -> dict[str, float | None
     return means
 
 
-def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
+def _test(run: _Run, cases: Sequence[Case], out: Path) -> tuple[list[CaseScore], list[str]]:
     """Score every test case on its own grid; write pictures and, when asked, predictions.
 
     A structure that a case does not label has no score there, as one that is in neither map.
+
+    Returns:
+        Scores, and the ids of cases that have NIfTI for DICOM-SEG, as their series was resampled.
     """
     scores, pictures, worst = [], [], WorstCases(picture=run.settings.pictures)
+    resampled: list[str] = []
     for number, case in enumerate(cases):
         volume = run.reader(case)
         known_values(volume, run.structures, case)
@@ -524,17 +539,20 @@ def _test(run: _Run, cases: Sequence[Case], out: Path) -> list[CaseScore]:
             worst.show(case.id, scores[-1].mean_dice, volume.image[0], label, sure, volume.spacing_mm)
         if number < run.settings.figures:
             pictures.append((volume, found, scores[-1].mean_dice))
-        if run.settings.predictions:
+        if run.settings.dicom_seg:
+            try:
+                write_dicom_prediction(out / "private" / "predictions" / f"{case.id}.dcm", found, volume, case, run.structures)
+            except GeometryError:
+                resampled.append(case.id)
+        if run.settings.predictions or case.id in resampled:
             suffix = "png" if volume.picture else "nii.gz"
             write_prediction(out / "predictions" / f"{case.id}.{suffix}", found, volume, case)
-        if run.settings.dicom_seg:
-            write_dicom_prediction(out / "private" / "predictions" / f"{case.id}.dcm", found, volume, case, run.structures)
     write_case_names(out / "private" / "cases.csv", cases)
     if pictures:
         write_figures(out / "figures" / "segmentation.npz", pictures, run.structures)
     if worst.kept:
         write_atomic(out / "figures" / "worst.npz", worst.to_npz(run.structures))
-    return scores
+    return scores, resampled
 
 
 def data_cards(cohort: Cohort, weights: Pretrained | None) -> list[dict[str, Any]]:

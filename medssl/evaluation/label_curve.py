@@ -28,8 +28,10 @@ from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.finetune import Pretrained, data_cards, finetune, reader_of, structures_of, unlike_pretraining, with_encoder
+from medssl.evaluation.segmentation_checks import look_through, refuse_unlearnable
 from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings
+from medssl.evaluation.volumes import CaseReader
 from medssl.weights import private_folder, write_atomic, write_private
 
 log = logging.getLogger(__name__)
@@ -86,8 +88,8 @@ def label_curve(
         The summary, see `summarise`.
 
     Raises:
-        RequestError: The folder holds cells of other settings, weights were chosen by labels, images differ from those of the
-            pretraining and nobody forced it, or the request is empty or unnamed.
+        RequestError: The folder holds cells of other settings, weights were chosen by labels, the fewest labels lack a structure,
+            images differ from those of the pretraining and nobody forced it, or the request is empty or unnamed.
     """
     out = Path(out)
     cells = plan(arms, counts, seeds, folds)
@@ -102,6 +104,7 @@ def label_curve(
         one.first(max(counts))  # too many labels asked for: say so before the first hour, not after it
     cases = next(iter(dealt.values())).first(max(counts))
     named = {arm: weights for arm, weights in arms.items() if weights is not None}
+    refuse_too_few(dealt, min(counts), settings, reader)
     forced = {arm: unlike_pretraining(weights.manifest, settings, cases, reader) for arm, weights in named.items()}
     private_folder(out)
     claim(out, cohort, settings, arms, folds, forced)
@@ -125,6 +128,23 @@ def label_curve(
         if on_cell is not None:
             on_cell(number, len(cells), cell, result)
     return write_summary(out, cells)
+
+
+def refuse_too_few(
+    dealt: Mapping[tuple[int, int | None], Cohort], count: int, settings: FinetuneSettings, reader: CaseReader
+) -> None:
+    """Refuse a smallest number of labels that lacks a structure on some side of a deal; larger ones begin with the same cases.
+
+    Raises:
+        RequestError: A structure cannot be learnt from the first `count` training cases.
+        ImageError: Their images or label maps cannot be used.
+    """
+    for (_, fold), cohort in dealt.items():
+        structures = structures_of(cohort, reader)
+        drawn = look_through(reader, cohort.first(count), structures, settings.raters)
+        refuse_unlearnable(cohort.name, drawn, structures, one_fold=fold is not None)
+        if fold is None:
+            return  # the same cases for every seed
 
 
 def plan(arms: Mapping[str, Any], counts: Sequence[int], seeds: Sequence[int], folds: int | None = None) -> list[Cell]:
@@ -270,7 +290,9 @@ def summarise(results: Sequence[FinetuneResult]) -> dict[str, Any]:
         `rows`: labels, arm, seeds, n_test, n_patients (None where not known), by (what intervals are drawn by), dice, low, high,
         seed_spread (largest minus smallest seed mean), seed_means, structures {name: mean}, hd95_mm {name: mean}, seconds (mean).
         `differences`: labels, arm, against, seeds (those both have), difference, low, high, seed_differences. All Dice as fractions.
+        `without_dicom_seg`: test cases that have NIfTI for DICOM-SEG; absent where there are none.
     """
+    resampled = sorted({name for result in results for name in result.without_dicom_seg})
     results = together(results)
     rows, differences = [], []
     for labels in sorted({result.labels for result in results}):
@@ -285,7 +307,8 @@ def summarise(results: Sequence[FinetuneResult]) -> dict[str, Any]:
             if arm != SCRATCH and common:
                 pair = [[by_seed[s] for s in common], [twins[s] for s in common]]
                 differences.append(_difference(labels, arm, common, *pair))
-    return {"metric": "mean Dice over structures", "rows": rows, "differences": differences}
+    more = {"without_dicom_seg": resampled} if resampled else {}
+    return {"metric": "mean Dice over structures", "rows": rows, "differences": differences, **more}
 
 
 def together(results: Sequence[FinetuneResult]) -> list[FinetuneResult]:
@@ -389,6 +412,11 @@ def markdown(summary: Mapping[str, Any]) -> str:
         lines += ["", "Validation labels beyond the budget chose the state that is scored, for instance " + chosen[0] + "."]
     if any(row.get("by") == BY_CASE for row in summary["rows"]):
         lines += ["", "Intervals by case: not all patients are known. They are too narrow where a patient has several."]
+    if resampled := summary.get("without_dicom_seg"):
+        lines += [
+            "",
+            f"{len(resampled)} test case(s) have NIfTI for DICOM-SEG, as their series was resampled: {', '.join(resampled)}.",
+        ]
     if summary["differences"]:
         lines += ["", "| labels | difference | Dice points (95 % interval) | per seed |", "|---|---|---|---|"]
     for row in summary["differences"]:

@@ -72,6 +72,7 @@ class FinetuneResult:
         forced: How the images differ from those of the pretraining, where the settings forced it.
         fold: The fold that was tested, of `of_folds`; None where the splits were given.
         of_folds: Number of folds.
+        without_dicom_seg: Test cases whose series was resampled (gantry tilt, uneven slices), so that they have NIfTI for DICOM-SEG.
     """
 
     arm: str
@@ -88,6 +89,7 @@ class FinetuneResult:
     forced: list[str] = field(default_factory=list)
     fold: int | None = None
     of_folds: int | None = None
+    without_dicom_seg: list[str] = field(default_factory=list)
 
     def mean(self, metric: str = "dice") -> dict[str, float]:
         """Return the mean of `dice` or `hd95_mm` per structure over the test cases that have it."""

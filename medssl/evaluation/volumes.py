@@ -205,7 +205,7 @@ def _with_labels(volume: Volume, case: Case, read: Callable[[Path], LabelMap]) -
     for path in case.maps:
         try:
             found = read(path)
-            maps.append(_sure(found.array, rules))
+            maps.append(_sure(found.array, replace(rules, ignore=None) if found.named else rules))  # names were read as such
         except ImageError as err:  # its text holds the file's name, which may be a patient's
             text = f"case {case.id}: {str(err).replace(path.name, 'map')}"
             raise (GeometryError(text) if isinstance(err, GeometryError) else ImageError(err.reason, text)) from None

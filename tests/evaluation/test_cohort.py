@@ -93,6 +93,26 @@ def test_nnunet_raw__reads_channels_labels_and_an_own_split(tmp_path: Path) -> N
         Cohort.load(tmp_path)
 
 
+def test_decathlon_folder__is_told_from_nnunet_by_its_json(tmp_path: Path) -> None:
+    touch(*(tmp_path / part / f"x_{n}.nii.gz" for n in range(3) for part in ("imagesTr", "labelsTr")))
+    touch(tmp_path / "imagesTs" / "x_3.nii.gz")
+    training = [{"image": f"./imagesTr/x_{n}.nii.gz", "label": f"./labelsTr/x_{n}.nii.gz"} for n in range(3)]
+    content = {
+        "labels": {"0": "background", "1": "a"},
+        "modality": {"0": "MRI"},
+        "training": training,
+        "test": ["./imagesTs/x_3.nii.gz"],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    cohort = Cohort.load(tmp_path)
+    assert cohort.cases == Cohort.load(tmp_path / "dataset.json").cases
+    assert [case.split for case in cohort.cases] == ["train"] * 3 + ["test"]
+    for n in range(3):  # as nnU-Net's first version had it: the list names images that are stored with a channel number
+        (tmp_path / "imagesTr" / f"x_{n}.nii.gz").rename(tmp_path / "imagesTr" / f"x_{n}_0000.nii.gz")
+    old = Cohort.load(tmp_path)
+    assert [case.image.name for case in old.cases] == [f"x_{n}_0000.nii.gz" for n in range(3)]
+
+
 def test_csv__same_file_name_in_two_folders_are_two_cases(tmp_path: Path) -> None:
     touch(*(tmp_path / name for name in ("a/i.nii", "a/l.nii", "b/i.nii", "b/l.nii")))
     path = tmp_path / "set.csv"
@@ -100,6 +120,32 @@ def test_csv__same_file_name_in_two_folders_are_two_cases(tmp_path: Path) -> Non
     cohort = Cohort.load(path)
     assert len({case.id for case in cohort.cases}) == 2
     assert cohort.name == "set"
+
+
+def test_patients__are_those_of_the_table_and_no_file_names(tmp_path: Path) -> None:
+    for side in ("train", "test"):  # as TotalSegmentator has it
+        touch(*(tmp_path / f"{side}{n}" / name for n in range(2) for name in ("ct.nii.gz", "segmentations/liver.nii.gz")))
+    lines = [f"{side}{n}/ct.nii.gz,{side}{n}/segmentations,{side}" for side in ("train", "test") for n in range(2)]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["image,label,split", *lines]))
+    cohort = Cohort.load(path)
+    assert len({case.patient for case in cohort.cases}) == 4
+    assert not any(case.patient_known for case in cohort.cases)
+    assert [case.split for case in cohort.dealt(4, 0, 0).cases].count("test") == 1
+    path.write_text("\n".join(["image,label,split,patient", *(f"{line},p{n}" for n, line in enumerate(lines))]))
+    assert [(case.patient, case.patient_known) for case in Cohort.load(path).cases] == [(f"p{n}", True) for n in range(4)]
+    path.write_text("\n".join(["image,label,split,patient", *(f"{line},{'p' * (n < 2)}" for n, line in enumerate(lines))]))
+    some = Cohort.load(path)
+    assert [case.patient_known for case in some.cases] == [True, True, False, False]
+    with pytest.raises(
+        RequestError, match=r"2 of 4 labelled series have no usable patient identity.*; fill in the column patient, or remove"
+    ):
+        some.dealt(3, 0, 0)
+    entries = [
+        {"image": f"{side}{n}/ct.nii.gz", "label": f"{side}{n}/segmentations"} for side in ("train", "test") for n in range(2)
+    ]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries[:2], "test": entries[2:]}))
+    assert len({case.patient for case in Cohort.load(tmp_path / "list.json").cases if not case.patient_known}) == 4
 
 
 @pytest.mark.parametrize(

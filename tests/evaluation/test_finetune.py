@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from medssl.encoders.segresnet3d import SegResNet3D
-from medssl.errors import GeometryError, RequestError, TrainingStopped, WeightsError
+from medssl.errors import GeometryError, ImageError, RequestError, TrainingStopped, WeightsError
+from medssl.evaluation import finetune as finetune_module
 from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.finetune import Pretrained, build_network, finetune, load, open_weights, predict, start_encoder
 from medssl.evaluation.learning_rates import parameter_groups, set_learning_rates
@@ -166,17 +167,76 @@ def test_folder__holds_what_the_report_and_the_loader_read(cohort: Cohort, tmp_p
     assert f"{cohort.split('test')[0].id},v4.nii.gz,v4" in names.read_text()
 
 
-def test_test_labels__are_read_after_the_last_step(cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_test_labels__are_scored_after_the_last_step_and_choose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    original = CaseReader.__call__
+    original = finetune_module.score_case
+    monkeypatch.setattr(finetune_module, "score_case", lambda *args: (order.append("score"), original(*args))[1])
+    results, networks = [], []
+    for name in ("one", "other"):
+        folder = write_cohort(tmp_path / name)
+        if name == "other":
+            for n in (4, 5):  # its test cases
+                write_nifti(folder / "labels" / f"v{n}.nii.gz", np.array([0, 2, 1], np.uint8)[tiny_volume(n + 10)[1]])
+        settings = replace(SETTINGS, val_every=1, patience=2, class_weights="balanced")
+        said = lambda step, steps, values: order.append(f"step {step}/{steps}")  # noqa: E731
+        results.append(finetune(Cohort.load(folder), settings, tmp_path / f"out {name}", on_step=said))
+        networks.append(load_part(tmp_path / f"out {name}" / "network.safetensors", "network")[0])
+        assert order.index("score") > max(n for n, what in enumerate(order) if what.startswith("step"))
+        order.clear()
+    assert results[0].curve == results[1].curve and results[0].choice == results[1].choice
+    assert all(torch.equal(networks[0][key], networks[1][key]) for key in networks[0])
+    assert [case.dice for case in results[0].cases] != [case.dice for case in results[1].cases]
 
-    def spy(self: CaseReader, case: Any) -> Any:
-        order.append(case.split)
-        return original(self, case)
 
-    monkeypatch.setattr(CaseReader, "__call__", spy)
-    finetune(cohort, SETTINGS, tmp_path, seed=0, on_step=lambda step, steps, values: order.append(f"step {step}/{steps}"))
-    assert order.index("test") > order.index("step 3/3")
+def test_faults_of_test_labels__are_said_together_before_the_first_step(tmp_path: Path) -> None:
+    folder = write_cohort(tmp_path / "cohort")
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"1": "a", "2": "b"}}))
+    unknown = tiny_volume(4)[1]
+    unknown[unknown == 2] = 7
+    write_nifti(folder / "labels" / "v4.nii.gz", unknown)
+    cohort = Cohort.load(folder)
+    with pytest.raises(ImageError, match=r"^case case0005: its label map holds the value 7, which stands for no structure"):
+        finetune(cohort, SETTINGS, tmp_path / "out", on_step=lambda *_: pytest.fail("trained"))
+    write_nifti(folder / "labels" / "v3.nii.gz", tiny_volume(3)[1][:, :, :-1])
+    (folder / "images" / "v5.nii.gz").write_bytes(b"no image")
+    with pytest.raises(
+        ImageError, match=r"^3 of 3 cases cannot be used: case case0004: .*; case case0005: .*; case case0006: "
+    ) as caught:
+        finetune(cohort, SETTINGS, tmp_path / "out", on_step=lambda *_: pytest.fail("trained"))
+    assert not any(f"v{n}" in str(caught.value) for n in (3, 4, 5))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("listed", "labels", "message"),
+    [
+        (
+            {"a": 1, "b": 2, "c": 3},
+            {},
+            "class c has no voxel in the 3 training cases; give more labels, correct the labels, or leave the class",
+        ),
+        ({"a": 1, "b": 2}, {0: 0, 1: 0, 2: 0}, "class a, b has no voxel in the 3 training cases"),
+        (None, {2: 1}, "class structure_2 has no voxel in the 1 training cases"),
+        ({"a": 1, "b": 2}, {4: 0, 5: 0}, "none of the 2 test cases has a voxel of a structure"),
+    ],
+    ids=["class in no map", "empty", "few labels", "empty test"],
+)
+def test_structures_that_cannot_be_learnt_or_scored__are_refused(
+    tmp_path: Path, listed: dict[str, int] | None, labels: dict[int, int], message: str
+) -> None:
+    folder = write_cohort(tmp_path / "cohort")
+    if listed:
+        (folder / "dataset.json").write_text(json.dumps({"labels": listed}))
+    for n, highest in labels.items():
+        label = tiny_volume(n)[1]
+        write_nifti(folder / "labels" / f"v{n}.nii.gz", np.where(label > highest, 0, label).astype(np.uint8))
+    cohort = Cohort.load(folder)
+    few = 1 if listed is None else None  # case v2 has rank 1
+    with pytest.raises(RequestError, match=message):
+        finetune(cohort, SETTINGS, tmp_path / "out", labels=few, on_step=lambda *_: pytest.fail("trained"))
+    assert not (tmp_path / "out").exists()
+    if few:
+        finetune(cohort, SETTINGS, tmp_path / "all")
 
 
 def test_case_of_another_kind__is_flagged_outside_the_training_range(tmp_path: Path) -> None:
@@ -345,7 +405,10 @@ def test_wrong_requests__say_what_to_do(cohort: Cohort, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"axis order ZYX-SAR, segresnet3d gets XYZ-RAS here.*force: true"):
         finetune(cohort, SETTINGS, tmp_path, weights=pretrained(axis_order="ZYX-SAR"))
     alone = Cohort("x", tuple(case for case in cohort.cases if case.split == "train"))
-    with pytest.raises(RequestError, match="no labelled test cases"):
+    with pytest.raises(
+        RequestError,
+        match="no labelled test cases; mark some as test in its table, or have every patient tested once with folds: 5",
+    ):
         finetune(alone, SETTINGS, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

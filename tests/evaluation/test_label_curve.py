@@ -17,7 +17,7 @@ from medssl.evaluation.label_curve import Cell, claim, label_curve, markdown, pl
 from medssl.evaluation.segmentation_results import CaseScore, FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from tests.evaluation.test_finetune import pretrained
-from tests.evaluation.tiny_cohort import TINY_ENCODER, write_cohort
+from tests.evaluation.tiny_cohort import TINY_ENCODER, tiny_volume, write_cohort, write_nifti
 
 SETTINGS = FinetuneSettings(encoder=TINY_ENCODER, crop=(16, 16, 16), steps=2, warmup_steps=0, figures=0)
 
@@ -273,3 +273,30 @@ def test_plan__pairs_early_seeds_and_refuses_nonsense(cohort: Cohort, tmp_path: 
     with pytest.raises(RequestError, match="9 labelled training cases asked for, it has 3"):
         label_curve(cohort, SETTINGS, tmp_path, arms={"scratch": None}, counts=[9], seeds=[0])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_labels_for_a_structure__are_refused_before_the_first_cell(tmp_path: Path) -> None:
+    folder = write_cohort(tmp_path / "cohort")
+    label = tiny_volume(2)[1]  # of the case of rank 1
+    write_nifti(folder / "labels" / "v2.nii.gz", np.where(label > 1, 0, label).astype(np.uint8))
+    cohort = Cohort.load(folder)
+    with pytest.raises(RequestError, match="class structure_2 has no voxel in the 1 training cases; give more labels, correct"):
+        label_curve(cohort, SETTINGS, tmp_path / "out", arms={"scratch": None}, counts=[2, 1], seeds=[0])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RequestError, match="in the 1 training cases of a fold; give more labels, ask for fewer folds"):
+        label_curve(cohort, SETTINGS, tmp_path / "out", arms={"scratch": None}, counts=[1], seeds=[0, 1, 2, 3], folds=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_without_patients__has_the_same_intervals_and_says_by_image(cohort: Cohort, tmp_path: Path) -> None:
+    said = {}
+    for name, known in (("none", False), ("column", True)):
+        cases = tuple(replace(case, patient_known=known) for case in cohort.cases)
+        assert known or cases == cohort.cases
+        summary = label_curve(
+            replace(cohort, cases=cases), SETTINGS, tmp_path / name, arms={"scratch": None}, counts=[2], seeds=[0]
+        )
+        said[name] = summary["rows"][0]
+    assert (said["none"]["by"], said["none"]["n_patients"]) == ("by image", None)
+    assert (said["column"]["by"], said["column"]["n_patients"]) == ("by patient", 2)
+    assert [said["none"][key] for key in ("dice", "low", "high")] == [said["column"][key] for key in ("dice", "low", "high")]

@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from medssl.archive.table import Archive
+from medssl.cli.training import summary_table
 from medssl.errors import GeometryError, ImageError, RequestError
 from medssl.evaluation.cohort import Case, Cohort, LabelRules
 from medssl.evaluation.finetune import finetune
+from medssl.evaluation.label_curve import label_curve
 from medssl.evaluation.metrics import dice
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.segmentation_training import build_loss, class_frequencies, partial_loss
 from medssl.evaluation.volumes import CaseReader, TrainingCrops, Volume, comparable, labelled_classes, majority
+from medssl.registry import lookup
 from medssl.types import DrawKey
 from tests.archive.small import set_public, small_archive
 from tests.evaluation.test_finetune import SETTINGS
@@ -138,6 +141,38 @@ def test_uncertain__is_minus_one_and_the_value_of_ignore(tmp_path: Path) -> None
     assert labelled_classes([volume], [0, 1, 2]) is not None
     assert volume.labels(1)
     assert sorted(volume.points) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "listed", [{**STRUCTURES, "ignore": 3}, {"ignore": 1}, STRUCTURES, None], ids=["all", "ignore", "others", "none"]
+)
+@pytest.mark.parametrize("form", ["organs", "s.seg.nrrd", "seg.dcm", "rt.dcm"])
+def test_ignore__is_uncertain_in_forms_with_names(tmp_path: Path, form: str, listed: dict[str, int] | None) -> None:
+    label, affine = write_image(tmp_path / "image")
+    doubt = np.zeros(label.shape, dtype=bool)
+    doubt[1:6, 2:16, 2:14] = True  # over some of one, and background
+    masks = {"one": label == 1, "two": label == 2, "Ignore": doubt}
+    if form == "organs":
+        (tmp_path / form).mkdir()
+        for name, mask in masks.items():
+            write_nifti(tmp_path / form / f"{name}.nii.gz", mask.astype(np.uint8), affine)
+    elif form == "s.seg.nrrd":
+        segments = [{"Name": name, "LabelValue": 1, "Layer": n} for n, name in enumerate(masks)]
+        write_seg_nrrd(tmp_path / form, np.stack([mask * 1 for mask in masks.values()]), affine, segments)
+    elif form == "seg.dcm":
+        write_dicom_seg(tmp_path / form, masks, affine, frame=frame_uid("labels 0"))
+    else:
+        rois = {name: box_contours(mask, affine) for name, mask in masks.items()}
+        write_rtstruct(tmp_path / form, rois, frame=frame_uid("labels 0"))
+    cohort = table(tmp_path, [f"image,{form},train"], listed)
+    assert sorted(cohort.structures) == [1, 2]
+    assert sorted(cohort.file_names.values()) == ([] if listed and "one" in listed else ["one", "two"])
+    volume = CaseReader("mri")(cohort.cases[0])
+    expected, _ = reorient(np.where(doubt, -1, label.astype(int)), affine, "RAS")
+    assert volume.label is not None
+    assert np.array_equal(volume.label, expected)
+    assert sorted(volume.points) == [1, 2]
+    assert volume.labelled is None and not volume.counts
 
 
 def test_unlabelled__is_not_empty(tmp_path: Path) -> None:
@@ -447,6 +482,50 @@ def test_dicom_predictions__are_refused_before_training(tmp_path: Path, monkeypa
     with pytest.raises(RequestError, match="case case0002: DICOM-SEG predictions need images that are DICOM series"):
         finetune(cohort, replace(SETTINGS, dicom_seg=True), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_organs_under_other_names__are_refused_before_training(tmp_path: Path) -> None:
+    lines = []
+    for n in range(3):
+        image, label = tiny_volume(n)
+        write_nifti(tmp_path / f"i{n}.nii.gz", image, plain_affine())
+        (tmp_path / f"L{n}").mkdir()
+        for value, name in ((1, "liver"), (2, "DOE")):
+            write_nifti(tmp_path / f"L{n}" / f"{name}.nii.gz", (label == value).astype(np.uint8), plain_affine())
+        lines.append(f"i{n}.nii.gz,L{n},{('train', 'train', 'test')[n]}")
+    cohort = table(tmp_path, lines, {"Leber": 1, "Milz": 2})
+    with pytest.raises(RequestError, match="class Leber, Milz is labelled by none of the 2 training cases") as caught:
+        finetune(cohort, SETTINGS, tmp_path / "out")
+    assert "DOE" not in str(caught.value) and not (tmp_path / "out").exists()
+    with pytest.raises(RequestError, match="class Milz is labelled by none of the 2 training cases"):
+        finetune(table(tmp_path, lines, {"liver": 1, "Milz": 2}), SETTINGS, tmp_path / "out")
+
+
+def test_dicom_predictions__of_a_resampled_series_are_nifti(tmp_path: Path) -> None:
+    pytest.importorskip("highdicom", reason="highdicom is not installed (extra seg)")
+    lines = []
+    for n in range(3):
+        image, label = tiny_volume(n)
+        affine = plain_affine((1.0, 1.2, 2.0))
+        if n == 1:
+            affine[1, 2] += 0.6  # a tilted gantry
+        write_dicom_series(tmp_path / f"image{n}", image, affine, uid_seed=f"labels {n}")
+        if n == 1:
+            seen = lookup("domain", "mri")().read(sorted((tmp_path / "image1").iterdir()), series_id="x")
+            label, affine = (seen.image[0] > 400).astype(np.uint8), seen.affine
+        write_nifti(tmp_path / f"{n}.nii.gz", label, affine)
+        lines.append(f"image{n},{n}.nii.gz,{('train', 'test', 'test')[n]}")
+    out = tmp_path / "out"
+    summary = label_curve(
+        table(tmp_path, lines), replace(SETTINGS, dicom_seg=True, figures=0), out, arms={"scratch": None}, counts=[1], seeds=[0]
+    )
+    cell = out / "cells" / "scratch_n1_s0"
+    assert [path.name for path in (cell / "private" / "predictions").iterdir()] == ["case0003.dcm"]
+    assert [path.name for path in (cell / "predictions").iterdir()] == ["case0002.nii.gz"]
+    assert json.loads((cell / "results.json").read_text())["without_dicom_seg"] == ["case0002"]
+    assert summary["without_dicom_seg"] == ["case0002"]
+    said = "1 test case(s) have NIfTI for DICOM-SEG, as their series was resampled: case0002"
+    assert said in summary_table(summary) and said in (out / "table.md").read_text()
 
 
 def test_dicom_predictions__go_to_private(tmp_path: Path) -> None:

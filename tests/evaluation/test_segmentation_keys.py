@@ -236,7 +236,7 @@ def patients_of(cases: list[Case]) -> set[str]:
 
 
 def test_folds__test_every_labelled_patient_once(cohort: Cohort) -> None:
-    twice = [replace(case, patient=f"p{number // 2}") for number, case in enumerate(cohort.cases)]
+    twice = [replace(case, patient=f"p{number // 2}", patient_known=True) for number, case in enumerate(cohort.cases)]
     cohort = replace(cohort, cases=tuple(twice))
     dealt = [cohort.dealt(3, 0, fold) for fold in range(3)]
     assert sorted(case.id for one in dealt for case in one.split("test")) == sorted(case.id for case in cohort.cases)
@@ -345,8 +345,10 @@ def test_folds__have_one_set_of_classes_where_none_is_listed(tmp_path: Path) -> 
         label = np.asarray(image.dataobj)
         nibabel.save(nibabel.Nifti1Image(np.where(label == 2, 0, label).astype(np.uint8), image.affine, image.header), path)
     settings = FinetuneSettings(encoder=TINY_ENCODER, crop=(16, 16, 16), steps=1, warmup_steps=0, figures=0)
-    summary = label_curve(Cohort.load(folder), settings, tmp_path / "out", arms={"scratch": None}, counts=[2], seeds=[0], folds=3)
-    assert summary["cells"]["done"] == 3 and set(summary["rows"][0]["structures"]) == {"structure_1", "structure_2"}
+    with pytest.raises(
+        RequestError, match=r"class structure_2 has no voxel in the 2 training cases of a fold; .* ask for fewer folds"
+    ):
+        label_curve(Cohort.load(folder), settings, tmp_path / "out", arms={"scratch": None}, counts=[2], seeds=[0], folds=3)
 
 
 def test_folds__learn_from_other_cases_for_every_seed(cohort: Cohort) -> None:

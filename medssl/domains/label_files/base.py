@@ -25,6 +25,9 @@ from medssl.errors import GeometryError, ImageError
 UNCERTAIN = -1
 """Value of voxels of which nobody says what they are; they are left out of losses and scores."""
 
+IGNORE = "ignore"
+"""Name of a structure whose voxels are uncertain, as nnU-Net has it."""
+
 COUNTS: dict[str, str] = {
     "overlap_voxels": "voxels that more than one structure claims; the higher value has them",
     "unlisted": "structures of the file that the cohort does not list",
@@ -98,8 +101,8 @@ def name_key(name: str) -> str:
 
 
 def numbered(names: Iterable[str]) -> dict[str, int]:
-    """Return the values 1, 2, 3 ... for names in the order of their keys; names with one key are one structure."""
-    return {key: value for value, key in enumerate(sorted({name_key(name) for name in names}), start=1)}
+    """Return the values 1, 2, 3 ... for names in the order of their keys; names with one key are one structure, `ignore` is none."""
+    return {key: value for value, key in enumerate(sorted({name_key(name) for name in names} - {IGNORE}), start=1)}
 
 
 class Painter:
@@ -116,15 +119,19 @@ class Painter:
         self.names: dict[int, str] = {}
         self._values = None if structures is None else {name_key(name): value for name, value in structures.items()}
         self._twice = np.zeros(grid.shape, dtype=bool)
+        self._doubt: np.ndarray | None = None
 
     def declare(self, names: Sequence[str]) -> list[int | None]:
-        """Say which structures the file labels; return the value of each, None for those that the cohort does not list."""
-        table = numbered(names) if self._values is None else self._values
+        """Say which structures the file labels; return the value of each, None for those that the cohort does not list.
+
+        `ignore` is uncertain, whether listed or not, and no structure that is labelled.
+        """
+        table = {**(numbered(names) if self._values is None else self._values), IGNORE: UNCERTAIN}
         values = [table.get(name_key(name)) for name in names]
         for name, value in zip(names, values):
             if value is None:
                 self.counts["unlisted"] += 1
-            else:
+            elif value != UNCERTAIN:
                 self.names.setdefault(value, name)
         return values
 
@@ -138,7 +145,11 @@ class Painter:
         start = [a + part.start for a, part in zip(start, box)]
         block, at, outside = clipped(mask[box], start, self.array.shape)
         self.counts["outside"] += outside
-        if block.size:
+        if block.size and value == UNCERTAIN:
+            if self._doubt is None:
+                self._doubt = np.zeros(self.array.shape, dtype=bool)
+            self._doubt[at] |= block
+        elif block.size:
             here = self.array[at]  # a view
             self._twice[at] |= block & (here > 0) & (here != value)
             here[block & (here < value)] = value
@@ -148,7 +159,10 @@ class Painter:
         self.array[mask & (self.array == 0)] = UNCERTAIN
 
     def done(self, flags: Sequence[str] = ()) -> LabelMap:
-        """Return the map."""
+        """Return the map. What is painted as uncertain stays so under every structure: `ignore` has the highest value in nnU-Net."""
+        if self._doubt is not None:
+            self.array[self._doubt] = UNCERTAIN
+            self._twice &= ~self._doubt
         self.counts["overlap_voxels"] += int(self._twice.sum())
         present = set(values_in(self.array))
         self.counts["empty"] += sum(value not in present for value in self.names)

@@ -32,7 +32,7 @@ def read_labels(path: Path, grid: Grid, structures: Mapping[str, int] | None = N
     """Read a label map of any form onto the grid of its image.
 
     Args:
-        path: A file; or a folder of organ masks, or of one DICOM-SEG or RTSTRUCT.
+        path: A file; or a folder of organ masks, or of one .seg.nrrd, DICOM-SEG or RTSTRUCT.
         grid: Grid of the image.
         structures: Name to value for forms that name their structures; None numbers them in the order of their names. A plain
             map of whole numbers has values and no names.
@@ -93,9 +93,17 @@ def form_of(path: Path) -> tuple[str, Path]:
     """
     try:
         if path.is_dir():
-            if organ_files(path):
+            masks = organ_files(path)
+            segmentations = [file for file in masks if file.name.lower().endswith(".seg.nrrd")]
+            if segmentations and len(masks) > 1:
+                raise ImageError(
+                    "unsupported_format",
+                    f"a label folder with {len(segmentations)} .seg.nrrd among {len(masks)} label files; it may hold one .seg.nrrd alone, or one "
+                    "mask per organ (.nii.gz, .nii, .nrrd, .mha, .mhd): name the .seg.nrrd itself, or remove what is too many",
+                )
+            if masks and not segmentations:
                 return "organ_folder", path
-            files = [file for file in path.iterdir() if file.is_file()]
+            files = segmentations or [file for file in path.iterdir() if file.is_file()]
             if len(files) != 1:
                 raise ImageError("not_image", f"a label folder of {len(files)} files and no organ mask among them; {FORMS}")
             path = files[0]

@@ -133,6 +133,24 @@ def test_organ_folder__keeps_uncertain_voxels_and_refuses_several_structures(tmp
     assert "DOE" not in str(grid_error.value)
 
 
+def test_folder_of_one_seg_nrrd__is_that_segmentation_and_of_more_is_refused(tmp_path: Path) -> None:
+    affine, (first, second) = oblique_affine(), two_masks()
+    grid = Grid(affine, SHAPE)
+    file = tmp_path / "DOE" / "Segmentation.SEG.nrrd"
+    file.parent.mkdir()
+    segments = [{"Name": "liver", "LabelValue": 1, "Layer": 0}, {"Name": "spleen", "LabelValue": 1, "Layer": 1}]
+    write_seg_nrrd(file, np.stack([first * 1, second * 1]), affine, segments)
+    (file.parent / "notes.txt").write_text("of somebody")
+    assert form_of(file.parent) == ("seg_nrrd", file)
+    assert names_in(file.parent) == ["liver", "spleen"]
+    found = read_labels(file.parent, grid, {"liver": 1, "spleen": 2})
+    assert np.array_equal(found.array, np.where(second, 2, np.where(first, 1, 0)))
+    write_nifti(file.parent / "DOE_JOHN.nii", first.astype(np.uint8), affine)
+    with pytest.raises(ImageError, match=r"a label folder with 1 \.seg\.nrrd among 2 label files; it may hold one") as caught:
+        read_labels(file.parent, grid)
+    assert "DOE" not in str(caught.value)
+
+
 def sitk_voxels(path: Path, layer: int, value: int, image: Path, shape: tuple[int, int, int]) -> np.ndarray:
     """Where SimpleITK puts the voxels of a segment on an image, through patient coordinates; in the order of the image file."""
     import SimpleITK as sitk
