@@ -184,8 +184,9 @@ def label_curve(
     if recipe.cohort.card is not None:
         cohort = replace(cohort, card=card_facts(load_card(find_card(recipe.cohort.card))))
     arms: dict[str, Any] = {}
+    leakage = curve.NO_WEIGHTS
     if weights is not None and str(weights) != "scratch":
-        refuse_pretraining_images(weights, cohort, every=recipe.folds is not None)
+        leakage = refuse_pretraining_images(weights, cohort, every=recipe.folds is not None)
         arms["pretrained"] = open_weights(weights, transfer=settings.transfer)
     if twin or not arms:
         arms["scratch"] = None
@@ -200,6 +201,7 @@ def label_curve(
         counts=counts,
         seeds=seeds,
         folds=recipe.folds,
+        leakage_check=leakage,
         on_cell=on_cell,
         on_step=on_step,
     )

@@ -36,6 +36,7 @@ from medssl.weights import private_folder, write_atomic, write_private
 
 log = logging.getLogger(__name__)
 
+NO_WEIGHTS = "no weights"
 SCRATCH = "scratch"
 UNUSED_SETTINGS = ("device", "figures", "predictions", "dicom_seg", "log_every", "force")  # change no score
 VALIDATION_SETTINGS = ("val_every", "val_cases")  # change no score without `patience`
@@ -68,6 +69,7 @@ def label_curve(
     counts: Sequence[int],
     seeds: Sequence[int],
     folds: int | None = None,
+    leakage_check: str = NO_WEIGHTS,
     on_cell: Callable[[int, int, Cell, FinetuneResult], None] | None = None,
     on_step: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def label_curve(
         counts: Numbers of labelled training cases.
         seeds: Seeds; the same for every arm, so that cells are pairs.
         folds: Deal all labelled patients into so many folds, each tested once; every seed deals anew. None keeps the given splits.
+        leakage_check: What was checked of the weights and the test cases, for the results; see `medssl.leakage`.
         on_cell: Called with (cells done, cells, cell, result) after each.
         on_step: Passed on to `finetune`.
 
@@ -107,7 +110,7 @@ def label_curve(
     refuse_too_few(dealt, min(counts), settings, reader)
     forced = {arm: unlike_pretraining(weights.manifest, settings, cases, reader) for arm, weights in named.items()}
     private_folder(out)
-    claim(out, cohort, settings, arms, folds, forced)
+    claim(out, cohort, settings, arms, folds, forced, leakage_check)
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name
         result = read_cell(folder)
@@ -193,6 +196,7 @@ def claim(
     arms: Mapping[str, Pretrained | None],
     folds: int | None = None,
     forced: Mapping[str, Sequence[str]] | None = None,
+    leakage_check: str = NO_WEIGHTS,
 ) -> dict[str, Any]:
     """Write what the cells of a folder have in common, or check it against what the finished cells have.
 
@@ -220,6 +224,7 @@ def claim(
         "weights": weights,
         "data_cards": cards,
         "forced": dict(forced or {}),
+        "leakage_check": leakage_check,
     }
     if path.is_file() and any(out.glob("cells/*/results.json")):  # without one there is nothing to be mixed
         known = json.loads(path.read_text())
@@ -242,6 +247,8 @@ def claim(
         shared["weights"] = {**known["weights"], **weights}
         shared["data_cards"] = {**known.get("data_cards", {}), **cards}
         shared["forced"] = {**known.get("forced", {}), **(forced or {})}
+        if leakage_check == NO_WEIGHTS:  # of the scratch twin alone: what was said of the weights stays
+            shared["leakage_check"] = known.get("leakage_check", NO_WEIGHTS)
     write_atomic(path, json.dumps(shared, indent=1).encode())
     return shared
 

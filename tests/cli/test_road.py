@@ -86,6 +86,8 @@ def test_road__from_files_to_a_monai_network_and_a_page(tmp_path: Path, capsys: 
     )
     assert {row["arm"] for row in json.loads(out)["rows"]} == {"pretrained", "scratch"}
     assert len(json.loads(out)["differences"]) == 1
+    shared = json.loads((tmp_path / "finetune" / "label_curve.json").read_text())
+    assert shared["leakage_check"].startswith("no test image was pretrained on")
     for name in ("segresnet", "monai-bundle"):
         out = step("export", run, "--to", name, "--out", tmp_path / "export" / name, "--json")
         assert json.loads(out)["unexpected"] == []
