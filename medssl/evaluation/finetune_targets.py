@@ -61,8 +61,8 @@ class TargetSettings:
         label_smoothing: Share of a class's probability that goes to all classes.
         val_every: Steps between validations; 0 has none.
         patience: Validations without a better one after which training stops; the best state is then scored. None scores the last one.
-        flips: Axes of an image (0 is its first spatial axis) along which test images are also shown mirrored; the mean is scored. None by
-            default: mirrored anatomy is a wrong label for everything that has a side.
+        flips: Axes of an image or a volume (0 is its first spatial axis) along which test images are also shown mirrored; the mean is
+            scored. None by default: mirrored anatomy is a wrong label for everything that has a side.
         augment: Geometric and intensity operations of the views, in training only.
         precision: `fp32`, or `bf16` autocast.
         device: Torch device.
@@ -100,6 +100,11 @@ class TargetSettings:
             ("label_smoothing", 0 <= self.label_smoothing < 1, "0 to below 1"),
             ("val_every", self.val_every >= 0, "0 or more"),
             ("patience", self.patience is None or (self.patience >= 1 and self.val_every > 0), "1 or more, with val_every above 0"),
+            (
+                "flips",
+                all(axis >= 0 for axis in self.flips) and len(set(self.flips)) == len(self.flips),
+                "axes from 0 on, none twice",
+            ),
             ("precision", self.precision in ("fp32", "bf16"), "fp32 or bf16"),
             (
                 "class_weights",
@@ -200,6 +205,35 @@ def class_weights(settings: TargetSettings, targets: np.ndarray, classes: int) -
     return torch.tensor(given, dtype=torch.float32)
 
 
+def start(batches: Batches, cases: Cases, settings: TargetSettings, *, labels: int | None, seed: int) -> np.ndarray:
+    """Return the training rows, after checking everything that a run can be refused for before its first step.
+
+    Args:
+        batches: Where pictures come from; one is looked at where they are to be mirrored.
+        cases: All labelled cases.
+        settings: See there.
+        labels: Training cases; None takes all.
+        seed: Of their order.
+
+    Raises:
+        RequestError: Cases, pictures and settings do not go together.
+    """
+    train = training_rows(cases, labels, seed)
+    if settings.patience is not None and not len(cases.where("val")):
+        raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
+    if settings.flips:
+        images, _ = next(iter(batches.plain([int(cases.ids[train[0]])])))
+        _refuse_flips(images, settings.flips)
+    return train
+
+
+def _refuse_flips(images: Images, flips: Sequence[int]) -> None:
+    if not isinstance(images, Tensor) or images.ndim < 4:  # (B, N, D) is a bag of features, which has no sides
+        raise RequestError("flips mirror images and volumes; set flips: [] for stacks, clips and bags of features")
+    if max(flips) >= (axes := images.ndim - 2):
+        raise RequestError(f"flips: {list(flips)}; these images have {axes} axes; name some of 0 to {axes - 1}, none twice")
+
+
 def finetune_targets(
     encoder: nn.Module,
     batches: Batches,
@@ -232,9 +266,7 @@ def finetune_targets(
         RequestError: Cases and settings do not go together; nothing was trained.
         TrainingStopped: The loss stopped being a number.
     """
-    train = training_rows(cases, labels, seed)
-    if settings.patience is not None and not len(cases.where("val")):
-        raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
+    train = start(batches, cases, settings, labels=labels, seed=seed)
     network = _network(encoder, cases, settings, seed)
     learner = _Learner(network, batches, cases, settings, train, seed, pretrained)
     learner.look()
@@ -391,10 +423,8 @@ class _Learner:
         return stacked if self.cases.task == "classification" else stacked * self.spread + self.middle
 
     def _mirrored(self, images: Images) -> list[Images]:
-        if not self.settings.flips:
+        if not isinstance(images, Tensor):  # `start` has refused flips of others
             return []
-        if not isinstance(images, Tensor):
-            raise RequestError("flips mirror images and volumes; set flips: [] for stacks and clips")
         return [images.flip(2 + axis) for axis in self.settings.flips]
 
     def merit(self) -> float | None:

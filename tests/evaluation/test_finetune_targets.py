@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from medssl.encoders.image2d import Image2D
 from medssl.encoders.slice_volume import SliceVolumeEncoder
 from medssl.encoders.vit3d import ViT3D
 from medssl.errors import RequestError
+from medssl.evaluation import finetune_targets as finetune_module
 from medssl.evaluation import target_cases
 from medssl.evaluation.cell_summary import markdown
 from medssl.evaluation.clinical import clinical_facts
@@ -329,12 +331,48 @@ def test_cases_that_cannot_work__are_refused() -> None:
         ({"layer_decay": 1.5}, "layer_decay: 1.5; above 0, at most 1"),
         ({"patience": 2, "val_every": 0}, "patience: 2; 1 or more, with val_every above 0"),
         ({"class_weights": "equal"}, "class_weights: 'equal'; none, balanced, or one number per class"),
+        ({"flips": [-2]}, r"flips: \(-2,\); axes from 0 on, none twice"),
+        ({"flips": [0, 0]}, r"flips: \(0, 0\); axes from 0 on, none twice"),
         ({"epochs": 3}, "unknown key epochs"),
     ],
 )
 def test_settings_that_cannot_work__are_refused(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(RequestError, match=match):
         TargetSettings.from_dict(changes)
+
+
+@pytest.mark.parametrize(
+    ("shown", "match"),
+    [
+        (lambda images: images, r"flips: \[0, 2\]; these images have 2 axes; name some of 0 to 1"),
+        (lambda images: images.flatten(2), "flips mirror images and volumes; set flips: \\[\\] for stacks, clips and bags"),
+        (lambda images: SimpleNamespace(slices=images), "flips mirror images and volumes"),
+    ],
+)
+def test_flips_that_images_do_not_have__are_refused_before_the_first_step(
+    shown: Callable[[Tensor], Any], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Shown(Pictures):
+        def plain(self, ids: Sequence[int]) -> Iterable[tuple[Any, Sequence[int]]]:
+            plain = super().plain
+            return ((shown(images), own) for images, own in plain(ids))
+
+    cases = make_cases()
+    monkeypatch.setattr(finetune_module, "_network", None)
+    with pytest.raises(RequestError, match=match):
+        run(cases, replace(QUICK, flips=(0, 2)), batches=Shown(cases))
+
+
+def test_flips__are_averaged_within_each_case() -> None:
+    cases, settings = make_cases(), replace(QUICK, steps=2, warmup_steps=0)
+    batches = Pictures(cases)
+    flipped, network = run(cases, replace(settings, flips=(0, 1)), batches=batches)
+    with torch.no_grad():
+        for case in flipped.cases[:3]:
+            image = batches.images[case["id"]][None]
+            looks = [network(look).double() for look in (image, image.flip(2), image.flip(3))]
+            wanted = torch.softmax(torch.stack(looks).mean(dim=0) / flipped.fitted["temperature"], dim=1)[0]
+            assert case["probability"] == pytest.approx(wanted.tolist(), abs=1e-6)
 
 
 def cell_of_classes(fold: int, pairs: Sequence[tuple[int, float]]) -> dict[str, Any]:
