@@ -57,7 +57,8 @@ class TargetSettings:
         weight_decay: Decoupled weight decay, not applied to norms and biases.
         clip: Largest gradient norm.
         warmup_steps: Steps of linear warm-up; cosine decay to 0 follows.
-        class_weights: `balanced` (one over the share of the class in the training cases, mean 1), `none`, or one number per class.
+        class_weights: `balanced` (one over the share of the class in the training cases, mean 1), `none`, or one number
+            above 0 per class. Of classes only, as `label_smoothing`.
         label_smoothing: Share of a class's probability that goes to all classes.
         val_every: Steps between validations; 0 has none.
         patience: Validations without a better one after which training stops; the best state is then scored. None scores the last one.
@@ -109,8 +110,8 @@ class TargetSettings:
             (
                 "class_weights",
                 self.class_weights in ("none", "balanced")
-                or (not isinstance(self.class_weights, str) and all(w >= 0 for w in self.class_weights)),
-                "none, balanced, or one number per class, 0 or more",
+                or (not isinstance(self.class_weights, str) and all(0 < w < math.inf for w in self.class_weights)),
+                "none, balanced, or one number above 0 per class",  # of a batch that is of a class of 0 the loss is no number
             ),
         )
         wrong = [f"{name}: {getattr(self, name)!r}; {accepted}" for name, good, accepted in checks if not good]
@@ -221,10 +222,19 @@ def start(batches: Batches, cases: Cases, settings: TargetSettings, *, labels: i
     train = training_rows(cases, labels, seed)
     if settings.patience is not None and not len(cases.where("val")):
         raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
+    if cases.task == "classification":
+        class_weights(settings, cases.targets[train], len(cases.classes))
+    else:
+        refuse_settings(_of_classes_only(settings))
     if settings.flips:
         images, _ = next(iter(batches.plain([int(cases.ids[train[0]])])))
         _refuse_flips(images, settings.flips)
     return train
+
+
+def _of_classes_only(settings: TargetSettings) -> list[str]:
+    given = {"class_weights": settings.class_weights != "none", "label_smoothing": settings.label_smoothing > 0}
+    return [f"{name}: numbers have no classes, and this would do nothing; leave it out" for name, set_ in given.items() if set_]
 
 
 def _refuse_flips(images: Images, flips: Sequence[int]) -> None:

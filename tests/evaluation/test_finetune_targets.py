@@ -322,6 +322,10 @@ def test_cases_that_cannot_work__are_refused() -> None:
     numbers = make_cases("regression")
     with pytest.raises(RequestError, match="training targets are 7; nothing can be learnt"):
         run(replace(numbers, targets=np.full(len(numbers.ids), 7.0)))
+    with pytest.raises(
+        RequestError, match=r"class_weights: numbers have no classes, .* leave it out; label_smoothing: numbers have no"
+    ):
+        run(numbers, replace(QUICK, class_weights="balanced", label_smoothing=0.1))
 
 
 @pytest.mark.parametrize(
@@ -330,9 +334,11 @@ def test_cases_that_cannot_work__are_refused() -> None:
         ({"steps": 0}, "steps: 0; 1 or more"),
         ({"layer_decay": 1.5}, "layer_decay: 1.5; above 0, at most 1"),
         ({"patience": 2, "val_every": 0}, "patience: 2; 1 or more, with val_every above 0"),
-        ({"class_weights": "equal"}, "class_weights: 'equal'; none, balanced, or one number per class"),
+        ({"class_weights": "equal"}, "class_weights: 'equal'; none, balanced, or one number above 0 per class"),
         ({"flips": [-2]}, r"flips: \(-2,\); axes from 0 on, none twice"),
         ({"flips": [0, 0]}, r"flips: \(0, 0\); axes from 0 on, none twice"),
+        ({"class_weights": [0, 0, 0]}, r"class_weights: \(0, 0, 0\); none, balanced, or one number above 0 per class"),
+        ({"class_weights": [1, 0]}, "one number above 0 per class"),
         ({"epochs": 3}, "unknown key epochs"),
     ],
 )
