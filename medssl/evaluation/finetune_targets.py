@@ -61,7 +61,8 @@ class TargetSettings:
             above 0 per class. Of classes only, as `label_smoothing`.
         label_smoothing: Share of a class's probability that goes to all classes.
         val_every: Steps between validations; 0 has none.
-        patience: Validations without a better one after which training stops; the best state is then scored. None scores the last one.
+        patience: Validations without a better one after which training stops; the best state is then scored. Those of the frozen steps
+            do not count, but may hold the best state. None scores the last one.
         flips: Axes of an image or a volume (0 is its first spatial axis) along which test images are also shown mirrored; the mean is
             scored. None by default: mirrored anatomy is a wrong label for everything that has a side.
         augment: Geometric and intensity operations of the views, in training only.
@@ -355,7 +356,7 @@ class _Learner:
         factors = factors_inside(network, "encoder", settings, pretrained=self.pretrained)
         optimizer = torch.optim.AdamW(parameter_groups(network, factors, settings.weight_decay), lr=settings.lr)
         ids = [int(number) for number in self.cases.ids[self.rows]]
-        best = BestState(settings.patience)
+        best = BestState(settings.patience, frozen)
         curve: list[dict[str, Any]] = []
         losses: list[float] = []
         times: list[float] = []

@@ -205,6 +205,19 @@ def test_patience__scores_the_best_state_and_says_who_chose_it() -> None:
     assert len(merits) == best + 3 or result.curve[-1]["step"] == 400
 
 
+@pytest.mark.parametrize(("pretrained", "freeze", "stops"), [(True, 12, 16), (False, 12, 6), (True, 40, 40)])
+def test_patience__does_not_count_validations_of_the_frozen_steps(
+    pretrained: bool, freeze: int, stops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merits = iter(range(0, -100, -1))  # the first is the best
+    monkeypatch.setattr(finetune_module._Learner, "merit", lambda _: float(next(merits)))
+    settings = replace(QUICK, steps=40, val_every=2, patience=2, freeze_steps=freeze)
+    result, _ = run(make_cases(), settings, pretrained=pretrained)
+    early = ", before the encoder learnt" if pretrained else ""
+    assert result.curve[-1]["step"] == stops
+    assert result.choice == f"step 2, the best of 15 validation cases{early}"
+
+
 def test_temperature_and_threshold__follow_validation_cases_alone() -> None:
     cases = make_cases(classes=2)
     found = run(cases)[0]
