@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from medssl import api, target_tasks
+from medssl.archive.operations.labels import attach
+from medssl.archive.table import Archive
 from medssl.errors import LeakageError, MedsslError, RequestError
 from medssl.finetune_cells import claim
 from medssl.recipe import Recipe, recipe_folder
@@ -81,6 +83,16 @@ def test_classes__pretrained_beside_scratch_and_finished_cells_are_kept(
     assert api.label_curve(recipe, house / "run", counts=[4], seeds=[0, 1])["rows"] == summary["rows"]
     with pytest.raises(RequestError, match="cells computed with other settings; cells of one folder share"):
         api.label_curve(load(house, phantom_archive, "settings.lr=0.1"), house / "run", counts=[4], seeds=[0])
+
+
+def test_attached_labels__are_learnt_from(house: Path, phantom_archive: Path) -> None:
+    archive = Archive.open(phantom_archive)
+    attach(archive, house / "labels.csv", house / "attached.csv", by="path", columns=["finding"])
+    given = [f"table={house / 'attached.csv'}", "file_column=series_id", f"out={house / 'attached'}"]
+    roads = [
+        TargetRoad(recipe, recipe.source, None) for recipe in (load(house, phantom_archive), load(house, phantom_archive, *given))
+    ]
+    assert roads[0].series == roads[1].series and (roads[0].cases.targets == roads[1].cases.targets).all()
 
 
 def finish_a_cell(out: Path) -> None:
