@@ -90,7 +90,7 @@ class Matches:
 
         A bootstrap asks for them a thousand times, and only how often an image counts differs.
         """
-        found = []
+        found: list[tuple[np.ndarray, ...]] = []
         for row in self.right:
             right, neither = np.flatnonzero(row == 1), np.flatnonzero(row == -1)
             ends = np.unique(self.ends[np.searchsorted(self.ends, right)])
