@@ -20,7 +20,7 @@ import torch
 from medssl import build
 from medssl.errors import RequestError
 from medssl.evaluation.bags import BagBatches, BagEncoder, LabelledBags, case_name, labelled_bags
-from medssl.evaluation.finetune_targets import finetune_targets
+from medssl.evaluation.finetune_targets import finetune_targets, start
 from medssl.evaluation.folds import deals, fewest, refuse_counts
 from medssl.evaluation.label_curve import Cell, folder_key, plan
 from medssl.evaluation.target_cases import training_rows
@@ -68,6 +68,8 @@ def bag_curve(
     out = Path(recipe.out)
     names = {number: case_name(number) for number in found.files}
     cells = plan({ARM: None}, counts, seeds, recipe.folds)
+    batches = BagBatches(found.files, recipe.bags.tokens, torch.device(settings.device))
+    start(batches, dealt[cells[0].seed, cells[0].fold], settings, labels=cells[0].labels, seed=cells[0].seed)
     shared = {
         "kind": "finetune",
         "task": recipe.task,
@@ -89,7 +91,6 @@ def bag_curve(
     _keep_slides(out, found, names)
     if found.values and not recipe.classes:
         keep_names(out, cases.classes, found.values)
-    batches = BagBatches(found.files, recipe.bags.tokens, torch.device(settings.device))
 
     def compute(folder: Path, cell: Cell) -> dict[str, Any]:
         result, network = finetune_targets(

@@ -130,18 +130,19 @@ def volume_source(
 ) -> BoxSource:
     """Make boxes of the label maps of a cohort."""
     assert recipe.cohort is not None
-    cohort = Cohort.load(recipe.cohort.path)
-    if recipe.folds is not None:
+    dealt = recipe.folds is not None
+    cohort = Cohort.load(recipe.cohort.path, every=dealt)
+    if dealt:
         cohort.refuse_folds_of_some_unknown()
     facts: dict[str, Any] = {"cohort": cohort.name, "domain": recipe.cohort.domain.model_dump()}
     if recipe.cohort.card is not None:
         facts["data_cards"] = [card_facts(load_card(find_card(recipe.cohort.card)))]
     leakage = "no weights"
     if weights is not None:
-        leakage = refuse_pretraining_images(weights, cohort, every=recipe.folds is not None)
+        leakage = refuse_pretraining_images(weights, cohort, every=dealt)
     labelled = {number: case for number, case in enumerate(c for c in cohort.cases if c.label is not None)}
     reader = CaseReader(recipe.cohort.domain.name, recipe.cohort.domain.args)
-    structures = structures_of(cohort, reader)
+    structures = structures_of(cohort, reader, every=dealt)
     for case in labelled.values():
         known_values(reader(case), structures, case)
     batches = VolumeBatches(reader, labelled, list(structures), section.views, settings)
@@ -154,7 +155,7 @@ def volume_source(
         groups=[case.patient_id for case in labelled.values()] if known else None,
         classes=tuple(structures.values()),
         present=present_of([(boxes.labels, boxes.ignore) for boxes in own], len(structures)),
-        ranks=None if recipe.folds is not None else np.array(ranks),  # folds draw their order by seed: ranks are of the given split
+        ranks=None if dealt else np.array(ranks),  # folds draw their order by seed: ranks are of the given split
         looks=[Look(boxes.spacing_mm, case.facts.get("vendor")) for boxes, case in zip(own, labelled.values())],
         facts=[case.facts for case in labelled.values()],
     )

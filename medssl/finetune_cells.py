@@ -279,13 +279,13 @@ def arms_of(
 
 
 def claim(out: Path, shared: Mapping[str, Any]) -> None:
-    """Write what the cells of a folder have in common, or check it against what is there.
+    """Write what the cells of a folder have in common, or check it against what the finished cells have.
 
     Raises:
         RequestError: The folder holds cells of something else.
     """
     path = out / "target_curve.json"
-    if path.is_file():
+    if path.is_file() and any(out.glob("cells/*/results.json")):  # without one there is nothing to be mixed
         same = json.loads(json.dumps(shared))
         known = {**{key: same[key] for key in LATER if key in same}, **json.loads(path.read_text())}
         changed = [key for key in same if key not in ("weights", "leakage_check") and known.get(key) != same[key]]

@@ -11,6 +11,9 @@ from medssl.data_sources import Shelf
 from medssl.errors import RequestError, header_words
 from medssl.evaluation.file_names import is_fixed, join_names, plain_name
 
+SERIES_COLUMN = "series_id"
+"""Column of a table that `medssl labels attach` wrote: it names series, not files."""
+
 
 def check_table(table: str, file_column: str, *columns: str) -> None:
     """Refuse a CSV of labels that is not there or lacks a column: asked before the store is filled, which may take hours.
@@ -30,9 +33,11 @@ def check_table(table: str, file_column: str, *columns: str) -> None:
 def read_targets(table: str, file_column: str, target: str, shelf: Shelf) -> dict[str, str]:
     """Join a CSV of labels to series by the path or name of the image file, or of the DICOM folder; see `file_names.join_names`.
 
+    A column called `series_id` that has ids of the index in it, as `medssl labels attach` writes it, is joined by these alone.
+
     Args:
         table: CSV with a header.
-        file_column: Column with the name.
+        file_column: Column with the name, or `series_id`.
         target: Column with the label.
         shelf: The rows to find.
 
@@ -44,18 +49,23 @@ def read_targets(table: str, file_column: str, target: str, shelf: Shelf) -> dic
     """
     check_table(table, file_column, target)
     path = Path(table)
-    labels: dict[str, set[str]] = {}
-    fixed: set[str] = set()
     with open(path, newline="") as stream:
-        reader = csv.DictReader(stream)
-        for row in reader:
-            if row[target] in ("", None) or not row[file_column]:
-                continue
-            name = plain_name(row[file_column], path.parent)
-            labels.setdefault(name, set()).add(row[target])
-            if is_fixed(row[file_column]):
-                fixed.add(name)
-    names = _names_of_series(labels, fixed, path, shelf)
+        lines = [(row[file_column], row[target]) for row in csv.DictReader(stream)]
+    lines = [(name, label) for name, label in lines if name and label not in ("", None)]
+    by_id = file_column == SERIES_COLUMN and not shelf.archive.first_paths().keys().isdisjoint(name for name, _ in lines)
+    labels: dict[str, set[str]] = {}
+    for given, label in lines:
+        labels.setdefault(given if by_id else plain_name(given, path.parent), set()).add(label)
+    if by_id:
+        names = {row.series_id: row.series_id for row in shelf.rows if row.series_id in labels}
+    else:
+        fixed = {plain_name(given, path.parent) for given, _ in lines if is_fixed(given)}
+        names = _names_of_series(labels, fixed, path, shelf)
+    if not names and file_column == SERIES_COLUMN:
+        raise RequestError(
+            f"none of the {len(shelf.rows)} selected series is named in column {file_column} of {path.name}; ids are those of one index and "
+            "its key: attach the labels to this one (`medssl labels attach`), or let source.where select series that have some"
+        )
     if not names:
         raise RequestError(
             f"none of the {len(shelf.rows)} selected series is named in column {file_column} of {path.name}; names are compared with the "

@@ -19,7 +19,7 @@ import torch
 from medssl import build, data_sources, label_tables
 from medssl.archive.table import group_facts
 from medssl.errors import RequestError
-from medssl.evaluation.finetune_targets import Classifier, Images, TargetResult, finetune_targets
+from medssl.evaluation.finetune_targets import Classifier, Images, TargetResult, finetune_targets, start
 from medssl.evaluation.label_curve import Cell
 from medssl.evaluation.outside import Look
 from medssl.evaluation.scores import encode_classes
@@ -97,7 +97,8 @@ class TargetRoad:
         return training_rows(cases, labels, seed)
 
     def refuse(self, arms: Mapping[str, Arm], cell: Cell, cases: Cases) -> None:
-        """Refuse nothing: a head fits every encoder."""
+        """Refuse settings that do not go with cases and images; a head fits every encoder."""
+        start(self.batches, cases, self.settings, labels=cell.labels, seed=cell.seed)
 
     def facts(self) -> dict[str, Any]:
         """Return what the cells share."""

@@ -67,6 +67,25 @@ def test_names_that_leave_a_choice__are_refused_without_being_said(tmp_path: Pat
     assert "000" not in str(caught.value) and "IM1" not in str(caught.value)
 
 
+def read_ids(folder: Path, *lines: str, of: tuple[str, ...] = ()) -> dict[str, str]:
+    (folder / "attached.csv").write_text("\n".join(["series_id,y", *lines]) + "\n")
+    return read_targets(str(folder / "attached.csv"), "series_id", "y", shelf_of(*of))
+
+
+def test_series_ids__name_series_and_nothing_else(tmp_path: Path) -> None:
+    """Ids are compared whole: the file of another series may be called as an id is."""
+    assert read_ids(tmp_path, "a1,ill", "mr2,healthy", "b2,", "gone,ill") == {"a1": "ill", "mr2": "healthy"}
+    assert read_ids(tmp_path, "a1,ill", "0002,ill") == {"a1": "ill"}
+    assert read_ids(tmp_path, "0002,ill", "P2,ill") == {"b2": "ill", "ct2": "ill"}  # no id: a column of names that is called so
+    with pytest.raises(RequestError, match=r"1 of the 1 names in column series_id .* several values of y"):
+        read_ids(tmp_path, "a1,ill", "a1,healthy")
+    for lines, of in ((["a1,ill"], ("b1",)), (["0123456789abcdef,ill"], ())):
+        with pytest.raises(
+            RequestError, match=r"selected series is named in column series_id of attached\.csv; ids are those of one index"
+        ):
+            read_ids(tmp_path, *lines, of=of)
+
+
 def test_narrower_selection__does_not_give_labels_of_another_folder(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="none of the 1 selected series is named"):
         read(tmp_path, "siteA/0001.png,healthy", of=("b1",))

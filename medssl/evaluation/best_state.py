@@ -12,10 +12,12 @@ class BestState:
 
     Args:
         patience: Validations without a better one after which training stops; None keeps nothing, and the last state is scored.
+        frozen: First steps in which the encoder does not learn. Validations there do not count towards patience: what follows them is
+            another training. The best state may be of them.
     """
 
-    def __init__(self, patience: int | None) -> None:
-        self.patience, self.waited = patience, 0
+    def __init__(self, patience: int | None, frozen: int = 0) -> None:
+        self.patience, self.frozen, self.waited = patience, frozen, 0
         self._best: tuple[float, int, dict[str, Tensor]] | None = None
 
     def seen(self, merit: float | None, step: int, network: nn.Module) -> bool:
@@ -30,7 +32,7 @@ class BestState:
             return False
         if self._best is None or merit > self._best[0]:
             self._best, self.waited = (merit, step, copy.deepcopy(network.state_dict())), 0
-        else:
+        elif step > self.frozen:
             self.waited += 1
         return self.waited >= self.patience
 
@@ -39,4 +41,5 @@ class BestState:
         if self._best is None:
             return "last state; validation labels chose nothing"
         network.load_state_dict(self._best[2])
-        return f"step {self._best[1]}, the best of {cases} validation cases"
+        early = ", before the encoder learnt" if self._best[1] <= self.frozen else ""
+        return f"step {self._best[1]}, the best of {cases} validation cases{early}"

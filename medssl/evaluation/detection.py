@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,24 @@ class Matches:
     right: np.ndarray
     real: np.ndarray
     overlaps: tuple[float, ...]
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """(G,) place of the last box of every distinct score."""
+        return np.flatnonzero(np.append(self.scores[1:] < self.scores[:-1], True)) if len(self.scores) else np.zeros(0, int)
+
+    @cached_property
+    def steps(self) -> list[tuple[np.ndarray, ...]]:
+        """Per threshold: places of right boxes and of those that are neither; the ends at which recall rises, and how many of both lie above.
+
+        A bootstrap asks for them a thousand times, and only how often an image counts differs.
+        """
+        found: list[tuple[np.ndarray, ...]] = []
+        for row in self.right:
+            right, neither = np.flatnonzero(row == 1), np.flatnonzero(row == -1)
+            ends = np.unique(self.ends[np.searchsorted(self.ends, right)])
+            found.append((right, neither, ends, np.searchsorted(right, ends, "right"), np.searchsorted(neither, ends, "right")))
+        return found
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -166,9 +185,8 @@ def _counts(matches: Matches, times: np.ndarray | None) -> tuple[np.ndarray, np.
     """Return right and wrong boxes (T, G) down to every distinct score, and boxes to be found, images counted `times`."""
     weights = np.ones(len(matches.real)) if times is None else np.asarray(times, dtype=np.float64)
     each = weights[matches.image]
-    ends = np.flatnonzero(np.append(matches.scores[1:] < matches.scores[:-1], True)) if len(matches.scores) else np.zeros(0, int)
-    right = np.cumsum((matches.right == 1) * each, axis=1)[:, ends]
-    wrong = np.cumsum((matches.right == 0) * each, axis=1)[:, ends]
+    right = np.cumsum((matches.right == 1) * each, axis=1)[:, matches.ends]
+    wrong = np.cumsum((matches.right == 0) * each, axis=1)[:, matches.ends]
     return right, wrong, float((weights * matches.real).sum())
 
 
@@ -184,19 +202,24 @@ def average_precision(matches: Matches, times: np.ndarray | None = None) -> np.n
     Reference:
         Lin et al. 2014, "Microsoft COCO", and its evaluation code; Everingham et al. 2010 for the interpolation.
     """
-    right, wrong, real = _counts(matches, times)
+    weights = np.ones(len(matches.real)) if times is None else np.asarray(times, dtype=np.float64)
+    real = float((weights * matches.real).sum())
     if real == 0:
         return np.full(len(matches.overlaps), np.nan)
-    if not right.shape[1]:
-        return np.zeros(len(matches.overlaps))
-    recall = right / real
-    precision = np.divide(right, right + wrong, out=np.zeros_like(right), where=right + wrong > 0)
-    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    found = np.zeros(len(right))
-    for row in range(len(right)):
-        place = np.searchsorted(recall[row], RECALLS - 1e-12)
-        reached = place < recall.shape[1]
-        found[row] = best[row, place[reached]].sum() / len(RECALLS)
+    each = weights[matches.image]
+    seen = np.cumsum(each)
+    found = np.zeros(len(matches.overlaps))
+    for row, (at, neither, ends, n_right, n_neither) in enumerate(
+        matches.steps
+    ):  # precision is highest where a right box was added
+        right = np.cumsum(each[at])[n_right - 1]
+        counted = seen[ends]
+        if len(neither):
+            counted = counted - np.append(0.0, np.cumsum(each[neither]))[n_neither]
+        precision = np.divide(right, counted, out=np.zeros_like(right), where=counted > 0)
+        best = np.maximum.accumulate(precision[::-1])[::-1]
+        place = np.searchsorted(right / real, RECALLS - 1e-12)
+        found[row] = best[place[place < len(right)]].sum() / len(RECALLS)
     return found
 
 
@@ -255,7 +278,7 @@ def score_threshold(matches: Matches, rate: float) -> float:
         0 where every score is allowed, else the next number above the highest score that is not.
     """
     _, wrong, _ = _counts(matches, None)
-    ends = np.flatnonzero(np.append(matches.scores[1:] < matches.scores[:-1], True)) if len(matches.scores) else np.zeros(0, int)
+    ends = matches.ends
     allowed = int(np.searchsorted(wrong[0], rate * len(matches.real) + 1e-9, side="right"))
     return 0.0 if allowed == len(ends) else float(np.nextafter(matches.scores[ends[allowed]], np.inf))
 

@@ -419,7 +419,7 @@ def _train(
         network.to(memory_format=memory)  # type: ignore[call-overload]  # volumes: 1.1 to 1.5x on CPU
     volumes = [run.reader(case) for case in cases]
     order = case_order(len(cases), run.seed)
-    best = BestState(settings.patience)
+    best = BestState(settings.patience, settings.freeze_steps if pretrained else 0)
     curve: list[dict[str, Any]] = []
     times: list[float] = []
     losses: list[float] = []

@@ -60,7 +60,8 @@ class BoxSettings:
         warmup_steps: Steps of linear warm-up; cosine decay to 0 follows.
         box_weight: Weight of the loss of edges beside that of classes.
         val_every: Steps between scores on validation cases; 0 has none.
-        patience: Validations without a better one after which training stops; the best state is then scored. None scores the last one.
+        patience: Validations without a better one after which training stops; the best state is then scored. Those of the frozen steps
+            do not count, but may hold the best state. None scores the last one.
         overlap: Of windows, where a volume is larger than the training crop.
         split: Of label maps: whether every connected part of a structure is an object (lesions), or the structure is one (organs).
         min_voxels: Of label maps: smaller parts are left out and counted.
@@ -260,10 +261,11 @@ class _Learner:
     ) -> tuple[list[dict[str, Any]], str, dict[str, float]]:
         """Run all steps, or until validation stops; leave the network with the state to be scored."""
         settings, network = self.settings, self.detector.network
+        frozen = settings.freeze_steps if self.pretrained else 0
         factors = factors_inside(network, ENCODER, settings, pretrained=self.pretrained)
         optimizer = torch.optim.AdamW(parameter_groups(network, factors, settings.weight_decay), lr=settings.lr)
         ids = [int(number) for number in self.cases.ids[self.rows]]
-        best = BestState(settings.patience)
+        best = BestState(settings.patience, frozen)
         curve: list[dict[str, Any]] = []
         losses: list[dict[str, float]] = []
         times: list[float] = []

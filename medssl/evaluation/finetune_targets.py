@@ -57,12 +57,14 @@ class TargetSettings:
         weight_decay: Decoupled weight decay, not applied to norms and biases.
         clip: Largest gradient norm.
         warmup_steps: Steps of linear warm-up; cosine decay to 0 follows.
-        class_weights: `balanced` (one over the share of the class in the training cases, mean 1), `none`, or one number per class.
+        class_weights: `balanced` (one over the share of the class in the training cases, mean 1), `none`, or one number
+            above 0 per class. Of classes only, as `label_smoothing`.
         label_smoothing: Share of a class's probability that goes to all classes.
         val_every: Steps between validations; 0 has none.
-        patience: Validations without a better one after which training stops; the best state is then scored. None scores the last one.
-        flips: Axes of an image (0 is its first spatial axis) along which test images are also shown mirrored; the mean is scored. None by
-            default: mirrored anatomy is a wrong label for everything that has a side.
+        patience: Validations without a better one after which training stops; the best state is then scored. Those of the frozen steps
+            do not count, but may hold the best state. None scores the last one.
+        flips: Axes of an image or a volume (0 is its first spatial axis) along which test images are also shown mirrored; the mean is
+            scored. None by default: mirrored anatomy is a wrong label for everything that has a side.
         augment: Geometric and intensity operations of the views, in training only.
         precision: `fp32`, or `bf16` autocast.
         device: Torch device.
@@ -100,12 +102,17 @@ class TargetSettings:
             ("label_smoothing", 0 <= self.label_smoothing < 1, "0 to below 1"),
             ("val_every", self.val_every >= 0, "0 or more"),
             ("patience", self.patience is None or (self.patience >= 1 and self.val_every > 0), "1 or more, with val_every above 0"),
+            (
+                "flips",
+                all(axis >= 0 for axis in self.flips) and len(set(self.flips)) == len(self.flips),
+                "axes from 0 on, none twice",
+            ),
             ("precision", self.precision in ("fp32", "bf16"), "fp32 or bf16"),
             (
                 "class_weights",
                 self.class_weights in ("none", "balanced")
-                or (not isinstance(self.class_weights, str) and all(w >= 0 for w in self.class_weights)),
-                "none, balanced, or one number per class, 0 or more",
+                or (not isinstance(self.class_weights, str) and all(0 < w < math.inf for w in self.class_weights)),
+                "none, balanced, or one number above 0 per class",  # of a batch that is of a class of 0 the loss is no number
             ),
         )
         wrong = [f"{name}: {getattr(self, name)!r}; {accepted}" for name, good, accepted in checks if not good]
@@ -200,6 +207,44 @@ def class_weights(settings: TargetSettings, targets: np.ndarray, classes: int) -
     return torch.tensor(given, dtype=torch.float32)
 
 
+def start(batches: Batches, cases: Cases, settings: TargetSettings, *, labels: int | None, seed: int) -> np.ndarray:
+    """Return the training rows, after checking everything that a run can be refused for before its first step.
+
+    Args:
+        batches: Where pictures come from; one is looked at where they are to be mirrored.
+        cases: All labelled cases.
+        settings: See there.
+        labels: Training cases; None takes all.
+        seed: Of their order.
+
+    Raises:
+        RequestError: Cases, pictures and settings do not go together.
+    """
+    train = training_rows(cases, labels, seed)
+    if settings.patience is not None and not len(cases.where("val")):
+        raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
+    if cases.task == "classification":
+        class_weights(settings, cases.targets[train], len(cases.classes))
+    else:
+        refuse_settings(_of_classes_only(settings))
+    if settings.flips:
+        images, _ = next(iter(batches.plain([int(cases.ids[train[0]])])))
+        _refuse_flips(images, settings.flips)
+    return train
+
+
+def _of_classes_only(settings: TargetSettings) -> list[str]:
+    given = {"class_weights": settings.class_weights != "none", "label_smoothing": settings.label_smoothing > 0}
+    return [f"{name}: numbers have no classes, and this would do nothing; leave it out" for name, set_ in given.items() if set_]
+
+
+def _refuse_flips(images: Images, flips: Sequence[int]) -> None:
+    if not isinstance(images, Tensor) or images.ndim < 4:  # (B, N, D) is a bag of features, which has no sides
+        raise RequestError("flips mirror images and volumes; set flips: [] for stacks, clips and bags of features")
+    if max(flips) >= (axes := images.ndim - 2):
+        raise RequestError(f"flips: {list(flips)}; these images have {axes} axes; name some of 0 to {axes - 1}, none twice")
+
+
 def finetune_targets(
     encoder: nn.Module,
     batches: Batches,
@@ -232,9 +277,7 @@ def finetune_targets(
         RequestError: Cases and settings do not go together; nothing was trained.
         TrainingStopped: The loss stopped being a number.
     """
-    train = training_rows(cases, labels, seed)
-    if settings.patience is not None and not len(cases.where("val")):
-        raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
+    train = start(batches, cases, settings, labels=labels, seed=seed)
     network = _network(encoder, cases, settings, seed)
     learner = _Learner(network, batches, cases, settings, train, seed, pretrained)
     learner.look()
@@ -313,7 +356,7 @@ class _Learner:
         factors = factors_inside(network, "encoder", settings, pretrained=self.pretrained)
         optimizer = torch.optim.AdamW(parameter_groups(network, factors, settings.weight_decay), lr=settings.lr)
         ids = [int(number) for number in self.cases.ids[self.rows]]
-        best = BestState(settings.patience)
+        best = BestState(settings.patience, frozen)
         curve: list[dict[str, Any]] = []
         losses: list[float] = []
         times: list[float] = []
@@ -391,10 +434,8 @@ class _Learner:
         return stacked if self.cases.task == "classification" else stacked * self.spread + self.middle
 
     def _mirrored(self, images: Images) -> list[Images]:
-        if not self.settings.flips:
+        if not isinstance(images, Tensor):  # `start` has refused flips of others
             return []
-        if not isinstance(images, Tensor):
-            raise RequestError("flips mirror images and volumes; set flips: [] for stacks and clips")
         return [images.flip(2 + axis) for axis in self.settings.flips]
 
     def merit(self) -> float | None:

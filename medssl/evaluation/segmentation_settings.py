@@ -55,7 +55,7 @@ class FinetuneSettings:
         val_every: Steps between scores on validation cases; 0 has none. Without `patience` they choose nothing: tables use the last state.
         val_cases: Validation cases scored for the curve.
         patience: Validations without a better mean Dice after which training stops; the best state is then scored, and the result says
-            that validation labels chose it. None scores the last state.
+            that validation labels chose it. Those of the frozen steps do not count, but may hold the best state. None scores the last state.
         overlap: Overlap of inference windows, 0 to below 1.
         flips: Axes (0 is X, or H) along which a volume is also shown mirrored when it is segmented; the class probabilities are averaged. None by
             default: mirrored anatomy is a wrong label for everything that has a side.

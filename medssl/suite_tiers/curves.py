@@ -202,7 +202,7 @@ def _training_cases(recipe: Any, seeds: Sequence[int]) -> int:
     from medssl.evaluation.cohort import Cohort
     from medssl.evaluation.label_curve import deals
 
-    cohort = Cohort.load(recipe.cohort.path)
+    cohort = Cohort.load(recipe.cohort.path, every=recipe.folds is not None)
     if recipe.folds is None or recipe.task != "detection":
         return min(len(one.split("train")) for one in deals(cohort, recipe.folds, seeds).values())
     # folds of detection are alike in their boxes, which nobody has looked for yet: the two that do not train have no more than these patients

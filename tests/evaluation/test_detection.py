@@ -15,6 +15,7 @@ from medssl.evaluation.detection import (
     OVERLAPS,
     RATES,
     ImageBoxes,
+    Matches,
     average_precision,
     box_iou,
     detection_rows,
@@ -188,6 +189,34 @@ def test_average_precision__is_that_of_the_definition(dims: int, seed: int) -> N
         fast = average_precision(match(images, label, [0.1, 0.3, 0.5]))
         slow = [slow_average_precision(images, label, t) for t in (0.1, 0.3, 0.5)]
         assert fast == pytest.approx(slow, nan_ok=True)
+
+
+def whole_average_precision(matches: Matches, times: np.ndarray) -> np.ndarray:
+    """Every box counted for every threshold, precision at every score."""
+    each = np.asarray(times, dtype=np.float64)[matches.image]
+    ends = np.flatnonzero(np.append(matches.scores[1:] < matches.scores[:-1], True)) if len(matches.scores) else np.zeros(0, int)
+    right, wrong = (np.cumsum((matches.right == kind) * each, axis=1)[:, ends] for kind in (1, 0))
+    real = float((times * matches.real).sum())
+    if real == 0 or not right.shape[1]:
+        return np.full(len(right), np.nan if real == 0 else 0.0)
+    precision = np.divide(right, right + wrong, out=np.zeros_like(right), where=right + wrong > 0)
+    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    found = np.zeros(len(right))
+    for row in range(len(right)):
+        place = np.searchsorted(right[row] / real, np.linspace(0, 1, 101) - 1e-12)
+        found[row] = best[row, place[place < right.shape[1]]].sum() / 101
+    return found
+
+
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_average_precision_of_draws__is_the_same_number_as_counting_every_box(seed: int, ties: bool) -> None:
+    images = random_images(seed, n=12, ties=ties, crowds=seed % 2 == 1)
+    rng = np.random.default_rng(seed)
+    for label in range(4):  # nobody has the last
+        matches = match(images, label)
+        for times in [np.ones(12, int), *(np.bincount(rng.integers(12, size=12), minlength=12) for _ in range(20))]:
+            assert np.array_equal(average_precision(matches, times), whole_average_precision(matches, times), equal_nan=True)
 
 
 def test_average_precision__is_that_of_monai() -> None:

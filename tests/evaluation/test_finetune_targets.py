@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from medssl.encoders.image2d import Image2D
 from medssl.encoders.slice_volume import SliceVolumeEncoder
 from medssl.encoders.vit3d import ViT3D
 from medssl.errors import RequestError
+from medssl.evaluation import finetune_targets as finetune_module
 from medssl.evaluation import target_cases
 from medssl.evaluation.cell_summary import markdown
 from medssl.evaluation.clinical import clinical_facts
@@ -203,6 +205,19 @@ def test_patience__scores_the_best_state_and_says_who_chose_it() -> None:
     assert len(merits) == best + 3 or result.curve[-1]["step"] == 400
 
 
+@pytest.mark.parametrize(("pretrained", "freeze", "stops"), [(True, 12, 16), (False, 12, 6), (True, 40, 40)])
+def test_patience__does_not_count_validations_of_the_frozen_steps(
+    pretrained: bool, freeze: int, stops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merits = iter(range(0, -100, -1))  # the first is the best
+    monkeypatch.setattr(finetune_module._Learner, "merit", lambda _: float(next(merits)))
+    settings = replace(QUICK, steps=40, val_every=2, patience=2, freeze_steps=freeze)
+    result, _ = run(make_cases(), settings, pretrained=pretrained)
+    early = ", before the encoder learnt" if pretrained else ""
+    assert result.curve[-1]["step"] == stops
+    assert result.choice == f"step 2, the best of 15 validation cases{early}"
+
+
 def test_temperature_and_threshold__follow_validation_cases_alone() -> None:
     cases = make_cases(classes=2)
     found = run(cases)[0]
@@ -320,6 +335,10 @@ def test_cases_that_cannot_work__are_refused() -> None:
     numbers = make_cases("regression")
     with pytest.raises(RequestError, match="training targets are 7; nothing can be learnt"):
         run(replace(numbers, targets=np.full(len(numbers.ids), 7.0)))
+    with pytest.raises(
+        RequestError, match=r"class_weights: numbers have no classes, .* leave it out; label_smoothing: numbers have no"
+    ):
+        run(numbers, replace(QUICK, class_weights="balanced", label_smoothing=0.1))
 
 
 @pytest.mark.parametrize(
@@ -328,13 +347,51 @@ def test_cases_that_cannot_work__are_refused() -> None:
         ({"steps": 0}, "steps: 0; 1 or more"),
         ({"layer_decay": 1.5}, "layer_decay: 1.5; above 0, at most 1"),
         ({"patience": 2, "val_every": 0}, "patience: 2; 1 or more, with val_every above 0"),
-        ({"class_weights": "equal"}, "class_weights: 'equal'; none, balanced, or one number per class"),
+        ({"class_weights": "equal"}, "class_weights: 'equal'; none, balanced, or one number above 0 per class"),
+        ({"flips": [-2]}, r"flips: \(-2,\); axes from 0 on, none twice"),
+        ({"flips": [0, 0]}, r"flips: \(0, 0\); axes from 0 on, none twice"),
+        ({"class_weights": [0, 0, 0]}, r"class_weights: \(0, 0, 0\); none, balanced, or one number above 0 per class"),
+        ({"class_weights": [1, 0]}, "one number above 0 per class"),
         ({"epochs": 3}, "unknown key epochs"),
     ],
 )
 def test_settings_that_cannot_work__are_refused(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(RequestError, match=match):
         TargetSettings.from_dict(changes)
+
+
+@pytest.mark.parametrize(
+    ("shown", "match"),
+    [
+        (lambda images: images, r"flips: \[0, 2\]; these images have 2 axes; name some of 0 to 1"),
+        (lambda images: images.flatten(2), "flips mirror images and volumes; set flips: \\[\\] for stacks, clips and bags"),
+        (lambda images: SimpleNamespace(slices=images), "flips mirror images and volumes"),
+    ],
+)
+def test_flips_that_images_do_not_have__are_refused_before_the_first_step(
+    shown: Callable[[Tensor], Any], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Shown(Pictures):
+        def plain(self, ids: Sequence[int]) -> Iterable[tuple[Any, Sequence[int]]]:
+            plain = super().plain
+            return ((shown(images), own) for images, own in plain(ids))
+
+    cases = make_cases()
+    monkeypatch.setattr(finetune_module, "_network", None)
+    with pytest.raises(RequestError, match=match):
+        run(cases, replace(QUICK, flips=(0, 2)), batches=Shown(cases))
+
+
+def test_flips__are_averaged_within_each_case() -> None:
+    cases, settings = make_cases(), replace(QUICK, steps=2, warmup_steps=0)
+    batches = Pictures(cases)
+    flipped, network = run(cases, replace(settings, flips=(0, 1)), batches=batches)
+    with torch.no_grad():
+        for case in flipped.cases[:3]:
+            image = batches.images[case["id"]][None]
+            looks = [network(look).double() for look in (image, image.flip(2), image.flip(3))]
+            wanted = torch.softmax(torch.stack(looks).mean(dim=0) / flipped.fitted["temperature"], dim=1)[0]
+            assert case["probability"] == pytest.approx(wanted.tolist(), abs=1e-6)
 
 
 def cell_of_classes(fold: int, pairs: Sequence[tuple[int, float]]) -> dict[str, Any]:

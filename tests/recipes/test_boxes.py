@@ -29,6 +29,7 @@ from medssl.networks.detection import DetectorSettings, build_detector
 from medssl.recipe import Recipe, recipe_folder
 from medssl.weights import load_part, save_part
 from tests.cli.test_bad_input import medssl
+from tests.evaluation.tiny_cohort import tiny_volume, write_nifti
 
 QUICK = ["settings.steps=2", "settings.batch=2", "settings.warmup_steps=1", "settings.detector={strides: [8, 16], width: 8}"]
 CELLS = {"index": "", "where": "split is not null", "domain": "microscopy"}
@@ -354,13 +355,48 @@ def test_domain_of_a_cohort__gets_its_arguments_and_is_shared(cohort: Path) -> N
 def test_folds_over_some_unknown_patients__are_refused(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Cohort.load(cohort)
     some = replace(whole, cases=tuple(replace(case, patient_known=k > 0) for k, case in enumerate(whole.cases)))
-    monkeypatch.setattr(Cohort, "load", lambda _: some)
+    monkeypatch.setattr(Cohort, "load", lambda _, **__: some)
     with pytest.raises(RequestError, match="labelled series have no usable patient identity, so patients cannot be kept together"):
         api.finetune(volumes(cohort, "unknown", "folds=3"), None)
     assert not (cohort.parent / "unknown").exists()
     recipe = volumes(cohort, "unknown")
     found = volume_source(recipe, section_of(recipe, None)[0], BoxSettings(), None)
     assert found.cases.groups is None and set(found.patients.values()) == {None}
+
+
+def volumes_of_folds(root: Path, sides: str, organs: bool) -> Any:
+    """Return the source of a cohort dealt into folds; a training case (t) has no spleen, of others (v, s) both organs are there."""
+    rows = ["image,label,split,patient"]
+    for number, side in enumerate({"t": "train", "v": "val", "s": "test"}[side] for side in sides):
+        image, label = tiny_volume(number)
+        write_nifti(root / f"i{number}.nii.gz", image)
+        label = label * (label < 2) if side == "train" else label
+        for value, organ in ((1, "liver"), (2, "spleen")) if organs else ():
+            if (label == value).any():
+                write_nifti(root / f"l{number}" / f"{organ}.nii.gz", (label == value).astype(np.uint8))
+        if not organs:
+            write_nifti(root / f"l{number}.nii.gz", label)
+        rows.append(f"i{number}.nii.gz,l{number}{'' if organs else '.nii.gz'},{side},p{number}")
+    (root / "cohort.csv").write_text("\n".join(rows) + "\n")
+    recipe = volumes(root / "cohort.csv", "none", "folds=3")
+    return volume_source(recipe, section_of(recipe, None)[0], build.box_settings(recipe), None)
+
+
+@pytest.mark.parametrize(
+    ("sides", "organs", "found"), [("tttvs", False, [5, 2]), ("sssss", False, [5, 5]), ("sssss", True, [5, 5])]
+)
+def test_folds_of_volumes__have_the_structures_of_all_label_maps(
+    tmp_path: Path, sides: str, organs: bool, found: list[int]
+) -> None:
+    source = volumes_of_folds(tmp_path, sides, organs)
+    assert source.cases.classes == ("structure_1", "structure_2") and source.cases.present.sum(axis=0).tolist() == found
+
+
+def test_folds_of_volumes__of_which_some_label_fewer_organs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        RequestError, match=r"case case0001: .* a map does not label structure 2, which is not to say that it is absent"
+    ):
+        volumes_of_folds(tmp_path, "tttvs", organs=True)
 
 
 @pytest.mark.slow

@@ -431,7 +431,7 @@ def test_patients_of_folds__are_those_of_all_folds_of_a_seed(tmp_path: Path) -> 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_fractions_of_folds__are_of_what_every_fold_trains_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
     cases = [Case(f"case{k}", tmp_path, tmp_path, f"p{k}", "train" if k < 4 else "test") for k in range(11)]
-    monkeypatch.setattr(Cohort, "load", lambda _: Cohort("c", tuple(cases)))
+    monkeypatch.setattr(Cohort, "load", lambda _, **__: Cohort("c", tuple(cases)))
     section = CurveSection(recipe="x.yaml", fractions=[0.5, 1.0], seeds=[0, 1])
     for folds, counts in ((None, [2, 4]), (5, [2, 5] if task == "detection" else [3, 6])):
         recipe = SimpleNamespace(cohort=SimpleNamespace(path="c"), folds=folds, task=task)

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from medssl import api, target_tasks
+from medssl.archive.operations.labels import attach
+from medssl.archive.table import Archive
 from medssl.errors import LeakageError, MedsslError, RequestError
 from medssl.finetune_cells import claim
 from medssl.recipe import Recipe, recipe_folder
@@ -83,11 +85,40 @@ def test_classes__pretrained_beside_scratch_and_finished_cells_are_kept(
         api.label_curve(load(house, phantom_archive, "settings.lr=0.1"), house / "run", counts=[4], seeds=[0])
 
 
+def test_attached_labels__are_learnt_from(house: Path, phantom_archive: Path) -> None:
+    archive = Archive.open(phantom_archive)
+    attach(archive, house / "labels.csv", house / "attached.csv", by="path", columns=["finding"])
+    given = [f"table={house / 'attached.csv'}", "file_column=series_id", f"out={house / 'attached'}"]
+    roads = [
+        TargetRoad(recipe, recipe.source, None) for recipe in (load(house, phantom_archive), load(house, phantom_archive, *given))
+    ]
+    assert roads[0].series == roads[1].series and (roads[0].cases.targets == roads[1].cases.targets).all()
+
+
+def finish_a_cell(out: Path) -> None:
+    (out / "cells" / "scratch_n1_s0").mkdir(parents=True)
+    (out / "cells" / "scratch_n1_s0" / "results.json").write_text("{}")
+
+
+def test_folder_without_a_finished_cell__takes_corrected_settings(house: Path, phantom_archive: Path) -> None:
+    out = f"out={house / 'corrected'}"
+    with pytest.raises(RequestError, match="class_weights: 3 numbers for 2 classes; give one per class"):
+        api.finetune(load(house, phantom_archive, "settings.class_weights=[1, 2, 3]", out), house / "run")
+    assert not (house / "corrected").exists()
+    road = TargetRoad(recipe := load(house, phantom_archive, out), recipe.source, None)
+    claim(house / "corrected", {"weights": {"scratch": None}, **road.facts(), "settings": {"lr": 1}})
+    (house / "corrected" / "cells" / "scratch_n1_s0").mkdir(parents=True)  # cut short
+    claim(house / "corrected", {"weights": {"pretrained": "b"}, **road.facts()})
+    kept = json.loads((house / "corrected" / "target_curve.json").read_text())
+    assert kept["settings"] == road.facts()["settings"] and kept["weights"] == {"pretrained": "b"}
+
+
 def test_another_sampler__is_another_folder(house: Path, phantom_archive: Path) -> None:
     samplers = [f"source.sampler={name}" for name in ("crops", "pairs")]
     recipes = [load(house, phantom_archive, f"out={house / 'sampled'}", sampler) for sampler in samplers]
     road = [TargetRoad(recipe, recipe.source, None) for recipe in recipes]
     claim(house / "sampled", {"weights": {}, **road[0].facts()})
+    finish_a_cell(house / "sampled")
     with pytest.raises(RequestError, match="cells computed with other sampler; cells of one folder share"):
         claim(house / "sampled", {"weights": {}, **road[1].facts()})
     record = house / "sampled" / "target_curve.json"
