@@ -33,7 +33,27 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"name": "vit3d", "args": {"image_size": [48, 48, 48], "hidden_size": 192, "num_heads": 3}},
         {"feature_size": 8},
     ),
+    "swin_unetr": (
+        "swin_unetr",
+        {"name": "swin3d", "args": {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 4}},
+        {},
+    ),
+    "resenc_unet": (
+        "resenc_unet",
+        {
+            "name": "resenc3d",
+            "args": {
+                "features_per_stage": [8, 16, 32, 64],
+                "n_blocks_per_stage": [1, 2, 2, 2],
+                "kernel_sizes": [3, 3, 3, 3],
+                "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]],
+            },
+        },
+        {},
+    ),
 }
+COARSE = {"swin_unetr": 64}
+"""Crops of networks that need multiples of 32."""
 SLOWER_AT_MOST, FASTER_AT_LEAST = 1.1, 1.0
 
 
@@ -148,9 +168,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name in options.networks:
         network, encoder, more = NETWORKS[name]
         settings = FinetuneSettings(
-            network=network, encoder=encoder, network_args=more, crop=(options.crop,) * 3, batch=options.batch
+            network=network, encoder=encoder, network_args=more, crop=(COARSE.get(name, options.crop),) * 3, batch=options.batch
         )
-        shelf = volumes(4, tuple(options.size))
+        shelf = volumes(4, tuple(max(n, c) for n, c in zip(options.size, settings.crop)))  # MONAI's crop pads nothing
         with without_monai_warnings():
             (mine, step), (theirs, peer_step) = our_step(settings, shelf), monai_step(settings, shelf)
             ours, peer = "medssl", "MONAI"
