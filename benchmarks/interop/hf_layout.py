@@ -29,10 +29,12 @@ def prepare(folder: Path) -> None:
     """Export two encoders and leave an image with our features of it."""
     import torch
 
+    from benchmarks.interop import leave_facts
     from medssl.encoders.image2d import Image2D
     from medssl.export.write import export_weights
     from medssl.weights import save_part
 
+    leave_facts(folder)
     for name, (model, more, size) in MODELS.items():
         torch.manual_seed(0)
         encoder = Image2D(model=model, image_size=size, model_args={"depth": 3, "embed_dim": 96, "num_heads": 3, **more}).eval()
@@ -77,6 +79,7 @@ def check(folder: Path) -> dict[str, Any]:
     packages = ("transformers", "torch", "safetensors", "huggingface_hub")
     return {
         "benchmark": "interop_hf_layout",
+        "made_by": json.loads((folder / "made_by.json").read_text()),
         "versions": {name: version(name) for name in packages},
         "rows": rows,
         "tolerance": TOLERANCE,

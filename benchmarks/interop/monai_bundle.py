@@ -29,6 +29,9 @@ SHAPE, SPACING = (40, 36, 24), (1.2, 1.0, 1.8)
 
 def prepare(folder: Path, run: Path | None) -> None:
     """Export bundles and leave an image with our features of it."""
+    from benchmarks.interop import leave_facts
+
+    leave_facts(folder)
     runs = (
         {run.name: run} if run else {name: _random_run(folder / "runs" / name, name) for name in ("vit3d", "segresnet3d", "swin3d")}
     )
@@ -148,6 +151,7 @@ def check(folder: Path) -> dict[str, Any]:
     met = absent and bool(rows) and all(_row_met(row) for row in rows)
     return {
         "benchmark": "interop_monai_bundle",
+        "made_by": json.loads((folder / "made_by.json").read_text()),
         "python": sys.version.split()[0],
         "versions": {name: version(name) for name in packages},
         "neither medssl, timm nor torchvision installed": absent,

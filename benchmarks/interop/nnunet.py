@@ -38,11 +38,13 @@ def prepare(folder: Path, run: Path | None) -> None:
     """Export weights and leave an image with our features of it."""
     import torch
 
+    from benchmarks.interop import leave_facts
     from medssl.build import load_encoder
     from medssl.encoders.resenc3d import ResEnc3D
     from medssl.export.write import export_weights
     from medssl.weights import find_part, load_part, save_part
 
+    leave_facts(folder)
     if run is None:
         torch.manual_seed(0)
         run, encoder = folder / "run", ResEnc3D(**TOY)  # type: ignore[arg-type]
@@ -285,6 +287,7 @@ def main(argv: list[str] | None = None) -> None:
             "python": sys.version.split()[0],
             "versions": {name: version(name) for name in packages},
             "nnunetv2_from": given.source,
+            "made_by": json.loads((folder / "made_by.json").read_text()),
         }
         key = given.step if given.step == "train" or found["rows"][0]["road"] == "adaptation plan" else "check of the package"
         given.out.write_text(json.dumps({**before, key: {**facts, **found}}, indent=1) + "\n")

@@ -18,10 +18,10 @@ HIPPOCAMPUS = ROOT.parent / "shared" / "data" / "msd_hippocampus"
 
 def python_of(name: str) -> Path:
     """The interpreter of `.interop/NAME`, or skip."""
-    python = ROOT / ".interop" / name / "bin" / "python"
-    if not python.is_file():
-        pytest.skip(f"no environment at .interop/{name}; see benchmarks/README.md")
-    return python
+    folder = ROOT / ".interop" / name
+    if not (folder / ".installed").is_file():
+        pytest.skip(f"no environment at .interop/{name}; `make environments` installs it")
+    return folder / "bin" / "python"
 
 
 def there(name: str, script: str, *arguments: str, folder: Path) -> Any:
