@@ -16,8 +16,9 @@ from torch import Tensor
 
 from medssl.errors import WeightsError
 
-# where a checkpoint keeps its tensors, the first one found is taken: an averaged teacher before the student
-WRAPPERS = ("network_weights", "state_dict", "model_state_dict", "model", "teacher", "student", "net")
+# where a checkpoint keeps its tensors, the first one found is taken: an average over steps before what was averaged, a teacher before its student
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+WRAPPERS = ("network_weights", *AVERAGED, "state_dict", "model_state_dict", "model", "teacher", "student", "net")
 _WRAPPED = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 MAX_DEPTH = 3
 

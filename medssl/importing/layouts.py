@@ -262,9 +262,16 @@ def read_image2d(opened: Opened, asked: Asked) -> Converted:
         probe = Image2D(**{**args, "in_channels": 1})
     network: Any = probe.net
     own = network.state_dict()
-    prefix = _best_prefix(opened.tensors, own)
-    inside, others = below(prefix, opened.tensors)
-    notes = [f"tensors below {prefix}"] if prefix else []
+    tensors, notes = _without_chunks(opened.tensors, own)
+    prefix = _best_prefix(tensors, own)
+    inside, others = below(prefix, tensors)
+    notes += [f"tensors below {prefix}"] if prefix else []
+    if asked.image_size is None and (size := _size_of_positions(inside, network)):
+        args["image_size"] = size
+        notes.append(f"image size {'x'.join(map(str, size))} is that of the file's {inside['pos_embed'].shape[1]} positions")
+        with torch.device("meta"):
+            probe = Image2D(**{**args, "in_channels": 1})
+        own = probe.net.state_dict()
     stem = network.pretrained_cfg.get("first_conv")
     stem = f"{stem}.weight" if isinstance(stem, str) else ""
     if stem in inside and inside[stem].ndim == 4:
@@ -297,9 +304,39 @@ def read_image2d(opened: Opened, asked: Asked) -> Converted:
     if "pos_embed" in given and abs(inside["pos_embed"].shape[1] - given["pos_embed"].shape[1]) > 1:  # 1: the class token's own
         resized = ["pos_embed"]
     size = _image_size(probe)
-    if asked.image_size is None:
+    if args.get("image_size") is None:
         notes.append(f"image size {'x'.join(map(str, size))} is timm's for {args['model']}; else give --image-size")
     return Converted("timm", args, given, [*others, *(prefix + key for key in dropped)], resized, image_size=size, notes=notes)
+
+
+CHUNK = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
+
+
+def _without_chunks(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Name blocks by their number alone where a file keeps them in chunks: DINOv2's `block_chunks`, `blocks.CHUNK.NUMBER.`, for FSDP.
+
+    Networks of timm whose blocks lie in stages (`blocks.STAGE.NUMBER.`) keep their names.
+
+    Returns:
+        Tensors, and what is to be said of it.
+    """
+    plain = {CHUNK.sub(r"\1blocks.\2.", key): value for key, value in tensors.items()}
+    changed = plain.keys() != tensors.keys()
+    if not changed or len(plain) != len(tensors) or any(CHUNK.search(key) for key in own):
+        return dict(tensors), []
+    return plain, ["blocks were in chunks and are named by their number alone"]
+
+
+def _size_of_positions(inside: Mapping[str, Tensor], network: Any) -> list[int] | None:
+    """Return the image size (H, W) that a ViT's position table is of, where tokens make a square; None where that is not told."""
+    table, patch = inside.get("pos_embed"), getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    if table is None or table.ndim != 3 or patch is None or not hasattr(network.patch_embed, "grid_size"):
+        return None
+    for before in (int(getattr(network, "num_prefix_tokens", 1)), 1, 0):  # with registers, with the class token alone, without
+        side = round(max(table.shape[1] - before, 0) ** 0.5)
+        if side > 0 and side**2 == table.shape[1] - before:
+            return [side * int(p) for p in patch]
+    return None
 
 
 def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:

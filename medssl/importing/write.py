@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medssl.errors import RequestError, WeightsError, near
-from medssl.importing.files import read_tensors
+from medssl.importing.files import AVERAGED, read_tensors
 from medssl.importing.layouts import READERS, Asked, Converted, adapt_channels
 from medssl.registry import argument_faults, lookup
 from medssl.weights import folder_aside, load_part, save_part, write_atomic
@@ -100,7 +100,8 @@ def import_weights(
     size = converted.image_size or (list(image_size) if image_size else None)
     spacing = list(spacing_mm) if spacing_mm else converted.spacing_mm
     how = normalize or converted.normalize
-    notes = [*converted.notes, *_unknown(size, spacing, how)]
+    averaged = [f"tensors are the average over steps, {key} of the file" for key in opened.inside if key in AVERAGED]
+    notes = [*averaged, *converted.notes, *_unknown(size, spacing, how)]
     facts = {
         "image_size": size,
         "spacing_mm": spacing,

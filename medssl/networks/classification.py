@@ -37,10 +37,11 @@ class LinearHead(nn.Module):
 
     @torch.no_grad()
     def settle(self, rows: Tensor) -> None:
-        """Take mean and std of features (N, E); a channel that does not vary keeps its scale."""
-        std, mean = torch.std_mean(rows.float(), dim=0, correction=0)
+        """Take mean and std of features (N, E); a channel that does not vary, but for rounding, keeps its scale."""
+        rows = rows.float()
+        std, mean = torch.std_mean(rows, dim=0, correction=0)
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+        self.std.copy_(torch.where(std > 1e-6 * rows.abs().amax(dim=0), std, torch.ones_like(std)))
 
     def forward(self, output: EncoderOutput) -> Tensor:
         """Return scores (B, K) of the pooled features."""

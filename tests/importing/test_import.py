@@ -281,6 +281,49 @@ def test_dinov2_style_teacher__gives_the_features_of_timms_network(tmp_path: Pat
         )
 
 
+def test_blocks_in_chunks__are_named_by_their_number(tmp_path: Path) -> None:
+    """DINOv2 trains with `block_chunks`, so that the files of its own runs say blocks.CHUNK.NUMBER."""
+    args = {"reg_tokens": 2, "no_embed_class": True, "init_values": 0.5}
+    network = stock("test_vit", in_chans=3, num_classes=0, **args)
+    whole = {f"backbone.{key}": value for key, value in dinov2_layout(network).items()}
+    chunked = {re.sub(r"blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}.", key): value for key, value in whole.items()}
+    assert "backbone.blocks.1.3.norm1.weight" in chunked
+    torch.save({"teacher": chunked}, tmp_path / "teacher.pth")
+    report = import_weights(tmp_path / "teacher.pth", "image2d", tmp_path / "out", args={"model": "test_vit", "model_args": args})
+    assert any("chunks" in note for note in report.notes)
+    x = image(160, 160, channels=3)
+    with torch.no_grad():
+        torch.testing.assert_close(build.load_encoder(tmp_path / "out")(x).pooled, network(x), atol=1e-5, rtol=0)
+
+
+def test_stages__are_no_chunks(tmp_path: Path) -> None:
+    network = stock("test_efficientnet", in_chans=1, num_classes=0)
+    assert "blocks.0.0.conv.weight" in network.state_dict()
+    torch.save(network.state_dict(), tmp_path / "net.pth")
+    report = import_weights(tmp_path / "net.pth", "image2d", tmp_path / "out", args={"model": "test_efficientnet"})
+    assert report.unexpected == () and not any("chunks" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict_ema", "model_ema"])
+def test_average_over_steps__comes_before_what_was_averaged(tmp_path: Path, wrapper: str) -> None:
+    network = stock("test_vit", in_chans=1, num_classes=0)
+    last = {key: value + 1 for key, value in network.state_dict().items()}
+    torch.save({"state_dict": last, "model": last, wrapper: network.state_dict(), "epoch": 3}, tmp_path / "last.pth")
+    report = import_weights(tmp_path / "last.pth", "image2d", tmp_path / "out", args={"model": "test_vit"})
+    assert f"tensors are the average over steps, {wrapper} of the file" in report.notes
+    found, manifest = load_part(tmp_path / "out")
+    assert torch.equal(found["pos_embed"], network.state_dict()["pos_embed"]) and manifest["imported"]["inside"] == [wrapper]
+
+
+def test_image_size__is_that_of_the_positions_where_nobody_says(tmp_path: Path) -> None:
+    network = stock("test_vit", in_chans=1, num_classes=0, img_size=96)
+    torch.save(network.state_dict(), tmp_path / "vit.pth")
+    report = import_weights(tmp_path / "vit.pth", "image2d", tmp_path / "out", args={"model": "test_vit"})
+    assert report.resized == () and report.encoder["args"]["image_size"] == [96, 96]
+    assert "image size 96x96 is that of the file's 37 positions" in report.notes
+    assert load_part(tmp_path / "out")[1]["image_size"] == [96, 96]
+
+
 def test_vit_of_another_size__has_its_positions_resized_and_named(tmp_path: Path) -> None:
     network = stock("test_vit", in_chans=1, num_classes=0, img_size=96)
     torch.save(network.state_dict(), tmp_path / "vit.bin")

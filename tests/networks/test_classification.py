@@ -31,6 +31,17 @@ def test_linear_head__standardises_by_what_it_settled_on() -> None:
     assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e4])
+def test_linear_head__does_not_feel_the_scale_of_features(scale: float) -> None:
+    rows = 5 + 2 * torch.randn(50, 4)
+    rows[:, 2] = 7.0
+    head, other = LinearHead(4, 3), LinearHead(4, 3)
+    other.load_state_dict(head.state_dict())
+    head.settle(rows)
+    other.settle(scale * rows)
+    torch.testing.assert_close(other(output(scale * rows[:, None])), head(output(rows[:, None])), atol=1e-4, rtol=0)
+
+
 def test_attention_head__equals_a_loop() -> None:
     head, tokens = AttentionHead(6, 2, hidden=5), torch.randn(3, 4, 6)
     tokens[1, 2:] = 0.0
