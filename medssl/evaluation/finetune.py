@@ -103,9 +103,13 @@ def open_weights(path: Path | str, *, transfer: str = "encoder") -> Pretrained:
     """Read an encoder, and with `encoder_decoder` its decoder, from a run folder, weights folder or safetensors file.
 
     Raises:
-        WeightsError: They are missing or damaged, or there is no decoder.
+        WeightsError: They are missing or damaged, of a fine-tuned network, or there is no decoder.
     """
     state, manifest = load_part(path)
+    if manifest["part"] == "network":
+        raise WeightsError(
+            f"{path} is a fine-tuned network with its head; fine-tuning starts from an encoder: give the run folder of the pretraining"
+        )
     decoder = None
     if transfer == "encoder_decoder":
         try:
@@ -216,7 +220,7 @@ def finetune(
     span = training_range([look_at(encoder, reader(case), case, settings) for case in train_cases])
     optimizer = torch.optim.AdamW(parameter_groups(network, factors, settings.weight_decay), lr=settings.lr)
     curve, choice, seconds = _train(run, crops, optimizer, loss_of, train_cases, val_cases, out, weights is not None, on_step)
-    save_part(out, "network", network.state_dict(), _manifest(run, weights, data_cards(cohort, weights)))
+    save_part(out, "network", network.state_dict(), _manifest(run, weights, data_cards(cohort, weights), forced))
     flags = {case.id: outside(look_at(encoder, reader(case), case, settings), span) for case in test_cases}
     scores, resampled = _test(run, test_cases, out)
     result = FinetuneResult(
@@ -562,7 +566,7 @@ def data_cards(cohort: Cohort, weights: Pretrained | None) -> list[dict[str, Any
     return cards + ([dict(cohort.card)] if cohort.card is not None and cohort.card["card_hash"] not in known else [])
 
 
-def _manifest(run: _Run, weights: Pretrained | None, cards: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(run: _Run, weights: Pretrained | None, cards: list[dict[str, Any]], forced: list[str]) -> dict[str, Any]:
     return {
         "encoder": dict(run.settings.encoder or {}),
         "library": library_of(run.network),
@@ -576,6 +580,11 @@ def _manifest(run: _Run, weights: Pretrained | None, cards: list[dict[str, Any]]
         "crop": list(run.settings.crop),
         "spacing_mm": run.settings.spacing_mm,
         "intensity": {"normalize": run.settings.normalize},
+        "overlap": run.settings.overlap,
+        "flips": list(run.settings.flips),
+        "domains": [run.settings.domain],
+        "domain_args": dict(run.settings.domain_args),
+        "forced": forced,
         "pretrained": None if weights is None else weights.manifest.get("weights_hash"),
         "data_cards": cards,
     }

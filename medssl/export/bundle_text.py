@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medssl.export.manifest import domain_of, normalization_of, spacing_of, window_of
@@ -82,6 +82,56 @@ python -m monai.bundle verify_net_in_out --net_id network_def --meta_file config
 
 `verify_metadata` needs the package jsonschema, and skips its download when the schema file exists; `docs/metadata_schema.json` checks the
 mandatory fields of MONAI's bundle specification. Delete it to have MONAI's own schema downloaded.
+"""
+
+
+def segmentation_readme_text(manifest: dict[str, Any], found: Mapping[str, Any], *, name: str) -> str:
+    """Return `docs/README.md` of a fine-tuned network.
+
+    Args:
+        manifest: Manifest of the export.
+        found: Manifest of the network.
+        name: Name of the bundle.
+    """
+    spacing = found.get("spacing_mm")
+    grid = (
+        "no other: every image keeps its own voxel size"
+        if spacing is None
+        else f"{' x '.join(f'{s:g}' for s in spacing)} mm (trilinear)"
+    )
+    rows = "\n".join(f"| {value} | {found['structures'][str(value)]} |" for value in found["label_values"][1:])
+    flips = (
+        f", mirrored along axes {', '.join(map(str, found['flips']))} too (probabilities are averaged)" if found["flips"] else ""
+    )
+    forced = "".join(f"\n\nForced: {line}." for line in found.get("forced") or [])
+    return f"""# {name}
+
+A {found["library"]}, fine-tuned with medssl {manifest["export"]["versions"]["medssl"]}, as a MONAI bundle. It needs MONAI and the packages named in
+`configs/metadata.json`; it does not need medssl. Research only. Not for diagnostic use.{forced}
+
+## Use
+
+```
+python -m monai.bundle run --config_file configs/inference.json --bundle_root . --dataset_dir IMAGES --output_dir SEGMENTATIONS
+```
+
+`IMAGES` is a folder of NIfTI images. Each becomes `<image>_seg.nii.gz` on the grid and with the axes of its file:
+
+| value | structure |
+|---|---|
+| 0 | background |
+{rows}
+
+## What is done
+
+1. Axes to RAS, X Y Z.
+2. {_normalisation_sentence(manifest)}
+3. Resampling to {grid}.
+4. Windows of {" x ".join(map(str, found["crop"]))} voxels that overlap by {found["overlap"]:g}{flips}.
+5. Scores are brought back to the voxels of the image; the likeliest class is written.
+
+Voxels that medssl excludes (NaN, the corner outside a CT reconstruction circle) take part in the statistics here, and images that medssl
+refuses (no spacing, a CT that is not in Hounsfield units) are not refused here.
 """
 
 

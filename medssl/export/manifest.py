@@ -136,7 +136,7 @@ def require_library(manifest: Mapping[str, Any], library: str, to: str) -> None:
     if found != library:
         raise WeightsError(
             f"export to {to}: the weights are of encoder {manifest['encoder']['name']} ({found}); {to} takes {library}; "
-            f"export to {', '.join(FITTING.get(found, ('safetensors',)))} instead"
+            f"export to {', '.join((*FITTING.get(found, ('safetensors',)), *OF_ANY))} instead"
         )
 
 
@@ -148,6 +148,7 @@ def require_whole(manifest: Mapping[str, Any], to: str) -> None:
         )
 
 
+OF_ANY = ("onnx", "hf")
 FITTING = {
     "monai.ViT": ("safetensors", "unetr", "monai-bundle"),
     "monai.SegResNet": ("safetensors", "segresnet", "monai-bundle"),

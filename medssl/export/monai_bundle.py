@@ -30,6 +30,16 @@ IGNITE, FIRE = "0.5.1", "0.7.1"  # where none is installed: the oldest ignite th
 AIR_SHARE = 0.25  # medssl.domains.statistics
 LIBRARIES = ("monai.ViT", "monai.SegResNet", "monai.SwinUNETR")
 
+IMPORTS = [
+    "$import collections",
+    "$import itertools",
+    "$import os",
+    "$import monai",
+    "$import numpy as np",
+    "$import torch",
+    "$from einops.layers.torch import Rearrange",
+]
+
 FOREGROUND = {
     # voxels of a strided grid of at most two million, as medssl.domains.statistics.sample
     "sample": (
@@ -257,15 +267,7 @@ def inference_json(weights: Weights, window: tuple[int, ...]) -> dict[str, Any]:
     overlap = [0.5 if n % (2 * p) == 0 else 0.0 for n, p in zip(window, stride, strict=True)]
     affine = [[float(p) if i == j else 0.0 for j in range(3)] + [(p - 1) / 2] for i, p in enumerate(stride)]
     return {
-        "imports": [
-            "$import collections",
-            "$import itertools",
-            "$import os",
-            "$import monai",
-            "$import numpy as np",
-            "$import torch",
-            "$from einops.layers.torch import Rearrange",
-        ],
+        "imports": IMPORTS,
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/images'",
         "output_dir": "$@bundle_root + '/features'",
@@ -281,25 +283,7 @@ def inference_json(weights: Weights, window: tuple[int, ...]) -> dict[str, Any]:
             f"$lambda x: monai.transforms.DivisiblePad({stride}, method='end', value=x.meta['padding'])("
             f"monai.transforms.SpatialPad({list(window)}, method='end', value=x.meta['padding'])(x))"
         ),
-        "preprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, "image_only": True},
-                {
-                    "_target_": "Orientationd",
-                    "keys": "image",
-                    "axcodes": "RAS",
-                    "labels": [["L", "R"], ["P", "A"], ["I", "S"]],
-                },
-                {"_target_": "Lambdad", "keys": "image", "func": "@normalise"},
-                {"_target_": "Lambdad", "keys": "image", "func": "@resample"},
-                {"_target_": "Lambdad", "keys": "image", "func": "@clip"},
-                {"_target_": "Lambdad", "keys": "image", "func": "@pad"},
-                {"_target_": "EnsureTyped", "keys": "image", "dtype": "$torch.float32"},
-            ],
-        },
-        "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
-        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "shuffle": False, "num_workers": 0},
+        "preprocessing": preprocessing_config("@normalise", "@resample", "@clip", "@pad"),
         "inferer": {
             "_target_": "SlidingWindowInferer",
             "roi_size": list(window),
@@ -309,9 +293,9 @@ def inference_json(weights: Weights, window: tuple[int, ...]) -> dict[str, Any]:
         },
         "grid_affine": [*affine, [0.0, 0.0, 0.0, 1.0]],
         "place": "$lambda a: torch.matmul(a, torch.tensor(@grid_affine, dtype=a.dtype))",
-        "postprocessing": {
-            "_target_": "Compose",
-            "transforms": [
+        **running_config(
+            inferer="@inferer",
+            postprocessing=[
                 "$lambda d: (d['pred'].meta.update(affine=@place(d['image'].affine)), d)[1]",
                 {
                     "_target_": "SaveImaged",
@@ -324,7 +308,34 @@ def inference_json(weights: Weights, window: tuple[int, ...]) -> dict[str, Any]:
                     "squeeze_end_dims": False,
                 },
             ],
-        },
+        ),
+    }
+
+
+def preprocessing_config(*steps: str) -> dict[str, Any]:
+    """Return the transforms from a file to the image that the network is shown: axes to RAS, then the named expressions."""
+    return {
+        "_target_": "Compose",
+        "transforms": [
+            {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True, "image_only": True},
+            {
+                "_target_": "Orientationd",
+                "keys": "image",
+                "axcodes": "RAS",
+                "labels": [["L", "R"], ["P", "A"], ["I", "S"]],
+            },
+            *({"_target_": "Lambdad", "keys": "image", "func": step} for step in steps),
+            {"_target_": "EnsureTyped", "keys": "image", "dtype": "$torch.float32"},
+        ],
+    }
+
+
+def running_config(*, inferer: str, postprocessing: list[Any]) -> dict[str, Any]:
+    """Return what runs a bundle: data, the checkpoint, the evaluator, and what is done with a prediction."""
+    return {
+        "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
+        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "shuffle": False, "num_workers": 0},
+        "postprocessing": {"_target_": "Compose", "transforms": postprocessing},
         "checkpointloader": {
             "_target_": "CheckpointLoader",
             "load_path": "@ckpt_path",
@@ -338,7 +349,7 @@ def inference_json(weights: Weights, window: tuple[int, ...]) -> dict[str, Any]:
             "device": "@device",
             "val_data_loader": "@dataloader",
             "network": "@network",
-            "inferer": "@inferer",
+            "inferer": inferer,
             "postprocessing": "@postprocessing",
             "val_handlers": "@handlers",
         },

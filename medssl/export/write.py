@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medssl.errors import RequestError, near
+from medssl.errors import RequestError, WeightsError, near
 from medssl.evaluation.membership import read_membership
 from medssl.export import (
     flexible_unet,
@@ -19,6 +19,7 @@ from medssl.export import (
     resnet,
     resnet_trunk,
     retinanet,
+    segmentation_bundle,
     segresnet,
     swin_unetr,
     timm,
@@ -91,6 +92,10 @@ def export_weights(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"export: {out} exists and is not an empty folder; choose another one, or remove it first")
     weights = read_weights(Path(weights_path), decoder=decoder, tag=tag)
+    if weights.manifest["part"] == segmentation_bundle.PART and to != "monai-bundle":
+        raise WeightsError(
+            f"{weights_path} is a fine-tuned network, which goes to monai-bundle; {to} takes an encoder: give the run folder of the pretraining"
+        )
     if membership is not None:
         weights.manifest["membership_inference"] = _membership(membership, weights)
     with folder_aside(out) as aside:
@@ -114,7 +119,7 @@ def _writer(to: str, name: str, asked: Adaptation) -> Callable[[Path, Weights], 
         "unetr": unetr.write,
         "segresnet": segresnet.write,
         "swin-unetr": swin_unetr.write,
-        "monai-bundle": lambda folder, weights: monai_bundle.write(folder, weights, name=name),
+        "monai-bundle": lambda folder, weights: bundle_of(weights).write(folder, weights, name=name),
         "timm": lambda folder, weights: timm.write(folder, weights, asked),
         "nnunet": lambda folder, weights: nnunet.write(folder, weights, asked),
         "joint": joint.write_joint,
@@ -125,6 +130,11 @@ def _writer(to: str, name: str, asked: Adaptation) -> Callable[[Path, Weights], 
     if to in TRUNKS:
         return lambda folder, weights: resnet_trunk.write(folder, weights, TRUNKS[to], asked)
     return writers[to]
+
+
+def bundle_of(weights: Weights) -> Any:
+    """Return the module that writes the bundle of an encoder, or of a fine-tuned network."""
+    return segmentation_bundle if weights.manifest["part"] == segmentation_bundle.PART else monai_bundle
 
 
 def write_safetensors(folder: Path, weights: Weights) -> ExportReport:

@@ -81,5 +81,5 @@ def test_part_of_the_frame_branch__goes_to_timm(tmp_path: Path) -> None:
 
 
 def test_other_forms__name_those_that_fit(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"takes monai.ViT; export to safetensors, timm instead"):
+    with pytest.raises(WeightsError, match=r"takes monai.ViT; export to safetensors, timm, onnx, hf instead"):
         export_weights(run_of(make(), tmp_path / "run"), "unetr", tmp_path / "out")
