@@ -144,7 +144,7 @@ def evaluate_clips(recipe: EvaluateBase, weights: Path | str, on_cache: Progress
     _check_paths(recipe)
     encoder = build.load_encoder(weights)
     _, manifest = load_part(weights)
-    section, forced = probe_tasks.checked_section(recipe, manifest)
+    section = probe_tasks.evaluation_section(recipe, manifest)
     if section.views.get("kind") != "clip":
         raise RequestError(
             f"task {recipe.task}: asked of clips, and the weights are of encoder {manifest['encoder']['name']}, shown "  # type: ignore[attr-defined]
@@ -162,7 +162,7 @@ def evaluate_clips(recipe: EvaluateBase, weights: Path | str, on_cache: Progress
         assert isinstance(recipe, EvaluateAnomalyRecipe)
         rows, facts = anomaly(recipe, bench)
     return probe_tasks.write_evaluation(
-        recipe, manifest, leakage, shelf, {**facts, "forced": forced, "rows": rows, "seconds": time.perf_counter() - started}
+        recipe, manifest, leakage, shelf, {**facts, "rows": rows, "seconds": time.perf_counter() - started}
     )
 
 

@@ -28,8 +28,8 @@ from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.cell_summary import markdown
 from medssl.evaluation.folds import deals, fewest, refuse_counts
 from medssl.evaluation.label_curve import SCRATCH, Cell, plan
-from medssl.evaluation.pretrained_views import warn
-from medssl.probe_tasks import checked_section
+from medssl.evaluation.pretrained_views import unlike_axes
+from medssl.probe_tasks import evaluation_section
 from medssl.recipe import FinetuneBoxesRecipe, FinetuneTargetsRecipe, SourceSection
 from medssl.recipe_checks import load_recipe
 from medssl.seeding import derive_seed
@@ -51,13 +51,11 @@ class Arm:
         encoder: `{"name", "args"}`.
         weights: Where its weights lie; None is the scratch twin.
         hash: Of the weights.
-        forced: How the images differ from those of the pretraining, where the recipe forced it.
     """
 
     encoder: dict[str, Any]
     weights: Path | None
     hash: str | None
-    forced: tuple[str, ...] = ()
 
     def build(self, seed: int) -> Any:
         """Build it; a scratch encoder depends on the seed alone."""
@@ -138,7 +136,7 @@ def source_curve(
     pretrained = None if weights is None or str(weights) == SCRATCH else weights
     manifest = None if pretrained is None else load_part(pretrained)[1]
     section, forced = section_of(recipe, manifest)
-    arms = arms_of(recipe, pretrained, manifest, section, twin, forced)
+    arms = arms_of(recipe, pretrained, manifest, section, twin)
     road = open_road(recipe, section, pretrained)
     dealt = deals(road.cases, recipe.folds, seeds, road.training_rows)
     counts = [recipe.labels or fewest(dealt)] if counts is None else list(counts)
@@ -160,7 +158,6 @@ def source_curve(
     }
     claim(out, shared)
     road.keep(out)
-    warn(forced)
 
     def compute(folder: Path, cell: Cell) -> dict[str, Any]:
         return road.compute(folder, cell, arms[cell.arm], dealt[cell.seed, cell.fold], on_step)
@@ -222,7 +219,21 @@ def section_of(recipe: SourceRecipe, manifest: Mapping[str, Any] | None) -> tupl
                 "from scratch the recipe must say what the encoder sees: source.views.size and source.views.normalize"
             )
         return recipe.source, []
-    return checked_section(recipe, manifest)
+    section = evaluation_section(recipe, manifest)
+    differ = [axes] if (axes := unlike_axes(manifest)) else []
+    known = {"normalize": manifest["intensity"]["normalize"]}
+    if manifest.get("spacing_source") == "views":
+        known["spacing_mm"] = manifest["spacing_mm"]
+    for key, value in known.items():
+        given = section.views.get(key)
+        if json.dumps(given, default=list) != json.dumps(value, default=list):
+            differ.append(f"{key} is {given}, the weights were pretrained with {value}")
+    if differ and not recipe.force:
+        raise RequestError(
+            "source.views: " + "; ".join(differ) + "; features would meet other images than they know: leave it out of the recipe, "
+            "or set force: true, which the result will say"
+        )
+    return section, differ
 
 
 def _section_of_cohort(recipe: FinetuneBoxesRecipe, manifest: Mapping[str, Any] | None) -> tuple[SourceSection, list[str]]:
@@ -242,7 +253,6 @@ def arms_of(
     manifest: Mapping[str, Any] | None,
     section: SourceSection,
     twin: bool,
-    forced: Sequence[str] = (),
 ) -> dict[str, Arm]:
     """Return the arms by name: `pretrained` where there are weights, and `scratch`.
 
@@ -264,7 +274,7 @@ def arms_of(
     encoder = {"name": manifest["encoder"]["name"], "args": dict(manifest["encoder"]["args"])}
     if "image_size" in encoder["args"] and section.views.get("kind", "volume") == "volume":
         encoder["args"]["image_size"] = data_sources.make_views(section.views).size
-    arms = {"pretrained": Arm(encoder, Path(weights), str(manifest["weights_hash"]), tuple(forced))}
+    arms = {"pretrained": Arm(encoder, Path(weights), str(manifest["weights_hash"]))}
     return {**arms, SCRATCH: Arm(encoder, None, None)} if twin else arms
 
 
@@ -310,7 +320,7 @@ def write_cell(
         part: The network in the state that was scored, and its manifest.
     """
     network, manifest = part
-    content = {**content, "fold": cell.fold, "of_folds": cell.folds, "forced": manifest.get("forced", [])}
+    content = {**content, "fold": cell.fold, "of_folds": cell.folds}
     content |= {"when": now(), **{key: facts_of_machine()[key] for key in ("hardware", "versions", "git")}}
     found: dict[str, Any] = json.loads(json.dumps(content, default=str))
     save_part(folder, "network", network.state_dict(), dict(manifest))

@@ -19,7 +19,6 @@ from medssl.evaluation.controls import control_features
 from medssl.evaluation.features import embed, pooled, probe_table
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_predict
-from medssl.evaluation.pretrained_views import refuse_unlike, unlike_views, warn
 from medssl.leakage import refuse_pretraining_patients
 from medssl.recipe import (
     EvaluateBase,
@@ -60,11 +59,10 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
     label_tables.check_table(recipe.table, recipe.file_column, recipe.target)
     encoder = build.load_encoder(weights)
     _, manifest = load_part(weights)
-    section, forced = checked_section(recipe, manifest)
+    section = evaluation_section(recipe, manifest)
     if recipe.readout == "motion" and section.views.get("kind") != "clip":
         raise RequestError("readout: motion reads changes over time off clips, and these are none; set readout: pooled")
     readout = motion if recipe.readout == "motion" else pooled
-    warn(forced)
     shelf = data_sources.fill_shelf("source", section, on_progress=on_cache)
     leakage = refuse_pretraining_patients(weights, shelf)
     targets, series, groups = labelled_rows(shelf, recipe.table, recipe.file_column, recipe.target, recipe.task)
@@ -84,8 +82,9 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
         for name, values in {"encoder": features, **controls}.items():
             rows += knn_probe(values, targets, groups, task=recipe.task, name=name, k=k, seed=recipe.seed)
     seconds = time.perf_counter() - started
-    facts = {"target": recipe.target, "readout": recipe.readout, "forced": forced}
-    result = write_evaluation(recipe, manifest, leakage, shelf, {**facts, "rows": rows, "seconds": seconds})
+    result = write_evaluation(
+        recipe, manifest, leakage, shelf, {"target": recipe.target, "readout": recipe.readout, "rows": rows, "seconds": seconds}
+    )
     if recipe.task == "regression":
         predicted = linear_predict(features, targets, groups, task="regression", seed=recipe.seed)
         private_folder(Path(recipe.out) / "figures")
@@ -117,21 +116,6 @@ def evaluation_cards(recipe: EvaluateBase, shelf: data_sources.Shelf) -> list[di
     cards = assign(shelf.archive, recipe.source.cards, shelf.name)
     seen = {cards.of_series.get(row.series_id) for row in shelf.rows}
     return [card_facts(card) for name, card in sorted(cards.cards.items()) if name in seen]
-
-
-def checked_section(
-    recipe: EvaluateBase | FinetuneTargetsRecipe | FinetuneBoxesRecipe | SuiteRecipe, manifest: Mapping[str, Any]
-) -> tuple[SourceSection, list[str]]:
-    """Return the recipe's source as `evaluation_section` does, and how it differs from the pretraining where that was forced.
-
-    Raises:
-        RequestError: As there; or views differ from those of the weights, and nobody forced it.
-    """
-    section = evaluation_section(recipe, manifest)
-    try:
-        return section, refuse_unlike(unlike_views(manifest, section.views), recipe.force)
-    except RequestError as err:
-        raise RequestError(f"source.views: {err}") from None
 
 
 def evaluation_section(

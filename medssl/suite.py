@@ -26,12 +26,11 @@ from medssl import data_sources, label_tables, target_tasks
 from medssl.errors import RequestError
 from medssl.evaluation import suite_rows
 from medssl.evaluation.aggregate import holm
-from medssl.evaluation.pretrained_views import warn
 from medssl.evaluation.suite_rows import TIERS, skip
 from medssl.evaluation.survival import SurvivalCases
 from medssl.evaluation.target_cases import Cases
 from medssl.leakage import refuse_pretraining_patients
-from medssl.probe_tasks import checked_section
+from medssl.probe_tasks import evaluation_section
 from medssl.recipe import FinetuneTargetsRecipe, Recipe, SuiteRecipe
 from medssl.recipe_checks import load_recipe
 from medssl.suite_tiers import RUN, Bench
@@ -90,8 +89,7 @@ def open_bench(recipe: SuiteRecipe, weights: Path | str, on_cache: Any = None) -
     columns = [column for task in recipe.tasks.values() for column in (task.column, task.event) if column is not None]
     label_tables.check_table(recipe.table, recipe.file_column, *columns)
     _, manifest = load_part(weights)
-    section, forced = checked_section(recipe, manifest)
-    warn(forced)
+    section = evaluation_section(recipe, manifest)
     shelf = data_sources.fill_shelf("source", section, on_progress=on_cache)
     found: dict[str, tuple[Cases, dict[int, str]]] = {}
     names = {}
@@ -121,7 +119,7 @@ def open_bench(recipe: SuiteRecipe, weights: Path | str, on_cache: Any = None) -
         name: replace(cases, ids=np.array([place[series[int(n)]] for n in cases.ids])) for name, (cases, series) in found.items()
     }
     survival = {name: SurvivalCases(tasks.pop(name), own) for name, own in events.items()}
-    return Bench(recipe, Path(weights), manifest, section, shelf, tasks, everything, names, survival, forced)
+    return Bench(recipe, Path(weights), manifest, section, shelf, tasks, everything, names, survival)
 
 
 def _events(recipe: SuiteRecipe, name: str, cases: Cases, series: Mapping[int, str], shelf: data_sources.Shelf) -> np.ndarray:
@@ -150,7 +148,7 @@ def claim(out: Path, bench: Bench, leakage: str) -> dict[str, Any]:
     Raises:
         RequestError: The folder holds tiers of other settings, weights or cases.
     """
-    settings = {k: v for k, v in bench.recipe.model_dump(mode="json").items() if k not in ("out", "tiers", "batch", "force")}
+    settings = {k: v for k, v in bench.recipe.model_dump(mode="json").items() if k not in ("out", "tiers", "batch")}
     cases = {
         name: sorted((bench.series[int(n)], float(t), str(s)) for n, t, s in zip(cases.ids, cases.targets, cases.split))
         for name, cases in bench.all_cases.items()
@@ -187,14 +185,7 @@ def claim(out: Path, bench: Bench, leakage: str) -> dict[str, Any]:
         for name in bench.all_cases
     }
     encoder = str(bench.manifest["encoder"]["name"])
-    return {
-        **shared,
-        "encoder": encoder,
-        "leakage_check": leakage,
-        "forced": bench.forced,
-        "tasks": tasks,
-        "seed": bench.recipe.seed,
-    }
+    return {**shared, "encoder": encoder, "leakage_check": leakage, "tasks": tasks, "seed": bench.recipe.seed}
 
 
 def _columns(bench: Bench) -> dict[str, Any]:
@@ -248,7 +239,7 @@ def write_results(out: Path, found: Mapping[str, Mapping[str, Any]], shared: Map
         "when": now(),
         **{key: facts[key] for key in ("hardware", "versions", "git")},
     }
-    write_atomic(out / "table.md", (suite_rows.markdown(tables, totals, comparisons, pairs, shared["forced"]) + "\n").encode())
+    write_atomic(out / "table.md", (suite_rows.markdown(tables, totals, comparisons, pairs) + "\n").encode())
     write_atomic(out / "page.html", suite_page({**result, "tables": tables}).encode())
     write_atomic(out / "results.json", json.dumps(result, indent=1, allow_nan=False, default=str).encode())
     return result

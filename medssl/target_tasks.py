@@ -207,6 +207,4 @@ def write_targets(
 def _facts(network: Classifier, arm: Arm, section: SourceSection) -> dict[str, Any]:
     axes = {"image": "HW", "clip": "THW"}.get(str(section.views.get("kind", "volume")), "XYZ-RAS")
     channels = getattr(network.encoder, "in_channels", 1)
-    return {"encoder": arm.encoder, "views": section.views, "pretrained": arm.hash, "axis_order": axes, "channels": channels} | {
-        "forced": list(arm.forced)
-    }
+    return {"encoder": arm.encoder, "views": section.views, "pretrained": arm.hash, "axis_order": axes, "channels": channels}

@@ -63,7 +63,6 @@ def evaluate(
         for r in done["rows"]
     ]
     lines = [show.table(rows, ["features", "probe", "metric", "value", "95 % interval", "images", "by"])]
-    lines += [f"forced: {difference}" for difference in done["forced"]]
     lines += [f"weights pretrained on: {line}" for line in card_lines(done["data_cards"]["weights"]) or [NO_CARD]]
     lines += [f"evaluated on: {line}" for line in card_lines(done["data_cards"]["evaluation"])]
     show.result(done, json, "\n".join(lines))
@@ -91,7 +90,6 @@ def _suite(recipe: Path, weights: Path, overrides: Sequence[str], json: bool) ->
     lines += [
         f"skipped: {s['tier']}: {' '.join(part for part in (s['task'], s['what']) if part)}: {s['why']}" for s in done["skipped"]
     ]
-    lines += [f"forced: {difference}" for difference in done["forced"]]
     lines.append(f"{len(done['rows'])} rows in {done['out']}: results.json, table.md, page.html")
     show.result(done, json, "\n".join(lines))
 

@@ -98,13 +98,6 @@ def headline(result: Any) -> str:
     return f"Dice {sum(dice.values()) / len(dice):.3f}"
 
 
-def forced_of(summary: dict[str, Any]) -> list[str]:
-    """Return how images differ from those of the pretraining, where that was forced: one list, or one for each arm."""
-    forced = (summary.get("shared") or {}).get("forced") or []
-    lines = [line for found in forced.values() for line in found] if isinstance(forced, dict) else forced
-    return list(dict.fromkeys(lines))
-
-
 def summary_table(summary: dict[str, Any]) -> str:
     """Return a label-curve summary as text."""
     segmentation = "metric" not in summary or summary["metric"].startswith("mean Dice")
@@ -124,8 +117,6 @@ def summary_table(summary: dict[str, Any]) -> str:
     for row in summary["differences"]:
         interval = "" if row["low"] is None else f" ({row['low']:+.3f} to {row['high']:+.3f}, paired over test patients)"
         text += f"\n{row['labels']} labels: {row['arm']} minus {row['against']} {row['difference']:+.3f}{interval}"
-    for difference in forced_of(summary):
-        text += f"\nforced: {difference}"
     if resampled := summary.get("without_dicom_seg"):
         text += f"\n{len(resampled)} test case(s) have NIfTI for DICOM-SEG, as their series was resampled: {', '.join(resampled)}"
     return text

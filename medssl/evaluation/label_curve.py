@@ -28,7 +28,6 @@ from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.finetune import Pretrained, data_cards, finetune, reader_of, structures_of, unlike_pretraining, with_encoder
-from medssl.evaluation.pretrained_views import warn
 from medssl.evaluation.segmentation_checks import look_through, refuse_unlearnable
 from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings
@@ -112,7 +111,6 @@ def label_curve(
     forced = {arm: unlike_pretraining(weights.manifest, settings, cases, reader) for arm, weights in named.items()}
     private_folder(out)
     claim(out, cohort, settings, arms, folds, forced, leakage_check)
-    warn(difference for found in forced.values() for difference in found)
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name
         result = read_cell(folder)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medssl.errors import RequestError
@@ -19,7 +19,7 @@ TOLERANCE = 0.1
 
 
 def plain(how: Any) -> Any:
-    """Return a normalisation as JSON has it, to be compared: 0 equals 0.0, a tuple its list."""
+    """Return a normalisation as JSON has it, to be compared."""
     return json.loads(json.dumps(dict(how) if isinstance(how, Mapping) else how))
 
 
@@ -60,26 +60,6 @@ def unlike_spacing(manifest: Mapping[str, Any], seen: Sequence[float] | None, gi
     return f"the weights were pretrained at {wanted} mm, {whose} {found} mm: set spacing_mm: {list(known)}"
 
 
-def unlike_views(manifest: Mapping[str, Any], views: Mapping[str, Any]) -> list[str]:
-    """Say how the views of a source differ from what weights were pretrained with.
-
-    Args:
-        manifest: Of the weights.
-        views: As a recipe has them, those that it leaves out taken from the weights.
-    """
-    found = [unlike_axes(manifest), unlike_intensities(manifest, views.get("normalize"))]
-    known = manifest.get("spacing_mm")
-    if views.get("kind", "volume") == "volume" and manifest.get("spacing_source") == "views" and known is not None:
-        given = views.get("spacing_mm")
-        if given is None:  # asked for: what the recipe leaves out comes from the weights
-            sizes = " x ".join(f"{size:g}" for size in known)
-            found.append(f"the weights were pretrained at {sizes} mm, and spacing_mm is null: set spacing_mm: {list(known)}")
-        else:
-            seen = [float(size) for size in given] if isinstance(given, Sequence) else [float(given)] * len(known)
-            found.append(unlike_spacing(manifest, seen, True))
-    return [difference for difference in found if difference is not None]
-
-
 def unlike_axes(manifest: Mapping[str, Any]) -> str | None:
     """Say that weights were made for images with other axes than their encoder gets here."""
     order, ours = manifest.get("axis_order"), lookup("encoder", manifest["encoder"]["name"]).axis_order
@@ -101,10 +81,6 @@ def refuse_unlike(found: Sequence[str | None], force: bool) -> list[str]:
             + "; features would meet other images than they know; force: true does it all the same, and the result "
             "says so"
         )
-    return differences
-
-
-def warn(forced: Iterable[str]) -> None:
-    """Log what was forced, each difference once."""
-    for difference in dict.fromkeys(forced):
+    for difference in differences:
         log.warning("forced: %s", difference)
+    return differences

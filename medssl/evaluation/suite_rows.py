@@ -125,16 +125,14 @@ def markdown(
     totals: Sequence[Mapping[str, Any]],
     comparisons: Sequence[Mapping[str, Any]],
     two: Sequence[Mapping[str, Any]] = (),
-    forced: Sequence[str] = (),
 ) -> str:
-    """Render tables, aggregate, comparisons, the tasks of two models and what was forced as Markdown."""
+    """Render tables, aggregate, comparisons and the tasks of two models as Markdown."""
     lines = [
         "# Evaluation suite",
         "",
         "Research only. Brackets: 95 % interval by patient. A dash: not run, see below each table.",
         "",
     ]
-    lines += [line for difference in forced for line in (f"Forced: {difference}.", "")]
     lines += ["## Over all tasks", "", "| model | mean z | mean rank | tasks | missing |", "|---|---|---|---|---|"]
     for row in totals:
         lines.append(f"| {row['model']} | {_signed(row['z'])} | {_plain(row['rank'], 1)} | {row['tasks']} | {row['missing']} |")

@@ -13,20 +13,7 @@ from typing import Any
 import numpy as np
 
 from medssl.report import clinical_boxes, clinical_figures, figures
-from medssl.report.elements import (
-    Section,
-    absent,
-    decimal,
-    forced_sentence,
-    image,
-    interval_svg,
-    plain,
-    span_of,
-    table,
-    text,
-    whole_page,
-    written,
-)
+from medssl.report.elements import Section, absent, decimal, image, interval_svg, plain, span_of, table, text, whole_page, written
 from medssl.report.headline import Estimate
 
 Facts = Mapping[str, Any]
@@ -535,7 +522,6 @@ def _caveats(facts: Facts, with_images: bool) -> str:
         "Intervals describe chance among these test patients. They know nothing of other scanners, sites or readers.",
         f"Which state of the network was scored: {facts['choice']}." if facts.get("choice") else "",
         "A flag says that a case is unlike the training cases. No flag does not say that the prediction is right.",
-        *map(forced_sentence, facts.get("forced") or []),
         _not_asked(facts),
         "Results are pseudonymised personal data unless their source was public or generated. This page has rows of single patients: keep it "
         "where the results may be."

@@ -117,11 +117,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = 
     return f'<div class="wide"><table{kind}>{said}<thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def forced_sentence(difference: str) -> str:
-    """Return what a page says of a difference from the pretraining that a recipe forced."""
-    return f"Forced: {difference}. The weights met other images than they know."
-
-
 def absent(what: str, how: str) -> str:
     """Return the sentence for a part that is not there."""
     return f'<p class="absent">{what} {how}</p>'

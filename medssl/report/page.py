@@ -21,7 +21,6 @@ from medssl.report.elements import (
     absent,
     decimal,
     duration,
-    forced_sentence,
     interval_svg,
     plain,
     span_of,
@@ -391,8 +390,6 @@ def _caveats(found: Leftovers, lines: Sequence[Comparison], with_images: bool) -
         said.append(f"Only {few} test cases: a difference of one or two Dice points may well be chance with so few.")
     if lines and all((line.seeds or 1) < 3 for line in lines):
         said.append("Fewer than 3 training seeds: with few labels the seed alone can move Dice by more than the method.")
-    forced = [line for result in [*found.results, *found.evaluations] for line in result.get("forced") or []]
-    said += map(forced_sentence, dict.fromkeys(forced))
     status = found.run.get("status")
     if status and status not in ("finished", "done"):
         said.append(f"The pretraining run is not finished (status: {status}); what came after it used what there was.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medssl.report.elements import Section, decimal, forced_sentence, plain, table, text, whole_page, written
+from medssl.report.elements import Section, decimal, plain, table, text, whole_page, written
 from medssl.report.headline import Estimate
 
 _STYLE = """
@@ -147,7 +147,6 @@ def _caveats(result: Mapping[str, Any]) -> str:
         "Equalised odds: the larger difference in true- or false-positive rate, at the threshold of 95 % specificity on validation cases.",
         "The scratch twin exists where a network is fine-tuned; in frozen tables its fine-tuned score stands in the last lines.",
     ]
-    said += map(forced_sentence, result.get("forced") or [])
     if "not checked" in str(result["leakage_check"]):
         said.append("Whether the weights have seen these patients could not be checked.")
     return "<ul>" + "".join(f"<li>{text(line)}</li>" for line in said) + "</ul>"

@@ -57,7 +57,6 @@ class Bench:
         series: Series of any task, in the order of their ids.
         names: Task -> (classes in the table, public names).
         survival: Name -> cases of times and events, which other tiers leave out.
-        forced: How the images differ from those of the pretraining, where the recipe forced it.
     """
 
     recipe: SuiteRecipe
@@ -69,7 +68,6 @@ class Bench:
     series: list[str]
     names: dict[str, tuple[list[str], list[str]]]
     survival: dict[str, SurvivalCases] = field(default_factory=dict)
-    forced: list[str] = field(default_factory=list)
 
     @property
     def all_cases(self) -> dict[str, Cases]:

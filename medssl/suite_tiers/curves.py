@@ -94,7 +94,7 @@ def own_recipe(bench: Bench, section: CurveSection, name: str) -> FinetuneTarget
     task = bench.recipe.tasks[name]
     return FinetuneTargetsRecipe(
         task=task.task, source=bench.recipe.source, table=bench.recipe.table, file_column=bench.recipe.file_column, target=task.column,
-        settings=section.settings, classes=task.classes, force=bench.recipe.force,
+        settings=section.settings, classes=task.classes,
     )  # fmt: skip
 
 

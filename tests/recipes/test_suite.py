@@ -158,35 +158,6 @@ def test_faults__come_before_anything_is_written(house: Path, phantom_archive: P
     assert not (tmp_path / "out").exists()
 
 
-def test_other_views_than_those_of_the_weights__are_refused_unless_forced(
-    house: Path, phantom_archive: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    other = ("source.views={normalize: percentile}", f"out={tmp_path / 'suite'}", *QUICK, "tiers=[retrieval]")
-    with pytest.raises(RequestError, match=r"^source\.views: .* with normalize zscore, the settings say percentile.*force: true"):
-        suite.run_suite(load(house, phantom_archive, *other), house / "run")
-    assert not (tmp_path / "suite").exists()
-    (said,) = suite.run_suite(load(house, phantom_archive, *other, "force=true"), house / "run")["forced"]
-    assert caplog.messages.count(f"forced: {said}") == 1
-    assert f"Forced: {said}." in (tmp_path / "suite" / "table.md").read_text()
-    assert said in json.loads((tmp_path / "suite" / "results.json").read_text())["forced"]
-    assert f"Forced: {said}." in (tmp_path / "suite" / "page.html").read_text()
-
-
-def test_probes_of_other_views__are_refused_unless_forced(
-    house: Path, phantom_archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = [f"source.index={phantom_archive}", f"table={house / 'labels.csv'}", "target=liver_ml", f"out={tmp_path / 'probes'}"]
-    given += ["source.domain=mri", "source.where=split is not null and split != 'train'", "source.views={spacing_mm: 6}"]
-    command = ["evaluate", str(recipe_folder() / "demo" / "evaluate.yaml"), *given, "--weights", str(house / "run")]
-    status, _, err = medssl(capsys, *command)
-    assert status == 2 and "the settings ask for 6 x 6 x 6 mm" in err and not (tmp_path / "probes").exists()
-    status, out, _ = medssl(capsys, *command, "force=true")
-    assert status == 0 and "forced: the weights were pretrained at" in out
-    (said,) = json.loads((tmp_path / "probes" / "evaluate.json").read_text())["forced"]
-    assert medssl(capsys, "report", tmp_path / "probes", "--out", tmp_path / "page.html")[0] == 0
-    assert f"Forced: {said}." in (tmp_path / "page.html").read_text()
-
-
 def test_patients_of_pretraining__are_not_scored(house: Path, phantom_archive: Path, tmp_path: Path) -> None:
     quiet = ["train.monitor_items=0", "train.tensorboard=false", "train.steps=1", "data.where=split is not null"]
     smoke = recipe_folder() / "smoke" / "mae_cnn_segresnet3d_mri.yaml"

@@ -16,11 +16,9 @@ from medssl import api, target_tasks
 from medssl.archive.operations.labels import attach
 from medssl.archive.table import Archive
 from medssl.errors import LeakageError, MedsslError, RequestError
-from medssl.evaluation.clinical import clinical_facts
 from medssl.finetune_cells import claim
 from medssl.recipe import Recipe, recipe_folder
 from medssl.target_tasks import TargetRoad
-from medssl.weights import read_manifest
 
 SHORT = [
     "settings.steps=2",
@@ -177,16 +175,11 @@ def test_numbers__from_scratch_with_the_encoder_of_the_recipe(house: Path, phant
 
 def test_other_views_than_those_of_the_weights__are_refused_unless_forced(house: Path, phantom_archive: Path) -> None:
     other = ("source.views={spacing_mm: 6.0, normalize: percentile}", f"out={house / 'forced'}")
-    with pytest.raises(RequestError, match=r"^source\.views: .* with normalize zscore, .* say percentile.*asks? for 6 x 6 x 6 mm"):
+    with pytest.raises(RequestError, match=r"normalize is percentile, the weights were pretrained with zscore; spacing_mm is 6\.0"):
         api.finetune(load(house, phantom_archive, *other), house / "run")
     assert not (house / "forced").exists()
-    forced = api.finetune(load(house, phantom_archive, *other, "force=true"), house / "run", twin=True)["shared"]["forced"]
-    assert len(forced) == 2 and forced[0].endswith("set normalize: zscore")
-    of_arm = {path.parent.name.split("_")[0]: json.loads(path.read_text()) for path in house.glob("forced/cells/*/results.json")}
-    assert of_arm["pretrained"]["forced"] == forced and of_arm["scratch"]["forced"] == []
-    (network,) = house.glob("forced/cells/pretrained_*/network.safetensors")
-    assert read_manifest(network)["forced"] == forced
-    assert clinical_facts(list(of_arm.values()), draws=10)["forced"] == forced
+    forced = api.finetune(load(house, phantom_archive, *other, "force=true"), house / "run")["shared"]["forced"]
+    assert len(forced) == 2 and forced[0].startswith("normalize is percentile")
 
 
 def test_patients_of_pretraining__may_train_and_not_be_scored(house: Path, phantom_archive: Path, tmp_path: Path) -> None:
