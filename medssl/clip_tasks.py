@@ -144,7 +144,7 @@ def evaluate_clips(recipe: EvaluateBase, weights: Path | str, on_cache: Progress
     _check_paths(recipe)
     encoder = build.load_encoder(weights)
     _, manifest = load_part(weights)
-    section = probe_tasks.evaluation_section(recipe, manifest)
+    section, forced = probe_tasks.matching_section(recipe, manifest)
     if section.views.get("kind") != "clip":
         raise RequestError(
             f"task {recipe.task}: asked of clips, and the weights are of encoder {manifest['encoder']['name']}, shown "  # type: ignore[attr-defined]
@@ -161,9 +161,8 @@ def evaluate_clips(recipe: EvaluateBase, weights: Path | str, on_cache: Progress
     else:
         assert isinstance(recipe, EvaluateAnomalyRecipe)
         rows, facts = anomaly(recipe, bench)
-    return probe_tasks.write_evaluation(
-        recipe, manifest, leakage, shelf, {**facts, "rows": rows, "seconds": time.perf_counter() - started}
-    )
+    found = {**facts, "forced": forced, "rows": rows, "seconds": time.perf_counter() - started}
+    return probe_tasks.write_evaluation(recipe, manifest, leakage, shelf, found)
 
 
 def _some(series: Sequence[str], count: int = 3) -> str:

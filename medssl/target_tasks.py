@@ -207,4 +207,5 @@ def write_targets(
 def _facts(network: Classifier, arm: Arm, section: SourceSection) -> dict[str, Any]:
     axes = {"image": "HW", "clip": "THW"}.get(str(section.views.get("kind", "volume")), "XYZ-RAS")
     channels = getattr(network.encoder, "in_channels", 1)
-    return {"encoder": arm.encoder, "views": section.views, "pretrained": arm.hash, "axis_order": axes, "channels": channels}
+    facts = {"encoder": arm.encoder, "views": section.views, "pretrained": arm.hash, "forced": list(arm.forced)}
+    return {**facts, "axis_order": axes, "channels": channels}
