@@ -150,6 +150,7 @@ def evaluate_clips(recipe: EvaluateBase, weights: Path | str, on_cache: Progress
             f"task {recipe.task}: asked of clips, and the weights are of encoder {manifest['encoder']['name']}, shown "  # type: ignore[attr-defined]
             f"{section.views.get('kind', 'volume')}s; give weights of video_vit"
         )
+    probe_tasks.refuse_size(manifest["encoder"], section.views)
     shelf = data_sources.fill_shelf("source", section, on_progress=on_cache)
     leakage = refuse_pretraining_patients(weights, shelf)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

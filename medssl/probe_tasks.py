@@ -19,7 +19,7 @@ from medssl.evaluation.controls import control_features
 from medssl.evaluation.features import embed, pooled, probe_table
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_predict
-from medssl.evaluation.pretrained_views import refuse_unlike, unlike_views
+from medssl.evaluation.pretrained_views import RESAMPLED, refuse_unlike, unlike_views
 from medssl.leakage import refuse_pretraining_patients
 from medssl.recipe import (
     EvaluateBase,
@@ -66,6 +66,7 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
     encoder = build.load_encoder(weights)
     _, manifest = load_part(weights)
     section, forced = matching_section(recipe, manifest)
+    refuse_size(manifest["encoder"], section.views)
     if recipe.readout == "motion" and section.views.get("kind") != "clip":
         raise RequestError("readout: motion reads changes over time off clips, and these are none; set readout: pooled")
     readout = motion if recipe.readout == "motion" else pooled
@@ -135,6 +136,30 @@ def matching_section(
     return section, refuse_unlike(unlike_views(manifest, section.views), recipe.force, "source.views")
 
 
+def refuse_size(encoder: Mapping[str, Any], views: Mapping[str, Any]) -> None:
+    """Refuse views of a size that an encoder does not take: items of any size are cut, padded or resized to it.
+
+    Args:
+        encoder: `{"name", "args"}`.
+        views: A `views` section with its size.
+
+    Raises:
+        RequestError: The patch does not divide the size.
+    """
+    target = lookup("encoder", encoder["name"])
+    maker: Any = data_sources.make_views(views)
+    size, patch = tuple(maker.size), tuple(target.divisor(encoder["args"]))
+    if getattr(target, "takes_clips", False):  # frames come first, and a picture has none
+        size = tuple(maker.spec.size) if views.get("kind") == "clip" else size
+        patch = patch[-len(size) :]
+    if any(n % p for n, p in zip(size, patch)):
+        nearest = [max(p, round(n / p) * p) for n, p in zip(size, patch)]
+        raise RequestError(
+            f"source.views.size: the patch {patch} of {encoder['name']} does not divide {size}; every size must be a multiple of "
+            f"it, for instance {nearest}"
+        )
+
+
 def evaluation_section(
     recipe: EvaluateBase | FinetuneTargetsRecipe | FinetuneBoxesRecipe | SuiteRecipe, manifest: Mapping[str, Any]
 ) -> SourceSection:
@@ -171,7 +196,7 @@ def evaluation_section(
         views = {"kind": "clip", "channels": channels, **views}
         if shown := manifest.get("clip"):
             views = data_sources.with_timing(views, shown["frames"], shown["fps"])
-    elif manifest.get("spacing_source") == "views":
+    elif manifest.get("spacing_source") == "views" and views.get("kind", "volume") in RESAMPLED:
         views.setdefault("spacing_mm", manifest["spacing_mm"])
     return recipe.source.model_copy(update={"views": views})
 

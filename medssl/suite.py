@@ -30,7 +30,7 @@ from medssl.evaluation.suite_rows import TIERS, skip
 from medssl.evaluation.survival import SurvivalCases
 from medssl.evaluation.target_cases import Cases
 from medssl.leakage import refuse_pretraining_patients
-from medssl.probe_tasks import matching_section
+from medssl.probe_tasks import matching_section, refuse_size
 from medssl.recipe import FinetuneTargetsRecipe, Recipe, SuiteRecipe
 from medssl.recipe_checks import load_recipe
 from medssl.suite_tiers import RUN, Bench
@@ -90,6 +90,7 @@ def open_bench(recipe: SuiteRecipe, weights: Path | str, on_cache: Any = None) -
     label_tables.check_table(recipe.table, recipe.file_column, *columns)
     _, manifest = load_part(weights)
     section, forced = matching_section(recipe, manifest)
+    refuse_size(manifest["encoder"], section.views)
     shelf = data_sources.fill_shelf("source", section, on_progress=on_cache)
     found: dict[str, tuple[Cases, dict[int, str]]] = {}
     names = {}

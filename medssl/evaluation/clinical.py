@@ -51,8 +51,8 @@ def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str,
 
     Returns:
         `task`, `metric`, `arm`, `labels`, `seed`, `folds` (how many were put together, or None), `forced` (how images differ from those of
-        the pretraining), `headlines` (one per labels and arm), and one entry per question: `structures`, `agreement`, `sensitivity`, `calibration`, `worst`, `subgroups`, `outside`. An entry that
-        cannot be given is `{"why": sentence}`.
+        the pretraining), `headlines` (one per labels and arm), and one entry per question: `structures`, `agreement`, `sensitivity`,
+        `calibration`, `worst`, `subgroups`, `outside`. An entry that cannot be given is `{"why": sentence}`.
 
     Raises:
         RequestError: There is no result with test cases, or they are of several tasks.
