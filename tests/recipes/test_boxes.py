@@ -32,6 +32,7 @@ from tests.cli.test_bad_input import medssl
 from tests.evaluation.tiny_cohort import tiny_volume, write_nifti
 
 QUICK = ["settings.steps=2", "settings.batch=2", "settings.warmup_steps=1", "settings.detector={strides: [8, 16], width: 8}"]
+HALF_MM = {"spacing_mm": [0.5, 0.5], "spacing_source": "views"}
 CELLS = {"index": "", "where": "split is not null", "domain": "microscopy"}
 
 
@@ -141,11 +142,15 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
     assert api.label_curve(recipe, weights, counts=[4], seeds=[0, 1])["rows"] == summary["rows"]
     with pytest.raises(RequestError, match="cells computed with other settings"):
         api.label_curve(pictures(smears, "out", "encoder={}", "settings.lr=0.1"), weights, counts=[4], seeds=[0])
+    spaced = encoder_weights(smears / "spaced", "image2d", {"model": "resnet10t", "in_channels": 3}, **facts, **HALF_MM)
+    assert api.finetune(pictures(smears, "spaced_out", "encoder={}", "labels=4"), spaced)["shared"]["forced"] == []
     grey = pictures(smears, "grey", "encoder={}", "source.views.channels=mean")
     with pytest.raises(RequestError, match="have 1 channels, the encoder takes 3"):
         api.label_curve(grey, weights, counts=[4], seeds=[0])
     other = pictures(smears, "other", "encoder={}", "source.views.normalize=zscore")
-    with pytest.raises(RequestError, match=r"source\.views: the weights were pretrained with normalize .*window.*, the settings say zscore"):
+    with pytest.raises(
+        RequestError, match=r"source\.views: the weights were pretrained with normalize .*window.*, the settings say zscore"
+    ):
         api.finetune(other, weights)
     assert not (smears / "grey").exists() and not (smears / "other").exists()
 
