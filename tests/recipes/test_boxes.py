@@ -142,8 +142,6 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
     assert api.label_curve(recipe, weights, counts=[4], seeds=[0, 1])["rows"] == summary["rows"]
     with pytest.raises(RequestError, match="cells computed with other settings"):
         api.label_curve(pictures(smears, "out", "encoder={}", "settings.lr=0.1"), weights, counts=[4], seeds=[0])
-    spaced = encoder_weights(smears / "spaced", "image2d", {"model": "resnet10t", "in_channels": 3}, **facts, **HALF_MM)
-    assert api.finetune(pictures(smears, "spaced_out", "encoder={}", "labels=4"), spaced)["shared"]["forced"] == []
     grey = pictures(smears, "grey", "encoder={}", "source.views.channels=mean")
     with pytest.raises(RequestError, match="have 1 channels, the encoder takes 3"):
         api.label_curve(grey, weights, counts=[4], seeds=[0])
@@ -153,6 +151,13 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
     ):
         api.finetune(other, weights)
     assert not (smears / "grey").exists() and not (smears / "other").exists()
+
+
+def test_weights_of_pictures_with_a_spacing__are_fine_tuned_on_pictures(smears: Path) -> None:
+    facts = {"image_size": [32, 32], "intensity": {"normalize": {"window": [0.0, 255.0]}}, **HALF_MM}
+    weights = encoder_weights(smears / "spaced", "image2d", {"model": "resnet10t", "in_channels": 3}, **facts)
+    summary = api.finetune(pictures(smears, "spaced_out", "encoder={}", "labels=4"), weights)
+    assert summary["shared"]["forced"] == [] and "spacing_mm" not in summary["shared"]["views"]
 
 
 def test_folds__test_every_picture_once_and_leave_a_page(smears: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,9 +100,8 @@ def test_other_views_than_those_of_the_weights__are_refused_unless_forced(
     house: Path, phantom_archive: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = house / "forced"
-    own = "classification={counts: [4], seeds: [0], settings: {steps: 1, batch: 2, warmup_steps: 1}}"
     asked = ["evaluate", recipe_folder() / SMOKE, "--suite", "--weights", house / "run", f"source.index={phantom_archive}"]
-    asked += [f"table={house / 'labels.csv'}", f"out={out}", "tiers=[retrieval, classification]", "k=[1]", "draws=20", own]
+    asked += [f"table={house / 'labels.csv'}", f"out={out}", "tiers=[retrieval, classification]", "k=[1]", "draws=20"]
     asked.append("source.views={normalize: percentile}")
     status, _, stderr = medssl(capsys, *asked)
     assert status == 2 and "source.views: the weights were pretrained with normalize zscore" in stderr and not out.exists()
