@@ -162,7 +162,7 @@ def label_curves(
     patients = _patients_of(folder)
     most = max((row["labels"] for row in summary["rows"]), default=0)  # what a stopped curve came to, for its controls too
     found = Found(rows=_curve_rows(summary, tier, task, patients, most), skipped=stopped)
-    found.forced = forced_differences(summary["shared"].get("forced"))
+    found.forced = forced_differences(summary.get("shared", {}).get("forced"))
     if controls is not None:
         with or_skip(found, task, "controls"):
             found.rows += _curve_rows(controls(bench, recipe, labels, section.seeds), tier, task, patients, most)

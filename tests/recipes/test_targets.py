@@ -210,7 +210,7 @@ def test_evaluation_of_other_views__is_refused_unless_forced(
     assert "pretrained at 4 x 4 x 4 mm, the settings ask for 6 x 6 x 6 mm" in stderr and not out.exists()
     status, _, stderr = medssl(capsys, *asked, "source.views={size: [32, 32, 15]}")
     assert status == 2 and "source.views.size: the patch" in stderr and not out.exists()
-    other = house / "turned"
+    other = house / "other_axes"
     shutil.copytree(house / "run" / "weights" / "last", other)
     manifest = json.loads((other / "encoder.json").read_text())
     (other / "encoder.json").write_text(json.dumps({**manifest, "axis_order": "ZYX-SAR"}))
