@@ -111,6 +111,7 @@ class BoxRoad:
             "task": result.task,
             "views": self.section.views,
             "pretrained": arm.hash,
+            "forced": list(arm.forced),
         }
 
     def summarise(self, results: Sequence[Mapping[str, Any]], last: bool) -> dict[str, Any]:

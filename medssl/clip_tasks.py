@@ -144,12 +144,13 @@ def evaluate_clips(recipe: EvaluateBase, weights: Path | str, on_cache: Progress
     _check_paths(recipe)
     encoder = build.load_encoder(weights)
     _, manifest = load_part(weights)
-    section = probe_tasks.evaluation_section(recipe, manifest)
+    section, forced = probe_tasks.matching_section(recipe, manifest)
     if section.views.get("kind") != "clip":
         raise RequestError(
             f"task {recipe.task}: asked of clips, and the weights are of encoder {manifest['encoder']['name']}, shown "  # type: ignore[attr-defined]
             f"{section.views.get('kind', 'volume')}s; give weights of video_vit"
         )
+    probe_tasks.refuse_size(manifest["encoder"], section.views)
     shelf = data_sources.fill_shelf("source", section, on_progress=on_cache)
     leakage = refuse_pretraining_patients(weights, shelf)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,9 +162,8 @@ def evaluate_clips(recipe: EvaluateBase, weights: Path | str, on_cache: Progress
     else:
         assert isinstance(recipe, EvaluateAnomalyRecipe)
         rows, facts = anomaly(recipe, bench)
-    return probe_tasks.write_evaluation(
-        recipe, manifest, leakage, shelf, {**facts, "rows": rows, "seconds": time.perf_counter() - started}
-    )
+    found = {**facts, "forced": forced, "rows": rows, "seconds": time.perf_counter() - started}
+    return probe_tasks.write_evaluation(recipe, manifest, leakage, shelf, found)
 
 
 def _some(series: Sequence[str], count: int = 3) -> str:

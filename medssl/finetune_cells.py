@@ -28,8 +28,7 @@ from medssl.errors import RequestError, TrainingStopped
 from medssl.evaluation.cell_summary import markdown
 from medssl.evaluation.folds import deals, fewest, refuse_counts
 from medssl.evaluation.label_curve import SCRATCH, Cell, plan
-from medssl.evaluation.pretrained_views import unlike_axes
-from medssl.probe_tasks import evaluation_section
+from medssl.probe_tasks import matching_section
 from medssl.recipe import FinetuneBoxesRecipe, FinetuneTargetsRecipe, SourceSection
 from medssl.recipe_checks import load_recipe
 from medssl.seeding import derive_seed
@@ -51,11 +50,13 @@ class Arm:
         encoder: `{"name", "args"}`.
         weights: Where its weights lie; None is the scratch twin.
         hash: Of the weights.
+        forced: How the images differ from those of the pretraining, where that was forced.
     """
 
     encoder: dict[str, Any]
     weights: Path | None
     hash: str | None
+    forced: tuple[str, ...] = ()
 
     def build(self, seed: int) -> Any:
         """Build it; a scratch encoder depends on the seed alone."""
@@ -136,7 +137,7 @@ def source_curve(
     pretrained = None if weights is None or str(weights) == SCRATCH else weights
     manifest = None if pretrained is None else load_part(pretrained)[1]
     section, forced = section_of(recipe, manifest)
-    arms = arms_of(recipe, pretrained, manifest, section, twin)
+    arms = arms_of(recipe, pretrained, manifest, section, twin, forced)
     road = open_road(recipe, section, pretrained)
     dealt = deals(road.cases, recipe.folds, seeds, road.training_rows)
     counts = [recipe.labels or fewest(dealt)] if counts is None else list(counts)
@@ -219,21 +220,7 @@ def section_of(recipe: SourceRecipe, manifest: Mapping[str, Any] | None) -> tupl
                 "from scratch the recipe must say what the encoder sees: source.views.size and source.views.normalize"
             )
         return recipe.source, []
-    section = evaluation_section(recipe, manifest)
-    differ = [axes] if (axes := unlike_axes(manifest)) else []
-    known = {"normalize": manifest["intensity"]["normalize"]}
-    if manifest.get("spacing_source") == "views":
-        known["spacing_mm"] = manifest["spacing_mm"]
-    for key, value in known.items():
-        given = section.views.get(key)
-        if json.dumps(given, default=list) != json.dumps(value, default=list):
-            differ.append(f"{key} is {given}, the weights were pretrained with {value}")
-    if differ and not recipe.force:
-        raise RequestError(
-            "source.views: " + "; ".join(differ) + "; features would meet other images than they know: leave it out of the recipe, "
-            "or set force: true, which the result will say"
-        )
-    return section, differ
+    return matching_section(recipe, manifest)
 
 
 def _section_of_cohort(recipe: FinetuneBoxesRecipe, manifest: Mapping[str, Any] | None) -> tuple[SourceSection, list[str]]:
@@ -253,6 +240,7 @@ def arms_of(
     manifest: Mapping[str, Any] | None,
     section: SourceSection,
     twin: bool,
+    forced: Sequence[str] = (),
 ) -> dict[str, Arm]:
     """Return the arms by name: `pretrained` where there are weights, and `scratch`.
 
@@ -274,7 +262,7 @@ def arms_of(
     encoder = {"name": manifest["encoder"]["name"], "args": dict(manifest["encoder"]["args"])}
     if "image_size" in encoder["args"] and section.views.get("kind", "volume") == "volume":
         encoder["args"]["image_size"] = data_sources.make_views(section.views).size
-    arms = {"pretrained": Arm(encoder, Path(weights), str(manifest["weights_hash"]))}
+    arms = {"pretrained": Arm(encoder, Path(weights), str(manifest["weights_hash"]), tuple(forced))}
     return {**arms, SCRATCH: Arm(encoder, None, None)} if twin else arms
 
 
@@ -288,14 +276,19 @@ def claim(out: Path, shared: Mapping[str, Any]) -> None:
     if path.is_file() and any(out.glob("cells/*/results.json")):  # without one there is nothing to be mixed
         same = json.loads(json.dumps(shared))
         known = {**{key: same[key] for key in LATER if key in same}, **json.loads(path.read_text())}
-        changed = [key for key in same if key not in ("weights", "leakage_check") and known.get(key) != same[key]]
+        said = ("weights", "leakage_check", "forced")  # what is said of weights and views, which are compared themselves
+        changed = [key for key in same if key not in said and known.get(key) != same[key]]
         changed += [f"weights of arm {a}" for a, h in same["weights"].items() if a in known["weights"] and known["weights"][a] != h]
         if changed:
             raise RequestError(
                 f"{out} holds cells computed with other {', '.join(changed)}; cells of one folder share everything but labels, seed and "
                 "arm; choose another folder, or remove this one"
             )
-        shared = {**shared, "weights": {**known["weights"], **shared["weights"]}}
+        shared = {
+            **shared,
+            "weights": {**known["weights"], **shared["weights"]},
+            "forced": shared.get("forced") or known.get("forced", []),
+        }
     write_atomic(path, json.dumps(shared, indent=1).encode())
 
 
@@ -320,7 +313,7 @@ def write_cell(
         part: The network in the state that was scored, and its manifest.
     """
     network, manifest = part
-    content = {**content, "fold": cell.fold, "of_folds": cell.folds}
+    content = {**content, "fold": cell.fold, "of_folds": cell.folds, "forced": list(manifest.get("forced", ()))}
     content |= {"when": now(), **{key: facts_of_machine()[key] for key in ("hardware", "versions", "git")}}
     found: dict[str, Any] = json.loads(json.dumps(content, default=str))
     save_part(folder, "network", network.state_dict(), dict(manifest))

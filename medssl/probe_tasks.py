@@ -19,6 +19,7 @@ from medssl.evaluation.controls import control_features
 from medssl.evaluation.features import embed, pooled, probe_table
 from medssl.evaluation.knn import knn_probe
 from medssl.evaluation.linear_probe import linear_predict
+from medssl.evaluation.pretrained_views import RESAMPLED, refuse_unlike, unlike_views
 from medssl.leakage import refuse_pretraining_patients
 from medssl.recipe import (
     EvaluateBase,
@@ -49,6 +50,11 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
 
     Returns:
         What `evaluate.json` in `out` holds: `rows` {name, probe, metric, value, low, high, n_images, n_patients, by}, and the facts.
+
+    Raises:
+        RequestError: Recipe, table and weights do not go together, or the views are not those of the weights and nobody forced it;
+            nothing was written to `out`.
+        LeakageError: A patient was pretrained on.
     """
     recipe = load_recipe(recipe, overrides, kind="evaluate")
     if not isinstance(recipe, EvaluateRecipe):
@@ -59,7 +65,8 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
     label_tables.check_table(recipe.table, recipe.file_column, recipe.target)
     encoder = build.load_encoder(weights)
     _, manifest = load_part(weights)
-    section = evaluation_section(recipe, manifest)
+    section, forced = matching_section(recipe, manifest)
+    refuse_size(manifest["encoder"], section.views)
     if recipe.readout == "motion" and section.views.get("kind") != "clip":
         raise RequestError("readout: motion reads changes over time off clips, and these are none; set readout: pooled")
     readout = motion if recipe.readout == "motion" else pooled
@@ -82,9 +89,8 @@ def evaluate(recipe: Any, weights: Path | str, overrides: Sequence[str] = (), on
         for name, values in {"encoder": features, **controls}.items():
             rows += knn_probe(values, targets, groups, task=recipe.task, name=name, k=k, seed=recipe.seed)
     seconds = time.perf_counter() - started
-    result = write_evaluation(
-        recipe, manifest, leakage, shelf, {"target": recipe.target, "readout": recipe.readout, "rows": rows, "seconds": seconds}
-    )
+    found = {"target": recipe.target, "readout": recipe.readout, "forced": forced, "rows": rows, "seconds": seconds}
+    result = write_evaluation(recipe, manifest, leakage, shelf, found)
     if recipe.task == "regression":
         predicted = linear_predict(features, targets, groups, task="regression", seed=recipe.seed)
         private_folder(Path(recipe.out) / "figures")
@@ -116,6 +122,42 @@ def evaluation_cards(recipe: EvaluateBase, shelf: data_sources.Shelf) -> list[di
     cards = assign(shelf.archive, recipe.source.cards, shelf.name)
     seen = {cards.of_series.get(row.series_id) for row in shelf.rows}
     return [card_facts(card) for name, card in sorted(cards.cards.items()) if name in seen]
+
+
+def matching_section(
+    recipe: EvaluateBase | FinetuneTargetsRecipe | FinetuneBoxesRecipe | SuiteRecipe, manifest: Mapping[str, Any]
+) -> tuple[SourceSection, list[str]]:
+    """Return `evaluation_section`, and how its views differ from those of the weights where that was forced.
+
+    Raises:
+        RequestError: They differ and nobody forced it, or there are none.
+    """
+    section = evaluation_section(recipe, manifest)
+    return section, refuse_unlike(unlike_views(manifest, section.views), recipe.force, "source.views")
+
+
+def refuse_size(encoder: Mapping[str, Any], views: Mapping[str, Any]) -> None:
+    """Refuse views of a size that an encoder does not take: items of any size are cut, padded or resized to it.
+
+    Args:
+        encoder: `{"name", "args"}`.
+        views: A `views` section with its size.
+
+    Raises:
+        RequestError: The patch does not divide the size.
+    """
+    target = lookup("encoder", encoder["name"])
+    maker: Any = data_sources.make_views(views)
+    size, patch = tuple(maker.size), tuple(target.divisor(encoder["args"]))
+    if getattr(target, "takes_clips", False):  # frames come first, and a picture has none
+        size = tuple(maker.spec.size) if views.get("kind") == "clip" else size
+        patch = patch[-len(size) :]
+    if any(n % p for n, p in zip(size, patch)):
+        nearest = [max(p, round(n / p) * p) for n, p in zip(size, patch)]
+        raise RequestError(
+            f"source.views.size: the patch {patch} of {encoder['name']} does not divide {size}; every size must be a multiple of "
+            f"it, for instance {nearest}"
+        )
 
 
 def evaluation_section(
@@ -154,7 +196,7 @@ def evaluation_section(
         views = {"kind": "clip", "channels": channels, **views}
         if shown := manifest.get("clip"):
             views = data_sources.with_timing(views, shown["frames"], shown["fps"])
-    elif manifest.get("spacing_source") == "views":
+    elif manifest.get("spacing_source") == "views" and views.get("kind", "volume") in RESAMPLED:
         views.setdefault("spacing_mm", manifest["spacing_mm"])
     return recipe.source.model_copy(update={"views": views})
 

@@ -343,6 +343,7 @@ class EvaluateBase(Node):
     file_column: str = "file"
     seed: int = 0
     batch: int = Field(4, gt=0)
+    force: bool = Field(False, description="Evaluate on other views than the weights were pretrained with; the result says so")
     out: str = "runs/evaluate"
 
 
@@ -458,6 +459,7 @@ class SuiteRecipe(Node):
     draws: int = Field(2000, ge=10, description="Bootstrap draws")
     seed: int = 0
     batch: int = Field(4, gt=0)
+    force: bool = Field(False, description="Evaluate on other views than the weights were pretrained with; the result says so")
     out: str = "runs/suite"
 
 

@@ -30,7 +30,7 @@ from medssl.evaluation.suite_rows import TIERS, skip
 from medssl.evaluation.survival import SurvivalCases
 from medssl.evaluation.target_cases import Cases
 from medssl.leakage import refuse_pretraining_patients
-from medssl.probe_tasks import evaluation_section
+from medssl.probe_tasks import matching_section, refuse_size
 from medssl.recipe import FinetuneTargetsRecipe, Recipe, SuiteRecipe
 from medssl.recipe_checks import load_recipe
 from medssl.suite_tiers import RUN, Bench
@@ -89,7 +89,8 @@ def open_bench(recipe: SuiteRecipe, weights: Path | str, on_cache: Any = None) -
     columns = [column for task in recipe.tasks.values() for column in (task.column, task.event) if column is not None]
     label_tables.check_table(recipe.table, recipe.file_column, *columns)
     _, manifest = load_part(weights)
-    section = evaluation_section(recipe, manifest)
+    section, forced = matching_section(recipe, manifest)
+    refuse_size(manifest["encoder"], section.views)
     shelf = data_sources.fill_shelf("source", section, on_progress=on_cache)
     found: dict[str, tuple[Cases, dict[int, str]]] = {}
     names = {}
@@ -119,7 +120,7 @@ def open_bench(recipe: SuiteRecipe, weights: Path | str, on_cache: Any = None) -
         name: replace(cases, ids=np.array([place[series[int(n)]] for n in cases.ids])) for name, (cases, series) in found.items()
     }
     survival = {name: SurvivalCases(tasks.pop(name), own) for name, own in events.items()}
-    return Bench(recipe, Path(weights), manifest, section, shelf, tasks, everything, names, survival)
+    return Bench(recipe, Path(weights), manifest, section, shelf, tasks, everything, names, survival, forced)
 
 
 def _events(recipe: SuiteRecipe, name: str, cases: Cases, series: Mapping[int, str], shelf: data_sources.Shelf) -> np.ndarray:
@@ -148,7 +149,7 @@ def claim(out: Path, bench: Bench, leakage: str) -> dict[str, Any]:
     Raises:
         RequestError: The folder holds tiers of other settings, weights or cases.
     """
-    settings = {k: v for k, v in bench.recipe.model_dump(mode="json").items() if k not in ("out", "tiers", "batch")}
+    settings = {k: v for k, v in bench.recipe.model_dump(mode="json").items() if k not in ("out", "tiers", "batch", "force")}
     cases = {
         name: sorted((bench.series[int(n)], float(t), str(s)) for n, t, s in zip(cases.ids, cases.targets, cases.split))
         for name, cases in bench.all_cases.items()
@@ -185,7 +186,8 @@ def claim(out: Path, bench: Bench, leakage: str) -> dict[str, Any]:
         for name in bench.all_cases
     }
     encoder = str(bench.manifest["encoder"]["name"])
-    return {**shared, "encoder": encoder, "leakage_check": leakage, "tasks": tasks, "seed": bench.recipe.seed}
+    facts = {"leakage_check": leakage, "forced": bench.forced, "tasks": tasks, "seed": bench.recipe.seed}
+    return {**shared, "encoder": encoder, **facts}
 
 
 def _columns(bench: Bench) -> dict[str, Any]:
@@ -211,7 +213,7 @@ def run_tier(tier: str, bench: Bench, out: Path) -> dict[str, Any]:
     if not done.rows and not done.skipped:
         done.skipped.append(skip("", "the tier", "no task of the recipe is of its kind"))
     content: dict[str, Any] = {"tier": tier, "rows": done.rows, "skipped": done.skipped, "p_values": done.p_values}
-    content |= {"finished": not done.again, "seconds": time.perf_counter() - began, "when": now()}
+    content |= {"forced": done.forced, "finished": not done.again, "seconds": time.perf_counter() - began, "when": now()}
     text = json.dumps(content, indent=1, allow_nan=False, default=float)
     write_atomic(path, text.encode())
     kept: dict[str, Any] = json.loads(text)
@@ -228,8 +230,11 @@ def write_results(out: Path, found: Mapping[str, Mapping[str, Any]], shared: Map
     totals, pairs = suite_rows.overall(rows), suite_rows.pairs(rows)
     comparisons = _verdicts([row for tier in TIERS if tier in found for row in found[tier]["p_values"]])
     facts = facts_of_machine()
+    own = [one for content in found.values() for one in content.get("forced", ())]  # a recipe that a tier names has its own
+    forced = list(dict.fromkeys([*shared["forced"], *own]))
     result = {
         **shared,
+        "forced": forced,
         "rows": rows,
         "skipped": [{"tier": tier, **entry} for tier, entries in skipped.items() for entry in entries],
         "aggregate": totals,
@@ -239,7 +244,7 @@ def write_results(out: Path, found: Mapping[str, Mapping[str, Any]], shared: Map
         "when": now(),
         **{key: facts[key] for key in ("hardware", "versions", "git")},
     }
-    write_atomic(out / "table.md", (suite_rows.markdown(tables, totals, comparisons, pairs) + "\n").encode())
+    write_atomic(out / "table.md", (suite_rows.markdown(tables, totals, comparisons, pairs, forced) + "\n").encode())
     write_atomic(out / "page.html", suite_page({**result, "tables": tables}).encode())
     write_atomic(out / "results.json", json.dumps(result, indent=1, allow_nan=False, default=str).encode())
     return result

@@ -27,7 +27,7 @@ from medssl.evaluation.target_cases import Cases, training_rows
 from medssl.evaluation.target_summary import summarise
 from medssl.finetune_cells import Arm, OnStep, keep_names, refuse_some_unknown, same_settings, write_cell
 from medssl.leakage import refuse_pretraining_patients
-from medssl.probe_tasks import labelled_rows
+from medssl.probe_tasks import labelled_rows, refuse_size
 from medssl.recipe import FinetuneTargetsRecipe, SourceSection
 
 NAME = "source"
@@ -97,7 +97,8 @@ class TargetRoad:
         return training_rows(cases, labels, seed)
 
     def refuse(self, arms: Mapping[str, Arm], cell: Cell, cases: Cases) -> None:
-        """Refuse settings that do not go with cases and images; a head fits every encoder."""
+        """Refuse settings that do not go with cases and images, and a size that the encoder does not take; a head fits every encoder."""
+        refuse_size(next(iter(arms.values())).encoder, self.section.views)
         start(self.batches, cases, self.settings, labels=cell.labels, seed=cell.seed)
 
     def facts(self) -> dict[str, Any]:
@@ -207,4 +208,5 @@ def write_targets(
 def _facts(network: Classifier, arm: Arm, section: SourceSection) -> dict[str, Any]:
     axes = {"image": "HW", "clip": "THW"}.get(str(section.views.get("kind", "volume")), "XYZ-RAS")
     channels = getattr(network.encoder, "in_channels", 1)
-    return {"encoder": arm.encoder, "views": section.views, "pretrained": arm.hash, "axis_order": axes, "channels": channels}
+    facts = {"encoder": arm.encoder, "views": section.views, "pretrained": arm.hash, "forced": list(arm.forced)}
+    return {**facts, "axis_order": axes, "channels": channels}

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -301,3 +301,18 @@ def _unreadable(file: Path, err: Exception) -> WeightsError:
 def card_lines(cards: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return one line per data card of a manifest (its `data_cards`), for people."""
     return [f"{card['name']}, version {card['version']}, {card['licence']}, card {card['card_hash']}" for card in cards]
+
+
+def forced_lines(forced: Mapping[str, Sequence[str]] | Iterable[str] | None) -> list[str]:
+    """Return a sentence for tables and pages per difference that was forced, each once.
+
+    Args:
+        forced: Differences, or those of each arm.
+    """
+    return [f"Forced, images differ from those of the pretraining: {difference}." for difference in forced_differences(forced)]
+
+
+def forced_differences(forced: Mapping[str, Sequence[str]] | Iterable[str] | None) -> list[str]:
+    """Return each forced difference once, whichever arms have it."""
+    every = [one for arm in forced.values() for one in arm] if isinstance(forced, Mapping) else forced or ()
+    return list(dict.fromkeys(every))

@@ -46,7 +46,7 @@ def evaluate(
     if suite:
         return _suite(recipe, weights, overrides or [], json)
     from medssl import api
-    from medssl.weights import card_lines
+    from medssl.weights import card_lines, forced_lines
 
     with show.progress("cache", quiet=json) as update:
         done = api.evaluate(recipe, weights, overrides or [], on_cache=update)
@@ -65,11 +65,13 @@ def evaluate(
     lines = [show.table(rows, ["features", "probe", "metric", "value", "95 % interval", "images", "by"])]
     lines += [f"weights pretrained on: {line}" for line in card_lines(done["data_cards"]["weights"]) or [NO_CARD]]
     lines += [f"evaluated on: {line}" for line in card_lines(done["data_cards"]["evaluation"])]
+    lines += forced_lines(done["forced"])
     show.result(done, json, "\n".join(lines))
 
 
 def _suite(recipe: Path, weights: Path, overrides: Sequence[str], json: bool) -> None:
     from medssl.suite import run_suite
+    from medssl.weights import forced_lines
 
     def tier(name: str, done: int, total: int) -> None:
         show.say(f"tier {done + 1}/{total}: {name}", json)
@@ -90,6 +92,7 @@ def _suite(recipe: Path, weights: Path, overrides: Sequence[str], json: bool) ->
     lines += [
         f"skipped: {s['tier']}: {' '.join(part for part in (s['task'], s['what']) if part)}: {s['why']}" for s in done["skipped"]
     ]
+    lines += forced_lines(done["forced"])
     lines.append(f"{len(done['rows'])} rows in {done['out']}: results.json, table.md, page.html")
     show.result(done, json, "\n".join(lines))
 

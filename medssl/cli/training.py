@@ -100,6 +100,8 @@ def headline(result: Any) -> str:
 
 def summary_table(summary: dict[str, Any]) -> str:
     """Return a label-curve summary as text."""
+    from medssl.weights import forced_lines
+
     segmentation = "metric" not in summary or summary["metric"].startswith("mean Dice")
     key, name = ("dice", "Dice") if segmentation else ("value", summary["metric"])
     rows = [
@@ -119,4 +121,5 @@ def summary_table(summary: dict[str, Any]) -> str:
         text += f"\n{row['labels']} labels: {row['arm']} minus {row['against']} {row['difference']:+.3f}{interval}"
     if resampled := summary.get("without_dicom_seg"):
         text += f"\n{len(resampled)} test case(s) have NIfTI for DICOM-SEG, as their series was resampled: {', '.join(resampled)}"
-    return text
+    forced = forced_lines(summary.get("shared", {}).get("forced"))
+    return "\n".join([text, *forced])

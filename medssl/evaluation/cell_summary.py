@@ -15,6 +15,7 @@ import numpy as np
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval
 from medssl.evaluation.folds import pool_folds
 from medssl.evaluation.label_curve import SCRATCH
+from medssl.weights import forced_lines
 
 Result = Mapping[str, Any]
 Asked = tuple[np.ndarray, Sequence[str] | None, Statistic]
@@ -95,6 +96,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
         others = ", ".join(f"{name} {value:.3f}" for name, value in row["scores"].items() if name != summary["metric"])
         seeds = ", ".join(_number(value) for value in row["seed_means"])
         lines.append(f"| {row['labels']} | {row['arm']} | {_number(row['value'])} ({_span(row)}) | {seeds} | {others} |")
+    for line in forced_lines(summary.get("shared", {}).get("forced")):
+        lines += ["", line]
     if summary["differences"]:
         lines += ["", "| labels | difference (95 % interval) | better |", "|---|---|---|"]
     for row in summary["differences"]:

@@ -31,6 +31,7 @@ from medssl.evaluation.label_curve import SCRATCH
 from medssl.evaluation.scores import mae, mean_auc
 from medssl.evaluation.subgroups import POSITIVES, SMALLEST, subgroup_rows
 from medssl.evaluation.target_summary import scored
+from medssl.weights import forced_lines
 
 WORST = 10
 FAILED_DICE = 0.5
@@ -49,9 +50,9 @@ def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str,
         draws: Bootstrap draws.
 
     Returns:
-        `task`, `metric`, `arm`, `labels`, `seed`, `folds` (how many were put together, or None), `headlines` (one per labels and arm), and
-        one entry per question: `structures`, `agreement`, `sensitivity`, `calibration`, `worst`, `subgroups`, `outside`. An entry that
-        cannot be given is `{"why": sentence}`.
+        `task`, `metric`, `arm`, `labels`, `seed`, `folds` (how many were put together, or None), `forced` (how images differ from those of
+        the pretraining), `headlines` (one per labels and arm), and one entry per question: `structures`, `agreement`, `sensitivity`,
+        `calibration`, `worst`, `subgroups`, `outside`. An entry that cannot be given is `{"why": sentence}`.
 
     Raises:
         RequestError: There is no result with test cases, or they are of several tasks.
@@ -82,6 +83,7 @@ def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str,
         "seed": first["seed"],
         "folds": len(first["folds"]) if first.get("folds") else None,
         "choice": first.get("choice"),
+        "forced": forced_lines(first.get("forced")),
         "classes": list(first.get("classes") or []),
         "headlines": headlines,
         "structures": _structures(arms, draws) if task == "segmentation" else _why("the network gives no label map."),

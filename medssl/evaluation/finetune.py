@@ -154,6 +154,7 @@ def finetune(
     weights: Pretrained | None = None,
     arm: str | None = None,
     fold: tuple[int | None, int | None] = (None, None),
+    forced: Sequence[str] | None = None,
     reader: CaseReader | None = None,
     on_step: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> FinetuneResult:
@@ -171,6 +172,7 @@ def finetune(
         weights: Pretrained weights; None is the scratch twin.
         arm: Name in the results; None is `pretrained` or `scratch`.
         fold: Tested fold and number of folds, for the results, where the splits of the cohort were dealt.
+        forced: How the images differ from those of the pretraining, where a curve has asked that of all its cases; None asks here.
         reader: To share loaded volumes between runs.
         on_step: Called with (step, steps, values) at every log point.
 
@@ -194,7 +196,8 @@ def finetune(
     if settings.dicom_seg:
         check_dicom_seg(test_cases)
     reader = reader or reader_of(settings)
-    forced = [] if weights is None else unlike_pretraining(weights.manifest, settings, train_cases, reader)
+    if forced is None:
+        forced = [] if weights is None else unlike_pretraining(weights.manifest, settings, train_cases, reader)
     structures = structures_of(cohort, reader)
     drawn = look_through(reader, train_cases, structures, settings.raters)  # first, so that these stay in memory
     refuse_unlearnable(cohort.name, drawn, structures, one_fold=fold[0] is not None)
@@ -235,7 +238,7 @@ def finetune(
         seconds=seconds,
         settings=asdict(settings),
         training_range=span.facts(),
-        forced=forced,
+        forced=list(forced),
         fold=fold[0],
         of_folds=fold[1],
         without_dicom_seg=resampled,

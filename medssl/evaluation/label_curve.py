@@ -32,7 +32,7 @@ from medssl.evaluation.segmentation_checks import look_through, refuse_unlearnab
 from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.volumes import CaseReader
-from medssl.weights import private_folder, write_atomic, write_private
+from medssl.weights import forced_lines, private_folder, write_atomic, write_private
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ def label_curve(
                 weights=arms[cell.arm],
                 arm=cell.arm,
                 fold=(cell.fold, cell.folds),
+                forced=forced.get(cell.arm, []),
                 reader=reader,
                 on_step=on_step,
             )
@@ -424,6 +425,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
             "",
             f"{len(resampled)} test case(s) have NIfTI for DICOM-SEG, as their series was resampled: {', '.join(resampled)}.",
         ]
+    for line in forced_lines(summary.get("shared", {}).get("forced")):
+        lines += ["", line]
     if summary["differences"]:
         lines += ["", "| labels | difference | Dice points (95 % interval) | per seed |", "|---|---|---|---|"]
     for row in summary["differences"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from medssl.errors import RequestError
@@ -16,6 +17,8 @@ from medssl.registry import lookup
 log = logging.getLogger(__name__)
 TOLERANCE = 0.1
 """Of voxel sizes, as a share: scanners that are set to 1 mm say 0.94 or 1.05."""
+RESAMPLED = ("volume", "pair")
+"""Kinds of views with a voxel size; pictures, stacks and clips are brought to a size in pixels, whatever a pixel is."""
 
 
 def plain(how: Any) -> Any:
@@ -68,19 +71,53 @@ def unlike_axes(manifest: Mapping[str, Any]) -> str | None:
     return f"the weights are for images in axis order {order}, {manifest['encoder']['name']} gets {ours} here: save or convert them in {ours}"
 
 
-def refuse_unlike(found: Sequence[str | None], force: bool) -> list[str]:
-    """Return the differences that were found.
+def unlike_views(manifest: Mapping[str, Any], views: Mapping[str, Any]) -> list[str | None]:
+    """Say how the views of a source differ from those of the weights: axes, intensities, voxel size.
+
+    Args:
+        manifest: Of the weights.
+        views: A `views` section, with what the weights bring where the recipe says nothing (`probe_tasks.evaluation_section`).
+    """
+    found = [unlike_axes(manifest), unlike_intensities(manifest, views.get("normalize", "zscore"))]
+    known, given = manifest.get("spacing_mm"), views.get("spacing_mm")
+    if known is None or views.get("kind", "volume") not in RESAMPLED:
+        return found
+    if given is not None:
+        seen = [given] * len(known) if isinstance(given, int | float) else list(given)
+        found.append(unlike_spacing(manifest, seen, given=True))
+    elif manifest.get("spacing_source") == "views":
+        at = " x ".join(f"{size:g}" for size in known)
+        found.append(
+            f"the weights were pretrained at {at} mm, spacing_mm: null keeps each volume's own: set spacing_mm: {list(known)}"
+        )
+    return found
+
+
+def refuse_unlike(found: Sequence[str | None], force: bool, where: str = "") -> list[str]:
+    """Return the differences that were found, and warn of them once.
+
+    Args:
+        found: Differences, None where there is none.
+        force: Whether the recipe takes them.
+        where: Path of the section in the recipe that they are of.
 
     Raises:
         RequestError: There are some, and nobody forced them.
     """
-    differences = [difference for difference in found if difference is not None]
-    if differences and not force:
+    there = [difference for difference in found if difference is not None]
+    if there and not force:
         raise RequestError(
-            "; ".join(differences)
+            (f"{where}: " if where else "")
+            + "; ".join(there)
             + "; features would meet other images than they know; force: true does it all the same, and the result "
             "says so"
         )
-    for difference in differences:
-        log.warning("forced: %s", difference)
-    return differences
+    for difference in there:
+        _warn(difference)
+    return there
+
+
+@cache
+def _warn(difference: str) -> None:
+    """Warn once in a process: a curve or suite asks again for each of its parts."""
+    log.warning("forced: %s", difference)

@@ -7,6 +7,7 @@ from typing import Any
 
 from medssl.evaluation.aggregate import aggregate
 from medssl.evaluation.aggregate import pairs as pairs_of
+from medssl.weights import forced_lines
 
 WEIGHTS, TWIN = "weights", "scratch"
 CONTROLS = ("random_init", "raw_pixels", "intensity_statistics")
@@ -125,13 +126,15 @@ def markdown(
     totals: Sequence[Mapping[str, Any]],
     comparisons: Sequence[Mapping[str, Any]],
     two: Sequence[Mapping[str, Any]] = (),
+    forced: Sequence[str] = (),
 ) -> str:
-    """Render tables, aggregate, comparisons and the tasks of two models as Markdown."""
+    """Render tables, aggregate, comparisons, the tasks of two models and forced differences as Markdown."""
     lines = [
         "# Evaluation suite",
         "",
         "Research only. Brackets: 95 % interval by patient. A dash: not run, see below each table.",
         "",
+        *(part for line in forced_lines(forced) for part in (line, "")),
     ]
     lines += ["## Over all tasks", "", "| model | mean z | mean rank | tasks | missing |", "|---|---|---|---|---|"]
     for row in totals:

@@ -186,6 +186,7 @@ def _glance(facts: Facts) -> str:
     if "n" in outside:
         flagged = len(outside["rows"])
         parts.append(f'<p>{flagged} of {outside["n"]} test cases lie <a href="#outside">outside the training range</a>.</p>')
+    parts += [f'<p class="warn">{text(line)}</p>' for line in facts.get("forced", ())]
     return "".join([parts[0], table(head, cells), *parts[1:]])
 
 

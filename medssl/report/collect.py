@@ -157,7 +157,7 @@ def _sort_in(path: Path, found: Leftovers, with_images: bool) -> None:
         content = _json(path, found)
         if content:
             rows = _rows(content.get("rows"), path, found)
-            found.evaluations += [{"target": content.get("target"), **row} for row in rows]
+            found.evaluations += [{"target": content.get("target"), "forced": content.get("forced"), **row} for row in rows]
             found.notes += [str(note) for note in _as_list(content.get("notes"))]
     elif path.name == "demo.json":
         found.demo = _json(path, found) or found.demo

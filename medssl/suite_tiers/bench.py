@@ -33,7 +33,8 @@ Change = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 class Found:
     """What a tier brings: rows, what it skipped, and what only the owner may read.
 
-    `again` says that something was skipped through an error that the user can correct: the tier is then not finished.
+    `again` says that something was skipped through an error that the user can correct: the tier is then not finished. `forced`
+    is how the images of a recipe of its own differ from those of the pretraining, where that recipe forces it.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -41,6 +42,7 @@ class Found:
     private: dict[str, Any] = field(default_factory=dict)
     p_values: list[dict[str, Any]] = field(default_factory=list)
     again: bool = False
+    forced: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Bench:
         series: Series of any task, in the order of their ids.
         names: Task -> (classes in the table, public names).
         survival: Name -> cases of times and events, which other tiers leave out.
+        forced: How the views differ from those of the weights, where that was forced.
     """
 
     recipe: SuiteRecipe
@@ -68,6 +71,7 @@ class Bench:
     series: list[str]
     names: dict[str, tuple[list[str], list[str]]]
     survival: dict[str, SurvivalCases] = field(default_factory=dict)
+    forced: list[str] = field(default_factory=list)
 
     @property
     def all_cases(self) -> dict[str, Cases]:
@@ -151,6 +155,7 @@ def join(done: Found, more: Found) -> None:
     done.skipped += more.skipped
     done.p_values += more.p_values
     done.again |= more.again
+    done.forced += more.forced
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from medssl.evaluation.target_cases import few_label_order
 from medssl.recipe import CurveSection, FinetuneTargetsRecipe, Recipe
 from medssl.suite_tiers.bench import Bench, Found, join, mean_of, or_skip
 from medssl.suite_tiers.probes import fitted_tasks
+from medssl.weights import forced_differences
 
 Controls = Callable[[Bench, Any, Sequence[int], Sequence[int]], Mapping[str, Any]]
 """(bench, fine-tuning recipe, numbers of labels, seeds) -> summary of the controls, as that of the curve."""
@@ -94,7 +95,7 @@ def own_recipe(bench: Bench, section: CurveSection, name: str) -> FinetuneTarget
     task = bench.recipe.tasks[name]
     return FinetuneTargetsRecipe(
         task=task.task, source=bench.recipe.source, table=bench.recipe.table, file_column=bench.recipe.file_column, target=task.column,
-        settings=section.settings, classes=task.classes,
+        settings=section.settings, classes=task.classes, force=bench.recipe.force,
     )  # fmt: skip
 
 
@@ -161,6 +162,7 @@ def label_curves(
     patients = _patients_of(folder)
     most = max((row["labels"] for row in summary["rows"]), default=0)  # what a stopped curve came to, for its controls too
     found = Found(rows=_curve_rows(summary, tier, task, patients, most), skipped=stopped)
+    found.forced = forced_differences(summary.get("shared", {}).get("forced"))
     if controls is not None:
         with or_skip(found, task, "controls"):
             found.rows += _curve_rows(controls(bench, recipe, labels, section.seeds), tier, task, patients, most)

@@ -10,12 +10,14 @@ import pytest
 
 from medssl.errors import RequestError
 from medssl.evaluation import label_curve as module
+from medssl.evaluation import pretrained_views
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from medssl.evaluation.clinical import clinical_facts
 from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.label_curve import Cell, claim, label_curve, markdown, plan, score_table, summarise
 from medssl.evaluation.segmentation_results import CaseScore, FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings
+from medssl.report.clinical_page import clinical_page
 from tests.evaluation.test_finetune import pretrained
 from tests.evaluation.tiny_cohort import TINY_ENCODER, tiny_volume, write_cohort, write_nifti
 
@@ -202,14 +204,23 @@ def test_folder__without_a_finished_cell_takes_a_corrected_recipe(cohort: Cohort
     assert summary["cells"]["done"] == 1
 
 
-def test_weights_of_other_voxels__are_refused_before_the_folder_is_claimed_unless_forced(cohort: Cohort, tmp_path: Path) -> None:
+def test_weights_of_other_voxels__are_refused_before_the_folder_is_claimed_unless_forced(
+    cohort: Cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     arms = {"ours": pretrained(spacing_mm=[2.0, 2.0, 2.0], spacing_source="views"), "scratch": None}
     with pytest.raises(RequestError, match="pretrained at 2 x 2 x 2 mm"):
         label_curve(cohort, SETTINGS, tmp_path / "out", arms=arms, counts=[1], seeds=[0])
     assert not (tmp_path / "out").exists()
-    label_curve(cohort, replace(SETTINGS, force=True), tmp_path / "out", arms=arms, counts=[1], seeds=[0])
+    pretrained_views._warn.cache_clear()
+    label_curve(cohort, replace(SETTINGS, force=True), tmp_path / "out", arms=arms, counts=[1, 2], seeds=[0])
+    assert sum("forced: " in record.getMessage() for record in caplog.records) == 1  # not again for each cell
     shared = json.loads((tmp_path / "out" / "label_curve.json").read_text())
     assert list(shared["forced"]) == ["ours"] and "pretrained at 2 x 2 x 2 mm" in shared["forced"]["ours"][0]
+    line = "Forced, images differ from those of the pretraining: the weights were pretrained at 2 x 2 x 2 mm"
+    assert (tmp_path / "out" / "table.md").read_text().count(line) == 1
+    results = [json.loads(path.read_text()) for path in sorted(tmp_path.rglob("results.json"))]
+    assert [result["forced"] == shared["forced"].get(result["arm"], []) for result in results] == [True] * 4
+    assert clinical_page(clinical_facts(results)).count(line) == 1
 
 
 def test_folder__never_mixes_settings_cohorts_or_weights(cohort: Cohort, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from tests.cli.test_bad_input import medssl
 from tests.evaluation.tiny_cohort import tiny_volume, write_nifti
 
 QUICK = ["settings.steps=2", "settings.batch=2", "settings.warmup_steps=1", "settings.detector={strides: [8, 16], width: 8}"]
+HALF_MM = {"spacing_mm": [0.5, 0.5], "spacing_source": "views"}
 CELLS = {"index": "", "where": "split is not null", "domain": "microscopy"}
 
 
@@ -145,9 +146,18 @@ def test_pictures__pretrained_beside_scratch_and_finished_cells_are_kept(smears:
     with pytest.raises(RequestError, match="have 1 channels, the encoder takes 3"):
         api.label_curve(grey, weights, counts=[4], seeds=[0])
     other = pictures(smears, "other", "encoder={}", "source.views.normalize=zscore")
-    with pytest.raises(RequestError, match=r"source\.views: normalize is zscore, the weights were pretrained with"):
+    with pytest.raises(
+        RequestError, match=r"source\.views: the weights were pretrained with normalize .*window.*, the settings say zscore"
+    ):
         api.finetune(other, weights)
     assert not (smears / "grey").exists() and not (smears / "other").exists()
+
+
+def test_weights_of_pictures_with_a_spacing__are_fine_tuned_on_pictures(smears: Path) -> None:
+    facts = {"image_size": [32, 32], "intensity": {"normalize": {"window": [0.0, 255.0]}}, **HALF_MM}
+    weights = encoder_weights(smears / "spaced", "image2d", {"model": "resnet10t", "in_channels": 3}, **facts)
+    summary = api.finetune(pictures(smears, "spaced_out", "encoder={}", "labels=4"), weights)
+    assert summary["shared"]["forced"] == [] and "spacing_mm" not in summary["shared"]["views"]
 
 
 def test_folds__test_every_picture_once_and_leave_a_page(smears: Path, capsys: pytest.CaptureFixture[str]) -> None:

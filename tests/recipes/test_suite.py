@@ -96,6 +96,25 @@ def test_tiers__are_kept_and_say_no_name_that_is_private(
         suite.run_suite(load(house, phantom_archive, *QUICK, "shots=[1]"), house / "run")
 
 
+def test_other_views_than_those_of_the_weights__are_refused_unless_forced(
+    house: Path, phantom_archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = house / "forced"
+    asked = ["evaluate", recipe_folder() / SMOKE, "--suite", "--weights", house / "run", f"source.index={phantom_archive}"]
+    asked += [f"table={house / 'labels.csv'}", f"out={out}", "tiers=[retrieval, classification]", "k=[1]", "draws=20"]
+    asked.append("source.views={normalize: percentile}")
+    status, _, stderr = medssl(capsys, *asked)
+    assert status == 2 and "source.views: the weights were pretrained with normalize zscore" in stderr and not out.exists()
+    status, stdout, stderr = medssl(capsys, *asked, "force=true")
+    line = "Forced, images differ from those of the pretraining: the weights were pretrained with normalize zscore"
+    assert status == 0 and stdout.count(line) == 1, stderr
+    result = json.loads((out / "results.json").read_text())
+    assert len(result["forced"]) == 1 and {"weights", "scratch"} <= {
+        row["model"] for row in result["rows"] if row["tier"] == "classification"
+    }
+    assert (out / "table.md").read_text().count(line) == (out / "page.html").read_text().count(line) == 1
+
+
 @pytest.mark.slow
 def test_all_tiers__run_or_say_why(house: Path, phantom_archive: Path) -> None:
     recipe = load(house, phantom_archive, f"out={house / 'whole'}")

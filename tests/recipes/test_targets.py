@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from safetensors.torch import load_file
 from medssl import api, target_tasks
 from medssl.archive.operations.labels import attach
 from medssl.archive.table import Archive
+from medssl.cli.training import summary_table
 from medssl.errors import LeakageError, MedsslError, RequestError
 from medssl.finetune_cells import claim
 from medssl.recipe import Recipe, recipe_folder
 from medssl.target_tasks import TargetRoad
+from tests.cli.test_bad_input import medssl
 
 SHORT = [
     "settings.steps=2",
@@ -173,13 +176,56 @@ def test_numbers__from_scratch_with_the_encoder_of_the_recipe(house: Path, phant
         api.finetune(load(house, phantom_archive, f"out={house / 'none'}"), None)
 
 
-def test_other_views_than_those_of_the_weights__are_refused_unless_forced(house: Path, phantom_archive: Path) -> None:
+def test_other_views_than_those_of_the_weights__are_refused_unless_forced(
+    house: Path, phantom_archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = ("source.views={spacing_mm: 6.0, normalize: percentile}", f"out={house / 'forced'}")
-    with pytest.raises(RequestError, match=r"normalize is percentile, the weights were pretrained with zscore; spacing_mm is 6\.0"):
+    with pytest.raises(
+        RequestError, match=r"^source\.views: .* zscore, the settings say percentile.* 4 x 4 x 4 mm, .* 6 x 6 x 6 mm"
+    ):
         api.finetune(load(house, phantom_archive, *other), house / "run")
     assert not (house / "forced").exists()
-    forced = api.finetune(load(house, phantom_archive, *other, "force=true"), house / "run")["shared"]["forced"]
-    assert len(forced) == 2 and forced[0].startswith("normalize is percentile")
+    summary = api.finetune(load(house, phantom_archive, *other, "force=true"), house / "run", twin=True)
+    forced = summary["shared"]["forced"]
+    assert len(forced) == 2 and forced[0].startswith("the weights were pretrained with normalize zscore")
+    cells = house / "forced" / "cells"
+    said = {cell.name[:4]: json.loads((cell / "results.json").read_text())["forced"] for cell in cells.iterdir()}
+    assert said == {"pret": forced, "scra": []}
+    assert medssl(capsys, "report", house / "forced")[0] == 0
+    texts = [(house / "forced" / name).read_text() for name in ("table.md", "report.html")]
+    for text in (*texts, summary_table(summary)):
+        assert text.count("Forced, images differ from those of the pretraining: ") == 2
+    claim(house / "forced", {**summary["shared"], "weights": {"scratch": None}, "forced": []})  # the twin alone, later
+    assert json.loads((house / "forced" / "target_curve.json").read_text())["forced"] == forced
+
+
+def test_evaluation_of_other_views__is_refused_unless_forced(
+    house: Path, phantom_archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = house / "evaluated"
+    asked: list[Any] = ["evaluate", recipe_folder() / "evaluate" / "regression_mri.yaml", "--weights", house / "run"]
+    asked += [f"source.index={phantom_archive}", f"table={house / 'labels.csv'}", "target=liver_ml", "k=[1]", f"out={out}"]
+    status, _, stderr = medssl(capsys, *asked, "source.views={normalize: percentile, spacing_mm: 6}")
+    assert status == 2 and "source.views: the weights were pretrained with normalize zscore" in stderr and "force: true" in stderr
+    assert "pretrained at 4 x 4 x 4 mm, the settings ask for 6 x 6 x 6 mm" in stderr and not out.exists()
+    status, _, stderr = medssl(capsys, *asked, "source.views={size: [32, 32, 15]}")
+    assert status == 2 and "source.views.size: the patch" in stderr and not out.exists()
+    other = house / "other_axes"
+    shutil.copytree(house / "run" / "weights" / "last", other)
+    manifest = json.loads((other / "encoder.json").read_text())
+    (other / "encoder.json").write_text(json.dumps({**manifest, "axis_order": "ZYX-SAR"}))
+    asked[3] = other / "encoder.safetensors"
+    status, _, stderr = medssl(capsys, *asked)
+    assert status == 2 and "axis order ZYX-SAR" in stderr and not out.exists()
+    status, stdout, stderr = medssl(capsys, *asked, "force=true")
+    line = "Forced, images differ from those of the pretraining: the weights are for images in axis order ZYX-SAR"
+    assert status == 0 and line in stdout, stderr
+    (said,) = json.loads((out / "evaluate.json").read_text())["forced"]
+    assert "axis order ZYX-SAR" in said
+    assert medssl(capsys, "report", out)[0] == 0 and (out / "report.html").read_text().count(line) == 1
+    asked[3] = house / "run"
+    assert medssl(capsys, *asked, "source.views={normalize: zscore, spacing_mm: [4, 4, 4]}")[0] == 0  # what they say themselves
+    assert json.loads((out / "evaluate.json").read_text())["forced"] == []
 
 
 def test_patients_of_pretraining__may_train_and_not_be_scored(house: Path, phantom_archive: Path, tmp_path: Path) -> None:
