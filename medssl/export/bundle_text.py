@@ -5,22 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medssl.export.manifest import domain_of, normalization_of, spacing_of, window_of
+from medssl.export.manifest import UNKNOWN, domain_of, is_unknown, normalization_of, spacing_of, unknown_of, window_of
 
 
 def weights_licence_text(manifest: dict[str, Any], name: str) -> str:
     """Return `LICENSE`: the licence that the run's recipe names for the weights."""
-    licence = manifest.get("licence") or "unknown"
-    if licence == "unknown":
+    licence = manifest.get("licence") or UNKNOWN
+    if licence == UNKNOWN:
+        again = "Import them with `--licence`" if manifest.get("imported") else "Set `export.licence` in the recipe"
         return (
             f"Licence of the weights of {name}: not stated by their owner.\n\n"
-            "Without a licence nobody but the owner may pass them on. Set `export.licence` in the recipe and export again.\n"
+            f"Without a licence nobody but the owner may pass them on. {again} and export again.\n"
         )
     return (
         f"Licence of the weights of {name}: {licence}\n\n"
         f"SPDX-License-Identifier: {licence}\n\nThe full text is published under that identifier at https://spdx.org/licenses/. "
         "The terms of the data sets behind the weights are in docs/data_license.txt.\n"
     )
+
+
+def origin_text(manifest: Mapping[str, Any]) -> str:
+    """Return how the weights came about: pretrained here, or imported, which says nothing of their training."""
+    made, found = manifest["export"]["versions"]["medssl"], manifest.get("imported")
+    if not found:
+        return f"pretrained with medssl {made} without labels"
+    source = found.get("source") or UNKNOWN
+    origin = f"source {source}" if source != UNKNOWN else "source unknown"
+    return f"imported into medssl {made} from a file of another project ({origin})"
+
+
+def unknown_text(manifest: Mapping[str, Any]) -> str:
+    """Return a paragraph on what nobody has said of the pretraining; empty where all is known."""
+    words = unknown_of(manifest)
+    return f"\nUnknown of the pretraining: {words}. What is done here in their place is no statement about it.\n" if words else ""
 
 
 def readme_text(manifest: dict[str, Any], *, name: str, window: Sequence[int], stride: Sequence[int], features: int) -> str:
@@ -39,14 +56,14 @@ def readme_text(manifest: dict[str, Any], *, name: str, window: Sequence[int], s
         if spacing is None
         else f"{' x '.join(f'{s:g}' for s in spacing)} mm (trilinear)"
     )
-    medssl_version, library = manifest["export"]["versions"]["medssl"], manifest["library"]
+    library = manifest["library"]
     coarser, at_least = " x ".join(map(str, stride)), " x ".join(map(str, window))
     return f"""# {name}
 
-The encoder `{manifest["encoder"]["name"]}` ({library}), pretrained with medssl {medssl_version} without labels, as a MONAI bundle.
+The encoder `{manifest["encoder"]["name"]}` ({library}), {origin_text(manifest)}, as a MONAI bundle.
 It needs MONAI and the packages named in `configs/metadata.json`; it does not need medssl. Made for research: initialising
 networks and computing features. Not for diagnostic use.
-
+{unknown_text(manifest)}
 ## Use
 
 ```
@@ -148,5 +165,6 @@ def _normalisation_sentence(manifest: dict[str, Any]) -> str:
         "zscore": f"Intensities: (x - mean) / std of the voxels {body}.",
         "percentile": f"Intensities: the 0.5th to 99.5th percentile of the voxels {body} become 0 to 1, clipped after resampling.",
         "window": f"Intensities: {window[0]:g} to {window[1]:g} become 0 to 1, clipped after resampling." if window else "",
-        "none": "Intensities are left as they are.",
+        "none": "Intensities are left as they are"
+        + (": their normalisation in pretraining is unknown." if is_unknown(manifest, "intensity") else "."),
     }[how]

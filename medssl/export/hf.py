@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from medssl.errors import WeightsError
 from medssl.export.bundle_text import weights_licence_text
-from medssl.export.manifest import Weights, exported_manifest, require_whole
+from medssl.export.manifest import UNKNOWN, Weights, exported_manifest, is_unknown, require_whole
 from medssl.export.verify import ExportReport, compare, features, random_image, require_equal, source_encoder
 from medssl.weights import card_lines, load_part, save_part, write_atomic
 
@@ -297,21 +297,26 @@ def card_text(manifest: Mapping[str, Any], config: Mapping[str, Any], code: list
         "library_name": OWN if own else "transformers",
         "license": licence.lower() if licence != "unknown" else "unknown",
         "pipeline_tag": "image-feature-extraction",
-        "tags": ["medical", "self-supervised", *manifest.get("domains", [])],
+        "tags": ["medical", *([] if manifest.get("imported") else ["self-supervised"]), *manifest.get("domains", [])],
     }
     facts = {
         "Encoder": f"`{manifest['encoder']['name']}` ({manifest['library']})",
         "Objective": manifest.get("objective") or "not recorded",
         "Channels": manifest["channels"],
-        "Axes": manifest["axis_order"],
-        "Voxel size": manifest.get("spacing_mm") or "not resampled, or not recorded",
-        "Intensities": json.dumps(manifest.get("intensity") or "not recorded"),
+        "Axes": f"unknown; medssl shows {manifest['axis_order']}" if is_unknown(manifest, "axis_order") else manifest["axis_order"],
+        "Voxel size": UNKNOWN
+        if is_unknown(manifest, "spacing_mm")
+        else manifest.get("spacing_mm") or "not resampled, or not recorded",
+        "Intensities": UNKNOWN if is_unknown(manifest, "intensity") else json.dumps(manifest.get("intensity") or "not recorded"),
     }
-    listed = "\n".join(f"- {line}" for line in card_lines(manifest.get("data_cards") or [])) or "- none was recorded"
+    listed = "\n".join(f"- {line}" for line in card_lines(manifest.get("data_cards") or [])) or (
+        "- unknown" if is_unknown(manifest, "data_cards") else "- none was recorded"
+    )
+    title = "Imported encoder" if manifest.get("imported") else "Encoder pretrained without labels"
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     load = "\n".join(["import medssl" if own else "import transformers", "", *code])
     return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# Encoder pretrained without labels\n\n{USE}\n\n"
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n\n{USE}\n\n"
         f"| | |\n|---|---|\n{rows}\n\nPrepare images as in pretraining: `model.json` holds the whole manifest.\n\n"
         f"```python\n{load}\n```\n\n## Data\n\n{listed}\n\n## Licence\n\n{weights_licence_text(dict(manifest), 'this folder')}"
     )

@@ -35,6 +35,7 @@ KEPT = (
     "copyright",
     "data_cards",
     "imported",
+    "unknown",
     "objective",
     "step",
     "recipe_hash",
@@ -174,6 +175,27 @@ FITTING = {
 }
 
 
+UNKNOWN = "unknown"
+SAID = {  # keys of a manifest that may be unknown of imported weights, for people
+    "intensity": "intensities",
+    "spacing_mm": "voxel size",
+    "axis_order": "axis order",
+    "image_size": "image size",
+    "domains": "kind of images",
+    "data_cards": "training data",
+}
+
+
+def is_unknown(manifest: Mapping[str, Any], key: str) -> bool:
+    """Whether nobody has said what this key says of the pretraining, as of imported weights; its value is then no statement."""
+    return key in (manifest.get("unknown") or ())
+
+
+def unknown_of(manifest: Mapping[str, Any]) -> str:
+    """Return what is unknown of the pretraining in words, empty where nothing is."""
+    return ", ".join(words for key, words in SAID.items() if is_unknown(manifest, key))
+
+
 def window_of(intensity: Mapping[str, Any]) -> tuple[float, float] | None:
     """Return the intensity window (lo, hi) of a manifest, None when it has none.
 
@@ -217,8 +239,13 @@ def domain_of(manifest: Mapping[str, Any]) -> str:
     """Return the domain that says which voxels are foreground.
 
     Raises:
-        WeightsError: Several domains: their foregrounds differ, and one bundle has one preprocessing.
+        WeightsError: Several domains: their foregrounds differ, and one bundle has one preprocessing. Or nobody has said which it is.
     """
+    if is_unknown(manifest, "domains"):
+        raise WeightsError(
+            "the weights were imported without the domain of their images, whose foreground their normalisation needs; a bundle guesses none; "
+            "import them again with --domain, for instance --domain mri"
+        )
     domains = list(manifest.get("domains") or ["mri"])
     if len(domains) > 1:
         raise WeightsError(

@@ -17,7 +17,16 @@ import torch
 
 from medssl.errors import WeightsError
 from medssl.export.bundle_text import readme_text, weights_licence_text
-from medssl.export.manifest import Weights, domain_of, exported_manifest, fitting, normalization_of, spacing_of, window_of
+from medssl.export.manifest import (
+    Weights,
+    domain_of,
+    exported_manifest,
+    fitting,
+    is_unknown,
+    normalization_of,
+    spacing_of,
+    window_of,
+)
 from medssl.export.verify import ExportReport, compare, load_stock, random_image, read_pt, require_equal, source_encoder, write_pt
 from medssl.layers.tokens import unflatten_tokens
 from medssl.weights import card_lines
@@ -364,6 +373,8 @@ def metadata_json(manifest: dict[str, Any], *, name: str, window: tuple[int, ...
     import numpy as np
 
     clipped = normalization_of(manifest.get("intensity") or {}) in ("window", "percentile")
+    normalised = "unknown" if is_unknown(manifest, "intensity") else normalization_of(manifest.get("intensity") or {})
+    imported = bool(manifest.get("imported"))
     domains = {{"ct": "CT", "mri": "MR"}.get(name, "n/a") for name in manifest.get("domains") or ()}
     return {
         "schema": SCHEMA_URL,
@@ -379,15 +390,15 @@ def metadata_json(manifest: dict[str, Any], *, name: str, window: tuple[int, ...
             "fire": _package_version("fire", FIRE),  # `python -m monai.bundle` does not start without it
         },
         "name": name,
-        "task": "Features of medical images from a self-supervised encoder",
+        "task": f"Features of medical images from {'an imported' if imported else 'a self-supervised'} encoder",
         "description": (
             f"The pretrained encoder {manifest['encoder']['name']} ({manifest['library']}) alone: one feature map of {features} "
             "channels per image. No decoder, no task head."
         ),
-        "authors": manifest.get("authors", "the owner of the pretraining run"),
-        "copyright": manifest.get("copyright", "the owner of the pretraining run"),
+        "authors": manifest.get("authors", "unknown" if imported else "the owner of the pretraining run"),
+        "copyright": manifest.get("copyright", "unknown" if imported else "the owner of the pretraining run"),
         "data_type": "nibabel",
-        "image_classes": f"{manifest['channels']} channel(s), normalised: {normalization_of(manifest.get('intensity') or {})}",
+        "image_classes": f"{manifest['channels']} channel(s), normalised: {normalised}",
         "pred_classes": f"{features} feature channels",
         "intended_use": "Initialisation of networks and features for research. Not for diagnostic use.",
         "references": [],
@@ -472,6 +483,11 @@ def metadata_schema() -> dict[str, Any]:
 def data_licence_text(manifest: dict[str, Any]) -> str:
     """Return `docs/data_license.txt`: which data cards stand behind the weights; no data are in the bundle."""
     cards = manifest.get("data_cards") or []
+    if not cards and is_unknown(manifest, "data_cards"):
+        return (
+            "This bundle holds no images and no labels. Which images the weights were trained on is unknown: they were imported from a file "
+            "that does not say.\n\nAsk their owner; the terms of each data set may restrict the weights.\n"
+        )
     listed = "\n".join(f"- {line}" for line in [*card_lines(cards), *(note for card in cards for note in card.get("notes", []))])
     return (
         "This bundle holds no images and no labels. The weights were pretrained on the data sets behind these data cards:\n\n"

@@ -27,7 +27,7 @@ from medssl.encoders.resenc3d import (
     without_aliases,
 )
 from medssl.errors import WeightsError
-from medssl.export.manifest import Weights, exported_manifest, normalization_of, require_library, spacing_of
+from medssl.export.manifest import Weights, exported_manifest, is_unknown, normalization_of, require_library, spacing_of
 from medssl.export.slices import Adaptation, adapt_stem, grey_or_random
 from medssl.export.verify import ExportReport, compare, load_stock, require_equal, source_encoder
 from medssl.weights import write_atomic
@@ -266,12 +266,15 @@ def _turn(x: Tensor) -> Tensor:
 
 
 def _scheme(manifest: Mapping[str, Any]) -> str:
+    if is_unknown(manifest, "intensity"):
+        return "medssl_unknown"
     name = normalization_of(manifest.get("intensity") or {})
     return "ZScoreNormalization" if name == "zscore" else f"medssl_{name}"
 
 
 def _notes(weights: Weights, plan: Mapping[str, Any], channels: int) -> Sequence[str]:
-    name = normalization_of(weights.manifest.get("intensity") or {})
+    unknown = is_unknown(weights.manifest, "intensity")
+    name = "unknown" if unknown else normalization_of(weights.manifest.get("intensity") or {})
     patch = "x".join(map(str, plan["recommended_downstream_patchsize"]))
     single = "nnU-Net repeats a single one for images of several"
     several = "nnU-Net adapts a single one only: give images of as many, or export with --channels 1"
@@ -282,8 +285,9 @@ def _notes(weights: Weights, plan: Mapping[str, Any], channels: int) -> Sequence
         f"input channels {channels}: {single if channels == 1 else several}",
     ]
     if name != "zscore":
+        how = "how intensities were normalised in pretraining is unknown" if unknown else f"pretrained with normalize {name}"
         notes.append(
-            f"pretrained with normalize {name}; nnU-Net z-scores what it fine-tunes from a plan, so features meet other values"
+            f"{how}; nnU-Net z-scores what it fine-tunes from a plan, so features {'may ' if unknown else ''}meet other values"
         )
     if not weights.decoder:
         notes.append(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl.errors import RequestError, WeightsError
-from medssl.export.manifest import Weights, exported_manifest
+from medssl.export.manifest import UNKNOWN, Weights, exported_manifest, is_unknown
 from medssl.export.slices import JOINT, slice_encoder_of
 from medssl.export.verify import ExportReport, compare, random_image, source_encoder
 from medssl.weights import write_atomic
@@ -204,14 +204,19 @@ def described(traced: Any, manifest: Mapping[str, Any]) -> Any:
         for value in graph.value_info:
             del value.metadata_props[:]
     del model.graph.metadata_props[:]
-    facts = {name: manifest[name] for name in FACTS if name in manifest}
-    props = {"use": USE, "medssl_version": manifest["export"]["versions"]["medssl"], **facts, "encoder": manifest["encoder"]}
+    version = manifest["export"]["versions"]["medssl"]
+    props = {"use": USE, "medssl_version": version, **facts_of(manifest), "encoder": manifest["encoder"]}
     del model.metadata_props[:]
     for name, value in props.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = name, value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     model.doc_string = USE
     return model
+
+
+def facts_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the metadata of a graph say of its weights; `unknown` where nobody has said it of imported ones."""
+    return {name: UNKNOWN if is_unknown(manifest, name) else manifest[name] for name in FACTS if name in manifest}
 
 
 def graph_facts(size: Sequence[int], axes: Sequence[int]) -> dict[str, Any]:

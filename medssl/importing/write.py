@@ -109,6 +109,7 @@ def import_weights(
         "intensity": {"normalize": how} if how else {},
         "licence": licence,
         "data_cards": [],
+        "unknown": _not_said(size, spacing, how, domain),
         "imported": {
             "layout": converted.layout,
             "source": source,
@@ -204,6 +205,12 @@ def _has(module: Any, group: str, matched: Sequence[str]) -> bool:
 def _unknown(size: Sequence[int] | None, spacing: Sequence[float] | None, how: Any) -> list[str]:
     lacking = [("image size", "--image-size", size), ("spacing", "--spacing", spacing), ("normalisation", "--normalize", how)]
     return [f"{name} of the pretraining unknown; {option} says it" for name, option, value in lacking if not value]
+
+
+def _not_said(size: Sequence[int] | None, spacing: Sequence[float] | None, how: Any, domain: str | None) -> list[str]:
+    """Return the keys of the manifest that say nothing of the pretraining: no file tells how images lay, and which images they were."""
+    found = {"image_size": size, "spacing_mm": spacing, "intensity": how, "domains": domain, "axis_order": None, "data_cards": None}
+    return [key for key, value in found.items() if not value]
 
 
 def _write(out: Path, module: Any, parts: Sequence[str], facts: Mapping[str, Any]) -> tuple[Path, ...]:

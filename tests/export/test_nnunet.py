@@ -191,6 +191,11 @@ def test_unknown_spacing_and_size__stay_unknown_and_are_said(tmp_path: Path) -> 
     assert plan["pretrain_plan"]["original_median_spacing_after_transp"] is None
     assert plan["recommended_downstream_patchsize"] == [10, 20, 20]
     assert any("pretrained with normalize window; nnU-Net z-scores" in note for note in report.notes)
+    imported = save_run(make_resenc(), tmp_path / "imported", spacing_mm=None, intensity={}, unknown=["intensity"])
+    report = export_weights(imported, "nnunet", tmp_path / "again")
+    plan = load(tmp_path / "again")["nnssl_adaptation_plan"]
+    assert plan["pretrain_plan"]["configurations"]["noresample"]["normalization_schemes"] == ["medssl_unknown"]
+    assert any("how intensities were normalised in pretraining is unknown; nnU-Net z-scores" in note for note in report.notes)
 
 
 def test_another_encoder_and_another_plan__are_refused(tmp_path: Path) -> None:

@@ -484,3 +484,50 @@ def test_evaluation__shows_pictures_to_an_encoder_of_pictures(channels: int, sho
     views["kind"] = "stack"
     evaluation_section(recipe, manifest)
     assert found["views"] == {"kind": "stack", "size": [64, 64], "normalize": "zscore"}
+
+
+def test_what_nobody_said_of_imported_weights__is_unknown_in_every_export(tmp_path: Path) -> None:
+    from medssl.encoders.vit3d import ViT3D
+    from medssl.export.onnx import facts_of
+
+    network = ViT3D(image_size=(32, 48, 16), hidden_size=48, num_heads=4, mlp_dim=96, num_layers=1).net
+    torch.save(network.state_dict(), tmp_path / "vit.pt")
+    size = {"args": {"num_heads": 4}, "image_size": [32, 48, 16]}
+    import_weights(tmp_path / "vit.pt", "vit3d", tmp_path / "run", **size)
+    manifest = load_part(tmp_path / "run")[1]
+    assert manifest["unknown"] == ["spacing_mm", "intensity", "domains", "axis_order", "data_cards"]
+    export_weights(tmp_path / "run", "monai-bundle", tmp_path / "bundle")
+    texts = {path.name: path.read_text() for path in (tmp_path / "bundle").rglob("*") if path.is_file() and path.suffix != ".pt"}
+    readme = texts["README.md"].replace("\n", " ")
+    assert "Unknown of the pretraining: intensities, voxel size, axis order, kind of images, training data." in readme
+    assert "their normalisation in pretraining is unknown" in readme and "source unknown" in readme
+    metadata = json.loads(texts["metadata.json"])
+    assert (
+        metadata["image_classes"] == "1 channel(s), normalised: unknown"
+        and metadata["authors"] == metadata["copyright"] == "unknown"
+    )
+    assert "trained on is unknown" in texts["data_license.txt"] and "--licence" in texts["LICENSE"]
+    assert "export.licence" not in " ".join(texts.values()) and "without labels" not in readme + metadata["task"]
+    assert json.loads(texts["manifest.json"])["unknown"] == manifest["unknown"]
+
+    export_weights(tmp_path / "run", "hf", tmp_path / "hub")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    for line in (
+        "| Axes | unknown; medssl shows XYZ-RAS |",
+        "| Voxel size | unknown |",
+        "| Intensities | unknown |",
+        "\n- unknown\n",
+    ):
+        assert line in card
+    assert "without labels" not in card and "self-supervised" not in card
+    facts = facts_of(manifest)
+    assert facts["axis_order"] == facts["intensity"] == facts["spacing_mm"] == "unknown" and facts["channels"] == 1
+
+    import_weights(tmp_path / "vit.pt", "vit3d", tmp_path / "scored", normalize="zscore", **size)
+    with pytest.raises(WeightsError, match=r"imported without the domain of their images.*import them again with --domain"):
+        export_weights(tmp_path / "scored", "monai-bundle", tmp_path / "out")
+    said = {"normalize": "zscore", "domain": "ct", "spacing_mm": [1.0, 1.0, 2.0]}
+    import_weights(tmp_path / "vit.pt", "vit3d", tmp_path / "known", **said, **size)
+    assert load_part(tmp_path / "known")[1]["unknown"] == ["axis_order", "data_cards"]
+    export_weights(tmp_path / "known", "monai-bundle", tmp_path / "out")
+    assert "normalised: zscore" in (tmp_path / "out" / "configs" / "metadata.json").read_text()
