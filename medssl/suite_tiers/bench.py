@@ -150,6 +150,7 @@ def join(done: Found, more: Found) -> None:
     done.rows += more.rows
     done.skipped += more.skipped
     done.p_values += more.p_values
+    done.private |= more.private
     done.again |= more.again
 
 
