@@ -25,6 +25,7 @@ from medssl.recipe import Component, CurveSection, SourceSection, SuiteRecipe, S
 from medssl.recipe_checks import suite_faults
 from medssl.suite_tiers import Bench, Found, curve_rows, curves, groups, robustness
 from medssl.suite_tiers.probes import probe_tables
+from medssl.types import Stack
 from tests.evaluation.tiny_cohort import TINY_ENCODER, write_cohort
 
 
@@ -248,6 +249,38 @@ def test_relative_robustness__is_no_main_row(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Bench, "look", lambda self, places, change=None: {m: x[list(places)] for m, x in self.features.items()})
     rows = robustness._corrupted(bench, "t").rows
     assert {row["metric"] for row in rows} >= {"relative_robustness"} and not any(row["main"] for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["noise", "stain"])
+def test_corruptions__reach_stacks(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    bench = thirds(corruptions={"kinds": [kind], "levels": [1]})
+    section = {"views": {"normalize": "none"}, "domain": Component(name="wsi")}
+    bench.section = bench.section.model_copy(update=section)
+    bench.encoder = bench.device = None  # type: ignore[assignment]
+    seen: list[Any] = []
+
+    def batches(wanted: list[str], *_: Any) -> Any:
+        n = len(wanted)
+        yield Stack(torch.randn(n, 3, 1, 8, 8), torch.ones(n, 3, dtype=torch.bool), torch.zeros(n, 3)), list(range(n))
+
+    def embedded(_: Any, found: Any) -> tuple[np.ndarray, list[Any]]:
+        ((stack, ids),) = list(found)
+        seen.append(stack)
+        return stack.planes.flatten(1).numpy()[:, :4], ids
+
+    monkeypatch.setattr("medssl.suite_tiers.bench.data_sources.evaluation_source", lambda *given: given[-1])
+    monkeypatch.setattr("medssl.suite_tiers.bench.data_sources.images_and_ids", batches)
+    monkeypatch.setattr("medssl.suite_tiers.bench.embed", embedded)
+    monkeypatch.setattr(
+        "medssl.suite_tiers.bench.control_features",
+        lambda _, found, **__: dict.fromkeys(CONTROLS, embedded(None, found())[0]),
+    )
+    found = robustness._corrupted(bench, "t")
+    if kind == "noise":
+        assert {row["setting"] for row in found.rows} == {"noise, level 1", "all corruptions"}
+        assert len(seen) == 2 and all(isinstance(stack, Stack) for stack in seen)
+    else:
+        assert found.skipped[0]["what"] == "corruption stain" and "stacks and clips are not stained" in found.skipped[0]["why"]
 
 
 @pytest.mark.parametrize(("domain", "said"), [("mri", "images of domain mri are not stained"), ("wsi", "are grey")])
