@@ -30,8 +30,8 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "anisotropy": (1.5, 2.0, 3.0, 4.0, 6.0),
 }
 """noise: std of white noise, in stds of the image; blur: sigma in pixels; contrast: factor on the deviation from the mean; motion: share of
-the k-space lines that are taken while the object is up to 3 pixels away; anisotropy: factor by which the last axis (planes of a stack, frames
-of a clip) is thinned and filled in again."""
+the k-space lines that are taken while the object is up to 3 pixels away; anisotropy: factor by which the last axis (planes of a stack, frames of
+a clip) is thinned and filled in again."""
 
 Seen = Tensor | Stack | ClipBatch
 """What an encoder sees of B items."""

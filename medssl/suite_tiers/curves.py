@@ -14,7 +14,7 @@ import numpy as np
 
 from medssl import build
 from medssl.api import label_curve as run_curve
-from medssl.errors import RequestError, TrainingStopped
+from medssl.errors import ImageError, RequestError, TrainingStopped
 from medssl.evaluation.frozen import fit_probe, predicted
 from medssl.evaluation.scores import mean_auc, score_row
 from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, Row, row_of, skip
@@ -169,7 +169,7 @@ def label_curves(
         recipe = recipe.model_copy(update={"out": str(folder)})
         labels = list(counts or _counts_of(section, recipe))
         summary = run_curve(recipe, bench.weights, counts=labels, seeds=section.seeds, twin=not how)
-    except RequestError as err:
+    except (RequestError, ImageError) as err:
         return Found(skipped=[skip(task, f"fine-tuning{how}", f"{err}; the next run tries again")], again=True)
     except TrainingStopped as err:
         path = folder / "summary.json"
@@ -193,6 +193,9 @@ def label_curves(
     elif tier != "classification" and not how:
         found.skipped.append(skip(task, ", ".join(CONTROLS), "a control is not fine-tuned; its ridge stands beside"))
     join(found, further(bench, tier, task, cells, how))
+    read = getattr(recipe, "cohort", None) or getattr(recipe, "source", None)  # slides come as features, read by no domain
+    for row in found.rows:
+        row["modality"] = getattr(getattr(read, "domain", None), "name", "wsi")
     return found
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from medssl import suite
-from medssl.errors import LeakageError, RequestError, TrainingStopped
+from medssl.errors import ImageError, LeakageError, RequestError, TrainingStopped
 from medssl.evaluation.calibration import expected_calibration_error, threshold_at_specificity
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.label_curve import Cell, plan
@@ -113,7 +113,8 @@ def test_leakage__counts_patients_not_series() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "finished"), [(LeakageError("a folder that is not mounted"), False), (TrainingStopped("NaN"), True)]
+    ("error", "finished"),
+    [(LeakageError("a folder that is not mounted"), False), (ImageError("not_hu", "no HU"), False), (TrainingStopped("NaN"), True)],
 )
 def test_curve_that_fails__is_skipped_and_tried_again_where_that_can_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, finished: bool
@@ -412,9 +413,10 @@ def test_frozen_encoder__is_a_curve_beside_the_other(tmp_path: Path, monkeypatch
     monkeypatch.setattr(curves, "run_curve", run)
     section = {"recipe": str(tmp_path / "organs.yaml"), "counts": [2], "seeds": [0]}
     bench = thirds(segmentation=section)
+    bench.section = bench.section.model_copy(update={"domain": Component(name="ct")})  # the cohort has its own
     bench.manifest |= {"encoder": TINY_ENCODER, "intensity": {"normalize": "zscore"}}  # type: ignore[operator]
     rows = [row for row in suite.run_tier("segmentation", bench, tmp_path)["rows"] if row["model"] == WEIGHTS]
-    assert asked == [("curve", None, True), ("curve_frozen", 0.0, False)]
+    assert asked == [("curve", None, True), ("curve_frozen", 0.0, False)] and {row["modality"] for row in rows} == {"mri"}
     assert [(row["setting"], row["main"]) for row in rows] == [("2 labels", True), ("2 labels, frozen encoder", False)]
     asked.clear()
     curves.segmentation(thirds(segmentation={**section, "frozen": False}), tmp_path)
