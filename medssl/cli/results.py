@@ -99,7 +99,7 @@ def _suite(recipe: Path, weights: Path, overrides: Sequence[str], json: bool) ->
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder or safetensors file.")],
+    run: Annotated[Path, typer.Argument(help="Run folder or safetensors file; for monai-bundle also a folder of fine-tuning.")],
     to: Annotated[str, typer.Option("--to", help=f"{', '.join(FORMS)}; see docs/export.md.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     channels: Annotated[
@@ -114,12 +114,13 @@ def export(
     json: Json = False,
 ) -> None:
     """Write weights in the layout of another library, reload them there and compare features before saying done."""
+    from medssl.export.segmentation_bundle import find_network
     from medssl.export.write import export_weights
     from medssl.weights import card_lines, read_manifest
 
     how: dict[str, Any] = {"channels": channels, "dims": dims, "inflation": inflation}
     done = export_weights(run, to, out, decoder=decoder, membership=membership, **how)
-    cards = read_manifest(run).get("data_cards") or []
+    cards = read_manifest(find_network(run)).get("data_cards") or []
     worst = done.max_feature_difference
     same = "features equal bit by bit" if worst == 0 else f"features equal within {worst:.1e}"
     text = "\n".join(

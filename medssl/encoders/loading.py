@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +52,21 @@ class NoRandomStart(TorchFunctionMode):
         )
 
 
+def refuse_foreign(manifest: Mapping[str, Any], parts: Iterable[str]) -> None:
+    """Raise WeightsError at an export whose tensors have the names of another library.
+
+    Args:
+        manifest: Manifest of the weights.
+        parts: Parts that the encoder loads, its `key_groups`.
+    """
+    to = dict(manifest.get("export") or {}).get("to")
+    if to is not None and manifest["part"] not in parts and manifest["part"] not in ("decoder", "aggregator"):
+        raise WeightsError(
+            f"these weights are an export to {to}, under the names that {to} asks for; medssl takes the run folder that they were exported "
+            "from, or an export to safetensors, unetr, segresnet or swin-unetr; or bring this file in with `medssl import`"
+        )
+
+
 def load_into(encoder: Encoder, state: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     """Load the tensors of a part into `encoder.net`, strictly but for what the part does not hold (a decoder).
 
@@ -64,6 +79,7 @@ def load_into(encoder: Encoder, state: Mapping[str, Tensor], manifest: Mapping[s
         WeightsError: The part is none that the encoder loads, or a tensor is missing, unknown or of another shape; nothing has been
             loaded then.
     """
+    refuse_foreign(manifest, encoder.key_groups)
     if manifest["part"] not in encoder.key_groups:
         raise WeightsError(
             f"these weights are the part {manifest['part']}, and {encoder.name} loads {', '.join(encoder.key_groups)}; "

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medssl.encoders.loading import load_into
+from medssl.encoders.loading import load_into, refuse_foreign
 from medssl.errors import GeometryError, RequestError, TrainingStopped, WeightsError
 from medssl.evaluation.best_state import BestState
 from medssl.evaluation.cohort import Case, Cohort
@@ -103,20 +103,24 @@ def open_weights(path: Path | str, *, transfer: str = "encoder") -> Pretrained:
     """Read an encoder, and with `encoder_decoder` its decoder, from a run folder, weights folder or safetensors file.
 
     Raises:
-        WeightsError: They are missing or damaged, of a fine-tuned network, or there is no decoder.
+        WeightsError: They are missing or damaged, of a fine-tuned network, an export for another library, or there is no decoder.
     """
     state, manifest = load_part(path)
     if manifest["part"] == "network":
         raise WeightsError(
             f"{path} is a fine-tuned network with its head; fine-tuning starts from an encoder: give the run folder of the pretraining"
         )
+    refuse_foreign(manifest, lookup("encoder", manifest["encoder"]["name"]).key_groups)
     decoder = None
     if transfer == "encoder_decoder":
+        inside = tuple(dict(manifest.get("key_groups") or {}).get("decoder", ()))
+        decoder = {key: value for key, value in state.items() if inside and key.startswith(inside)}  # of an export with --decoder
+    if transfer == "encoder_decoder" and not decoder:
         try:
             decoder, _ = load_part(path, "decoder")
         except WeightsError as err:
             raise WeightsError(
-                f"transfer encoder_decoder: {err}; exports hold the encoder alone: "
+                f"transfer encoder_decoder: {err}; exports hold the encoder alone unless written with --decoder: "
                 "give the run folder of a segresnet3d, swin3d or resenc3d, or set transfer: encoder"
             ) from err
     return Pretrained(state, manifest, decoder)
@@ -223,7 +227,7 @@ def finetune(
     span = training_range([look_at(encoder, reader(case), case, settings) for case in train_cases])
     optimizer = torch.optim.AdamW(parameter_groups(network, factors, settings.weight_decay), lr=settings.lr)
     curve, choice, seconds = _train(run, crops, optimizer, loss_of, train_cases, val_cases, out, weights is not None, on_step)
-    save_part(out, "network", network.state_dict(), _manifest(run, weights, data_cards(cohort, weights), forced))
+    save_part(out, "network", network.state_dict(), _manifest(run, weights, data_cards(cohort, weights), list(forced)))
     flags = {case.id: outside(look_at(encoder, reader(case), case, settings), span) for case in test_cases}
     scores, resampled = _test(run, test_cases, out)
     result = FinetuneResult(

@@ -136,8 +136,13 @@ def require_library(manifest: Mapping[str, Any], library: str, to: str) -> None:
     if found != library:
         raise WeightsError(
             f"export to {to}: the weights are of encoder {manifest['encoder']['name']} ({found}); {to} takes {library}; "
-            f"export to {', '.join((*FITTING.get(found, ('safetensors',)), *OF_ANY))} instead"
+            f"export to {', '.join(fitting(found))} instead"
         )
+
+
+def fitting(library: str) -> tuple[str, ...]:
+    """Return the exports that take weights of a stock class."""
+    return (*FITTING.get(library, ("safetensors",)), *OF_ANY)
 
 
 def require_whole(manifest: Mapping[str, Any], to: str) -> None:

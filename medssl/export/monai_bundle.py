@@ -17,7 +17,7 @@ import torch
 
 from medssl.errors import WeightsError
 from medssl.export.bundle_text import readme_text, weights_licence_text
-from medssl.export.manifest import Weights, domain_of, exported_manifest, normalization_of, spacing_of, window_of
+from medssl.export.manifest import Weights, domain_of, exported_manifest, fitting, normalization_of, spacing_of, window_of
 from medssl.export.verify import ExportReport, compare, load_stock, random_image, read_pt, require_equal, source_encoder, write_pt
 from medssl.layers.tokens import unflatten_tokens
 from medssl.weights import card_lines
@@ -79,7 +79,7 @@ def write(folder: Path, weights: Weights, *, name: str) -> ExportReport:
     if weights.manifest["library"] not in LIBRARIES:
         raise WeightsError(
             f"export to monai-bundle: the weights are of {weights.manifest['library']}; it takes {', '.join(LIBRARIES)}; "
-            "export to safetensors instead"
+            f"export to {', '.join(fitting(weights.manifest['library']))} instead"
         )
     source = source_encoder(weights)
     window = window_size(weights)

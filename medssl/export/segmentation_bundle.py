@@ -30,8 +30,29 @@ from medssl.export.verify import ExportReport, compare, load_stock, random_image
 from medssl.registry import lookup
 
 PART = "network"
+FILE = "network.safetensors"
 SETTINGS = ("network", "network_args", "out_channels", "label_values", "structures", "crop", "overlap", "flips", "pretrained")
 STOCK = {"unetr": "UNETR", "segresnet": "SegResNet", "swin_unetr": "SwinUNETR"}
+
+
+def find_network(path: Path) -> Path:
+    """Return the file of the fine-tuned network that a folder of `medssl finetune` holds; any other path as it is.
+
+    Args:
+        path: What the user gave: of a fine-tuning the folder, one of its `cells`, or the file.
+
+    Raises:
+        WeightsError: The folder holds several networks.
+    """
+    if not path.is_dir() or (path / "index.json").is_file() or (path / "weights" / "index.json").is_file():
+        return path
+    if (path / FILE).is_file():
+        return path / FILE
+    cells = sorted(path.glob(f"cells/*/{FILE}"))
+    if len(cells) > 1:
+        names = ", ".join(str(cell.parent.relative_to(path)) for cell in cells)
+        raise WeightsError(f"{path} holds {len(cells)} fine-tuned networks; give the folder of one: {names}")
+    return cells[0] if cells else path
 
 
 def write(folder: Path, weights: Weights, *, name: str) -> ExportReport:

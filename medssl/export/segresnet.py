@@ -32,9 +32,9 @@ def write(folder: Path, weights: Weights) -> ExportReport:
     args = weights.args
     source = source_encoder(weights)
     facts = {"load_into": "SegResNet", "decoder": bool(weights.decoder)}
-    path = save_part(
-        folder, NAME, {**weights.state, **weights.decoder}, exported_manifest(weights.manifest, to="segresnet", **facts)
-    )
+    tensors = {**weights.state, **weights.decoder}
+    # the names are the encoder's own, so that medssl takes the file as well
+    path = save_part(folder, NAME, tensors, exported_manifest(weights.manifest, to="segresnet", **facts), part="encoder")
     state, _ = load_part(path)
     write_pt(path.with_suffix(".pt"), state)
 

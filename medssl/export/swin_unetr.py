@@ -38,9 +38,9 @@ def write(folder: Path, weights: Weights) -> ExportReport:
     args = weights.args
     source = source_encoder(weights)
     facts = {"load_into": "SwinUNETR", "decoder": bool(weights.decoder)}
-    path = save_part(
-        folder, NAME, {**weights.state, **weights.decoder}, exported_manifest(weights.manifest, to="swin-unetr", **facts)
-    )
+    tensors = {**weights.state, **weights.decoder}
+    # the names are the encoder's own, so that medssl takes the file as well
+    path = save_part(folder, NAME, tensors, exported_manifest(weights.manifest, to="swin-unetr", **facts), part="encoder")
     state, _ = load_part(path)
     write_pt(path.with_suffix(".pt"), state)
     old = folder / f"{NAME}_load_from.pt"

@@ -39,7 +39,10 @@ def write(folder: Path, weights: Weights) -> ExportReport:
             f"{PATCH} and {LAYERS} layers; export to safetensors or monai-bundle instead"
         )
     source = source_encoder(weights)
-    path = save_part(folder, NAME, weights.state, exported_manifest(weights.manifest, to="unetr", load_into="UNETR.vit"))
+    manifest = exported_manifest(weights.manifest, to="unetr", load_into="UNETR.vit")
+    path = save_part(
+        folder, NAME, weights.state, manifest, part="encoder"
+    )  # its names are ViT's, so that medssl takes the file as well
     write_pt(path.with_suffix(".pt"), weights.state)
 
     network = stock_network(args)

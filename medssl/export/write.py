@@ -56,7 +56,8 @@ def export_weights(
     Everything is written into a folder beside `out` that takes its name once all checks have passed.
 
     Args:
-        weights_path: Run folder, its `weights` folder, or the encoder's safetensors file.
+        weights_path: Run folder, its `weights` folder, or the encoder's safetensors file; for `monai-bundle` also the folder of a fine-tuning,
+            one of its cells, or its `network.safetensors`.
         to: One of `EXPORTS`.
         out: Folder to create; it must not exist, or be empty.
         decoder: Whether to add a pretrained decoder (`safetensors`, `segresnet`, `swin-unetr` and `nnunet` only). The default leaves it out.
@@ -91,7 +92,7 @@ def export_weights(
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"export: {out} exists and is not an empty folder; choose another one, or remove it first")
-    weights = read_weights(Path(weights_path), decoder=decoder, tag=tag)
+    weights = read_weights(segmentation_bundle.find_network(Path(weights_path)), decoder=decoder, tag=tag)
     if weights.manifest["part"] == segmentation_bundle.PART and to != "monai-bundle":
         raise WeightsError(
             f"{weights_path} is a fine-tuned network, which goes to monai-bundle; {to} takes an encoder: give the run folder of the pretraining"

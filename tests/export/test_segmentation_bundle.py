@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from medssl.cli import main as cli
 from medssl.errors import WeightsError
 from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.finetune import finetune, open_weights
@@ -113,6 +115,22 @@ def test_other_exports_and_networks__are_refused_with_a_sentence(tmp_path: Path)
         save_part(tmp_path / "other", "network", state, other)
         with pytest.raises(WeightsError, match=said):
             export_weights(tmp_path / "other" / "network.safetensors", "monai-bundle", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_of_a_fine_tuning__is_taken_where_it_holds_one_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = FinetuneSettings(**{**vars(SETTINGS), "steps": 1, "warmup_steps": 0, "predictions": False, "figures": 0})
+    cell = tmp_path / "tuned" / "cells" / "scratch_n2_s0"
+    finetune(oblique_cohort(tmp_path), short, cell)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["export", str(tmp_path / "tuned"), "--to", "monai-bundle", "--out", str(tmp_path / "bundle")])
+    assert stopped.value.code == 0 and "0 missing, 0 unexpected" in capsys.readouterr().out
+    assert export_weights(cell, "monai-bundle", tmp_path / "again").missing == ()
+    shutil.copytree(cell, cell.with_name("scratch_n2_s1"))
+    with pytest.raises(
+        WeightsError, match="holds 2 fine-tuned networks; give the folder of one: cells/scratch_n2_s0, cells/scratch"
+    ):
+        export_weights(tmp_path / "tuned", "monai-bundle", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

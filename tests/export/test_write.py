@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medssl.build import load_encoder
 from medssl.cli import main as cli
 from medssl.encoders.swin3d import Swin3D
 from medssl.errors import RequestError, StoreError, WeightsError
+from medssl.evaluation.finetune import build_network, load, open_weights, start_encoder, with_encoder
+from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.export import segresnet, verify
 from medssl.export.write import EXPORTS, export_weights
 from medssl.weights import load_part, save_part
@@ -299,3 +302,53 @@ def test_swin_unetr__code_of_the_docs_runs(tmp_path, monkeypatch, capsys):
     for network in (names["network"], names["again"]):
         found = network.state_dict()
         assert len(expected) == 126 and all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("make", "to", "network", "crop", "fresh"),
+    [
+        (make_segresnet, "segresnet", "segresnet", (16, 16, 16), 4),  # norm and convolution of the head
+        (make_vit, "unetr", "unetr", (32, 32, 32), 33),
+        (make_swin, "swin-unetr", "swin_unetr", (64, 32, 32), 2),
+    ],
+)
+def test_exports_with_our_names__are_taken_by_fine_tuning(make, to, network, crop, fresh, tmp_path):
+    encoder = make()
+    run = save_run(encoder, tmp_path / "run", image_size=[32, 48, 16])
+    decoder = to != "unetr"
+    report = export_weights(run, to, tmp_path / "out", decoder=decoder)
+    (file,) = [path for path in report.files if path.suffix == ".safetensors"]
+    weights = open_weights(file, transfer="encoder_decoder" if decoder else "encoder")
+    settings = with_encoder(FinetuneSettings(network=network, crop=crop), weights)
+    loaded = load(build_network(settings, n_classes=2, seed=0), weights)
+    assert loaded.missing == loaded.unexpected == 0 and loaded.fresh == fresh
+    start_encoder(settings, weights, 0)
+    again = load_encoder(file).net.state_dict()
+    assert all(
+        torch.equal(again[key], value)
+        for key, value in encoder.net.state_dict().items()
+        if not key.startswith(("out.", "conv_final."))
+    )
+
+
+def test_exports_with_other_names__are_refused_by_fine_tuning(tmp_path):
+    from medssl.encoders.image2d import Image2D
+
+    run = save_run(Image2D(model="resnet18", in_channels=1), tmp_path / "run")
+    export_weights(run, "resnet", tmp_path / "out")
+    for take in (open_weights, load_encoder):
+        with pytest.raises(
+            WeightsError, match=r"an export to resnet, under the names that resnet asks for; .*run folder.*medssl import"
+        ):
+            take(tmp_path / "out" / "resnet.safetensors")
+
+
+def test_wrong_form__names_every_form_that_fits(tmp_path):
+    run = save_run(make_segresnet(), tmp_path / "run")
+    with pytest.raises(WeightsError, match="export to safetensors, segresnet, monai-bundle, onnx, hf instead"):
+        export_weights(run, "unetr", tmp_path / "out")
+    from medssl.encoders.image2d import Image2D
+
+    pictures = save_run(Image2D(model="resnet18", in_channels=1), tmp_path / "pictures")
+    with pytest.raises(WeightsError, match=r"export to safetensors, timm, torchvision, .*, onnx, hf instead"):
+        export_weights(pictures, "monai-bundle", tmp_path / "out")
