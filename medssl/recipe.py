@@ -417,6 +417,12 @@ class CurveSection(Node):
     settings: dict[str, Any] = Field(default_factory=dict, description="Fields of TargetSettings, where no recipe is named")
 
 
+class SegmentationSection(CurveSection):
+    """Fine-tuning of a segmentation network, and of its decoder alone."""
+
+    frozen: bool = Field(True, description="Also the weights with the encoder frozen throughout, so that the decoder alone learns")
+
+
 class CorruptionSection(Node):
     """What is done to test images."""
 
@@ -444,7 +450,7 @@ class SuiteRecipe(Node):
     shots: list[int] = Field(default_factory=lambda: [1, 5, 10, 25], description="Training cases per class of the few-label probe")
     shot_seeds: int = Field(10, gt=0)
     classification: CurveSection | None = None
-    segmentation: CurveSection | None = None
+    segmentation: SegmentationSection | None = None
     detection: CurveSection | None = None
     regression: CurveSection | None = None
     corruptions: CorruptionSection = CorruptionSection()

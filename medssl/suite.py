@@ -208,6 +208,8 @@ def run_tier(tier: str, bench: Bench, out: Path) -> dict[str, Any]:
             return known
     began = time.perf_counter()
     done = RUN[tier](bench, out)
+    for row in done.rows:
+        row.setdefault("modality", bench.section.domain.name)  # a fine-tuning with a recipe of its own has said its own
     if done.private:
         write_private(out / "private" / f"{tier}.json", json.dumps(done.private, indent=1).encode())
     if not done.rows and not done.skipped:

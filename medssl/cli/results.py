@@ -82,13 +82,14 @@ def _suite(recipe: Path, weights: Path, overrides: Sequence[str], json: bool) ->
         [
             row["model"],
             "-" if row["z"] is None else f"{row['z']:+.2f}",
+            "-" if row["z_modality"] is None else f"{row['z_modality']:+.2f}",
             "-" if row["rank"] is None else f"{row['rank']:.1f}",
             row["tasks"],
             row["missing"],
         ]
         for row in done["aggregate"]
     ]
-    lines = [show.table(rows, ["model", "mean z", "mean rank", "tasks", "missing"])]
+    lines = [show.table(rows, ["model", "mean z", "modalities alike", "mean rank", "tasks", "missing"])]
     lines += [
         f"skipped: {s['tier']}: {' '.join(part for part in (s['task'], s['what']) if part)}: {s['why']}" for s in done["skipped"]
     ]

@@ -86,7 +86,7 @@ def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str,
         "forced": forced_lines(first.get("forced")),
         "classes": list(first.get("classes") or []),
         "headlines": headlines,
-        "structures": _structures(arms, draws) if task == "segmentation" else _why("the network gives no label map."),
+        "structures": {"rows": structure_rows(arms, draws)} if task == "segmentation" else _why("the network gives no label map."),
         "agreement": _agreement(task, {arm: runs[0] for arm, runs in arms.items()}, draws),
         "sensitivity": _sensitivity(task, {arm: runs[0] for arm, runs in arms.items()}, draws),
         "calibration": _calibration(task, {arm: runs[0] for arm, runs in arms.items()}, draws),
@@ -148,16 +148,22 @@ def _dice_of(case: Mapping[str, Any]) -> float | None:
 def _scores(task: str, results: Sequence[Result]) -> Asked:
     """Return what the main score is a statistic of, the patients, and the statistic; seeds stand side by side."""
     if task == "segmentation":
-        by_case: dict[str, list[float]] = {}
-        patient: dict[str, Any] = {}
-        for result in results:
-            for case in result["cases"]:
-                if (dice := _dice_of(case)) is not None:
-                    by_case.setdefault(str(case["id"]), []).append(dice)
-                    patient[str(case["id"])] = case.get("patient")
-        values = np.array([np.mean(found) for found in by_case.values()])
-        return values, _patients([{"patient": patient[name]} for name in by_case]), np.mean
+        _, values, patients = dice_of_cases(results)
+        return values, patients, np.mean
     return scored(results)
+
+
+def dice_of_cases(results: Sequence[Result]) -> tuple[list[str], np.ndarray, list[str] | None]:
+    """Return names, mean Dice over structures and then seeds (N,), and patients (None where one is not known) of the cases that have one."""
+    by_case: dict[str, list[float]] = {}
+    patient: dict[str, Any] = {}
+    for result in results:
+        for case in result["cases"]:
+            if (dice := _dice_of(case)) is not None:
+                by_case.setdefault(str(case["id"]), []).append(dice)
+                patient[str(case["id"])] = case.get("patient")
+    values = np.array([np.mean(found) for found in by_case.values()], dtype=np.float64)
+    return list(by_case), values, _patients([{"patient": patient[name]} for name in by_case])
 
 
 def _headline(task: str, results: Sequence[Result], draws: int) -> dict[str, Any]:
@@ -169,8 +175,15 @@ def _headline(task: str, results: Sequence[Result], draws: int) -> dict[str, Any
     return found | (_interval(values, patients, draws, statistic) if len(values) else {"value": None, "low": None, "high": None})
 
 
-def _structures(arms: Mapping[str, Sequence[Result]], draws: int) -> dict[str, Any]:
+def structure_rows(arms: Mapping[str, Sequence[Result]], draws: int) -> list[dict[str, Any]]:
     """Return Dice and HD95 of each structure and arm, and two counts of the first seed.
+
+    Args:
+        arms: Name -> results of its seeds, folds put together (`pool_folds`).
+        draws: Bootstrap draws.
+
+    Returns:
+        Rows with `structure`, `arm`, `dice` and `hd95_mm` (each value, low, high, n, n_patients; Dice as a fraction), `not_found`, `invented`.
 
     `not_found` counts cases whose label has the structure and of which not one voxel was found; `invented` those whose label lacks it
     and whose prediction has it. Dice is 0 in both. They are None where no volumes were kept.
@@ -192,12 +205,13 @@ def _structures(arms: Mapping[str, Sequence[Result]], draws: int) -> dict[str, A
                 values = np.array([np.mean(found) for found in by_case.values()])
                 groups = _patients([{"patient": patient[key]} for key in by_case])
                 empty = {"value": None, "low": None, "high": None}
-                row[metric] = (_interval(values, groups, draws) if len(values) else empty) | {"n": len(values)}
+                counts = {"n": len(values), "n_patients": None if groups is None else len(set(groups))}
+                row[metric] = (_interval(values, groups, draws) if len(values) else empty) | counts
             kept = any(_sizes(case)[0] for case in results[0]["cases"])
             row["not_found"] = sum(_missed(case, name) for case in results[0]["cases"]) if kept else None
             row["invented"] = sum(_invented(case, name) for case in results[0]["cases"]) if kept else None
             rows.append(row)
-    return {"rows": rows}
+    return rows
 
 
 def _sizes(case: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any], str]:

@@ -96,32 +96,37 @@ def headline(results: Sequence[Result]) -> dict[str, Any]:
     return {**found, **counts, "value": value, "low": low, "high": high}
 
 
-def froc_row(arm: str, result: Result, patients: Sequence[str] | None, draws: int) -> dict[str, Any]:
-    """Return the sensitivity at each rate of false positives per image, and their mean, all with intervals; of folds the mean over them.
+def froc_row(arm: str, runs: Sequence[Result], patients: Sequence[str] | None, draws: int) -> dict[str, Any]:
+    """Return the sensitivity at each rate of false positives per image, and their mean, with intervals; of folds and seeds the mean over them.
 
     Args:
         arm: Its name.
-        result: Of one seed, folds put together.
-        patients: Of its cases in the order of their names, or None.
+        runs: Results of one or more seeds on the same cases, folds put together.
+        patients: Of the cases in the order of their names, or None.
         draws: Bootstrap draws.
 
     Returns:
         `at` (rate -> value, low, high), `value`, `low` and `high` of the mean, `n` cases, `n_boxes` objects.
     """
-    matches = together([pick(m, FROC_OVERLAP) for m in matches_of(result)])
-    n, folds = len(matches.real), fold_numbers(in_order(result))
-    parts = [(folds == k, of_images(matches, folds == k)) for k in np.unique(folds)]
+    matches = [together([pick(m, FROC_OVERLAP) for m in matches_of(result)]) for result in runs]
+    n, seeds = len(matches[0].real), []
+    for own, result in zip(matches, runs, strict=True):
+        folds = fold_numbers(in_order(result))
+        seeds.append([(folds == k, of_images(own, folds == k)) for k in np.unique(folds)])
 
     def asked(rows: np.ndarray) -> np.ndarray:
         times = np.bincount(np.asarray(rows, dtype=np.int64), minlength=n)
-        of_folds = np.array([froc(own, times * there)[0] for there, own in parts])
-        at = np.array([finite_mean(column) for column in of_folds.T])
+        of_seeds = []
+        for parts in seeds:
+            of_folds = np.array([froc(own, times * there)[0] for there, own in parts])
+            of_seeds.append([finite_mean(column) for column in of_folds.T])
+        at: np.ndarray = np.mean(of_seeds, axis=0)
         return np.append(at, at.mean())
 
     found = bootstrap_vector(np.arange(n, dtype=np.float64), patients, draws=min(draws, DRAWS), statistic=asked)
     rows = [dict(zip(("value", "low", "high"), map(_finite, numbers))) for numbers in zip(*found)]
     at = {f"{rate:g}": row for rate, row in zip(RATES, rows)}
-    return {"arm": arm, "at": at, **rows[-1], "n": n, "n_boxes": int(matches.real.sum())}
+    return {"arm": arm, "at": at, **rows[-1], "n": n, "n_boxes": int(matches[0].real.sum())}
 
 
 def operating_rows(
@@ -159,7 +164,7 @@ def sensitivity(arms: Mapping[str, Result], patients: Mapping[str, Sequence[str]
     """
     rows = [row for arm, run in arms.items() for row in operating_rows(arm, run["cases"], patients[arm], draws)]
     return {
-        "froc": [froc_row(arm, run, patients[arm], draws) for arm, run in arms.items()],
+        "froc": [froc_row(arm, [run], patients[arm], draws) for arm, run in arms.items()],
         "rows": rows,
         "overlap": FROC_OVERLAP,
         "rate": OPERATING_RATE,

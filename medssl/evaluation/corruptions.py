@@ -1,6 +1,7 @@
 """What scanners and hands do to images, at five levels each, for asking how much a score falls.
 
-Images are (B, C, *spatial) float32 as an encoder sees them; strengths are relative to the standard deviation of each image, so that they
+Images are (B, C, *spatial) float32 as an encoder sees them, or stacks of planes, or clips;
+strengths are relative to the standard deviation of each image, so that they
 mean the same for every normalisation. Level 0 leaves an image as it is. What is drawn for an image hangs on the seed and its own number, not on
 the batch it comes in; it is one pattern at all levels.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch.nn import functional
 
 from medssl.errors import RequestError, near
 from medssl.seeding import derive_seed
+from medssl.types import ClipBatch, Stack
 
 LEVELS = 5
 SHIFT = 3.0
@@ -27,14 +30,49 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "anisotropy": (1.5, 2.0, 3.0, 4.0, 6.0),
 }
 """noise: std of white noise, in stds of the image; blur: sigma in pixels; contrast: factor on the deviation from the mean; motion: share of
-the k-space lines that are taken while the object is up to 3 pixels away; anisotropy: factor by which the last axis is thinned and filled in again."""
+the k-space lines that are taken while the object is up to 3 pixels away; anisotropy: factor by which the last axis (planes of a stack, frames of
+a clip) is thinned and filled in again."""
 
+Seen = Tensor | Stack | ClipBatch
+"""What an encoder sees of B items."""
 
 KINDS = (*STRENGTHS, "stain")
 """All corruptions of the suite; `stain` needs colours, and is in `evaluation.stain`."""
 
 
-def corrupt(images: Tensor, kind: str, level: int, keys: Sequence[int], *, seed: int = 0) -> Tensor:
+def corrupt_seen(seen: Seen, kind: str, level: int, keys: Sequence[int], *, seed: int = 0) -> Seen:
+    """Corrupt images, the planes of stacks, or the frames of clips, each item as one image.
+
+    Nothing is blurred from plane to plane; noise is drawn for each plane, the lines of motion once for all. Padding, frames that are filled
+    in, and pixels outside the sector stay as they are: nobody scanned them.
+
+    Args:
+        seen: B items.
+        kind: As in `corrupt`.
+        level: 0 to 5.
+        keys: (B,) number of each item.
+        seed: Of noise and motion.
+
+    Returns:
+        The same of its kind; what is given is left alone.
+
+    Raises:
+        RequestError: There is no such kind or level.
+    """
+    if isinstance(seen, Tensor):
+        return corrupt(seen, kind, level, keys, seed=seed)
+    planes = seen.planes if isinstance(seen, Stack) else seen.video.transpose(1, 2)  # (B, N, C, H, W)
+    found = planes.clone()
+    for row, (own, valid, key) in enumerate(zip(planes, seen.valid, keys, strict=True)):
+        image = own[valid].permute(1, 2, 3, 0)[None]  # (1, C, H, W, planes)
+        found[row, valid] = corrupt(image, kind, level, [key], seed=seed, planes=True)[0].permute(3, 0, 1, 2)
+    if isinstance(seen, Stack):
+        return replace(seen, planes=found)
+    video = found.transpose(1, 2)
+    return replace(seen, video=torch.where(seen.sector[:, :, None], video, seen.video))
+
+
+def corrupt(images: Tensor, kind: str, level: int, keys: Sequence[int], *, seed: int = 0, planes: bool = False) -> Tensor:
     """Corrupt images.
 
     Args:
@@ -43,6 +81,7 @@ def corrupt(images: Tensor, kind: str, level: int, keys: Sequence[int], *, seed:
         level: 0 to 5.
         keys: (B,) number of each image, for noise and motion.
         seed: Of noise and motion.
+        planes: Whether the last of three axes counts planes, over which nothing is blurred.
 
     Returns:
         (B, C, *spatial) of the same dtype, on the same device.
@@ -68,7 +107,7 @@ def corrupt(images: Tensor, kind: str, level: int, keys: Sequence[int], *, seed:
         noise = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws]).to(x.device)
         found = x + strength * x.std(dim=axes, keepdim=True) * noise
     elif kind == "blur":
-        found = _blurred(x, strength)
+        found = _blurred(x, strength, axes=2 if planes else x.dim() - 2)
     elif kind == "contrast":
         mean = x.mean(dim=tuple(range(1, x.dim())), keepdim=True)
         found = mean + strength * (x - mean)
@@ -79,12 +118,12 @@ def corrupt(images: Tensor, kind: str, level: int, keys: Sequence[int], *, seed:
     return found.to(images.dtype)
 
 
-def _blurred(x: Tensor, sigma: float) -> Tensor:
+def _blurred(x: Tensor, sigma: float, axes: int) -> Tensor:
     radius = max(1, math.ceil(3 * sigma))
     place = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     kernel = torch.exp(-0.5 * (place / sigma) ** 2)
     kernel = kernel / kernel.sum()
-    for axis in range(2, x.dim()):
+    for axis in range(2, 2 + axes):
         moved = x.movedim(axis, -1)
         rows = moved.reshape(-1, 1, moved.shape[-1])
         padded = functional.pad(rows, (radius, radius), mode="replicate")

@@ -573,7 +573,7 @@ def data_cards(cohort: Cohort, weights: Pretrained | None) -> list[dict[str, Any
     return cards + ([dict(cohort.card)] if cohort.card is not None and cohort.card["card_hash"] not in known else [])
 
 
-def _manifest(run: _Run, weights: Pretrained | None, cards: list[dict[str, Any]], forced: list[str]) -> dict[str, Any]:
+def _manifest(run: _Run, weights: Pretrained | None, cards: list[dict[str, Any]], forced: Sequence[str]) -> dict[str, Any]:
     return {
         "encoder": dict(run.settings.encoder or {}),
         "library": library_of(run.network),
@@ -591,7 +591,7 @@ def _manifest(run: _Run, weights: Pretrained | None, cards: list[dict[str, Any]]
         "flips": list(run.settings.flips),
         "domains": [run.settings.domain],
         "domain_args": dict(run.settings.domain_args),
-        "forced": forced,
+        "forced": list(forced),
         "pretrained": None if weights is None else weights.manifest.get("weights_hash"),
         "data_cards": cards,
     }

@@ -119,9 +119,10 @@ def hold_norms(network: nn.Module, optimizer: Optimizer, step: int, settings: Sc
         settings: See there.
         pretrained: Whether the encoder is; else no step is frozen.
     """
-    if not pretrained or step > settings.freeze_steps:
+    for_good = settings.encoder_lr_scale == 0
+    if not pretrained or (step > settings.freeze_steps and not for_good):
         return
-    if step == settings.freeze_steps:
+    if step == settings.freeze_steps and not for_good:
         network.train()  # by the network's own rule: an encoder may keep its norms frozen for good
         return
     inside = {id(p) for group in optimizer.param_groups if group["encoder"] for p in group["params"]}

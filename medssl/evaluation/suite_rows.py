@@ -101,9 +101,15 @@ def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def overall(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return mean z-score and mean rank of each model over the main rows, with tasks that it has and misses (see `aggregate`)."""
-    table = _main(rows)
-    return aggregate(table, {name: name.rpartition(", ")[2] not in LOWER for name in table})
+    """Return mean z-score and mean rank of each model over the main rows, with tasks that it has and misses (see `aggregate`).
+
+    `z` weighs tasks alike; `z_modality` is the mean over modalities of the means over their tasks, so that one with many tasks weighs no more
+    than another. The modality of a row is the domain that read its images.
+    """
+    table, kinds = _main(rows), {_name(row): str(row.get("modality")) for row in rows}
+    higher = {name: name.rpartition(", ")[2] not in LOWER for name in table}
+    alike = {row["model"]: row["z"] for row in aggregate(table, higher, kinds)}
+    return [{**row, "z_modality": alike[row["model"]]} for row in aggregate(table, higher)]
 
 
 def pairs(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -116,9 +122,13 @@ def _main(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     table: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["main"] and row["subgroup"] is None and row["value"] is not None and row["model"] in MODELS:
-            words = [part for part in (row["task"], row["setting"], row["metric"]) if part]
-            table.setdefault(f"{row['tier']}: {', '.join(words)}", {})[row["model"]] = row["value"]
+            table.setdefault(_name(row), {})[row["model"]] = row["value"]
     return table
+
+
+def _name(row: Row) -> str:
+    words = [part for part in (row["task"], row["setting"], row["metric"]) if part]
+    return f"{row['tier']}: {', '.join(words)}"
 
 
 def markdown(
@@ -136,9 +146,15 @@ def markdown(
         "",
         *(part for line in forced_lines(forced) for part in (line, "")),
     ]
-    lines += ["## Over all tasks", "", "| model | mean z | mean rank | tasks | missing |", "|---|---|---|---|---|"]
+    lines += [
+        "## Over all tasks",
+        "",
+        "| model | mean z | mean z, modalities alike | mean rank | tasks | missing |",
+        "|---" * 6 + "|",
+    ]
     for row in totals:
-        lines.append(f"| {row['model']} | {_signed(row['z'])} | {_plain(row['rank'], 1)} | {row['tasks']} | {row['missing']} |")
+        z = f"{_signed(row['z'])} | {_signed(row.get('z_modality'))}"
+        lines.append(f"| {row['model']} | {z} | {_plain(row['rank'], 1)} | {row['tasks']} | {row['missing']} |")
     lines += [""] if two else []
     lines += [f"- not in z and rank, of two models only: {_pair(entry)}" for entry in two]
     if comparisons:

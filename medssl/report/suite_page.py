@@ -57,16 +57,20 @@ def _overall(result: Mapping[str, Any]) -> str:
             [
                 _model(row["model"]),
                 decimal(row["z"], 2, sign=True),
+                decimal(row.get("z_modality"), 2, sign=True),  # earlier suites have none
                 decimal(row["rank"], 1),
                 plain(row["tasks"]),
                 plain(row["missing"]),
             ]
         )
     caption = (
-        "z: score minus the mean over models, over their standard deviation, signed so that higher is better; mean over tasks. It depends on "
-        "which models stand in the table. Missing cells are counted and not filled in."
+        "z: score minus the mean over models, over their standard deviation, signed so that higher is better; mean over tasks, and with "
+        "modalities alike the mean over modalities of the means over their tasks. It depends on which models stand in the table. Missing "
+        "cells are counted and not filled in."
     )
-    parts = [table(["model", "mean z", "mean rank", "tasks", "missing"], cells, caption=caption)] if cells else []
+    parts = (
+        [table(["model", "mean z", "modalities alike", "mean rank", "tasks", "missing"], cells, caption=caption)] if cells else []
+    )
     lines = []
     for row in result["comparisons"]:
         words = {"win": "better", "loss": "worse"}.get(row["verdict"], row["verdict"])

@@ -18,6 +18,7 @@ from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import Statistic
 from medssl.evaluation.clinical import OPEN_COLUMNS
 from medssl.evaluation.controls import control_features
+from medssl.evaluation.corruptions import Seen
 from medssl.evaluation.features import Batch, embed
 from medssl.evaluation.suite_rows import WEIGHTS, Row, skip
 from medssl.evaluation.survival import SurvivalCases
@@ -25,8 +26,8 @@ from medssl.evaluation.target_cases import Cases
 from medssl.recipe import SourceSection, SuiteRecipe
 
 Features = dict[str, np.ndarray]
-Change = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
-"""Images (B, C, *spatial) and their places among the series -> images."""
+Change = Callable[[Seen, Sequence[int]], Seen]
+"""Images, stacks or clips, and their places among the series -> the same of their kind."""
 
 
 @dataclass
@@ -101,9 +102,7 @@ class Bench:
 
         def batches() -> Iterator[Batch]:
             for images, ids in data_sources.images_and_ids(source, self.device, self.recipe.batch):
-                if change is not None and not isinstance(images, torch.Tensor):
-                    raise TypeError("corruptions are defined for images and volumes, and these are stacks or clips")
-                yield (images if change is None else change(images, [places[n] for n in ids])), ids  # type: ignore[arg-type]
+                yield (images if change is None else change(images, [places[n] for n in ids])), ids
 
         own, _ = embed(self.encoder, batches())
 
@@ -154,6 +153,7 @@ def join(done: Found, more: Found) -> None:
     done.rows += more.rows
     done.skipped += more.skipped
     done.p_values += more.p_values
+    done.private |= more.private
     done.again |= more.again
     done.forced += more.forced
 

@@ -14,18 +14,20 @@ import numpy as np
 
 from medssl import build
 from medssl.api import label_curve as run_curve
-from medssl.errors import RequestError, TrainingStopped
+from medssl.errors import ImageError, RequestError, TrainingStopped
 from medssl.evaluation.frozen import fit_probe, predicted
 from medssl.evaluation.scores import mean_auc, score_row
 from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, Row, row_of, skip
 from medssl.evaluation.target_cases import few_label_order
 from medssl.recipe import CurveSection, FinetuneTargetsRecipe, Recipe
 from medssl.suite_tiers.bench import Bench, Found, join, mean_of, or_skip
+from medssl.suite_tiers.curve_rows import further, read_cells
 from medssl.suite_tiers.probes import fitted_tasks
 from medssl.weights import forced_differences
 
-Controls = Callable[[Bench, Any, Sequence[int], Sequence[int]], Mapping[str, Any]]
-"""(bench, fine-tuning recipe, numbers of labels, seeds) -> summary of the controls, as that of the curve."""
+Controls = Callable[[Bench, Any, Sequence[int], Sequence[int]], tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]]
+"""(bench, fine-tuning recipe, numbers of labels, seeds) -> summary of the controls, as that of the curve, and results of their cells."""
+FROZEN = ", frozen encoder"
 
 
 def classification(bench: Bench, out: Path) -> Found:
@@ -45,8 +47,15 @@ def classification(bench: Bench, out: Path) -> Found:
 
 
 def segmentation(bench: Bench, out: Path) -> Found:
-    """Label curves of a segmentation network."""
-    return _named("segmentation", "label curves of Dice", bench.recipe.segmentation, bench, out, _drawn_by_pixels)
+    """Label curves of a segmentation network: the decoder on the frozen encoder, then all of it."""
+    section = bench.recipe.segmentation
+    found = _named("segmentation", "label curves of Dice", section, bench, out, _drawn_by_pixels)
+    if section is not None and section.recipe is not None and section.frozen:
+        recipe = Recipe.load(section.recipe, section.overrides)
+        if getattr(recipe, "task", None) == "segmentation" and recipe.settings.get("encoder_lr_scale") != 0:
+            still = recipe.model_copy(update={"settings": {**recipe.settings, "encoder_lr_scale": 0.0}})
+            join(found, label_curves("segmentation", section, still, bench, out, "", how=FROZEN))
+    return found
 
 
 def detection(bench: Bench, out: Path) -> Found:
@@ -61,19 +70,24 @@ def _named(tier: str, what: str, section: CurveSection | None, bench: Bench, out
     return label_curves(tier, section, Recipe.load(section.recipe, section.overrides), bench, out, "", controls=controls)
 
 
-def _drawn_by_pixels(bench: Bench, recipe: Any, counts: Sequence[int], seeds: Sequence[int]) -> Mapping[str, Any]:
-    """Return the summary of the controls of segmentation."""
+def _drawn_by_pixels(
+    bench: Bench, recipe: Any, counts: Sequence[int], seeds: Sequence[int]
+) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    """Return summary and results of the controls of segmentation."""
     from medssl.evaluation.cohort import Cohort
     from medssl.evaluation.label_curve import summarise
     from medssl.evaluation.pixel_controls import segmentation_controls
 
     settings = replace(build.finetune_settings(recipe), encoder=bench.manifest["encoder"])
     cohort = Cohort.load(recipe.cohort.path, every=recipe.folds is not None)
-    return summarise(segmentation_controls(cohort, settings, counts=counts, seeds=seeds, folds=recipe.folds))
+    results = segmentation_controls(cohort, settings, counts=counts, seeds=seeds, folds=recipe.folds)
+    return summarise(results), [result.to_json() for result in results]
 
 
-def _found_by_pixels(bench: Bench, recipe: Any, counts: Sequence[int], seeds: Sequence[int]) -> Mapping[str, Any]:
-    """Return the summary of the controls of detection; the curve has refused patients that the weights have seen."""
+def _found_by_pixels(
+    bench: Bench, recipe: Any, counts: Sequence[int], seeds: Sequence[int]
+) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
+    """Return summary and results of the controls of detection; the curve has refused patients that the weights have seen."""
     from medssl.box_tasks import BoxRoad
     from medssl.evaluation.box_summary import summarise
     from medssl.evaluation.pixel_controls import detection_controls
@@ -81,7 +95,8 @@ def _found_by_pixels(bench: Bench, recipe: Any, counts: Sequence[int], seeds: Se
 
     section, _ = section_of(recipe, bench.manifest)
     source = BoxRoad(recipe, section, None).source
-    return summarise(detection_controls(source, counts=counts, seeds=seeds, folds=recipe.folds))
+    results = detection_controls(source, counts=counts, seeds=seeds, folds=recipe.folds)
+    return summarise(results), results
 
 
 def budgets(section: CurveSection, cases: int, least: int = 1) -> list[int]:
@@ -137,44 +152,55 @@ def label_curves(
     name: str,
     counts: Sequence[int] | None = None,
     controls: Controls | None = None,
+    how: str = "",
 ) -> Found:
     """Run a label curve and return its rows; one that cannot run is a skipped part, not a lost suite.
+
+    With `how` (`FROZEN`) it stands beside another one of the same recipe: in a folder of its own, without scratch twin and controls, and
+    models are not aggregated by it.
 
     A refused request (a folder that is not there, weights that do not fit) can be corrected, so it is tried again by the next run. A
     training that a monitor stopped would stop again; the cells that were done before it stay in the table.
     """
-    folder = out / tier / (name or "curve")
+    folder = out / tier / (name or ("curve_frozen" if how else "curve"))
     task = name or Path(str(section.recipe)).stem
     stopped: list[dict[str, str]] = []
     try:
         recipe = recipe.model_copy(update={"out": str(folder)})
         labels = list(counts or _counts_of(section, recipe))
-        summary = run_curve(recipe, bench.weights, counts=labels, seeds=section.seeds, twin=True)
-    except RequestError as err:
-        return Found(skipped=[skip(task, "fine-tuning", f"{err}; the next run tries again")], again=True)
+        summary = run_curve(recipe, bench.weights, counts=labels, seeds=section.seeds, twin=not how)
+    except (RequestError, ImageError) as err:
+        return Found(skipped=[skip(task, f"fine-tuning{how}", f"{err}; the next run tries again")], again=True)
     except TrainingStopped as err:
         path = folder / "summary.json"
         if not path.is_file():
-            return Found(skipped=[skip(task, "fine-tuning", str(err))])
+            return Found(skipped=[skip(task, f"fine-tuning{how}", str(err))])
         summary = json.loads(path.read_text())
         cells = summary["cells"]
-        stopped = [skip(task, f"fine-tuning, {cells['planned'] - cells['done']} of {cells['planned']} cells", str(err))]
+        stopped = [skip(task, f"fine-tuning{how}, {cells['planned'] - cells['done']} of {cells['planned']} cells", str(err))]
     patients = _patients_of(folder)
     most = max((row["labels"] for row in summary["rows"]), default=0)  # what a stopped curve came to, for its controls too
-    found = Found(rows=_curve_rows(summary, tier, task, patients, most), skipped=stopped)
+    found = Found(rows=_curve_rows(summary, tier, task, patients, most, how), skipped=stopped)
     found.forced = forced_differences(summary.get("shared", {}).get("forced"))
+    cells = read_cells(folder)
     if controls is not None:
         with or_skip(found, task, "controls"):
-            found.rows += _curve_rows(controls(bench, recipe, labels, section.seeds), tier, task, patients, most)
+            beside, results = controls(bench, recipe, labels, section.seeds)
+            found.rows += _curve_rows(beside, tier, task, patients, most)
+            cells += results
         why = "an untrained network draws nothing and finds nothing; trained, it is the scratch twin"
         found.skipped.append(skip(task, "random_init", why))
-    elif tier != "classification":
+    elif tier != "classification" and not how:
         found.skipped.append(skip(task, ", ".join(CONTROLS), "a control is not fine-tuned; its ridge stands beside"))
+    join(found, further(bench, tier, task, cells, how))
+    read = getattr(recipe, "cohort", None) or getattr(recipe, "source", None)  # slides come as features, read by no domain
+    for row in found.rows:
+        row["modality"] = getattr(getattr(read, "domain", None), "name", "wsi")
     return found
 
 
-def _curve_rows(summary: Mapping[str, Any], tier: str, task: str, patients: int | None, most: int) -> list[Row]:
-    """Return the rows of a curve from its summary; the main ones are those with most labels."""
+def _curve_rows(summary: Mapping[str, Any], tier: str, task: str, patients: int | None, most: int, how: str = "") -> list[Row]:
+    """Return the rows of a curve from its summary; the main ones are those with most labels, none with `how`."""
     rows = []
     for entry in summary["rows"]:
         score = {
@@ -186,7 +212,8 @@ def _curve_rows(summary: Mapping[str, Any], tier: str, task: str, patients: int 
             "n_images": entry["n_test"],
             "n_patients": patients,
         }
-        rows.append(row_of(score, tier, task, f"{entry['labels']} labels", seeds=len(entry["seeds"]), main=entry["labels"] == most))
+        setting, main = f"{entry['labels']} labels{how}", entry["labels"] == most and not how
+        rows.append(row_of(score, tier, task, setting, seeds=len(entry["seeds"]), main=main))
     return rows
 
 

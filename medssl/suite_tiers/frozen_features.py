@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from medssl.errors import RequestError
-from medssl.evaluation.corruptions import corrupt
+from medssl.evaluation.corruptions import corrupt_seen
 from medssl.evaluation.frozen import few_shot, fewest
 from medssl.evaluation.retrieval import precisions, reidentified
 from medssl.evaluation.scores import mean_auc, score_row
@@ -27,16 +27,11 @@ def smoke(bench: Bench, _out: Path) -> Found:
             done.skipped.append(skip(name, "smoke metrics", f"{len(rows)} validation and test cases; four or more are needed"))
             continue
         features, patients = bench.of(name), cases.patients(rows)
-        try:
-            noisy = bench.look(cases.ids[rows], lambda images, places: corrupt(images, "noise", 1, places, seed=bench.recipe.seed))
-        except TypeError as err:
-            noisy = {}
-            done.skipped.append(skip(name, "alignment", str(err)))
+        noisy = bench.look(cases.ids[rows], lambda seen, places: corrupt_seen(seen, "noise", 1, places, seed=bench.recipe.seed))
         for model, values in features.items():
             x = torch.from_numpy(np.asarray(values[rows], dtype=np.float64))
             numbers = {"smooth_rank": float(effective_rank(x)), "uniformity": float(uniformity(x))}
-            if model in noisy:
-                numbers["alignment"] = float(alignment(x, torch.from_numpy(np.asarray(noisy[model], dtype=np.float64))))
+            numbers["alignment"] = float(alignment(x, torch.from_numpy(np.asarray(noisy[model], dtype=np.float64))))
             for metric, value in numbers.items():
                 score = {"name": model, "metric": metric, "value": value if np.isfinite(value) else None, "low": None, "high": None}
                 score |= {"n_images": len(rows), "n_patients": None if patients is None else len(set(patients))}

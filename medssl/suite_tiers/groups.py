@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from medssl.evaluation.calibration import threshold_at_specificity
+from medssl.evaluation.bootstrap import Statistic
+from medssl.evaluation.calibration import expected_calibration_error, threshold_at_specificity
 from medssl.evaluation.clinical import OPEN_COLUMNS
 from medssl.evaluation.linear_probe import linear_probe
 from medssl.evaluation.scores import mae, mean_auc, score_row
-from medssl.evaluation.subgroups import POSITIVES, SMALLEST, equalised_odds, subgroup_rows
-from medssl.evaluation.suite_rows import row_of, skip
+from medssl.evaluation.subgroups import POSITIVES, SMALLEST, called, equalised_odds, subgroup_rows
+from medssl.evaluation.suite_rows import LOWER, Row, row_of, skip
 from medssl.evaluation.target_cases import Cases
 from medssl.suite_tiers.bench import Bench, Features, Found, join, or_skip
 from medssl.suite_tiers.probes import LEAST, fitted_tasks, probe_tables, probes
 
 CHOSEN = "best and worst on these same data"
 CHOSEN_ODDS = "rate and groups picked on these same data"
+SENSITIVITY = "sensitivity at 95 % specificity"
 SPECIFICITY = 0.95
 """On validation cases, at the threshold from which a case is called positive (card evaluation-protocols, section B)."""
 
@@ -33,7 +35,7 @@ def fairness(bench: Bench, _out: Path) -> Found:
             tables = probe_tables(bench, name, fitted)
             thresholds: dict[str, float] = {}
             if why := _no_threshold(cases):
-                done.skipped.append(skip(name, "equalised odds", why))
+                done.skipped.append(skip(name, f"equalised odds, {SENSITIVITY}", why))
             else:
                 val = probe_tables(bench, name, fitted, "val")
                 thresholds = {model: threshold_at_specificity(rows[:, 2], rows[:, 0], SPECIFICITY) for model, rows in val.items()}
@@ -69,34 +71,40 @@ def _by_group(bench: Bench, name: str, column: str, tables: Features, thresholds
     if set(kinds.tolist()) <= {"unknown"}:
         return Found(skipped=[skip(name, f"subgroups by {column}", f"{column} is not known of any test case")])
     metric, statistic = ("auroc", mean_auc) if cases.task == "classification" else ("mae", mae)
-    sign = 1.0 if metric == "auroc" else -1.0
     positives = cases.targets[test] == 1 if len(cases.classes) == 2 else None
-    patients, found = cases.patients(test), Found()
+    patients, found, setting = cases.patients(test), Found(), f"by {column}"
     for model, table in tables.items():
-        rows = subgroup_rows(
-            model, "", metric, table, kinds.tolist(), patients, statistic=statistic, positives=positives, draws=bench.recipe.draws,
-            seed=bench.recipe.seed,
-        )  # fmt: skip
-        found.rows += [row_of(row, "fairness", name, f"by {column}", subgroup=row["group"]) for row in rows]
-        usable = [row for row in rows if row["value"] is not None and row["group"] != "unknown"]
+        rows, usable = scored_groups(
+            bench, model, name, setting, metric, table, kinds, patients, statistic=statistic, positives=positives
+        )
+        found.rows += rows
+        if cases.task == "classification":
+            error, _ = scored_groups(
+                bench,
+                model,
+                name,
+                setting,
+                "ece",
+                table,
+                kinds,
+                patients,
+                statistic=expected_calibration_error,
+                positives=positives,
+            )
+            found.rows += error
+        if thresholds:
+            calls = np.stack([table[:, 0], table[:, 2] >= thresholds[model]], axis=1)
+            seen, _ = scored_groups(
+                bench, model, name, setting, SENSITIVITY, calls, kinds, patients, statistic=lambda part: called(part, 1.0),
+                positives=positives,
+            )  # fmt: skip
+            found.rows += seen
         if len(usable) < 2:
             continue
-        ordered = sorted(usable, key=lambda row: sign * row["value"])
-        best, worst = ordered[-1]["group"], ordered[0]["group"]
-        marked = np.concatenate([table, (kinds == best)[:, None], (kinds == worst)[:, None]], axis=1)
-
-        def gap(rows: np.ndarray) -> float:  # signed, or no interval could hold 0
-            inside = [rows[rows[:, k] > 0, :-2] for k in (-2, -1)]
-            return sign * (statistic(inside[0]) - statistic(inside[1])) if all(map(len, inside)) else float("nan")
-
-        score = score_row(
-            model, "", f"gap of {metric}", marked, patients, statistic=gap, draws=bench.recipe.draws, seed=bench.recipe.seed
-        )
-        found.rows.append(row_of(score, "fairness", name, f"by {column}", subgroup=f"{best} against {worst}, {CHOSEN}"))
         if thresholds:
             odds = equalised_odds(
                 model, "", table[:, 2] >= thresholds[model], table[:, 0], kinds.tolist(), patients,
-                [row["group"] for row in usable], draws=bench.recipe.draws, seed=bench.recipe.seed,
+                usable, draws=bench.recipe.draws, seed=bench.recipe.seed,
             )  # fmt: skip
             assert odds is not None  # two groups are there
             high, low = odds["groups"]
@@ -108,6 +116,56 @@ def _by_group(bench: Bench, name: str, column: str, tables: Features, thresholds
         )
         found.skipped.append(skip(name, f"some subgroups by {column}", why))
     return found
+
+
+def scored_groups(
+    bench: Bench,
+    model: str,
+    task: str,
+    setting: str,
+    metric: str,
+    table: np.ndarray,
+    kinds: np.ndarray,
+    patients: Sequence[str] | None,
+    *,
+    statistic: Statistic,
+    positives: np.ndarray | None = None,
+    seeds: int = 1,
+) -> tuple[list[Row], list[str]]:
+    """Score every group, and the gap between the best and the worst; return rows of the tier of fairness and the groups large enough.
+
+    Args:
+        bench: What the suite asks.
+        model: That made the predictions.
+        task: What was asked.
+        setting: Of the rows.
+        metric: Of the rows; those of `suite_rows.LOWER` are better when lower.
+        table: (N, K), what the statistic is of.
+        kinds: (N,) group of each case.
+        patients: Of the cases, or None.
+        statistic: Of rows of the table.
+        positives: (N,) bool of two classes, see `subgroups.subgroup_rows`.
+        seeds: Of the rows.
+    """
+    draws, seed = bench.recipe.draws, bench.recipe.seed
+    rows = subgroup_rows(
+        model, "", metric, table, kinds.tolist(), patients, statistic=statistic, positives=positives, draws=draws, seed=seed
+    )
+    found = [row_of(row, "fairness", task, setting, subgroup=row["group"], seeds=seeds) for row in rows]
+    usable = [row for row in rows if row["value"] is not None and row["group"] != "unknown"]
+    if len(usable) > 1:
+        sign = -1.0 if metric in LOWER else 1.0
+        ordered = sorted(usable, key=lambda row: sign * row["value"])
+        best, worst = ordered[-1]["group"], ordered[0]["group"]
+        marked = np.concatenate([table, (kinds == best)[:, None], (kinds == worst)[:, None]], axis=1)
+
+        def gap(rows: np.ndarray) -> float:  # signed, or no interval could hold 0
+            inside = [rows[rows[:, k] > 0, :-2] for k in (-2, -1)]
+            return sign * (statistic(inside[0]) - statistic(inside[1])) if all(map(len, inside)) else float("nan")
+
+        score = score_row(model, "", f"gap of {metric}", marked, patients, statistic=gap, draws=draws, seed=seed)
+        found.append(row_of(score, "fairness", task, setting, subgroup=f"{best} against {worst}, {CHOSEN}", seeds=seeds))
+    return found, [row["group"] for row in usable]
 
 
 def _leakage(bench: Bench, column: str) -> Found:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
+from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import Statistic
-from medssl.evaluation.corruptions import corrupt, relative_robustness
+from medssl.evaluation.corruptions import Seen, corrupt_seen, relative_robustness
 from medssl.evaluation.frozen import fit_probe, predicted
 from medssl.evaluation.scores import mean_auc, r2, score_row
 from medssl.evaluation.stain import check_domain, stain_shift
@@ -26,11 +29,8 @@ def ood(bench: Bench, _out: Path) -> Found:
         for column in bench.recipe.left_out:
             with or_skip(done, name, f"{column} held out"):
                 join(done, _held_out(bench, name, column))
-        try:
-            with or_skip(done, name, "corruptions"):
-                join(done, _corrupted(bench, name))
-        except TypeError as err:
-            done.skipped.append(skip(name, "corruptions", str(err)))
+        with or_skip(done, name, "corruptions"):
+            join(done, _corrupted(bench, name))
     return done
 
 
@@ -125,7 +125,13 @@ def _change(bench: Bench, kind: str, level: int) -> Change:
     """
     seed = bench.recipe.seed
     if kind != "stain":
-        return lambda images, places: corrupt(images, kind, level, places, seed=seed)
+        return lambda images, places: corrupt_seen(images, kind, level, places, seed=seed)
     check_domain(bench.section.domain.name)
     normalize = bench.section.views["normalize"]
-    return lambda images, places: stain_shift(images, level, places, normalize=normalize, seed=seed)
+
+    def stained(images: Seen, places: Sequence[int]) -> Seen:
+        if not isinstance(images, Tensor):
+            raise RequestError("stacks and clips are not stained; stain is for single images")
+        return stain_shift(images, level, places, normalize=normalize, seed=seed)
+
+    return stained

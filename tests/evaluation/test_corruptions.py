@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from medssl.errors import RequestError
-from medssl.evaluation.corruptions import LEVELS, STRENGTHS, corrupt, relative_robustness
+from medssl.evaluation.corruptions import LEVELS, STRENGTHS, corrupt, corrupt_seen, relative_robustness
+from medssl.types import ClipBatch, Stack
 
 
 def picture(shape: tuple[int, ...] = (2, 1, 24, 20, 16)) -> torch.Tensor:
@@ -95,3 +96,41 @@ def test_unknown_kind_and_level__are_refused() -> None:
 def test_relative_robustness__is_the_share_above_chance() -> None:
     assert relative_robustness(0.9, [0.8, 0.6], chance=0.5) == pytest.approx((0.75 + 0.25) / 2)
     assert math.isnan(relative_robustness(0.5, [0.4], chance=0.5)) and math.isnan(relative_robustness(0.9, [], chance=0.5))
+
+
+def planes(n: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two items of planes (2, N, 1, 24, 20), of which the second has two planes less, and which are real."""
+    x = picture((2, 1, 24, 20, n)).permute(0, 4, 1, 2, 3).contiguous()
+    valid = torch.ones(2, n, dtype=torch.bool)
+    valid[1, n - 2 :] = False
+    x[~valid] = 99.0
+    return x, valid
+
+
+@pytest.mark.parametrize("kind", sorted(STRENGTHS))
+def test_stack__is_corrupted_item_by_item_without_its_padding(kind: str) -> None:
+    x, valid = planes()
+    stack = Stack(x, valid, torch.arange(6.0).expand(2, -1))
+    found = corrupt_seen(stack, kind, 3, [4, 9], seed=1)
+    assert isinstance(found, Stack) and torch.equal(found.depth, stack.depth) and torch.equal(found.planes[~valid], x[~valid])
+    assert not torch.equal(found.planes[1, :4], x[1, :4]) and float(stack.planes[~valid].min()) == 99
+    alone = corrupt_seen(Stack(x[1:, :4], valid[1:, :4], stack.depth[1:, :4]), kind, 3, [9], seed=1)
+    assert isinstance(alone, Stack) and torch.equal(alone.planes[0], found.planes[1, :4])
+    assert torch.equal(corrupt_seen(stack, kind, 0, [4, 9]).planes, x)  # type: ignore[union-attr]
+
+
+def test_blur__of_planes_stays_in_each() -> None:
+    x, valid = planes()
+    found = corrupt_seen(Stack(x, valid, torch.zeros(2, 6)), "blur", 3, [0, 1])
+    assert isinstance(found, Stack) and torch.allclose(found.planes[0], corrupt(x[0], "blur", 3, list(range(6))), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(STRENGTHS))
+def test_clip__is_corrupted_inside_its_sector_in_frames_of_the_file(kind: str) -> None:
+    x, valid = planes()
+    sector = torch.zeros(2, 1, 24, 20, dtype=torch.bool)
+    sector[..., 4:20, 3:18] = True
+    clip = ClipBatch(x.transpose(1, 2), valid, sector, torch.zeros(2, 6))
+    found = corrupt_seen(clip, kind, 3, [4, 9], seed=1)
+    changed = (found.video != clip.video)[:, 0]  # type: ignore[union-attr]
+    assert changed[0].any() and changed[1].any() and not (changed & ~clip.pixels).any()

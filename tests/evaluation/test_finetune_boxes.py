@@ -283,7 +283,7 @@ def test_scores_of_folds__rank_the_boxes_of_one_network_alone() -> None:
     (row,) = box_summary.summarise(folds)["rows"]
     assert row["value"] == 1.0 and row["low"] == row["high"] == 1.0
     (pooled,) = pool_folds(folds)
-    found = clinical_boxes.froc_row("scratch", pooled, None, 5)
+    found = clinical_boxes.froc_row("scratch", [pooled], None, 5)
     assert found["value"] == 1.0 and found["n"] == 8 and found["n_boxes"] == 8
     places, of_group = clinical_boxes.group_map(clinical_boxes.by_name(pooled))
     assert of_group(places[:5])(places[:5]) == 1.0
@@ -297,7 +297,7 @@ def test_groups__count_their_own_boxes_and_match_once(monkeypatch: pytest.Monkey
     asked: list[int] = []
     monkeypatch.setattr(box_summary, "match_classes", lambda images, n: asked.append(len(images)) or match_classes(images, n))
     ordered = clinical_boxes.by_name(result)
-    clinical_boxes.froc_row("scratch", ordered, None, 2)
+    clinical_boxes.froc_row("scratch", [ordered], None, 2)
     places, of_group = clinical_boxes.group_map(ordered)
     assert asked == [3]
     for group in ([0], [0, 1], [1, 2]):

@@ -168,6 +168,9 @@ def test_norms__of_the_encoder_alone_are_held_in_frozen_steps() -> None:
     for step, pretrained, learns in ((2, True, False), (3, True, True), (2, False, True)):
         hold_norms(network.train(), optimizer, step, settings, pretrained=pretrained)
         assert [module.training for module in network] == [learns, True]
+    for step in (0, 3):  # an encoder that never learns keeps them throughout
+        hold_norms(network.train(), optimizer, step, replace(settings, encoder_lr_scale=0.0), pretrained=True)
+        assert [module.training for module in network] == [False, True]
 
 
 def test_norms__that_are_frozen_for_good_stay_so() -> None:

@@ -128,7 +128,8 @@ def test_tables__have_controls_and_twin_even_where_they_did_not_run() -> None:
     assert found["detection"]["skipped"] == [{"task": "", "what": "mAP", "why": "no recipe"}]
     totals = {row["model"]: row for row in overall(rows)}
     assert totals["weights"]["tasks"] == 1 and totals["random_init"]["missing"] == 1
-    assert totals["scratch"] == {"model": "scratch", "z": pytest.approx(-0.162, abs=1e-3), "rank": 2.0, "tasks": 1, "missing": 0}
+    z = pytest.approx(-0.162, abs=1e-3)
+    assert totals["scratch"] == {"model": "scratch", "z": z, "z_modality": z, "rank": 2.0, "tasks": 1, "missing": 0}
     text = markdown(list(found.values()), list(totals.values()), [], pairs(rows))
     assert "- not in z and rank, of two models only: frozen: finding, logistic, auroc: weights minus random_init +0.300" in text
     assert "0.800 [seeds: 2]" in text
@@ -143,3 +144,16 @@ def test_lower_is_better__for_errors() -> None:
         row_of(score("random_init", "mae", 3.0), "regression", "organ", "ridge", main=True),
     ]
     assert [row["model"] for row in overall(rows)] == ["weights", "raw_pixels", "random_init"]
+
+
+def test_overall__weighs_modalities_alike_beside_tasks() -> None:
+    """The weights are first in both tasks of MR and last in the one of CT."""
+    rows = []
+    for task, modality, values in (("a", "mri", (3, 2, 1)), ("b", "mri", (3, 2, 1)), ("c", "ct", (1, 2, 3))):
+        for model, value in zip(("encoder", "raw_pixels", "random_init"), values):
+            rows.append({**row_of(score(model, "auroc", value), "frozen", task, "logistic", main=True), "modality": modality})
+    totals = {row["model"]: row for row in overall(rows)}
+    edge = 1.5**0.5
+    assert totals["weights"]["z"] == pytest.approx(edge / 3) and totals["weights"]["z_modality"] == pytest.approx(0)
+    text = markdown([], list(totals.values()), [])
+    assert "mean z, modalities alike" in text and f"| weights | {edge / 3:+.2f} | +0.00 |" in text

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from medssl import suite
-from medssl.errors import LeakageError, RequestError, TrainingStopped
-from medssl.evaluation.calibration import threshold_at_specificity
+from medssl.errors import ImageError, LeakageError, RequestError, TrainingStopped
+from medssl.evaluation.calibration import expected_calibration_error, threshold_at_specificity
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.label_curve import Cell, plan
 from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, tables
@@ -23,7 +23,9 @@ from medssl.evaluation.target_cases import Cases
 from medssl.finetune_cells import fill
 from medssl.recipe import Component, CurveSection, SourceSection, SuiteRecipe, SuiteTask
 from medssl.recipe_checks import suite_faults
-from medssl.suite_tiers import Bench, Found, curves, groups, robustness
+from medssl.suite_tiers import Bench, Found, curve_rows, curves, groups, robustness
+from medssl.suite_tiers.probes import probe_tables
+from medssl.types import Stack
 from tests.evaluation.tiny_cohort import TINY_ENCODER, write_cohort
 
 
@@ -111,7 +113,8 @@ def test_leakage__counts_patients_not_series() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "finished"), [(LeakageError("a folder that is not mounted"), False), (TrainingStopped("NaN"), True)]
+    ("error", "finished"),
+    [(LeakageError("a folder that is not mounted"), False), (ImageError("not_hu", "no HU"), False), (TrainingStopped("NaN"), True)],
 )
 def test_curve_that_fails__is_skipped_and_tried_again_where_that_can_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, finished: bool
@@ -167,7 +170,7 @@ def test_gap__is_signed_so_that_its_interval_can_hold_zero(task: str) -> None:
     sexes = ["FM"[k % 2] for k in range(n)]
     bench = toy_bench([f"p{k}" for k in range(n)], ["test"] * n, targets.tolist(), task=task, sex=sexes, draws=100)
     rows = groups._by_group(bench, "t", "sex", {WEIGHTS: table}).rows
-    (gap,) = [row for row in rows if row["metric"].startswith("gap")]
+    (gap,) = [row for row in rows if row["metric"] in ("gap of auroc", "gap of mae")]
     assert gap["low"] < 0 < gap["value"] < gap["high"] and "on these same data" in gap["subgroup"]
 
 
@@ -195,6 +198,15 @@ def test_equalised_odds__take_the_threshold_of_validation_cases(tmp_path: Path, 
     )  # 5 % of the well, a tenth of the well men, a tenth of the ill women
     assert odds[WEIGHTS]["subgroup"].startswith("true_positive_rate, M against F") and odds["raw_pixels"]["value"] < 0.5
     assert seen == [160] * 4  # the validation cases, of every model
+    by = {(row["metric"], row["subgroup"]): row["value"] for row in found["rows"] if row["model"] == WEIGHTS}
+    better, worse = ("F", "M") if by["ece", "F"] < by["ece", "M"] else ("M", "F")
+    gap = by["gap of ece", f"{better} against {worse}, {groups.CHOSEN}"]
+    assert gap == pytest.approx(by["ece", worse] - by["ece", better])
+    missed, caught = by["sensitivity at 95 % specificity", "F"], by["sensitivity at 95 % specificity", "M"]
+    assert missed == pytest.approx(0.1, abs=0.05) and caught == pytest.approx(1.0)
+    table = probe_tables(bench, "t")[WEIGHTS]
+    women = np.array(sexes)[bench.tasks["t"].where("test")] == "F"
+    assert by["ece", "F"] == pytest.approx(expected_calibration_error(table[women]))
 
 
 @pytest.mark.parametrize("what", ["no val", "numbers"])
@@ -210,7 +222,7 @@ def test_equalised_odds__say_what_they_lack(tmp_path: Path, what: str) -> None:
         bench.tasks["t"].split[bench.tasks["t"].split == "val"] = "none"
     why = {entry["what"]: entry["why"] for entry in suite.run_tier("fairness", bench, tmp_path)["skipped"]}
     assert (
-        why["equalised odds"]
+        why["equalised odds, sensitivity at 95 % specificity"]
         == {
             "no val": "no validation case of the first class to fit a threshold on",
             "numbers": "it is of two classes, and these are numbers",
@@ -238,6 +250,38 @@ def test_relative_robustness__is_no_main_row(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Bench, "look", lambda self, places, change=None: {m: x[list(places)] for m, x in self.features.items()})
     rows = robustness._corrupted(bench, "t").rows
     assert {row["metric"] for row in rows} >= {"relative_robustness"} and not any(row["main"] for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["noise", "stain"])
+def test_corruptions__reach_stacks(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    bench = thirds(corruptions={"kinds": [kind], "levels": [1]})
+    section = {"views": {"normalize": "none"}, "domain": Component(name="wsi")}
+    bench.section = bench.section.model_copy(update=section)
+    bench.encoder = bench.device = None  # type: ignore[assignment]
+    seen: list[Any] = []
+
+    def batches(wanted: list[str], *_: Any) -> Any:
+        n = len(wanted)
+        yield Stack(torch.randn(n, 3, 1, 8, 8), torch.ones(n, 3, dtype=torch.bool), torch.zeros(n, 3)), list(range(n))
+
+    def embedded(_: Any, found: Any) -> tuple[np.ndarray, list[Any]]:
+        ((stack, ids),) = list(found)
+        seen.append(stack)
+        return stack.planes.flatten(1).numpy()[:, :4], ids
+
+    monkeypatch.setattr("medssl.suite_tiers.bench.data_sources.evaluation_source", lambda *given: given[-1])
+    monkeypatch.setattr("medssl.suite_tiers.bench.data_sources.images_and_ids", batches)
+    monkeypatch.setattr("medssl.suite_tiers.bench.embed", embedded)
+    monkeypatch.setattr(
+        "medssl.suite_tiers.bench.control_features",
+        lambda _, found, **__: dict.fromkeys(CONTROLS, embedded(None, found())[0]),
+    )
+    found = robustness._corrupted(bench, "t")
+    if kind == "noise":
+        assert {row["setting"] for row in found.rows} == {"noise, level 1", "all corruptions"}
+        assert len(seen) == 2 and all(isinstance(stack, Stack) for stack in seen)
+    else:
+        assert found.skipped[0]["what"] == "corruption stain" and "stacks and clips are not stained" in found.skipped[0]["why"]
 
 
 @pytest.mark.parametrize(("domain", "said"), [("mri", "images of domain mri are not stained"), ("wsi", "are grey")])
@@ -275,12 +319,108 @@ def test_controls__stand_in_the_tables_of_segmentation_and_detection(tmp_path: P
     bench.manifest |= {"encoder": TINY_ENCODER, "intensity": {"normalize": "zscore"}}  # type: ignore[operator]
     for name in sections:
         found = suite.run_tier(name, bench, tmp_path)
-        rows = {row["model"]: row for row in found["rows"]}
+        rows = {row["model"]: row for row in found["rows"] if row["main"]}
         assert set(rows) == {WEIGHTS, "scratch", "raw_pixels", "intensity_statistics"}, found["skipped"]
+        more = {row["setting"] for row in found["rows"] if row["model"] == "raw_pixels"}
+        assert {"segmentation": "2 labels, structure_1", "detection": "2 labels, 1 false positives"}[name] in more
         assert rows["raw_pixels"]["value"] is not None and rows["raw_pixels"]["main"] and rows["raw_pixels"]["n"] == 2
         assert {entry["what"] for entry in found["skipped"]} == {"random_init"}
         models = next(tier for tier in tables(found["rows"], {}) if tier["tier"] == name)["tables"][0]["lines"]
         assert models and {"raw_pixels", "intensity_statistics"} <= {model for line in models for model in line["cells"]}
+
+
+def drawn(arm: str, seed: int, *, cases: int = 120, labels: int = 4) -> dict[str, Any]:
+    """The result of a cell of segmentation: women have Dice 0.8, men 0.6, the spleen is nowhere; seeds are 0.1 apart."""
+    found = []
+    for k in range(cases):
+        value = (0.8, 0.6)[k % 2] + 0.1 * seed
+        case = {
+            "id": f"case{k:04d}",
+            "patient": f"p{k}",
+            "dice": {"liver": value, "spleen": None},
+            "hd95_mm": {"liver": 4.0 + seed, "spleen": None},
+        }
+        found.append({**case, "facts": {"sex": "FM"[k % 2], "site": ("Elsewhere", "Nowhere")[k % 2]}})
+    return {"arm": arm, "labels": labels, "seed": seed, "fold": None, "structures": ["liver", "spleen"], "cases": found}
+
+
+def test_segmentation__has_rows_of_structures_distances_and_groups() -> None:
+    bench = thirds(subgroups=["sex", "site", "vendor"])
+    cells = [drawn(arm, seed) for arm in ("pretrained", "scratch") for seed in (0, 1)]
+    cells += [drawn("pretrained", 0, labels=2)]
+    found = curve_rows.further(bench, "segmentation", "organs", cells)
+    at = {(row["setting"], row["metric"]): row for row in found.rows if row["model"] == WEIGHTS and row["tier"] == "segmentation"}
+    assert set(at) == {(f"{n} labels, liver", metric) for n in (2, 4) for metric in ("dice", "hd95_mm")}
+    assert at["4 labels, liver", "hd95_mm"]["value"] == pytest.approx(4.5) and at["4 labels, liver", "dice"][
+        "value"
+    ] == pytest.approx(0.75)
+    assert all(
+        row["seeds"] == 2 and row["patients"] == 120 and row["low"] is not None for key, row in at.items() if key[0][0] == "4"
+    )
+    assert not any(row["main"] for row in found.rows)
+    fair = {
+        (row["setting"], row["metric"], row["subgroup"]): row
+        for row in found.rows
+        if row["tier"] == "fairness" and row["model"] == "scratch"
+    }
+    assert fair["4 labels, by sex", "dice", "F"]["value"] == pytest.approx(0.85)
+    assert fair["4 labels, by sex", "gap of dice", f"F against M, {groups.CHOSEN}"]["value"] == pytest.approx(0.2)
+    assert {key[2] for key in fair if key[1] == "dice" and "site" in key[0]} == {"group_1", "group_2"}
+    assert found.private["groups"]["site"] == {"group_1": "Elsewhere", "group_2": "Nowhere"}
+    assert [entry["what"] for entry in found.skipped] == ["Dice by vendor"]
+
+
+def test_detection__has_sensitivity_at_false_positives() -> None:
+    """Each seed finds the box of every image; the second also one wrong box in each, surer than the right one."""
+    cells = []
+    for seed in (0, 1):
+        cases = []
+        for k in range(8):
+            found = [[[0.0, 0.0, 4.0, 4.0], 0, 0.5], [[10.0, 10.0, 14.0, 14.0], 0, 0.9]][: 1 + seed]
+            real = [[[0.0, 0.0, 4.0, 4.0], 0, False, False]]
+            cases.append({"case": f"case{k:04d}", "patient_id": f"p{k}", "real": real, "found": found})
+        cells.append(
+            {
+                "arm": "pretrained",
+                "labels": 4,
+                "seed": seed,
+                "fold": None,
+                "task": "detection",
+                "classes": ["lesion"],
+                "rows": [],
+                "cases": cases,
+            }
+        )
+    rows = curve_rows.further(thirds(), "detection", "lesions", cells).rows
+    at = {(row["setting"], row["metric"]): row["value"] for row in rows}
+    assert at["4 labels, 0.125 false positives", "sensitivity"] == pytest.approx(0.5)
+    assert at["4 labels, 1 false positives", "sensitivity"] == at["4 labels, 8 false positives", "sensitivity"] == 1
+    assert at["4 labels", "froc"] == pytest.approx((3 * 0.5 + 4) / 7) and {row["seeds"] for row in rows} == {2}
+
+
+def test_frozen_encoder__is_a_curve_beside_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_cohort(tmp_path / "cohort", train=3, val=1, test=2)
+    (tmp_path / "organs.yaml").write_text(
+        f"kind: finetune\ntask: segmentation\nnetwork: segresnet\nsettings: {{crop: [16, 16, 16]}}\ncohort: {{path: {folder}}}\n"
+    )
+    asked = []
+
+    def run(recipe: Any, _weights: Any, *, twin: bool, **_: Any) -> dict[str, Any]:
+        asked.append((Path(recipe.out).name, recipe.settings.get("encoder_lr_scale"), twin))
+        row = {"labels": 2, "arm": "pretrained", "seeds": [0], "n_test": 2, "dice": 0.9, "low": 0.8, "high": 1.0}
+        return {"rows": [row]}
+
+    monkeypatch.setattr(curves, "run_curve", run)
+    section = {"recipe": str(tmp_path / "organs.yaml"), "counts": [2], "seeds": [0]}
+    bench = thirds(segmentation=section)
+    bench.section = bench.section.model_copy(update={"domain": Component(name="ct")})  # the cohort has its own
+    bench.manifest |= {"encoder": TINY_ENCODER, "intensity": {"normalize": "zscore"}}  # type: ignore[operator]
+    rows = [row for row in suite.run_tier("segmentation", bench, tmp_path)["rows"] if row["model"] == WEIGHTS]
+    assert asked == [("curve", None, True), ("curve_frozen", 0.0, False)] and {row["modality"] for row in rows} == {"mri"}
+    assert [(row["setting"], row["main"]) for row in rows] == [("2 labels", True), ("2 labels, frozen encoder", False)]
+    asked.clear()
+    curves.segmentation(thirds(segmentation={**section, "frozen": False}), tmp_path)
+    assert asked == [("curve", None, True)]
 
 
 def with_survival(n: int = 90, events: float = 0.7, **settings: Any) -> Bench:
