@@ -190,9 +190,8 @@ def label_curve(
         arms["pretrained"] = open_weights(weights, transfer=settings.transfer)
     if twin or not arms:
         arms["scratch"] = None
-    if counts is None:
-        dealt = curve.deals(cohort, recipe.folds, seeds).values()
-        counts = [recipe.labels or min(len(one.split("train")) for one in dealt)]
+    if counts is None and recipe.labels:
+        counts = [recipe.labels]
     return curve.label_curve(
         cohort,
         settings,

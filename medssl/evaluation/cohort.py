@@ -38,15 +38,13 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from medssl.errors import ImageError, RequestError, header_words, near
-from medssl.evaluation.scores import patient_folds
+from medssl.evaluation.scores import presence_folds
 from medssl.seeding import counter_rng
 
 SPLITS = ("train", "val", "test")
@@ -239,7 +237,7 @@ class Cohort:
                 f"cannot be kept together; {remedy}"
             )
 
-    def dealt(self, folds: int, seed: int, fold: int) -> Cohort:
+    def dealt(self, folds: int, seed: int, fold: int, present: Mapping[str, Collection[int]] | None = None) -> Cohort:
         """Return the cohort with other splits: one fold of patients is tested, the next validates, the others train.
 
         The few-label order is drawn anew as well, patient by patient: with that of the table all folds would learn from the same few.
@@ -248,6 +246,7 @@ class Cohort:
             folds: Number of folds, 3 or more.
             seed: Another seed deals the patients anew.
             fold: The fold that is tested.
+            present: Case id -> structures that its label map has: those that some patients lack are spread over the folds.
 
         Raises:
             RequestError: There are fewer labelled patients than folds, or some are unknown.
@@ -261,7 +260,8 @@ class Cohort:
                 if len(set(patients)) >= 3
                 else f"cohort {self.name}: folds need 3 labelled patients or more, it has {len(set(patients))}; label more, or give splits"
             )
-        numbers = patient_folds(np.zeros(len(places)), patients, folds=folds, seed=seed)
+        held = [() if present is None else present[self.cases[place].id] for place in places]
+        numbers = presence_folds(patients, held, folds=folds, seed=seed)
         cases = list(self.cases)
         names = sorted(set(patients))
         order = {names[int(k)]: rank for rank, k in enumerate(counter_rng(seed, "few labels of folds").permutation(len(names)))}

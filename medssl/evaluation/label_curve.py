@@ -66,7 +66,7 @@ def label_curve(
     out: Path,
     *,
     arms: Mapping[str, Pretrained | None],
-    counts: Sequence[int],
+    counts: Sequence[int] | None,
     seeds: Sequence[int],
     folds: int | None = None,
     leakage_check: str = NO_WEIGHTS,
@@ -80,9 +80,10 @@ def label_curve(
         settings: Shared by all cells.
         out: Folder, created when missing, for its owner alone, after everything that can be refused before the first cell.
         arms: Name to weights; `scratch` to None is the twin that differences are taken against.
-        counts: Numbers of labelled training cases.
+        counts: Numbers of labelled training cases; None takes as many as every cell has.
         seeds: Seeds; the same for every arm, so that cells are pairs.
-        folds: Deal all labelled patients into so many folds, each tested once; every seed deals anew. None keeps the given splits.
+        folds: Deal all labelled patients into so many folds, each tested once; every seed deals anew. Structures that some patients lack are
+            spread over them. None keeps the given splits.
         leakage_check: What was checked of the weights and the test cases, for the results; see `medssl.leakage`.
         on_cell: Called with (cells done, cells, cell, result) after each.
         on_step: Passed on to `finetune`.
@@ -95,14 +96,18 @@ def label_curve(
             images differ from those of the pretraining and nobody forced it, or the request is empty or unnamed.
     """
     out = Path(out)
-    cells = plan(arms, counts, seeds, folds)
+    plan(arms, [1] if counts is None else counts, seeds, folds)  # what is asked wrongly is said before anything is read
     refuse_chosen(arms)
     if first := next((weights for weights in arms.values() if weights is not None), None):
         settings = with_encoder(settings, first)  # the twin is built with the encoder of the weights
     reader = reader_of(settings)
     if folds is not None and not cohort.structures:
         cohort = replace(cohort, structures=structures_of(cohort, reader, every=True))
-    dealt = deals(cohort, folds, seeds)
+    present = None if folds is None else presence(cohort, reader, settings.raters)
+    dealt = deals(cohort, folds, seeds, present)
+    if counts is None:
+        counts = [min(len(one.split("train")) for one in dealt.values())]
+    cells = plan(arms, counts, seeds, folds)
     for one in dealt.values():
         one.first(max(counts))  # too many labels asked for: say so before the first hour, not after it
     cases = next(iter(dealt.values())).first(max(counts))
@@ -110,7 +115,7 @@ def label_curve(
     refuse_too_few(dealt, min(counts), settings, reader)
     forced = {arm: unlike_pretraining(weights.manifest, settings, cases, reader) for arm, weights in named.items()}
     private_folder(out)
-    claim(out, cohort, settings, arms, folds, forced, leakage_check)
+    claim(out, cohort, settings, arms, folds, forced, leakage_check, uneven(cohort, present))
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name
         result = read_cell(folder)
@@ -183,11 +188,41 @@ def refuse_chosen(arms: Mapping[str, Pretrained | None]) -> None:
             )
 
 
-def deals(cohort: Cohort, folds: int | None, seeds: Sequence[int]) -> dict[tuple[int, int | None], Cohort]:
-    """Return (seed, fold) -> the cohort with the splits of that cell; (seed, None) where the splits are given."""
+def presence(cohort: Cohort, reader: CaseReader, raters: str = "majority") -> dict[str, frozenset[int]]:
+    """Return case id -> structures that the label map of every labelled case has, for `deals`.
+
+    Raises:
+        RequestError: No label map holds a structure.
+        ImageError: Images or label maps cannot be used.
+    """
+    cohort.refuse_folds_of_some_unknown()  # before an hour of reading
+    structures, cases = structures_of(cohort, reader, every=True), cohort.labelled()
+    return {case.id: drawn.present for case, drawn in zip(cases, look_through(reader, cases, structures, raters), strict=True)}
+
+
+def uneven(cohort: Cohort, present: Mapping[str, frozenset[int]] | None) -> list[int]:
+    """Return the structures that some patients have and others lack, by which folds are balanced; none without folds."""
+    of_patient: dict[str, frozenset[int]] = {}
+    for case in cohort.labelled() if present else []:
+        of_patient[case.patient] = of_patient.get(case.patient, frozenset()) | (present or {})[case.id]
+    held = list(of_patient.values())
+    return sorted(frozenset.union(*held) - frozenset.intersection(*held)) if held else []
+
+
+def deals(
+    cohort: Cohort, folds: int | None, seeds: Sequence[int], present: Mapping[str, frozenset[int]] | None = None
+) -> dict[tuple[int, int | None], Cohort]:
+    """Return (seed, fold) -> the cohort with the splits of that cell; (seed, None) where the splits are given.
+
+    Args:
+        cohort: The labelled set.
+        folds: Number of folds, or None.
+        seeds: Seeds.
+        present: What `presence` found; without it folds are dealt without regard to structures.
+    """
     if folds is None:
         return {(seed, None): cohort for seed in seeds}
-    return {(seed, fold): cohort.dealt(folds, seed, fold) for seed in seeds for fold in range(folds)}
+    return {(seed, fold): cohort.dealt(folds, seed, fold, present) for seed in seeds for fold in range(folds)}
 
 
 def claim(
@@ -198,6 +233,7 @@ def claim(
     folds: int | None = None,
     forced: Mapping[str, Sequence[str]] | None = None,
     leakage_check: str = NO_WEIGHTS,
+    balanced_by: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Write what the cells of a folder have in common, or check it against what the finished cells have.
 
@@ -222,6 +258,7 @@ def claim(
         "cohort_digest": cohort.digest(key),
         "settings": values,
         "folds": folds,
+        "balanced_by": list(balanced_by),
         "weights": weights,
         "data_cards": cards,
         "forced": dict(forced or {}),
@@ -234,6 +271,8 @@ def claim(
             faults.append("another cohort or split")
         if known.get("folds") != folds:
             faults.append(f"folds {known.get('folds')} (now {folds})")
+        elif known.get("balanced_by", []) != list(balanced_by):
+            faults.append("folds dealt without regard to structures that some patients lack, as an earlier medssl did")
         free = UNUSED_SETTINGS + (() if settings.patience is not None else VALIDATION_SETTINGS)
         free += () if set(known["weights"]) - {SCRATCH} else TRANSFER_SETTINGS
         before = {**as_json(FinetuneSettings()), **known["settings"]}  # what came later had its default then

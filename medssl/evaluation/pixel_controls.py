@@ -20,6 +20,7 @@ from medssl.evaluation.detection import ImageBoxes, match_classes, mean_average_
 from medssl.evaluation.finetune import reader_of, structures_of
 from medssl.evaluation.folds import deals, finite_mean
 from medssl.evaluation.label_curve import deals as deals_of_cohort
+from medssl.evaluation.label_curve import presence
 from medssl.evaluation.metrics import dice, mean_score
 from medssl.evaluation.segmentation_results import CaseScore, FinetuneResult, plain
 from medssl.evaluation.segmentation_settings import FinetuneSettings
@@ -114,7 +115,8 @@ def segmentation_controls(
     structures = structures_of(cohort, reader, every=folds is not None)
     cohort = replace(cohort, structures=structures)
     found = []
-    for (seed, fold), own in deals_of_cohort(cohort, folds, seeds if folds is not None else seeds[:1]).items():
+    present = None if folds is None else presence(cohort, reader, settings.raters)  # the folds of the networks
+    for (seed, fold), own in deals_of_cohort(cohort, folds, seeds if folds is not None else seeds[:1], present).items():
         for count in counts:
             train, val = own.first(count), own.split("val")[: settings.val_cases]
             for arm, places in ARMS.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -205,6 +205,60 @@ def patient_folds(targets: np.ndarray, groups: Sequence[str] | None, *, folds: i
         fold_of_group[dealt] = generator.permutation(folds)[: len(dealt)]
     folds_of_images: np.ndarray = fold_of_group[index]
     return folds_of_images
+
+
+def presence_folds(groups: Sequence[str], present: Sequence[Collection[int]], *, folds: int, seed: int) -> np.ndarray:
+    """Deal patients into folds so that what only some of them have is spread over the folds.
+
+    The rarest thing goes first: each patient who has it goes to a fold with the fewest of these, of such folds the one farthest from those
+    that have any (fold k is tested and k + 1 validates, so that what two neighbours hold alone would not be trained on), then the emptiest,
+    then one at random. Fold sizes differ by one patient at most. Where every patient has the same, folds are those of `patient_folds`.
+
+    Args:
+        groups: (N,) patient of each image.
+        present: (N,) what each image has, for instance the structures of its label map.
+        folds: Number of folds, 2 or more, at most the number of patients.
+        seed: Seed of what is random.
+
+    Returns:
+        (N,) fold number of each image.
+
+    Reference:
+        Sechidis et al. 2011, "On the Stratification of Multi-Label Data", algorithm 1 (iterative stratification); the distance is ours.
+    """
+    index = group_indices(len(groups), groups)
+    n = int(index.max()) + 1
+    has: list[set[int]] = [set() for _ in range(n)]
+    for patient, own in zip(index, present, strict=True):
+        has[int(patient)] |= set(own)
+    some = {thing for own in has for thing in own if any(thing not in other for other in has)}
+    if not some:
+        return patient_folds(np.zeros(len(groups)), groups, folds=folds, seed=seed)
+    generator = counter_rng(seed, "presence_folds")
+    room = np.full(folds, n // folds)
+    room[generator.permutation(folds)[: n % folds]] += 1
+    left = [int(patient) for patient in generator.permutation(n)]
+    fold_of, holds = np.full(n, -1), {thing: np.zeros(folds, dtype=int) for thing in sorted(some)}
+    while left:
+        owners = {thing: sum(thing in has[patient] for patient in left) for thing in holds}
+        rarest = min((thing for thing in holds if owners[thing]), key=lambda thing: owners[thing], default=None)
+        for patient in [p for p in left if rarest is None or rarest in has[p]]:
+            counts = np.zeros(folds, dtype=int) if rarest is None else holds[rarest]
+            chance = generator.permutation(folds)
+            best = min(np.flatnonzero(room), key=lambda fold: (counts[fold], -_apart(int(fold), counts), -room[fold], chance[fold]))
+            fold_of[patient] = best
+            room[best] -= 1
+            left.remove(patient)
+            for thing in has[patient] & some:
+                holds[thing][best] += 1
+    found: np.ndarray = fold_of[index]
+    return found
+
+
+def _apart(fold: int, counts: np.ndarray) -> int:
+    """Return the steps on the ring of folds to the nearest one that has something; 0 where none has."""
+    steps = np.abs(np.flatnonzero(counts) - fold)
+    return int(np.minimum(steps, len(counts) - steps).min(initial=len(counts))) if len(steps) else 0
 
 
 def _finite(value: float) -> float | None:

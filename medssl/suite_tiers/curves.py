@@ -223,20 +223,20 @@ def _counts_of(section: CurveSection, recipe: Any) -> list[int]:
         return list(section.counts)
     if getattr(recipe, "cohort", None) is None:
         raise RequestError("fractions are taken of a cohort, and this recipe has none; give counts")
-    return budgets(section, _training_cases(recipe, section.seeds))
+    return budgets(section, _training_cases(recipe))
 
 
-def _training_cases(recipe: Any, seeds: Sequence[int]) -> int:
+def _training_cases(recipe: Any) -> int:
     """Return how many training cases every cell of a curve over a cohort has at least."""
     from medssl.evaluation.cohort import Cohort
-    from medssl.evaluation.label_curve import deals
 
     cohort = Cohort.load(recipe.cohort.path, every=recipe.folds is not None)
-    if recipe.folds is None or recipe.task != "detection":
-        return min(len(one.split("train")) for one in deals(cohort, recipe.folds, seeds).values())
-    # folds of detection are alike in their boxes, which nobody has looked for yet: the two that do not train have no more than these patients
+    if recipe.folds is None:
+        return len(cohort.split("train"))
+    # folds are alike in structures or boxes, which nobody has looked for yet: the two that do not train have no more than these patients
     sizes = sorted(Counter(case.patient for case in cohort.cases if case.label is not None).values(), reverse=True)
-    return sum(sizes[2 * -(-len(sizes) // recipe.folds) :])
+    fewest, over = divmod(len(sizes), recipe.folds)
+    return sum(sizes[2 * fewest + min(over, 2) :])
 
 
 def _patients_of(folder: Path) -> int | None:

@@ -573,6 +573,6 @@ def test_fractions_of_folds__are_of_what_every_fold_trains_with(tmp_path: Path, 
     cases = [Case(f"case{k}", tmp_path, tmp_path, f"p{k}", "train" if k < 4 else "test") for k in range(11)]
     monkeypatch.setattr(Cohort, "load", lambda _, **__: Cohort("c", tuple(cases)))
     section = CurveSection(recipe="x.yaml", fractions=[0.5, 1.0], seeds=[0, 1])
-    for folds, counts in ((None, [2, 4]), (5, [2, 5] if task == "detection" else [3, 6])):
+    for folds, counts in ((None, [2, 4]), (5, [3, 6])):
         recipe = SimpleNamespace(cohort=SimpleNamespace(path="c"), folds=folds, task=task)
         assert curves._counts_of(section, recipe) == counts
