@@ -142,7 +142,7 @@ python -m monai.bundle run --config_file configs/inference.json --bundle_root . 
 ## What is done
 
 1. Axes to RAS, X Y Z.
-2. {_normalisation_sentence(manifest)}
+2. {_normalisation_sentence(manifest).replace("clipped after", "clipped before")}
 3. Resampling to {grid}.
 4. Windows of {" x ".join(map(str, found["crop"]))} voxels that overlap by {found["overlap"]:g}{flips}.
 5. Scores are brought back to the voxels of the image; the likeliest class is written.

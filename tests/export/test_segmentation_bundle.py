@@ -90,7 +90,8 @@ def test_bundle__draws_what_medssl_draws_in_the_axes_of_the_file(variant: str, t
     metadata = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())
     channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
     assert channels["0"] == "background" and len(channels) == 3
-    assert "Research only" in (tmp_path / "bundle" / "docs" / "README.md").read_text()
+    readme = (tmp_path / "bundle" / "docs" / "README.md").read_text()
+    assert "Research only" in readme and "clipped after" not in readme
 
 
 def test_other_exports_and_networks__are_refused_with_a_sentence(tmp_path: Path) -> None:
