@@ -185,34 +185,14 @@ def finetune(
         ImageError: Images or label maps cannot be used; nothing was trained.
         TrainingStopped: The loss stopped being a number.
     """
-    train_cases, test_cases = cohort.first(labels), cohort.split("test")
-    val_cases = cohort.split("val")[: settings.val_cases]
-    if not test_cases:
-        raise RequestError(
-            f"cohort {cohort.name}: no labelled test cases; mark some as test in its table, or have every patient tested once with folds: 5"
-        )
-    if settings.patience is not None and not val_cases:
-        raise RequestError(
-            f"cohort {cohort.name}: patience needs labelled validation cases, it has none; mark some as val, or set patience: null"
-        )
     settings = with_encoder(settings, weights)
-    refuse_dimensions(settings)
-    if settings.dicom_seg:
-        check_dicom_seg(test_cases)
     reader = reader or reader_of(settings)
+    train_cases, val_cases, test_cases = cases_of_run(cohort, settings, labels)
     if forced is None:
         forced = [] if weights is None else unlike_pretraining(weights.manifest, settings, train_cases, reader)
-    structures = structures_of(cohort, reader)
-    drawn = look_through(reader, train_cases, structures, settings.raters)  # first, so that these stay in memory
-    refuse_unlearnable(cohort.name, drawn, structures, one_fold=fold[0] is not None)
-    tested = look_through(reader, [*val_cases, *test_cases], structures)[len(val_cases) :]
-    if fold[0] is None:
-        refuse_unscorable(cohort.name, tested)
+    structures = check_cases(cohort, settings, labels, reader, one_fold=fold[0] is not None)
     device = torch.device(settings.device)
-    network = build_network(settings, n_classes=1 + len(structures), seed=seed)
-    loaded = load(network, weights) if weights is not None else None
-    shown = [*train_cases, *val_cases, *test_cases] if settings.pictures else train_cases  # volumes have one channel and a size
-    refuse_images([reader(case) for case in shown], settings)
+    network, loaded = network_of(settings, structures, seed, weights)
     crops = training_crops(settings, seed, device)
     frequencies = class_frequencies([reader(case) for case in train_cases], [0, *sorted(structures)])
     if settings.head_prior:
@@ -250,6 +230,62 @@ def finetune(
     write_label_counts(out, reader, cohort, [*train_cases, *val_cases, *test_cases])
     write_atomic(out / "results.json", json.dumps(result.to_json(), indent=1, allow_nan=False).encode())
     return result
+
+
+def cases_of_run(cohort: Cohort, settings: FinetuneSettings, labels: int | None) -> tuple[list[Case], list[Case], list[Case]]:
+    """Return training, validation and test cases of a run.
+
+    Raises:
+        RequestError: There are fewer training cases, or none to be tested or, with `patience`, to choose by.
+    """
+    train, test = cohort.first(labels), cohort.split("test")
+    val = cohort.split("val")[: settings.val_cases]
+    if not test:
+        raise RequestError(
+            f"cohort {cohort.name}: no labelled test cases; mark some as test in its table, or have every patient tested once with folds: 5"
+        )
+    if settings.patience is not None and not val:
+        raise RequestError(
+            f"cohort {cohort.name}: patience needs labelled validation cases, it has none; mark some as val, or set patience: null"
+        )
+    return train, val, test
+
+
+def check_cases(
+    cohort: Cohort, settings: FinetuneSettings, labels: int | None, reader: CaseReader, *, one_fold: bool
+) -> dict[int, str]:
+    """Look through the cases of a run for what would end it, and return the structures.
+
+    Raises:
+        RequestError: A structure cannot be learnt or none scored, or images and settings do not go together.
+        ImageError: Images or label maps cannot be used.
+    """
+    train, val, test = cases_of_run(cohort, settings, labels)
+    refuse_dimensions(settings)
+    if settings.dicom_seg:
+        check_dicom_seg(test)
+    structures = structures_of(cohort, reader)
+    drawn = look_through(reader, train, structures, settings.raters)  # first, so that these stay in memory
+    refuse_unlearnable(cohort.name, drawn, structures, one_fold=one_fold)
+    tested = look_through(reader, [*val, *test], structures)[len(val) :]
+    if not one_fold:
+        refuse_unscorable(cohort.name, tested)
+    shown = [*train, *val, *test] if settings.pictures else train  # volumes have one channel and a size
+    refuse_images([reader(case) for case in shown], settings)
+    class_weights(settings, [1.0] * (1 + len(structures)))  # as many as there are classes
+    return structures
+
+
+def network_of(
+    settings: FinetuneSettings, structures: Mapping[int, str], seed: int, weights: Pretrained | None
+) -> tuple[nn.Module, LoadReport | None]:
+    """Return the network of a run before its first step, and what was loaded into it.
+
+    Raises:
+        RequestError: Settings and weights do not go together.
+    """
+    network = build_network(settings, n_classes=1 + len(structures), seed=seed)
+    return network, None if weights is None else load(network, weights)
 
 
 def reader_of(settings: FinetuneSettings) -> CaseReader:

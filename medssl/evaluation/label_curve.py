@@ -27,10 +27,20 @@ import numpy as np
 from medssl.errors import RequestError
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import Pretrained, data_cards, finetune, reader_of, structures_of, unlike_pretraining, with_encoder
+from medssl.evaluation.finetune import (
+    Pretrained,
+    check_cases,
+    data_cards,
+    finetune,
+    network_of,
+    reader_of,
+    structures_of,
+    unlike_pretraining,
+    with_encoder,
+)
 from medssl.evaluation.segmentation_checks import look_through, refuse_unlearnable
 from medssl.evaluation.segmentation_results import FinetuneResult
-from medssl.evaluation.segmentation_settings import FinetuneSettings
+from medssl.evaluation.segmentation_settings import FinetuneSettings, refuse_dimensions
 from medssl.evaluation.volumes import CaseReader
 from medssl.weights import forced_lines, private_folder, write_atomic, write_private
 
@@ -98,8 +108,9 @@ def label_curve(
     out = Path(out)
     plan(arms, [1] if counts is None else counts, seeds, folds)  # what is asked wrongly is said before anything is read
     refuse_chosen(arms)
-    if first := next((weights for weights in arms.values() if weights is not None), None):
-        settings = with_encoder(settings, first)  # the twin is built with the encoder of the weights
+    first = next((weights for weights in arms.values() if weights is not None), None)
+    settings = with_encoder(settings, first)  # the twin is built with the encoder of the weights
+    refuse_dimensions(settings)
     reader = reader_of(settings)
     if folds is not None and not cohort.structures:
         cohort = replace(cohort, structures=structures_of(cohort, reader, every=True))
@@ -114,6 +125,13 @@ def label_curve(
     named = {arm: weights for arm, weights in arms.items() if weights is not None}
     refuse_too_few(dealt, min(counts), settings, reader)
     forced = {arm: unlike_pretraining(weights.manifest, settings, cases, reader) for arm, weights in named.items()}
+    if any(
+        read_cell(out / "cells" / cell.name) is None for cell in cells
+    ):  # what a first cell would refuse, before anything is written
+        cell, tested = cells[0], dealt[cells[0].seed, cells[0].fold]
+        structures = check_cases(tested, settings, max(counts), reader, one_fold=cell.fold is not None)
+        for weights in arms.values():
+            network_of(settings, structures, cell.seed, weights)
     private_folder(out)
     claim(out, cohort, settings, arms, folds, forced, leakage_check, uneven(cohort, present))
     for number, cell in enumerate(cells, start=1):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medssl.errors import RequestError
+from medssl.errors import ImageError, RequestError
 from medssl.evaluation import label_curve as module
 from medssl.evaluation import pretrained_views
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
@@ -311,3 +311,34 @@ def test_a_table_without_patients__has_the_same_intervals_and_says_by_image(coho
     assert (said["none"]["by"], said["none"]["n_patients"]) == ("by image", None)
     assert (said["column"]["by"], said["column"]["n_patients"]) == ("by patient", 2)
     assert [said["none"][key] for key in ("dice", "low", "high")] == [said["column"][key] for key in ("dice", "low", "high")]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"class_weights": (1.0, 2.0)}, "class_weights: 2 numbers for 3 classes"),
+        ({"patience": 1, "val_every": 1}, "patience needs labelled validation cases"),
+        ({"network_args": {"depth": 3}}, "depth"),
+        ({"dicom_seg": True}, "DICOM"),
+        ({"domain": "xray"}, "crop"),
+        ({"encoder": None}, "no encoder is named"),
+        ({}, "no labelled test cases"),
+    ],
+)
+def test_bad_input__is_refused_before_anything_is_written(
+    cohort: Cohort, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    lacking = {"patience": "val"} if "patience" in change else {} if change else {"": "test"}
+    kept = tuple(case for case in cohort.cases if case.split not in lacking.values())
+    out = tmp_path / "out"
+    with pytest.raises((RequestError, TypeError), match=said):
+        label_curve(replace(cohort, cases=kept), replace(SETTINGS, **change), out, arms={"scratch": None}, counts=[2], seeds=[0])
+    assert not out.exists()
+
+
+def test_faulty_test_case__is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    folder = write_cohort(tmp_path / "cohort")
+    write_nifti(folder / "labels" / "v5.nii.gz", np.zeros((4, 4, 4), np.uint8))
+    with pytest.raises(ImageError):
+        label_curve(Cohort.load(folder), SETTINGS, tmp_path / "out", arms={"scratch": None}, counts=[2], seeds=[0])
+    assert not (tmp_path / "out").exists()
