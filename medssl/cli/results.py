@@ -214,6 +214,7 @@ def _clinical_report(folder: Path, out: Path, with_images: bool) -> Path:
     import json
 
     from medssl.evaluation.clinical import clinical_facts, code_of
+    from medssl.evaluation.label_facts import label_sentences
     from medssl.report import box_figures
     from medssl.report.clinical_page import clinical_page, read_worst
     from medssl.weights import write_atomic
@@ -226,7 +227,7 @@ def _clinical_report(folder: Path, out: Path, with_images: bool) -> Path:
         raise RequestError(
             f"{folder}: no cell is done yet; run the same `medssl finetune` or `label-curve` again, it goes on where it stopped"
         )
-    facts = clinical_facts(list(results.values()))
+    facts = {**clinical_facts(list(results.values())), "label_facts": label_sentences(folder)}
     pictures: dict[str, Any] | None = None
     structures: list[str] = []
     if with_images:

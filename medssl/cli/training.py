@@ -121,5 +121,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         text += f"\n{row['labels']} labels: {row['arm']} minus {row['against']} {row['difference']:+.3f}{interval}"
     if resampled := summary.get("without_dicom_seg"):
         text += f"\n{len(resampled)} test case(s) have NIfTI for DICOM-SEG, as their series was resampled: {', '.join(resampled)}"
+    for sentence in summary.get("label_facts", []):
+        text += f"\nlabels: {sentence}"
     forced = forced_lines(summary.get("shared", {}).get("forced"))
     return "\n".join([text, *forced])

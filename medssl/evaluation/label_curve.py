@@ -38,6 +38,7 @@ from medssl.evaluation.finetune import (
     unlike_pretraining,
     with_encoder,
 )
+from medssl.evaluation.label_facts import label_sentences
 from medssl.evaluation.segmentation_checks import look_through, refuse_unlearnable
 from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings, refuse_dimensions
@@ -337,6 +338,8 @@ def write_summary(out: Path, cells: Sequence[Cell]) -> dict[str, Any]:
     results = [result for cell in cells if (result := read_cell(out / "cells" / cell.name)) is not None]
     summary = summarise(results)
     summary["cells"] = {"planned": len(cells), "done": len(results)}
+    if said := label_sentences(out):
+        summary["label_facts"] = said
     summary["shared"] = json.loads((out / "label_curve.json").read_text())
     write_atomic(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
     write_atomic(out / "table.md", (markdown(summary) + "\n").encode())
@@ -484,6 +487,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         ]
     for line in forced_lines(summary.get("shared", {}).get("forced")):
         lines += ["", line]
+    lines += ["", *(f"- labels: {sentence}" for sentence in summary.get("label_facts", []))] if summary.get("label_facts") else []
     if summary["differences"]:
         lines += ["", "| labels | difference | Dice points (95 % interval) | per seed |", "|---|---|---|---|"]
     for row in summary["differences"]:

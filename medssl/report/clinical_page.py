@@ -230,7 +230,9 @@ def _structures(facts: Facts) -> str:
         "Missed wholly: the label has it, and not one voxel of it was found; predicted where none is: the label lacks it. "
         f"Cases of seed {facts['seed']}."
     )
-    return table(head, cells, caption=text(caption))
+    said = "".join(f"<li>{text(sentence)}</li>" for sentence in facts.get("label_facts") or [])
+    about = f"<p>Of the label maps, in training, validation and test:</p><ul>{said}</ul>" if said else ""
+    return table(head, cells, caption=text(caption)) + about
 
 
 def written_mm(row: Mapping[str, Any]) -> str:

@@ -334,7 +334,7 @@ def _probes(found: Leftovers) -> str:
         scale = f"<small>{decimal(low, 2)} … {decimal(high, 2)}</small>"
         caption = ", ".join(text(part.replace("_", " ")) for part in about if part)
         by_image = any(row.get("by") == BY_CASE for row in rows)
-        caption += ". Intervals by image: no patients are known." if by_image else ". Intervals by patient."
+        caption += ". Intervals by image, as not all patients are known." if by_image else ". Intervals by patient."
         parts.append(table(["features", "value", scale, "images", "patients"], cells, caption=caption))
     if not any(word in str(row.get("name", "")).lower() for row in found.evaluations for word in _CONTROLS):
         parts.append('<p class="warn">No control is among these rows: compare with random weights before reading them.</p>')

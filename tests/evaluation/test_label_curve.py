@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medssl.cli.training import summary_table
 from medssl.errors import ImageError, RequestError
 from medssl.evaluation import label_curve as module
 from medssl.evaluation import pretrained_views
@@ -311,6 +312,29 @@ def test_a_table_without_patients__has_the_same_intervals_and_says_by_image(coho
     assert (said["none"]["by"], said["none"]["n_patients"]) == ("by image", None)
     assert (said["column"]["by"], said["column"]["n_patients"]) == ("by patient", 2)
     assert [said["none"][key] for key in ("dice", "low", "high")] == [said["column"][key] for key in ("dice", "low", "high")]
+
+
+def test_labels__that_were_unknown_are_said_in_table_and_command(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Cell] = []
+
+    def run(*args: Any, **kw: Any) -> FinetuneResult:
+        made: FinetuneResult = fake_finetune(calls)(*args, **kw)
+        rows = {
+            "case0001": {"counts": {"rater_ties": 3}, "flags": [], "labelled": [1]},
+            "case0002": {"counts": {"rater_ties": 2}, "flags": ["frame_unverified"], "labelled": None},
+        }
+        (args[2] / "labels.json").write_text(json.dumps({"cases": rows}))
+        return made
+
+    monkeypatch.setattr(module, "finetune", run)
+    summary = label_curve(cohort, SETTINGS, tmp_path, arms={"scratch": None}, counts=[1, 2], seeds=[0])
+    partial, ties, frame = summary["label_facts"]
+    assert partial.startswith("1 case has not every structure labelled") and frame.startswith("1 case has a label map whose frame")
+    assert ties.startswith("2 cases have 5 voxels where no value leads")  # of all cells, each case once
+    for text in (summary_table(summary), (tmp_path / "table.md").read_text()):
+        assert all(f"labels: {sentence}" in text for sentence in summary["label_facts"])
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,11 @@ def test_headline__says_the_width_before_the_patients() -> None:
 
 
 def test_segmentation__every_question_has_its_section() -> None:
-    page = clinical_page(clinical_facts([segmentation(), segmentation("scratch", shift=-0.1)], draws=50))
+    facts = clinical_facts([segmentation(), segmentation("scratch", shift=-0.1)], draws=50)
+    page = clinical_page(facts)
+    assert "label maps" not in page and "2 cases have &lt;unknown" in clinical_page(
+        {**facts, "label_facts": ["2 cases have <unknown"]}
+    )
     outline = outline_of(page)
     assert outline.titles == [
         "At a glance",

@@ -355,7 +355,8 @@ def test_intervals__say_what_was_drawn(known: bool) -> None:
         "high": 0.6,
         "by": "by patient" if known else "by image",
     }
-    assert ("Intervals by patient." in _probes(Leftovers(Path("x"), evaluations=[row]))) == known
+    page = _probes(Leftovers(Path("x"), evaluations=[row]))
+    assert ("Intervals by patient." in page) == known and ("by image, as not all patients are known." in page) != known
     lines = [Comparison("unetr", "5", "ours", *[Estimate(0.5, 0.4, 0.6)] * 3, by_case=by_case) for by_case in (False, not known)]
     said = _result(Leftovers(Path("x")), lines)
     assert ("drawn by patient." in said) == known and ("drawn by case, as not all patients are known." in said) != known
