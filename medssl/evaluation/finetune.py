@@ -227,7 +227,7 @@ def finetune(
         of_folds=fold[1],
         without_dicom_seg=resampled,
     )
-    write_label_counts(out, reader, cohort, [*train_cases, *val_cases, *test_cases])
+    write_label_counts(out, reader, replace(cohort, structures=structures), [*train_cases, *val_cases, *test_cases])
     write_atomic(out / "results.json", json.dumps(result.to_json(), indent=1, allow_nan=False).encode())
     return result
 

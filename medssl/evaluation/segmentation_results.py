@@ -237,7 +237,8 @@ def write_label_counts(out: Path, reader: CaseReader, cohort: Cohort, cases: Ite
     used = cohort.cases if cases is None else cases
     rows = {case.id: reader.label_facts[case.id] for case in used if case.id in reader.label_facts}
     if rows:
-        content = {"overlap": "the higher value has the voxel", "cases": rows}
+        names = {str(value): name for value, name in cohort.structures.items()}  # `labelled` has values alone
+        content = {"overlap": "the higher value has the voxel", "structures": names, "cases": rows}
         write_atomic(out / "labels.json", json.dumps(content, indent=1).encode())
     if cohort.file_names:
         import csv

@@ -222,6 +222,8 @@ def _with_labels(volume: Volume, case: Case, read: Callable[[Path], LabelMap]) -
     label, ties = majority(maps)
     if ties:
         counts["rater_ties"] += ties
+    if unsure := int((label == UNCERTAIN).sum()):
+        counts["uncertain_voxels"] += unsure
     return replace(
         volume,
         label=label,

@@ -131,7 +131,7 @@ def headline(row: Mapping[str, Any], metric: str) -> str:
     """Return one score in words, how wide its interval is before how many patients it is of."""
     value = _number(row["value"], metric)
     n = row["n_patients"]
-    who = f"{n} patient{'' if n == 1 else 's'}" if n is not None else f"{row['n_cases']} cases (patients not known)"
+    who = f"{n} patient{'' if n == 1 else 's'}" if n is not None else f"{row['n_cases']} cases (not all patients known)"
     if row["low"] is None or row["high"] is None:
         return f"{metric} {value}, no interval, {who}"
     low, high, width = (_number(v, metric) for v in (row["low"], row["high"], width_of(row, metric)))
@@ -531,9 +531,7 @@ def _caveats(facts: Facts, with_images: bool) -> str:
         + (" It also shows images of patients: keep it where those images may be." if with_images else ""),
     ]
     main = next(row for row in facts["headlines"] if row["arm"] == facts["arm"] and row["labels"] == facts["labels"])
-    if (main["n_patients"] or main["n_cases"]) < 20:
-        said.insert(
-            1,
-            f"Only {main['n_patients'] or main['n_cases']} test patients: every number here may well be quite another with the next twenty.",
-        )
+    n, units = (main["n_cases"], "cases") if main["n_patients"] is None else (main["n_patients"], "patients")
+    if n < 20:
+        said.insert(1, f"Only {n} test {units}: every number here may well be quite another with the next twenty.")
     return "<ul>" + "".join(f"<li>{text(line)}</li>" for line in said if line) + "</ul>"

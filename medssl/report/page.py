@@ -177,7 +177,10 @@ def _result(found: Leftovers, lines: Sequence[Comparison]) -> str:
         f"{drawn_by}. The difference is paired: the same test cases, the same number of steps. Where scratch still gains at that "
         "number (validation Dice below), it is a difference in speed; quality is what is left at the plateau of scratch."
     )
-    parts = [sentences, table(head, rows, caption=caption), label_curves(found), _structures(found)]
+    facts = dict.fromkeys(str(sentence) for curve in found.curves for sentence in curve.get("label_facts") or ())
+    said = "".join(f"<li>{text(sentence)}</li>" for sentence in facts)
+    about = f"<p>Of the label maps, in training, validation and test:</p><ul>{said}</ul>" if said else ""
+    parts = [sentences, table(head, rows, caption=caption), about, label_curves(found), _structures(found)]
     return "\n".join(part for part in parts if part)
 
 
@@ -333,8 +336,14 @@ def _probes(found: Leftovers) -> str:
             cells.append([name, written(estimate), drawing, *counts])
         scale = f"<small>{decimal(low, 2)} … {decimal(high, 2)}</small>"
         caption = ", ".join(text(part.replace("_", " ")) for part in about if part)
-        by_image = any(row.get("by") == BY_CASE for row in rows)
-        caption += ". Intervals by image, as not all patients are known." if by_image else ". Intervals by patient."
+        by_image = [row.get("by") == BY_CASE for row in rows]
+        caption += (
+            ". Intervals by image, as not all patients are known."
+            if all(by_image)
+            else ". Intervals by patient; by image in the rows without a number of patients, where not all are known."
+            if any(by_image)
+            else ". Intervals by patient."
+        )
         parts.append(table(["features", "value", scale, "images", "patients"], cells, caption=caption))
     if not any(word in str(row.get("name", "")).lower() for row in found.evaluations for word in _CONTROLS):
         parts.append('<p class="warn">No control is among these rows: compare with random weights before reading them.</p>')

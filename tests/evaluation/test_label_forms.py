@@ -172,7 +172,7 @@ def test_ignore__is_uncertain_in_forms_with_names(tmp_path: Path, form: str, lis
     assert volume.label is not None
     assert np.array_equal(volume.label, expected)
     assert sorted(volume.points) == [1, 2]
-    assert volume.labelled is None and not volume.counts
+    assert volume.labelled is None and volume.counts == {"uncertain_voxels": int(doubt.sum())}  # and no reader counted anything
 
 
 def test_unlabelled__is_not_empty(tmp_path: Path) -> None:
@@ -364,7 +364,12 @@ def test_run__scores_only_what_is_labelled_and_says_what_was_counted(tmp_path: P
     assert first.hd95_mm["two"] is None
     assert None not in (first.dice["one"], second.dice["one"], second.dice["two"])
     facts = json.loads((tmp_path / "out" / "labels.json").read_text())["cases"]
-    assert facts == {name: {"counts": {}, "flags": [], "labelled": [1]} for name in ("case0001", "case0003")}
+    assert {name: (case["flags"], case["labelled"]) for name, case in facts.items()} == {
+        f"case000{n}": ([], [1] if n % 2 else None) for n in range(1, 5)
+    }
+    unsure = [facts[f"case000{n}"]["counts"].pop("uncertain_voxels") for n in range(1, 5)]
+    edge = 2 * 18 * 16  # the two slices of -1; where structure 2 is unlabelled its few voxels are uncertain as well
+    assert unsure[1] == unsure[3] == edge and unsure[0] > edge and not any(case["counts"] for case in facts.values())
     with np.load(tmp_path / "out" / "figures" / "segmentation.npz") as figures:
         assert set(np.unique(figures["label"])) <= {0, 1, 2}
 

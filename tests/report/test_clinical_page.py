@@ -40,7 +40,7 @@ def test_headline__says_the_width_before_the_patients() -> None:
     row = {"value": 0.8412, "low": 0.8011, "high": 0.8712, "n_patients": 50, "n_cases": 52}
     assert headline(row, "Dice") == "Dice 0.84, interval 0.80 to 0.87 (width 0.07), 50 patients"
     assert headline({**row, "low": None, "n_patients": 1}, "AUC") == "AUC 0.84, no interval, 1 patient"
-    assert "52 cases (patients not known)" in headline({**row, "n_patients": None}, "Dice")
+    assert "52 cases (not all patients known)" in headline({**row, "n_patients": None}, "Dice")
 
 
 def test_segmentation__every_question_has_its_section() -> None:
@@ -65,8 +65,14 @@ def test_segmentation__every_question_has_its_section() -> None:
     nobody = segmentation()
     nobody["cases"] = [{**case, "patient": None} for case in nobody["cases"]]
     said = words(clinical_page(clinical_facts([nobody], draws=50)))
-    assert "60 cases (patients not known)" in said and "by bootstrap over cases, as not all patients are known." in said
+    assert "60 cases (not all patients known)" in said and "by bootstrap over cases, as not all patients are known." in said
     assert "Research only" in said and "Bland-Altman" in said
+    few = {
+        **nobody,
+        "cases": [{**case, "patient": "patient0001" if k < 4 else None} for k, case in enumerate(nobody["cases"][:12])],
+    }
+    said = words(clinical_page(clinical_facts([few], draws=50)))
+    assert "Only 12 test cases: every number" in said and "test patients: every" not in said
     assert SECRET not in page
     stripped = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
     assert not re.search(r"https?:|//[a-z]|<script|@import|url\(", stripped) and "default-src 'none'" in page

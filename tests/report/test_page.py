@@ -357,6 +357,8 @@ def test_intervals__say_what_was_drawn(known: bool) -> None:
     }
     page = _probes(Leftovers(Path("x"), evaluations=[row]))
     assert ("Intervals by patient." in page) == known and ("by image, as not all patients are known." in page) != known
+    mixed = _probes(Leftovers(Path("x"), evaluations=[row, {**row, "by": "by patient", "n_patients": 9}]))
+    assert ("Intervals by patient." in mixed) == known and ("by image in the rows without a number of patients" in mixed) != known
     lines = [Comparison("unetr", "5", "ours", *[Estimate(0.5, 0.4, 0.6)] * 3, by_case=by_case) for by_case in (False, not known)]
     said = _result(Leftovers(Path("x")), lines)
     assert ("drawn by patient." in said) == known and ("drawn by case, as not all patients are known." in said) != known
