@@ -77,7 +77,7 @@ from medssl.evaluation.volumes import (
 )
 from medssl.evaluation.worst import WorstCases
 from medssl.networks.segmentation import LoadReport, library_of, load_pretrained, set_head_prior
-from medssl.registry import lookup
+from medssl.registry import argument_faults, lookup
 from medssl.seeding import derive_seed
 from medssl.weights import load_part, save_part, write_atomic
 
@@ -376,6 +376,9 @@ def unlike_pretraining(
 def build_network(settings: FinetuneSettings, *, n_classes: int, seed: int) -> nn.Module:
     """Build the network with start weights that depend on the seed alone; the global generator is left as it was."""
     builder = lookup("network", settings.network)
+    given = ("encoder", "out_channels", "image_size")
+    if faults := argument_faults("settings.network_args", builder, settings.network_args, given):
+        raise RequestError("; ".join(faults))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "finetune", "network"))
         network: nn.Module = builder(
