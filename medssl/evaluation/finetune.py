@@ -191,7 +191,7 @@ def finetune(
     if forced is None:
         forced = [] if weights is None else unlike_pretraining(weights.manifest, settings, train_cases, reader)
     structures = check_cases(cohort, settings, labels, reader, one_fold=fold[0] is not None)
-    device = torch.device(settings.device)
+    device = device_of(settings)
     network, loaded = network_of(settings, structures, seed, weights)
     crops = training_crops(settings, seed, device)
     frequencies = class_frequencies([reader(case) for case in train_cases], [0, *sorted(structures)])
@@ -261,7 +261,7 @@ def check_cases(
         ImageError: Images or label maps cannot be used.
     """
     train, val, test = cases_of_run(cohort, settings, labels)
-    refuse_dimensions(settings)
+    refuse_settings(settings)
     if settings.dicom_seg:
         check_dicom_seg(test)
     structures = structures_of(cohort, reader)
@@ -274,6 +274,37 @@ def check_cases(
     refuse_images([reader(case) for case in shown], settings)
     class_weights(settings, [1.0] * (1 + len(structures)))  # as many as there are classes
     return structures
+
+
+def refuse_settings(settings: FinetuneSettings) -> None:
+    """Refuse what no image needs to be read for: axes, views of the crops, the device.
+
+    Raises:
+        RequestError: One of them cannot be had.
+    """
+    refuse_dimensions(settings)
+    training_crops(settings, 0, device_of(settings))
+
+
+def device_of(settings: FinetuneSettings) -> torch.device:
+    """Return the device of a run, after a tensor was made on it: its name alone does not say that it is there.
+
+    Raises:
+        RequestError: PyTorch knows no such device, or the machine has none.
+    """
+    try:
+        device = torch.device(settings.device)
+    except RuntimeError as err:
+        raise RequestError(
+            f'device "{settings.device}" is none of PyTorch; accepted are cpu, cuda, cuda:1 and the like; leave it out to take what is there'
+        ) from err
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as err:  # without CUDA, with fewer devices, without a backend
+        raise RequestError(
+            f'device "{settings.device}" is not on this machine; accepted are cpu and what `medssl doctor` finds; leave it out to take what is there'
+        ) from err
+    return device
 
 
 def network_of(

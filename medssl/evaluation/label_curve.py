@@ -34,6 +34,7 @@ from medssl.evaluation.finetune import (
     finetune,
     network_of,
     reader_of,
+    refuse_settings,
     structures_of,
     unlike_pretraining,
     with_encoder,
@@ -41,7 +42,7 @@ from medssl.evaluation.finetune import (
 from medssl.evaluation.label_facts import label_sentences
 from medssl.evaluation.segmentation_checks import look_through, refuse_unlearnable
 from medssl.evaluation.segmentation_results import FinetuneResult
-from medssl.evaluation.segmentation_settings import FinetuneSettings, refuse_dimensions
+from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.volumes import CaseReader
 from medssl.weights import forced_lines, private_folder, write_atomic, write_private
 
@@ -111,7 +112,7 @@ def label_curve(
     refuse_chosen(arms)
     first = next((weights for weights in arms.values() if weights is not None), None)
     settings = with_encoder(settings, first)  # the twin is built with the encoder of the weights
-    refuse_dimensions(settings)
+    refuse_settings(settings)
     reader = reader_of(settings)
     if folds is not None and not cohort.structures:
         cohort = replace(cohort, structures=structures_of(cohort, reader, every=True))

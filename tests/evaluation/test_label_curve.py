@@ -341,6 +341,10 @@ def test_labels__that_were_unknown_are_said_in_table_and_command(
     ("change", "said"),
     [
         ({"class_weights": (1.0, 2.0)}, "class_weights: 2 numbers for 3 classes"),
+        ({"normalize": {"kind": "nonsense"}}, "normalize: found .*accepted is zscore"),
+        ({"augment": {"nonsense": 1}}, "augment: unknown key nonsense; accepted are"),
+        ({"device": "nonsense"}, 'device "nonsense" is none of PyTorch; .*leave it out'),
+        ({"device": "cuda:99"}, 'device "cuda:99" is not on this machine; .*leave it out'),
         ({"patience": 1, "val_every": 1}, "patience needs labelled validation cases"),
         ({"network_args": {"dropout_prop": 0.1}}, r"settings\.network_args\.dropout_prop: unknown key.*dropout_prob"),
         ({"network_args": {"out_channels": 9}}, r"settings\.network_args\.out_channels: unknown key"),
