@@ -26,9 +26,10 @@ from medssl.encoders.resenc3d import (
     with_aliases,
     without_aliases,
 )
+from medssl.encoders.stem import adapt_stem
 from medssl.errors import WeightsError
 from medssl.export.manifest import Weights, exported_manifest, is_unknown, normalization_of, require_library, spacing_of
-from medssl.export.slices import Adaptation, adapt_stem, grey_or_random
+from medssl.export.slices import Adaptation, grey_or_random
 from medssl.export.verify import ExportReport, compare, load_stock, require_equal, source_encoder
 from medssl.weights import write_atomic
 

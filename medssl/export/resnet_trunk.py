@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medssl.encoders.stem import adapt_stem
 from medssl.errors import RequestError, WeightsError
 from medssl.export.manifest import INFLATED_ORDER, Weights, exported_manifest
-from medssl.export.slices import Adaptation, adapt_stem, grey_or_random, inflate, slice_encoder_of
+from medssl.export.slices import Adaptation, grey_or_random, inflate, slice_encoder_of
 from medssl.export.verify import ExportReport, compare, load_stock, source_encoder
 from medssl.networks.flexible_unet import LAYERS, PLAIN
 from medssl.weights import load_part, save_part

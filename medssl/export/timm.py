@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from medssl.encoders.stem import adapt_stem
 from medssl.export import video
 from medssl.export.manifest import Weights, exported_manifest
-from medssl.export.slices import Adaptation, adapt_stem, grey_or_random, slice_encoder_of
+from medssl.export.slices import Adaptation, grey_or_random, slice_encoder_of
 from medssl.export.verify import ExportReport, compare, source_encoder
 from medssl.weights import save_part, write_atomic
 

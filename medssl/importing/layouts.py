@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from medssl.encoders.resenc3d import STEM_CONVOLUTION, complete, reverse_args, reverse_axes, without_aliases
+from medssl.encoders.stem import adapt_stem
 from medssl.encoders.swin3d import DECODER as SWIN_DECODER
 from medssl.errors import WeightsError
 from medssl.export.nnunet import args_of_plan
-from medssl.export.slices import adapt_stem
 from medssl.importing.files import Opened
 
 
