@@ -5,7 +5,7 @@ Every function works in place on (C, *size) float32 and returns its argument.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,15 @@ def normalization(name: str, window: tuple[float, float] | None, stats: Mapping[
 def _positive(width: float) -> float:
     """Return the width, or 1 for an item without contrast: it then becomes constant instead of infinite."""
     return width if width > 0 else 1.0
+
+
+def by_channel(x: Tensor, how: Sequence[Normalization]) -> Iterator[tuple[Tensor, Normalization]]:
+    """Yield the parts of (C, *size) that are normalised alike, as views: all of it for one normalisation, each channel for C of them."""
+    if len(how) == 1:
+        yield x, how[0]
+    else:
+        for k, own in enumerate(how):
+            yield x[k : k + 1], own
 
 
 def normalize_(x: Tensor, how: Normalization) -> Tensor:

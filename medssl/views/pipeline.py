@@ -7,14 +7,16 @@ fields) come from one device generator per view and operation, whose seed is a p
 equal parameters across types.
 
 Order: geometry (flip, rotation, scale and warp in one interpolation), bias field, normalisation, contrast,
-brightness, gamma, noise, padding. Nothing smooths before a view is made coarser than its source, as in nnU-Net and
+brightness, gamma, noise, padding. Where each channel is normalised by its own statistics (`Crop.channel_stats`), contrast turns about the
+mean of the channel and gamma acts on its range; what is drawn (factors, bias field) is one number for all channels, and noise is white over
+voxels and channels. Nothing smooths before a view is made coarser than its source, as in nnU-Net and
 TorchIO.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -49,6 +51,7 @@ class Crop:
         stats: Intensity statistics of the item.
         key: The draw it belongs to.
         id: Row number of the item.
+        channel_stats: Statistics of each channel, where each is normalised by its own; empty normalises all channels by `stats`.
     """
 
     image: np.ndarray
@@ -59,6 +62,7 @@ class Crop:
     stats: Mapping[str, float]
     key: DrawKey
     id: int
+    channel_stats: Sequence[Mapping[str, float]] = ()
 
 
 class VolumeViews:
@@ -242,7 +246,7 @@ class VolumeViews:
         device = torch.device(device)
         rows: dict[str, list[Tensor]] = {}
         for b, crop in enumerate(crops):
-            source = _Source(crop, self._normalization(crop), None if labels is None else labels[b], device)
+            source = _Source(crop, self._normalizations(crop), None if labels is None else labels[b], device)
             for view in params[b]:
                 for key, value in self._view(source, view, points).items():
                     rows.setdefault(key, []).append(value)
@@ -296,8 +300,10 @@ class VolumeViews:
         first = _centre_mm(box) + linear @ (0.5 - np.asarray(self.size) / 2)
         return np.concatenate([linear, first[:, None]], axis=1)
 
-    def _normalization(self, crop: Crop) -> intensity.Normalization:
-        return intensity.normalization(self.normalize, self.window, crop.stats, crop.id)
+    def _normalizations(self, crop: Crop) -> tuple[intensity.Normalization, ...]:
+        return tuple(
+            intensity.normalization(self.normalize, self.window, stats, crop.id) for stats in crop.channel_stats or (crop.stats,)
+        )
 
     def _half_mm(self, spacing: Triple, amplitude: float) -> Triple:
         """Return half the edges of the block of voxel centres, largest displacement included."""
@@ -325,7 +331,9 @@ class VolumeViews:
             out["body"] = (x[0] >= source.crop.stats.get("min", -math.inf)) & out["valid"]
         self._intensities_(x, source, view)
         if not whole:
-            x.masked_fill_(~out["valid"], source.how.padding)
+            outside = ~out["valid"]
+            for part, how in source.by_channel(x):
+                part.masked_fill_(outside, how.padding)
         return out
 
     def _voxel_start(self, crop: Crop, view: Mapping[str, Any]) -> tuple[int, int, int] | None:
@@ -368,9 +376,11 @@ class VolumeViews:
 
     def _padding(self, source: _Source) -> dict[str, Tensor]:
         """Return a view without content."""
-        shape = (source.image.shape[0], *self.size)
+        image = torch.empty((source.image.shape[0], *self.size), dtype=torch.float32, device=source.device)
+        for part, how in source.by_channel(image):
+            part.fill_(how.padding_raw)
         out = {
-            self.name: torch.full(shape, source.how.padding_raw, dtype=torch.float32, device=source.device),
+            self.name: image,
             "valid": torch.zeros(self.size, dtype=torch.bool, device=source.device),
         }
         if source.labels is not None:
@@ -434,19 +444,19 @@ class VolumeViews:
 
     def _intensities_(self, x: Tensor, source: _Source, view: Mapping[str, Any]) -> None:
         """Change the intensities of a view in place, (C, *size)."""
-        how = source.how
         if _amplitude(view["bias_field"]) > 0:
             bias = view["bias_field"]
             spacing = self.view_spacing_mm(source.crop.spacing_mm)
             nodes = fields.field_nodes(self.size, spacing, bias["exponent"], _generator(bias["seed"], source.device))
             intensity.bias_(x, fields.upsample_nodes(nodes.mul_(bias["amplitude"]), self.size))
-        intensity.normalize_(x, how)
-        if view["contrast"] != 1:
-            intensity.contrast_(x, view["contrast"], how.pivot)
-        if view["brightness"] != 0:
-            x.add_(view["brightness"])
-        if view["gamma"] is not None and view["gamma"] != 1:
-            intensity.gamma_(x, view["gamma"])
+        for part, how in source.by_channel(x):
+            intensity.normalize_(part, how)
+            if view["contrast"] != 1:
+                intensity.contrast_(part, view["contrast"], how.pivot)
+            if view["brightness"] != 0:
+                part.add_(view["brightness"])
+            if view["gamma"] is not None and view["gamma"] != 1:
+                intensity.gamma_(part, view["gamma"])
         if view["noise"] is not None:
             intensity.noise_(x, view["noise"]["std"], _generator(view["noise"]["seed"], source.device))
 
@@ -475,6 +485,10 @@ class VolumeViews:
                 raise RequestError(
                     f"item {crop.id}: image {crop.image.shape} with valid {crop.valid.shape}; accepted is (C, X, Y, Z) "
                     "with (X, Y, Z); check the reader"
+                )
+            if len(crop.channel_stats) not in (0, len(crop.image)):
+                raise RequestError(
+                    f"item {crop.id}: statistics of {len(crop.channel_stats)} channels for {len(crop.image)}; give those of each, or none"
                 )
         for crop, label in zip(crops, labels or []):
             if label.shape != crop.valid.shape:
@@ -508,18 +522,25 @@ class _Piece:
 class _Source:
     """One crop on the device, shared by its views."""
 
-    def __init__(self, crop: Crop, how: intensity.Normalization, labels: np.ndarray | None, device: torch.device) -> None:
+    def __init__(
+        self, crop: Crop, how: tuple[intensity.Normalization, ...], labels: np.ndarray | None, device: torch.device
+    ) -> None:
         self.crop, self.how, self.device = crop, how, device
         self.image = _to_device(crop.image, device)
         self.valid = _to_device(crop.valid, device)
         self.labels = None if labels is None else _to_device(labels, device)
+
+    def by_channel(self, x: Tensor) -> Iterator[tuple[Tensor, intensity.Normalization]]:
+        """Yield what is normalised alike: all channels of (C, *size), or each with its own."""
+        return intensity.by_channel(x, self.how)
 
     def piece(self, at: tuple[slice, ...], clipped: bool) -> _Piece:
         """Return a part of the crop, ready for interpolation."""
         image = self.image[(slice(None), *at)].float()
         valid = None if self.crop.valid[at].all() else self.valid[at]  # asked on the CPU: no wait for the device
         if valid is not None:
-            image = image.masked_fill(~valid, self.how.padding_raw)
+            parts = [part.masked_fill(~valid, how.padding_raw) for part, how in self.by_channel(image)]
+            image = parts[0] if len(parts) == 1 else torch.cat(parts)
         labels = None if self.labels is None else self.labels[at]
         first = np.array([s.start for s in at])
         origin = np.asarray(self.crop.origin_mm) + first * np.asarray(self.crop.spacing_mm, dtype=np.float64)
