@@ -132,6 +132,11 @@ def volume_source(
     assert recipe.cohort is not None
     dealt = recipe.folds is not None
     cohort = Cohort.load(recipe.cohort.path, every=dealt)
+    if cohort.channels > 1:
+        raise RequestError(
+            f"cohort {cohort.name}: its volumes have {cohort.channels} channels; detection takes volumes of one channel: make a set of one of "
+            "the channels (segmentation takes several)"
+        )
     if dealt:
         cohort.refuse_folds_of_some_unknown()
     facts: dict[str, Any] = {"cohort": cohort.name, "domain": recipe.cohort.domain.model_dump()}

@@ -35,7 +35,7 @@ from medssl.recipe import FinetuneTargetsRecipe, Recipe, SuiteRecipe
 from medssl.recipe_checks import load_recipe
 from medssl.suite_tiers import RUN, Bench
 from medssl.training.run_folder import facts_of_machine, now
-from medssl.weights import load_part, private_folder, write_atomic, write_private
+from medssl.weights import load_part, private_folder, stated_lines, write_atomic, write_private
 
 OnTier = Callable[[str, int, int], None]
 
@@ -215,7 +215,13 @@ def run_tier(tier: str, bench: Bench, out: Path) -> dict[str, Any]:
     if not done.rows and not done.skipped:
         done.skipped.append(skip("", "the tier", "no task of the recipe is of its kind"))
     content: dict[str, Any] = {"tier": tier, "rows": done.rows, "skipped": done.skipped, "p_values": done.p_values}
-    content |= {"forced": done.forced, "finished": not done.again, "seconds": time.perf_counter() - began, "when": now()}
+    content |= {
+        "forced": done.forced,
+        "adapted": done.adapted,
+        "finished": not done.again,
+        "seconds": time.perf_counter() - began,
+        "when": now(),
+    }
     text = json.dumps(content, indent=1, allow_nan=False, default=float)
     write_atomic(path, text.encode())
     kept: dict[str, Any] = json.loads(text)
@@ -234,9 +240,11 @@ def write_results(out: Path, found: Mapping[str, Mapping[str, Any]], shared: Map
     facts = facts_of_machine()
     own = [one for content in found.values() for one in content.get("forced", ())]  # a recipe that a tier names has its own
     forced = list(dict.fromkeys([*shared["forced"], *own]))
+    adapted = list(dict.fromkeys(one for content in found.values() for one in content.get("adapted", ())))
     result = {
         **shared,
         "forced": forced,
+        "adapted": adapted,
         "rows": rows,
         "skipped": [{"tier": tier, **entry} for tier, entries in skipped.items() for entry in entries],
         "aggregate": totals,
@@ -246,7 +254,7 @@ def write_results(out: Path, found: Mapping[str, Mapping[str, Any]], shared: Map
         "when": now(),
         **{key: facts[key] for key in ("hardware", "versions", "git")},
     }
-    write_atomic(out / "table.md", (suite_rows.markdown(tables, totals, comparisons, pairs, forced) + "\n").encode())
+    write_atomic(out / "table.md", (suite_rows.markdown(tables, totals, comparisons, pairs, stated_lines(result)) + "\n").encode())
     write_atomic(out / "page.html", suite_page({**result, "tables": tables}).encode())
     write_atomic(out / "results.json", json.dumps(result, indent=1, allow_nan=False, default=str).encode())
     return result

@@ -312,6 +312,20 @@ def forced_lines(forced: Mapping[str, Sequence[str]] | Iterable[str] | None) -> 
     return [f"Forced, images differ from those of the pretraining: {difference}." for difference in forced_differences(forced)]
 
 
+def adapted_lines(adapted: Mapping[str, Sequence[str]] | Iterable[str] | None) -> list[str]:
+    """Return a sentence for tables and pages per tensor that was changed for the channels of the images, each once.
+
+    Args:
+        adapted: Changes, or those of each arm.
+    """
+    return [f"Weights adapted to the channels of the images: {change}." for change in forced_differences(adapted)]
+
+
+def stated_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the sentences of what a result, or what cells share, has `forced` and `adapted`."""
+    return [*forced_lines(result.get("forced")), *adapted_lines(result.get("adapted"))]
+
+
 def forced_differences(forced: Mapping[str, Sequence[str]] | Iterable[str] | None) -> list[str]:
     """Return each forced difference once, whichever arms have it."""
     every = [one for arm in forced.values() for one in arm] if isinstance(forced, Mapping) else forced or ()

@@ -100,7 +100,7 @@ def headline(result: Any) -> str:
 
 def summary_table(summary: dict[str, Any]) -> str:
     """Return a label-curve summary as text."""
-    from medssl.weights import forced_lines
+    from medssl.weights import stated_lines
 
     segmentation = "metric" not in summary or summary["metric"].startswith("mean Dice")
     key, name = ("dice", "Dice") if segmentation else ("value", summary["metric"])
@@ -123,5 +123,4 @@ def summary_table(summary: dict[str, Any]) -> str:
         text += f"\n{len(resampled)} test case(s) have NIfTI for DICOM-SEG, as their series was resampled: {', '.join(resampled)}"
     for sentence in summary.get("label_facts", []):
         text += f"\nlabels: {sentence}"
-    forced = forced_lines(summary.get("shared", {}).get("forced"))
-    return "\n".join([text, *forced])
+    return "\n".join([text, *stated_lines(summary.get("shared", {}))])

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.headers.file_headers import HEAD_BYTES, sniff
+from medssl.archive.headers.file_headers import HEAD_BYTES, read_volume_header, sniff
 from medssl.domains.dicom_volume import read_dicom
 from medssl.domains.itk_files import read_itk
 from medssl.domains.nifti_files import read_nifti
@@ -25,7 +25,7 @@ from medssl.domains.planar import os_fault
 from medssl.domains.volume_stack import RawVolume, Stack, size_text
 from medssl.errors import GeometryError, ImageError
 
-__all__ = ["RawVolume", "read_label", "read_volume"]
+__all__ = ["RawVolume", "read_label", "read_volume", "volumes_in"]
 
 GRID_TOLERANCE = 0.1
 """Largest distance between corresponding corner voxels of image and label, in units of the smallest voxel edge."""
@@ -94,6 +94,19 @@ def read_label(file: Path, like: Any) -> np.ndarray:
             reason="geometry",
         )
     return np.ascontiguousarray(array)
+
+
+def volumes_in(file: Path) -> int:
+    """Return how many volumes a file of a single-file format has by its header; 1 where it cannot be read."""
+    try:
+        with open(file, "rb") as handle:
+            head = handle.read(HEAD_BYTES)
+        kind = sniff(head)
+        if kind not in ("nifti", "nifti_gz", "nrrd", "metaimage"):
+            return 1
+        return int(np.prod(read_volume_header(file, kind, head).shape[3:], dtype=np.int64))
+    except (OSError, EOFError, ImageError):
+        return 1
 
 
 def _grid(like: Any) -> tuple[np.ndarray, tuple[int, ...]]:

@@ -31,7 +31,7 @@ from medssl.evaluation.label_curve import SCRATCH
 from medssl.evaluation.scores import mae, mean_auc
 from medssl.evaluation.subgroups import POSITIVES, SMALLEST, subgroup_rows
 from medssl.evaluation.target_summary import scored
-from medssl.weights import forced_lines
+from medssl.weights import stated_lines
 
 WORST = 10
 FAILED_DICE = 0.5
@@ -51,7 +51,8 @@ def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str,
 
     Returns:
         `task`, `metric`, `arm`, `labels`, `seed`, `folds` (how many were put together, or None), `forced` (how images differ from those of
-        the pretraining), `headlines` (one per labels and arm), and one entry per question: `structures`, `agreement`, `sensitivity`,
+        the pretraining, and what was changed of the weights for their channels), `headlines` (one per labels and arm), and one entry per
+        question: `structures`, `agreement`, `sensitivity`,
         `calibration`, `worst`, `subgroups`, `outside`. An entry that cannot be given is `{"why": sentence}`.
 
     Raises:
@@ -83,7 +84,7 @@ def clinical_facts(results: Sequence[Result], *, draws: int = 2000) -> dict[str,
         "seed": first["seed"],
         "folds": len(first["folds"]) if first.get("folds") else None,
         "choice": first.get("choice"),
-        "forced": forced_lines(first.get("forced")),
+        "forced": stated_lines(first),
         "classes": list(first.get("classes") or []),
         "headlines": headlines,
         "structures": {"rows": structure_rows(arms, draws)} if task == "segmentation" else _why("the network gives no label map."),

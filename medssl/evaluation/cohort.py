@@ -22,6 +22,10 @@ into a file stays inside.
 **Unlabelled is not empty.** A form with names labels the structures that it names. A plain map labels all structures of the list,
 unless the table says otherwise: a column `labelled` (names or values, separated by `;`), in a Decathlon JSON a list.
 
+**Channels.** Volumes have several channels in two forms: in an nnU-Net raw folder whose `channel_names` (`modality` in its first version) are
+several, each a file of its own (`<case>_0000`, `<case>_0001` ...), and in a Decathlon JSON whose `modality` are several, the volumes of one 4-D
+file, or the files that a list `image` names. All cases of a cohort have the same channels. The other forms have one channel.
+
 **Patients.** A column `patient` (in JSON a key of each entry) says which images are of one patient: they stay on one side, and intervals draw
 them together. Without it each image stands for itself, and intervals are drawn by image.
 
@@ -37,6 +41,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -88,7 +93,7 @@ class Case:
 
     Args:
         id: `case0001` for the first of the table.
-        image: Image file, or the folder of a DICOM series.
+        image: Image file, or the folder of a DICOM series; of several channels the first, or the file of all.
         label: Label map; None where there is none, which only unscored test cases and cases with attached values may have.
         patient: Patient key as the table gives it; else a name of the image that no other case has. It stays inside.
         split: `train`, `val` or `test`.
@@ -103,6 +108,8 @@ class Case:
         values: What was attached to the series: column to value.
         facts: What the index says of person and scanner; empty where the case is of no index.
         patient_known: Whether the index, or the column `patient` of the table, says who the patient is.
+        further: Image files, or folders, of the further channels where each has its own.
+        volumes: Volumes of the one file of the image that are its channels; 1 where it is no such file.
     """
 
     id: str
@@ -121,6 +128,8 @@ class Case:
     values: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
     patient_known: bool = True
+    further: tuple[Path, ...] = ()
+    volumes: int = 1
 
     @property
     def maps(self) -> tuple[Path, ...]:
@@ -129,10 +138,24 @@ class Case:
 
     @property
     def image_files(self) -> list[Path]:
-        """Files of the image, DICOM slices in any order."""
-        if self.files:
-            return list(self.files)
-        return sorted(p for p in self.image.rglob("*") if p.is_file()) if self.image.is_dir() else [self.image]
+        """Files of the image, of all its channels, DICOM slices in any order."""
+        return [*self.first_files, *(file for image in self.further for file in _files_of(image))]
+
+    @property
+    def first_files(self) -> list[Path]:
+        """Files that hold the first channel: the image is where these are."""
+        return list(self.files) if self.files else _files_of(self.image)
+
+    @property
+    def channels(self) -> list[tuple[list[Path], Mapping[str, Any] | None]]:
+        """Files of each channel of a volume, and what of them it is; a picture is one entry with all its colours."""
+        if self.volumes > 1:
+            return [(self.first_files, {"volume": k}) for k in range(self.volumes)]
+        return [(self.first_files, self.part), *((_files_of(image), None) for image in self.further)]
+
+
+def _files_of(image: Path) -> list[Path]:
+    return sorted(p for p in image.rglob("*") if p.is_file()) if image.is_dir() else [image]
 
 
 @dataclass(frozen=True)
@@ -147,6 +170,7 @@ class Cohort:
         ignore: Value of uncertain voxels besides -1; None for no other.
         file_names: Value to the name that label files have for a structure, where the cohort lists none; for `private/` only.
         left_out: Series of a query without a label.
+        channel_names: Of the volumes, in their order, as the cohort's own list has them; empty where they have one channel, and for pictures.
     """
 
     name: str
@@ -156,6 +180,12 @@ class Cohort:
     ignore: int | None = None
     file_names: Mapping[int, str] = field(default_factory=dict)
     left_out: int = 0
+    channel_names: tuple[str, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        """Channels of the volumes."""
+        return max(1, len(self.channel_names))
 
     @classmethod
     def load(cls, path: Path | str, *, every: bool = False) -> Cohort:
@@ -190,7 +220,15 @@ class Cohort:
         labelled = [_values_of(names, structures, path) for names in table.labelled]
         cases = [replace(case, rules=rules, labelled=values) for case, values in zip(cases, labelled)]
         name = path.stem if path.is_file() else path.name
-        return cls(name, tuple(cases), structures, ignore=ignore, file_names=file_names, left_out=table.left_out)
+        return cls(
+            name,
+            tuple(cases),
+            structures,
+            ignore=ignore,
+            file_names=file_names,
+            left_out=table.left_out,
+            channel_names=tuple(table.channel_names),
+        )
 
     def labelled(self) -> list[Case]:
         """Return the labelled cases of all sides of the split."""
@@ -280,6 +318,11 @@ class Cohort:
         rows = [
             f"{'/'.join(case.image.parts[-2:])}|{case.split}|{case.patient}|{case.rank}|{case.label is not None}"
             + (f"|{len(case.raters)}|{case.labelled}" if case.raters or case.labelled is not None else "")
+            + (
+                f"|{case.volumes}|{['/'.join(path.parts[-2:]) for path in case.further]}"
+                if case.further or case.volumes > 1
+                else ""
+            )
             for case in self.cases
         ]
         return hashlib.blake2b("\n".join(rows).encode("utf-8", "surrogateescape"), digest_size=16, key=key).hexdigest()
@@ -296,12 +339,13 @@ def stem(file_name: str) -> str:
 
 @dataclass
 class _Table:
-    """What a form says: its cases, which structures the table says each labels, all structures, and how many series it leaves out."""
+    """What a form says: cases, which structures the table says each labels, all structures, series left out, and channels where several."""
 
     labels: Mapping[str, Any] = field(default_factory=dict)
     cases: list[Case] = field(default_factory=list)
     labelled: list[list[str]] = field(default_factory=list)
     left_out: int = 0
+    channel_names: list[str] = field(default_factory=list)
 
     def add(self, case: Case, row: Mapping[str, str]) -> None:
         self.cases.append(case)
@@ -368,18 +412,45 @@ def _read_decathlon(path: Path) -> _Table:
     if "training" not in content:
         raise RequestError(f"cohort {path}: no key training among its {len(content)}; {FORMS}")
     found = _Table(content.get("labels", {}))
+    names = _channel_names(content.get("modality"))
+    counts: set[int] = set()
     for key, split in (("training", "train"), ("validation", "val"), ("test", "test")):
         for number, item in enumerate(content.get(key, []), start=1):
             entry = {"image": item} if isinstance(item, str) else dict(item)
-            if "image" not in entry:
+            images = [entry["image"]] if isinstance(entry.get("image"), str) else list(entry.get("image") or [])
+            if not images:
                 raise RequestError(f"cohort {path}: {key} entry {number} has no image; give {{image, label}} for each")
+            if len(images) > 1 and len(names) not in (1, len(images)):
+                raise RequestError(
+                    f"cohort {path}: {key} entry {number} has {len(images)} images, modality names {len(names)} channels; give one image for "
+                    "each channel, or correct modality"
+                )
+            volumes = len(names) if len(images) == 1 and images[0].lower().endswith(IMAGE_SUFFIXES) else 1
+            counts.add(max(volumes, len(images)))
             given = entry.get("label") or []
             labels = [path.parent / name for name in ([given] if isinstance(given, str) else given)]
             row = {"patient": str(entry["patient"])} if "patient" in entry else {}
             if "labelled" in entry:
                 row["labelled"] = ";".join(str(name) for name in entry["labelled"])
-            found.add(_case(path, number, path.parent / entry["image"], labels, split, row, where=key), row)
+            first, *further = (path.parent / name for name in images)
+            case = _case(path, number, first, labels, split, row, where=key, further=further)
+            found.add(replace(case, volumes=volumes), row)
+    if len(counts) > 1:
+        raise RequestError(
+            f"cohort {path}: entries have {' and '.join(map(str, sorted(counts)))} channels; all cases of a cohort have the same: give each "
+            "entry one image for each channel, or one 4-D file of them with their names as modality"
+        )
+    several = max(counts, default=1)
+    found.channel_names = (names if len(names) == several else [str(k) for k in range(several)]) if several > 1 else []
     return found
+
+
+def _channel_names(listed: Any) -> list[str]:
+    """Return the channels that a dataset.json lists, {"0": "T1", "1": "T2"} or a list, in their order; one where it lists none."""
+    if isinstance(listed, Mapping):
+        order = sorted(listed, key=lambda key: int(key) if str(key).isdigit() else len(listed))
+        listed = [listed[key] for key in order]
+    return [str(name) for name in listed] if isinstance(listed, list) and listed else ["image"]
 
 
 def _read_query(path: Path) -> _Table:
@@ -428,26 +499,23 @@ def _read_query(path: Path) -> _Table:
 
 
 def _read_nnunet(path: Path) -> _Table:
-    """Read a raw folder: `<case>_0000<ending>` in imagesTr and imagesTs, `<case><ending>` in labelsTr and labelsTs.
+    """Read a raw folder: `<case>_0000<ending>`, one file for each channel, in imagesTr and imagesTs, `<case><ending>` in labelsTr and labelsTs.
 
     A `split.csv` (columns file, split; file = case name, with or without ending) overrides the sides, which nnU-Net
     itself keeps elsewhere.
     """
     content = _json(path / "dataset.json")
-    channels = content.get("channel_names", content.get("modality", {"0": "image"}))
+    names = _channel_names(content.get("channel_names", content.get("modality")))
     ending = str(content.get("file_ending", ".nii.gz"))
-    if len(channels) != 1 and not ending.lower().endswith(PICTURE_ENDINGS):  # a picture holds its colours in one file
-        raise RequestError(
-            f"cohort {path}: {len(channels)} channels; one channel is read so far; make a set of one of the channels"
-        )
+    if ending.lower().endswith(PICTURE_ENDINGS):  # a picture holds its colours in one file
+        names = ["image"]
     sides: dict[str, dict[str, str]] = {}
     if (path / "split.csv").is_file():
         for _, row in _rows(path / "split.csv", required=("file", "split"), optional=("few_label_rank", "patient", "labelled")):
             sides[stem(row["file"])] = row
-    found = _Table()
+    found = _Table(channel_names=names if len(names) > 1 else [])
     for suffix, side in (("Tr", "train"), ("Ts", "test")):
-        for number, image in enumerate(sorted((path / f"images{suffix}").glob(f"*_0000{ending}")), start=1):
-            name = image.name[: -len(f"_0000{ending}")]
+        for number, (name, images) in enumerate(_by_case(path, f"images{suffix}", ending, len(names)), start=1):
             row = sides.get(name, {})
             split = _split(row["split"], path / "split.csv", number) if "split" in row else side
             label: Path | None = path / f"labels{suffix}" / f"{name}{ending}"
@@ -455,10 +523,10 @@ def _read_nnunet(path: Path) -> _Table:
                 label = None
             labels = [] if label is None else [label]
             facts = {**row, "name": name}
-            found.add(_case(path, number, image, labels, split, facts, where=f"images{suffix}"), facts)
-    names = content.get("labels", {})
-    flat = {name: value for name, value in names.items() if isinstance(value, int) or str(name).isdigit() or str(value).isdigit()}
-    if len(flat) != len(names):
+            found.add(_case(path, number, images[0], labels, split, facts, where=f"images{suffix}", further=images[1:]), facts)
+    listed = content.get("labels", {})
+    flat = {name: value for name, value in listed.items() if isinstance(value, int) or str(name).isdigit() or str(value).isdigit()}
+    if len(flat) != len(listed):
         raise RequestError(
             f"cohort {path}: dataset.json has region labels (lists); plain label values are read; list each structure once"
         )
@@ -466,12 +534,50 @@ def _read_nnunet(path: Path) -> _Table:
     return found
 
 
+def _by_case(path: Path, folder: str, ending: str, channels: int) -> list[tuple[str, list[Path]]]:
+    """Return the cases of a folder of a raw data set, and the files of their channels; of one channel those with number 0000.
+
+    Raises:
+        RequestError: A case lacks a channel, or has more than are named.
+    """
+    found: dict[str, set[int]] = {}
+    pattern = re.compile(rf"(.*)_([0-9]{{4}}){re.escape(ending)}", re.DOTALL)
+    for file in (path / folder).glob(f"*_{'0000' if channels == 1 else '[0-9]' * 4}{ending}"):
+        if match := pattern.fullmatch(file.name):
+            found.setdefault(match[1], set()).add(int(match[2]))
+    rule = f"<case>_0000{ending} to <case>_{channels - 1:04d}{ending}"
+    order = sorted(found, key=lambda name: f"{name}_0000{ending}")  # as the files of the first channel stand in the folder
+    for number, name in enumerate(order, start=1):
+        lacking, beyond = sorted(set(range(channels)) - found[name]), sorted(found[name] - set(range(channels)))
+        if lacking or beyond:
+            some = ", ".join(f"<case>_{k:04d}{ending}" for k in lacking or beyond)
+            raise RequestError(
+                f"cohort {path}: {folder} case {number} of {len(found)} (by name): {'lacks' if lacking else 'has'} {some}; dataset.json names "
+                f"{channels} channels, so a case has {rule}: "
+                + (
+                    "add what is missing, or remove the case"
+                    if lacking
+                    else "name all channels in dataset.json, or remove the file"
+                )
+            )
+    return [(name, [path / folder / f"{name}_{k:04d}{ending}" for k in range(channels)]) for name in order]
+
+
 def _case(
-    table: Path, line: int, image: Path, labels: list[Path], split: str, row: Mapping[str, str], *, where: str = "line"
+    table: Path,
+    line: int,
+    image: Path,
+    labels: list[Path],
+    split: str,
+    row: Mapping[str, str],
+    *,
+    where: str = "line",
+    further: Iterable[Path] = (),
 ) -> Case:
     """Check one entry; messages name the table and the line, never the file, whose name may be a patient's."""
     at = f"cohort {table}: {where} {line}"
-    for kind, file in (("image", image), *(("label", label) for label in labels)):
+    further = tuple(further)
+    for kind, file in (("image", image), *(("image", other) for other in further), *(("label", label) for label in labels)):
         if not (file.is_file() or file.is_dir()):
             raise RequestError(f"{at}: its {kind} file does not exist; correct the name or remove the entry")
     if not labels and split != "test":
@@ -488,6 +594,7 @@ def _case(
         split=split,
         rank=int(rank) if rank else None,
         raters=tuple(labels[1:]),
+        further=further,
     )
 
 
@@ -626,10 +733,12 @@ def _numbered(cases: list[Case]) -> list[Case]:
 def _check_unique(cases: list[Case], path: Path) -> None:
     seen: dict[tuple[Path, str], int] = {}
     for number, case in enumerate(cases, start=1):
-        image = (Path(os.path.normpath(case.image)), json.dumps(case.part))
-        if image in seen:
-            raise RequestError(f"cohort {path}: entries {seen[image]} and {number} are the same image file; list each image once")
-        seen[image] = number
+        for file in (case.image, *case.further):
+            image = (Path(os.path.normpath(file)), json.dumps(case.part))
+            if image in seen:
+                which = f"entries {seen[image]} and {number}" if seen[image] != number else f"two channels of entry {number}"
+                raise RequestError(f"cohort {path}: {which} are the same image file; list each image once")
+            seen[image] = number
 
 
 def _apart(cases: list[Case], root: Path) -> list[Case]:

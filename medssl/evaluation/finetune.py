@@ -72,11 +72,12 @@ from medssl.evaluation.volumes import (
     comparable,
     known_values,
     labelled_classes,
+    padded,
     structure_values,
-    whole_image,
+    whole_channels,
 )
 from medssl.evaluation.worst import WorstCases
-from medssl.networks.segmentation import LoadReport, library_of, load_pretrained, set_head_prior
+from medssl.networks.segmentation import LoadReport, adapt_inputs, library_of, load_pretrained, set_head_prior
 from medssl.registry import argument_faults, lookup
 from medssl.seeding import derive_seed
 from medssl.weights import load_part, save_part, write_atomic
@@ -92,11 +93,13 @@ class Pretrained:
         state: Encoder tensors.
         manifest: Their manifest.
         decoder_state: Decoder tensors; None transfers the encoder alone.
+        adapted: What was changed of the tensors for the channels of the images.
     """
 
     state: Mapping[str, Tensor]
     manifest: Mapping[str, Any]
     decoder_state: Mapping[str, Tensor] | None = None
+    adapted: tuple[str, ...] = ()
 
 
 def open_weights(path: Path | str, *, transfer: str = "encoder") -> Pretrained:
@@ -131,6 +134,7 @@ class _Run:
     """The moving parts of one run, so that the steps below stay small functions."""
 
     settings: FinetuneSettings
+    channel_names: tuple[str, ...]
     network: nn.Module
     device: torch.device
     seed: int
@@ -182,10 +186,12 @@ def finetune(
 
     Raises:
         RequestError: Settings, cohort and weights do not go together, or a structure cannot be learnt or none scored; nothing was trained.
+        WeightsError: The weights are of several channels and the images of other several.
         ImageError: Images or label maps cannot be used; nothing was trained.
         TrainingStopped: The loss stopped being a number.
     """
-    settings = with_encoder(settings, weights)
+    weights = for_channels(weights, cohort)
+    settings = with_channels(with_encoder(settings, weights), cohort)
     reader = reader or reader_of(settings)
     train_cases, val_cases, test_cases = cases_of_run(cohort, settings, labels)
     if forced is None:
@@ -200,7 +206,9 @@ def finetune(
     loss_of = build_loss(settings, class_weights(settings, frequencies))
     encoder = start_encoder(settings, weights, seed).to(device)
     factors = encoder_scales(network, encoder, settings, pretrained=weights is not None)
-    run = _Run(settings, network.to(device), device, seed, structures, reader)
+    run = _Run(settings, cohort.channel_names, network.to(device), device, seed, structures, reader)
+    for note in () if weights is None else weights.adapted:
+        log.info("weights adapted: %s", note)
     log.info("fine-tuning on %d volumes, %d steps", len(train_cases), settings.steps)
     out = Path(out)
     write_atomic(out / "curve.jsonl", b"")  # a folder that cannot be written says so now, not after the last step
@@ -223,6 +231,8 @@ def finetune(
         settings=asdict(settings),
         training_range=span.facts(),
         forced=list(forced),
+        adapted=[] if weights is None else list(weights.adapted),
+        channel_names=list(cohort.channel_names),
         fold=fold[0],
         of_folds=fold[1],
         without_dicom_seg=resampled,
@@ -270,7 +280,7 @@ def check_cases(
     tested = look_through(reader, [*val, *test], structures)[len(val) :]
     if not one_fold:
         refuse_unscorable(cohort.name, tested)
-    shown = [*train, *val, *test] if settings.pictures else train  # volumes have one channel and a size
+    shown = [*train, *val, *test] if settings.pictures else train  # volumes have the channels of their cohort and a size
     refuse_images([reader(case) for case in shown], settings)
     class_weights(settings, [1.0] * (1 + len(structures)))  # as many as there are classes
     return structures
@@ -363,6 +373,44 @@ def with_encoder(settings: FinetuneSettings, weights: Pretrained | None) -> Fine
     return replace(settings, encoder=encoder)
 
 
+def for_channels(weights: Pretrained | None, cohort: Cohort) -> Pretrained | None:
+    """Return weights for the channels of the volumes of a cohort: weights of one channel are spread over several (`networks.adapt_inputs`).
+
+    Raises:
+        WeightsError: The weights take several channels and the volumes have other several.
+    """
+    if (
+        weights is None or cohort.channels == 1
+    ):  # pictures, and volumes of one channel: those of the weights are compared with the images
+        return weights
+    manifest, n = weights.manifest, cohort.channels
+    encoder = dict(manifest["encoder"])
+    args = dict(encoder.get("args") or {})
+    if args.get("in_channels", 1) == n:
+        return weights
+    state, decoder, notes = adapt_inputs(weights.state, weights.decoder_state, n)
+    encoder["args"] = {**args, "in_channels": n}
+    return Pretrained(state, {**manifest, "encoder": encoder, "channels": n}, decoder, (*weights.adapted, *notes))
+
+
+def with_channels(settings: FinetuneSettings, cohort: Cohort) -> FinetuneSettings:
+    """Return settings whose encoder takes the channels of the volumes of a cohort, where nothing says how many it takes.
+
+    Raises:
+        RequestError: The volumes have several channels, and the settings name another number.
+    """
+    encoder, n = dict(settings.encoder or {}), cohort.channels
+    args = dict(encoder.get("args") or {})
+    if n == 1 or args.get("in_channels") == n:
+        return settings
+    if "in_channels" in args:
+        raise RequestError(
+            f"cohort {cohort.name}: its volumes have {n} channels ({', '.join(cohort.channel_names)}), encoder.in_channels is "
+            f"{args['in_channels']}; leave it out, and the encoder is built for {n}"
+        )
+    return replace(settings, encoder={**encoder, "args": {**args, "in_channels": n}})
+
+
 def refuse_images(volumes: Sequence[Volume], settings: FinetuneSettings) -> None:
     """Refuse images that the encoder cannot see, or that cannot be brought to the voxel size asked for.
 
@@ -440,16 +488,10 @@ def start_encoder(settings: FinetuneSettings, weights: Pretrained | None, seed: 
 def look_at(encoder: Any, volume: Volume, case: Case, settings: FinetuneSettings) -> Look:
     """Return voxel size, vendor and encoder feature of a case: the mean over the middle crop, as the network sees it."""
     device = next(encoder.parameters()).device
-    image, padding = whole_image(volume, settings.normalize, settings.spacing_mm, device)
-    image = as_seen(image, len(settings.crop))
+    image, padding = whole_channels(volume, settings.normalize, settings.spacing_mm, device)
+    image, _ = padded(as_seen(image, len(settings.crop)), settings.crop, padding)
     for axis, size in enumerate(settings.crop, start=2):
-        spare = image.shape[axis] - size
-        if spare > 0:
-            image = image.narrow(axis, spare // 2, size)
-        elif spare < 0:
-            before = torch.full_like(image.narrow(axis, 0, 1), padding).repeat_interleave(-spare // 2, dim=axis)
-            after = torch.full_like(image.narrow(axis, 0, 1), padding).repeat_interleave(-spare - (-spare // 2), dim=axis)
-            image = torch.cat([before, image, after], dim=axis)
+        image = image.narrow(axis, (image.shape[axis] - size) // 2, size)
     channels = encoder.config()["args"].get("in_channels", 1)
     feature = encode(encoder, image.expand(-1, channels, *[-1] * len(settings.crop))).pooled[0].float().cpu().numpy()
     spacing = tuple(volume.spacing_mm[: len(settings.crop)]) if volume.measured else None
@@ -559,23 +601,27 @@ def predict(network: nn.Module, volume: Volume, settings: FinetuneSettings) -> n
 
     network.eval()
     device = next(network.parameters()).device
-    image, padding = whole_image(volume, settings.normalize, settings.spacing_mm, device)  # (1, C, *resampled)
+    image, padding = whole_channels(volume, settings.normalize, settings.spacing_mm, device)  # (1, C, *resampled)
     axes = len(settings.crop)
+    image, inside = as_seen(image, axes), (slice(None),) * axes
+    if len(padding) > 1:  # MONAI pads all channels with one value
+        image, inside = padded(image, settings.crop, padding)
 
     def look(shown: Tensor) -> Tensor:
         with autocast(settings, device):
             logits = sliding_window_inference(
-                shown, settings.crop, settings.batch, network, overlap=settings.overlap, mode="gaussian", cval=padding
+                shown, settings.crop, settings.batch, network, overlap=settings.overlap, mode="gaussian", cval=padding[0]
             )
         assert isinstance(logits, Tensor)
         return logits.float()
 
-    shown_whole = as_seen(image, axes)
-    logits = look(shown_whole)
+    logits = look(image)
     if settings.flips:
         logits = logits.softmax(dim=1)  # sums of probabilities, one view in memory at a time
         for axis in settings.flips:
-            logits += look(shown_whole.flip(2 + axis)).softmax(dim=1).flip(2 + axis)
+            logits += look(image.flip(2 + axis)).softmax(dim=1).flip(2 + axis)
+    at: tuple[Any, ...] = (..., *inside)
+    logits = logits[at]
     shape = tuple(volume.image.shape[1 : 1 + axes])
     if tuple(logits.shape[2:]) != shape:
         mode = "bilinear" if axes == 2 else "trilinear"
@@ -654,6 +700,7 @@ def _manifest(run: _Run, weights: Pretrained | None, cards: list[dict[str, Any]]
         "structures": {str(value): name for value, name in run.structures.items()},
         "axis_order": "HW" if run.settings.pictures else "XYZ-RAS",
         "channels": run.settings.in_channels,
+        "channel_names": list(run.channel_names),
         "crop": list(run.settings.crop),
         "spacing_mm": run.settings.spacing_mm,
         "intensity": {"normalize": run.settings.normalize},
@@ -662,6 +709,7 @@ def _manifest(run: _Run, weights: Pretrained | None, cards: list[dict[str, Any]]
         "domains": [run.settings.domain],
         "domain_args": dict(run.settings.domain_args),
         "forced": list(forced),
+        "adapted": [] if weights is None else list(weights.adapted),
         "pretrained": None if weights is None else weights.manifest.get("weights_hash"),
         "data_cards": cards,
     }

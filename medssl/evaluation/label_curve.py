@@ -32,11 +32,13 @@ from medssl.evaluation.finetune import (
     check_cases,
     data_cards,
     finetune,
+    for_channels,
     network_of,
     reader_of,
     refuse_settings,
     structures_of,
     unlike_pretraining,
+    with_channels,
     with_encoder,
 )
 from medssl.evaluation.label_facts import label_sentences
@@ -44,7 +46,7 @@ from medssl.evaluation.segmentation_checks import look_through, refuse_unlearnab
 from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.volumes import CaseReader
-from medssl.weights import forced_lines, private_folder, write_atomic, write_private
+from medssl.weights import private_folder, stated_lines, write_atomic, write_private
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +112,9 @@ def label_curve(
     out = Path(out)
     plan(arms, [1] if counts is None else counts, seeds, folds)  # what is asked wrongly is said before anything is read
     refuse_chosen(arms)
+    arms = {arm: for_channels(weights, cohort) for arm, weights in arms.items()}
     first = next((weights for weights in arms.values() if weights is not None), None)
-    settings = with_encoder(settings, first)  # the twin is built with the encoder of the weights
+    settings = with_channels(with_encoder(settings, first), cohort)  # the twin is built with the encoder of the weights
     refuse_settings(settings)
     reader = reader_of(settings)
     if folds is not None and not cohort.structures:
@@ -273,6 +276,7 @@ def claim(
         )
     key = folder_key(key_file)
     cards = {arm: data_cards(cohort, w) for arm, w in arms.items()}
+    adapted = {arm: list(w.adapted) for arm, w in arms.items() if w is not None and w.adapted}
     shared = {
         "cohort": cohort.name,
         "cohort_digest": cohort.digest(key),
@@ -282,6 +286,7 @@ def claim(
         "weights": weights,
         "data_cards": cards,
         "forced": dict(forced or {}),
+        "adapted": adapted,
         "leakage_check": leakage_check,
     }
     if path.is_file() and any(out.glob("cells/*/results.json")):  # without one there is nothing to be mixed
@@ -307,6 +312,7 @@ def claim(
         shared["weights"] = {**known["weights"], **weights}
         shared["data_cards"] = {**known.get("data_cards", {}), **cards}
         shared["forced"] = {**known.get("forced", {}), **(forced or {})}
+        shared["adapted"] = {**known.get("adapted", {}), **adapted}
         if leakage_check == NO_WEIGHTS:  # of the scratch twin alone: what was said of the weights stays
             shared["leakage_check"] = known.get("leakage_check", NO_WEIGHTS)
     write_atomic(path, json.dumps(shared, indent=1).encode())
@@ -486,7 +492,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
             "",
             f"{len(resampled)} test case(s) have NIfTI for DICOM-SEG, as their series was resampled: {', '.join(resampled)}.",
         ]
-    for line in forced_lines(summary.get("shared", {}).get("forced")):
+    for line in stated_lines(summary.get("shared", {})):
         lines += ["", line]
     lines += ["", *(f"- labels: {sentence}" for sentence in summary.get("label_facts", []))] if summary.get("label_facts") else []
     if summary["differences"]:

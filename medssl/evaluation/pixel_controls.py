@@ -24,7 +24,7 @@ from medssl.evaluation.label_curve import presence
 from medssl.evaluation.metrics import dice, mean_score
 from medssl.evaluation.segmentation_results import CaseScore, FinetuneResult, plain
 from medssl.evaluation.segmentation_settings import FinetuneSettings
-from medssl.evaluation.volumes import CaseReader, Volume, comparable, whole_image
+from medssl.evaluation.volumes import CaseReader, Volume, comparable, whole_channels
 
 BINS, CELLS = 64, 8
 """Values, and places along an axis, that are told apart."""
@@ -157,7 +157,7 @@ class _Drawer:
 
     def image(self, volume: Volume) -> np.ndarray:
         """Return (C, X, Y, Z) as the network sees it, on the grid of the volume."""
-        shown: np.ndarray = whole_image(volume, self.settings.normalize, None, torch.device("cpu"))[0][0].numpy()
+        shown: np.ndarray = whole_channels(volume, self.settings.normalize, None, torch.device("cpu"))[0][0].numpy()
         return shown
 
     def labelled(self, volume: Volume) -> Labelled:

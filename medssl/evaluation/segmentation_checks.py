@@ -61,7 +61,9 @@ def _of_case(err: ImageError, case: Case) -> ImageError:
     text = str(err)
     if text.startswith(f"case {case.id}"):
         return err
-    text = f"case {case.id}: {text.replace(str(case.image), 'image').replace(case.image.name, 'image')}"
+    for image in (case.image, *case.further):
+        text = text.replace(str(image), "image").replace(image.name, "image")
+    text = f"case {case.id}: {text}"
     return GeometryError(text, err.reason) if isinstance(err, GeometryError) else ImageError(err.reason, text)
 
 

@@ -70,6 +70,8 @@ class FinetuneResult:
         settings: Settings used.
         training_range: What the training cases span, see `outside.TrainingRange.facts`; empty in results of earlier versions.
         forced: How the images differ from those of the pretraining, where the settings forced it.
+        adapted: What was changed of the weights for the channels of the images.
+        channel_names: Channels of the volumes where they have several, as the list of the cohort names them.
         fold: The fold that was tested, of `of_folds`; None where the splits were given.
         of_folds: Number of folds.
         without_dicom_seg: Test cases whose series was resampled (gantry tilt, uneven slices), so that they have NIfTI for DICOM-SEG.
@@ -87,6 +89,8 @@ class FinetuneResult:
     settings: dict[str, Any]
     training_range: dict[str, Any] = field(default_factory=dict)
     forced: list[str] = field(default_factory=list)
+    adapted: list[str] = field(default_factory=list)
+    channel_names: list[str] = field(default_factory=list)
     fold: int | None = None
     of_folds: int | None = None
     without_dicom_seg: list[str] = field(default_factory=list)
@@ -173,7 +177,7 @@ def check_dicom_seg(cases: Sequence[Case]) -> None:
     need_highdicom()
     for case in cases:
         try:
-            check_source(case.image_files)
+            check_source(case.first_files)
         except RequestError as err:
             raise RequestError(f"case {case.id}: {err}") from None
 
@@ -183,13 +187,13 @@ def write_dicom_prediction(path: Path, label: np.ndarray, volume: Volume, case: 
     from medssl import __version__
 
     x, y, z = label.shape
-    write_dicom_seg(path, label, Grid(volume.affine, (x, y, z)), case.image_files, structures, version=__version__)
+    write_dicom_seg(path, label, Grid(volume.affine, (x, y, z)), case.first_files, structures, version=__version__)
 
 
 def write_prediction(path: Path, label: np.ndarray, volume: Volume, case: Case) -> None:
     """Write a label map on the grid of its image, atomically: as NIfTI, of a picture as PNG of its values.
 
-    Where the image is one file, axes run as they do in the file; for a DICOM series they are canonical (RAS).
+    Where the image is one file, or one for each channel, axes run as they do in the (first) file; for a DICOM series they are canonical (RAS).
     """
     if volume.picture:
         write_atomic(path, _png(label[..., 0]))
@@ -198,7 +202,7 @@ def write_prediction(path: Path, label: np.ndarray, volume: Volume, case: Case) 
 
     import nibabel
 
-    image = nibabel.Nifti1Image(*in_file_axes(label, volume.affine, case.image_files))
+    image = nibabel.Nifti1Image(*in_file_axes(label, volume.affine, case.first_files))
     image.header.set_xyzt_units("mm")
     write_atomic(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
@@ -221,7 +225,9 @@ def write_case_names(path: Path, cases: Sequence[Case]) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["case", "image", "patient"])
-    writer.writerows([case.id, case.series_id or case.image.name, case.patient] for case in cases)
+    for case in cases:
+        images = "; ".join(image.name for image in (case.image, *case.further))
+        writer.writerow([case.id, case.series_id or images, case.patient])
     write_private(path, text.getvalue().encode())
 
 
@@ -253,7 +259,8 @@ def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float
     """Write a few cases as `segmentation.npz`, cut around their structures to one common size; pictures whole, with fewer pixels.
 
     `image` (N, X, Y, Z) float32, `label` and `prediction` (N, X, Y, Z) uint8 with structure k as k-th name,
-    `spacing_mm` (N, 3), `dice` (N,), `structures` (K,) str, `picture` bool: the cases are pictures (N, H, W, 1), first channel alone.
+    `spacing_mm` (N, 3), `dice` (N,), `structures` (K,) str, `picture` bool: the cases are pictures (N, H, W, 1). Of several channels the
+    first alone.
     """
     import io
 
@@ -271,7 +278,7 @@ def write_figures(path: Path, pictures: Sequence[tuple[Volume, np.ndarray, float
         shape = np.array(volume.label.shape)
         centre = where.mean(axis=0).round().astype(int) if len(where) else shape // 2
         low = np.where(shape <= size, -((size - shape) // 2), np.clip(centre - size // 2, 0, np.maximum(shape - size, 0)))
-        darkest = np.float32(volume.image.min())
+        darkest = np.float32((volume.image if volume.picture else volume.image[0]).min())
         images.append(cut(volume.image[0].astype(np.float32) - darkest, low, low + size) + darkest)
         for kept, array in ((labels, volume.label), (predictions, found)):
             values = cut(array, low, low + size)

@@ -7,7 +7,6 @@ from typing import Any
 
 from medssl.evaluation.aggregate import aggregate
 from medssl.evaluation.aggregate import pairs as pairs_of
-from medssl.weights import forced_lines
 
 WEIGHTS, TWIN = "weights", "scratch"
 CONTROLS = ("random_init", "raw_pixels", "intensity_statistics")
@@ -136,15 +135,15 @@ def markdown(
     totals: Sequence[Mapping[str, Any]],
     comparisons: Sequence[Mapping[str, Any]],
     two: Sequence[Mapping[str, Any]] = (),
-    forced: Sequence[str] = (),
+    stated: Sequence[str] = (),
 ) -> str:
-    """Render tables, aggregate, comparisons, the tasks of two models and forced differences as Markdown."""
+    """Render tables, aggregate, comparisons, the tasks of two models and sentences on weights and images (`stated_lines`) as Markdown."""
     lines = [
         "# Evaluation suite",
         "",
         "Research only. Brackets: 95 % interval by patient. A dash: not run, see below each table.",
         "",
-        *(part for line in forced_lines(forced) for part in (line, "")),
+        *(part for line in stated for part in (line, "")),
     ]
     lines += [
         "## Over all tasks",

@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from medssl.domains.label_files.base import UNCERTAIN, Grid, LabelMap, values_in
 from medssl.domains.label_files.picture import read_picture_labels
 from medssl.domains.label_files.read import frame_of_reference, read_labels
+from medssl.domains.volume_files import GRID_TOLERANCE, volumes_in
+from medssl.domains.volume_stack import size_text
 from medssl.errors import GeometryError, ImageError, RequestError, near
 from medssl.evaluation.cohort import Case, LabelRules
 from medssl.registry import lookup
 from medssl.seeding import counter_rng
 from medssl.types import Box, DrawKey, Sample
-from medssl.views.intensity import normalization, normalize_
+from medssl.views.intensity import by_channel, normalization, normalize_
 from medssl.views.pipeline import Crop, VolumeViews
 
 VIEW = "finetune"
@@ -45,12 +47,14 @@ class Volume:
     """A labelled volume, or a picture as a volume of one slice.
 
     Args:
-        image: (1, X, Y, Z), stored dtype, RAS+; a picture is (C, H, W, 1).
-        valid: (X, Y, Z) bool, True = real content.
+        image: (C, X, Y, Z), stored dtype, RAS+; a picture is (C, H, W, 1).
+        valid: (X, Y, Z) bool, True = real content, in all channels.
         label: (X, Y, Z) int16, -1 uncertain; where raters differ what most say. None when the case has none.
         spacing_mm: Voxel size; of a picture the steps between rows and between columns, and 1.
         affine: (4, 4) voxel centre index to RAS+ mm; of a picture it holds the steps alone.
-        stats: Intensity statistics of the domain.
+        stats: Intensity statistics of the domain; of several channels those of channel k as `mean_k` and so on.
+        channel_stats: Statistics of each channel of a volume that has several, by which each is normalised; empty for pictures, whose colours
+            are normalised together.
         points: Structure to (K, 3) voxel indices inside it, at most `POINTS`, evenly taken.
         labelled: Structures that the map labels; None for all.
         raters: Maps of all raters where there are several.
@@ -75,6 +79,7 @@ class Volume:
     picture: bool = False
     measured: bool = True
     repeated: bool = False
+    channel_stats: tuple[Mapping[str, float], ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -130,13 +135,51 @@ class CaseReader:
         return volume
 
     def _read(self, case: Case) -> Volume:
-        files = case.image_files
-        sample = self.domain.read(files, series_id=case.series_id or case.id, part=case.part)
+        channels = case.channels
+        files, part = channels[0]
+        if len(channels) > 1:
+            samples = [self._channel(case, k) for k in range(len(channels))]
+            sample, volume = samples[0], joined_channels(samples, case.id)
+            return self._labelled(volume, sample, case, files)
+        try:
+            sample = self.domain.read(files, series_id=case.series_id or case.id, part=part)
+        except ImageError as err:
+            if err.reason == "not_3d" and part is None:
+                more = "; a file whose volumes are channels is read from a Decathlon JSON that names these as modality"
+                raise ImageError(err.reason, f"{err}{more}") from None
+            raise
         if sample.meta.kind == "clip":
             raise ImageError(
                 "unsupported_format", f"case {case.id}: a clip of {len(sample.image)} frames; give single pictures or volumes"
             )
         volume = whole_volume(sample) if sample.meta.kind == "volume" else self._picture(sample, case)
+        return self._labelled(volume, sample, case, files)
+
+    def _channel(self, case: Case, k: int) -> Sample:
+        """Return one channel of a volume that has several.
+
+        Raises:
+            ImageError: It cannot be used, or is no volume.
+        """
+        channels = case.channels
+        files, part = channels[k]
+        at = f"case {case.id}: channel {k} of {len(channels)}"
+        if k == 0 and case.volumes > 1 and (found := volumes_in(files[0])) != case.volumes:
+            raise ImageError(
+                "not_3d",
+                f"case {case.id}: its file has {found} volume(s), the list names {case.volumes} channels (modality); correct the list, or the file",
+            )
+        try:
+            sample: Sample = self.domain.read(files, series_id=case.id, part=part)
+        except ImageError as err:
+            text = f"{at}: {str(err).removeprefix(f'series {case.id}: ')}"
+            raise (GeometryError(text, err.reason) if isinstance(err, GeometryError) else ImageError(err.reason, text)) from None
+        if sample.meta.kind != "volume":
+            raise ImageError("unsupported_format", f"{at}: {sample.meta.kind}; channels in files of their own are read of volumes")
+        return sample
+
+    def _labelled(self, volume: Volume, sample: Sample, case: Case, files: Sequence[Path]) -> Volume:
+        """Return the volume with the label maps of its case, on the grid of a sample."""
         if case.label is None:
             return volume
         read: Callable[[Path], LabelMap]
@@ -175,6 +218,44 @@ def whole_volume(sample: Sample) -> Volume:
         spacing_mm=(x, y, z),
         affine=sample.affine,
         stats=sample.meta.stats,
+    )
+
+
+def joined_channels(samples: Sequence[Sample], case: str) -> Volume:
+    """Return a volume of several channels on one grid.
+
+    A voxel is valid where it is valid in all channels; the statistics of each channel are those of its own valid voxels.
+
+    Args:
+        samples: One for each channel, (1, X, Y, Z).
+        case: Id for messages.
+
+    Raises:
+        GeometryError: Other shapes, or corner voxels more than a tenth of the smallest voxel edge apart.
+    """
+    volumes = [whole_volume(sample) for sample in samples]
+    first = volumes[0]
+    shape = first.image.shape[1:]
+    ends = np.array([[x, y, z, 1] for x in (0, shape[0] - 1) for y in (0, shape[1] - 1) for z in (0, shape[2] - 1)])
+    limit = GRID_TOLERANCE * min(first.spacing_mm)
+    for k, volume in enumerate(volumes[1:], start=1):
+        own = volume.image.shape[1:]
+        if own != shape:
+            found = f"{size_text(own)} voxels, channel 0 has {size_text(shape)}"
+        elif (apart := float(np.linalg.norm(ends @ (volume.affine - first.affine).T, axis=1).max())) > limit:
+            found = f"lies up to {apart:.2f} mm away from channel 0; at most {limit:.2f} mm is accepted"
+        else:
+            continue
+        raise GeometryError(
+            f"case {case}: channel {k} of {len(volumes)}: {found}; all channels must share one grid: resample it to channel 0",
+            reason="geometry",
+        )
+    return replace(
+        first,
+        image=np.concatenate([volume.image for volume in volumes]),  # of the narrowest type that holds all of them
+        valid=np.logical_and.reduce([volume.valid for volume in volumes]),
+        stats={f"{name}_{k}": value for k, volume in enumerate(volumes) for name, value in volume.stats.items()},
+        channel_stats=tuple(volume.stats for volume in volumes),
     )
 
 
@@ -418,6 +499,7 @@ class TrainingCrops:
             stats=volume.stats,
             key=key,
             id=key.position,
+            channel_stats=volume.channel_stats,
         )
         label = volume.label
         if self.raters == "draw" and volume.raters:
@@ -501,23 +583,59 @@ def whole_image(
     spacing_mm: Sequence[float] | None,
     device: torch.device,
 ) -> tuple[Tensor, float]:
+    """Return a whole volume of one channel, or a picture, as `whole_channels` does, and the one value that stands for padding."""
+    image, (padding,) = whole_channels(volume, normalize, spacing_mm, device)
+    return image, padding
+
+
+def whole_channels(
+    volume: Volume,
+    normalize: str | Mapping[str, Any],
+    spacing_mm: Sequence[float] | None,
+    device: torch.device,
+) -> tuple[Tensor, tuple[float, ...]]:
     """Return a whole volume as the network sees it.
 
     Args:
-        volume: The volume.
+        volume: The volume. Where it has `channel_stats` each channel is normalised by its own; a window is the same for all.
         normalize: As in `VolumeViews`.
         spacing_mm: Voxel size wanted, two numbers for pictures; None keeps the volume's own.
         device: Where it goes.
 
     Returns:
-        (1, C, X, Y, Z) float32, of pictures (1, C, H, W, 1), and the value that stands for padding.
+        (1, C, X, Y, Z) float32, of pictures (1, C, H, W, 1), and the value that stands for padding, of all channels or of each.
     """
     name, window = (normalize, None) if isinstance(normalize, str) else ("window", tuple(normalize["window"]))
-    how = normalization(name, window, volume.stats, 0)
+    ways = [normalization(name, window, stats, 0) for stats in volume.channel_stats or (volume.stats,)]
     image = torch.from_numpy(volume.image.astype(np.float32)).to(device)
-    valid = torch.from_numpy(volume.valid).to(device)
-    image = normalize_(image, how).masked_fill_(~valid, how.padding)[None]
+    outside = ~torch.from_numpy(volume.valid).to(device)
+    for part, how in by_channel(image, ways):
+        normalize_(part, how).masked_fill_(outside, how.padding)
+    image = image[None]
     if spacing_mm is not None and not np.allclose(one_slice(spacing_mm), volume.spacing_mm, rtol=1e-6):
         shape = [max(1, round(n * own / new)) for n, own, new in zip(image.shape[2:], volume.spacing_mm, one_slice(spacing_mm))]
         image = nn.functional.interpolate(image, size=shape, mode="trilinear", align_corners=False)
-    return image, how.padding
+    return image, tuple(how.padding for how in ways)
+
+
+def padded(image: Tensor, size: Sequence[int], padding: Sequence[float]) -> tuple[Tensor, tuple[slice, ...]]:
+    """Pad an image to a size on both sides, half of what lacks before it (rounded down), each channel with its own value.
+
+    Args:
+        image: (1, C, *n).
+        size: Least size along each of the axes.
+        padding: Value of all channels, or of each.
+
+    Returns:
+        (1, C, *max(n, size)), and where the image lies in it, for the last axes of any tensor.
+    """
+    spare = [max(0, wanted - n) for wanted, n in zip(size, image.shape[2:])]
+    at = tuple(slice(n // 2, n // 2 + have) for n, have in zip(spare, image.shape[2:]))
+    if not any(spare):
+        return image, at
+    values = torch.tensor(padding, dtype=image.dtype, device=image.device).expand(image.shape[1])
+    shape = (image.shape[0], image.shape[1], *(have + n for have, n in zip(image.shape[2:], spare)))
+    whole = values.view(1, -1, *[1] * (image.ndim - 2)).repeat(shape[0], 1, *shape[2:])
+    where: tuple[Any, ...] = (..., *at)
+    whole[where] = image
+    return whole, at

@@ -121,6 +121,14 @@ def segmentation_readme_text(manifest: dict[str, Any], found: Mapping[str, Any],
         f", mirrored along axes {', '.join(map(str, found['flips']))} too (probabilities are averaged)" if found["flips"] else ""
     )
     forced = "".join(f"\n\nForced: {line}." for line in found.get("forced") or [])
+    forced += "".join(f"\n\nWeights adapted to the channels of the images: {line}." for line in found.get("adapted") or [])
+    images, each = "Each becomes `<image>_seg.nii.gz`", ""
+    if names := found.get("channel_names"):
+        images = (
+            f"An image has {len(names)} channels, in this order: {', '.join(names)}. They are the volumes of one 4-D file, or files `<case>_0000`, "
+            "`<case>_0001` ... on one grid. Each image becomes `<image>_seg.nii.gz` (of several files `<case>_0000_seg.nii.gz`)"
+        )
+        each = "Each channel by itself. "
     return f"""# {name}
 
 A {found["library"]}, fine-tuned with medssl {manifest["export"]["versions"]["medssl"]}, as a MONAI bundle. It needs MONAI and the packages named in
@@ -132,7 +140,7 @@ A {found["library"]}, fine-tuned with medssl {manifest["export"]["versions"]["me
 python -m monai.bundle run --config_file configs/inference.json --bundle_root . --dataset_dir IMAGES --output_dir SEGMENTATIONS
 ```
 
-`IMAGES` is a folder of NIfTI images. Each becomes `<image>_seg.nii.gz` on the grid and with the axes of its file:
+`IMAGES` is a folder of NIfTI images. {images} on the grid and with the axes of its file:
 
 | value | structure |
 |---|---|
@@ -142,7 +150,7 @@ python -m monai.bundle run --config_file configs/inference.json --bundle_root . 
 ## What is done
 
 1. Axes to RAS, X Y Z.
-2. {_normalisation_sentence(manifest).replace("clipped after", "clipped before")}
+2. {each}{_normalisation_sentence(manifest).replace("clipped after", "clipped before")}
 3. Resampling to {grid}.
 4. Windows of {" x ".join(map(str, found["crop"]))} voxels that overlap by {found["overlap"]:g}{flips}.
 5. Scores are brought back to the voxels of the image; the likeliest class is written.

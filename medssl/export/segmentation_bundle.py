@@ -1,13 +1,14 @@
 """A fine-tuned segmentation network as a MONAI bundle: images of a folder to label maps on their own grid, where medssl is not installed.
 
 Preprocessing is that of the encoder's bundle (`monai_bundle.normalization_config`); whole volumes are segmented as
-`medssl.evaluation.finetune.predict` does it: resampled, seen in windows, mirrored where the settings say so, and brought back.
+`medssl.evaluation.finetune.predict` does it: resampled, seen in windows, mirrored where the settings say so, and brought back. Of volumes of several
+channels each is normalised, and padded, by its own; they come as the volumes of a 4-D file, or as files `<case>_0000`, `<case>_0001` ...
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,13 @@ def write(folder: Path, weights: Weights, *, name: str) -> ExportReport:
             "without domain_args"
         )
     manifest = exported_manifest(
-        found, to="monai-bundle", load_into="network_def", **{key: found[key] for key in SETTINGS}, forced=found.get("forced", [])
+        found,
+        to="monai-bundle",
+        load_into="network_def",
+        **{key: found[key] for key in SETTINGS},
+        forced=found.get("forced", []),
+        adapted=found.get("adapted", []),
+        channel_names=found.get("channel_names", []),
     )
     network_config = stock_config(found)
     texts = {
@@ -147,26 +154,31 @@ def stock_config(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def inference_json(manifest: Mapping[str, Any], network: dict[str, Any]) -> dict[str, Any]:
     """Return `configs/inference.json`: images of a folder to label maps as NIfTI, with the axes of the image files."""
     spacing, flips = manifest.get("spacing_mm"), [2 + int(axis) for axis in manifest["flips"]]
+    channels, size = int(manifest["channels"]), list(manifest["crop"])
     edges = "np.linalg.norm(np.asarray(x.affine, dtype=np.float64).reshape(-1, 4, 4)[0, :3, :3], axis=0)"
     sizes = f"[max(1, round(float(n * own / new))) for n, own, new in zip(x.shape[2:], {edges}, {json.dumps(spacing)})]"
     resized = "torch.nn.functional.interpolate({}, size=tuple({}), mode='trilinear', align_corners=False)"
     return {
-        "imports": IMPORTS,
+        "imports": [*IMPORTS, *(["$import re"] if channels > 1 else [])],
         "bundle_root": ".",
         "dataset_dir": "$@bundle_root + '/images'",
         "output_dir": "$@bundle_root + '/segmentations'",
         "ckpt_path": "$@bundle_root + '/models/model.pt'",
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
-        "datalist": "$[{'image': os.path.join(@dataset_dir, n)} for n in sorted(os.listdir(@dataset_dir)) if n[0] != '.']",
+        **(
+            {"datalist": "$[{'image': os.path.join(@dataset_dir, n)} for n in sorted(os.listdir(@dataset_dir)) if n[0] != '.']"}
+            if channels == 1
+            else grouped_files_config()
+        ),
         "network_def": network,
         "network": "$@network_def.to(@device)",
         "with_padding": "$lambda x, p: (x.meta.update(padding=float(p)), x)[1]",
-        **normalization_config(dict(manifest)),
+        **(normalization_config(dict(manifest)) if channels == 1 else channelwise_config(manifest, channels)),
         "preprocessing": preprocessing_config("@normalise", "@clip"),
         "plain": "$lambda x: x.as_tensor() if hasattr(x, 'as_tensor') else x",
         "shrink": "$lambda x: @plain(x)" if spacing is None else f"$lambda x: {resized.format('@plain(x)', sizes)}",
         "windows": (
-            f"$lambda x, n, p: monai.inferers.sliding_window_inference(x, {list(manifest['crop'])}, 1, n, "
+            f"$lambda x, n, p: monai.inferers.sliding_window_inference(x, {size}, 1, n, "
             f"overlap={manifest['overlap']!r}, mode='gaussian', cval=p)"
         ),
         "looks": (
@@ -174,9 +186,15 @@ def inference_json(manifest: Mapping[str, Any], network: dict[str, Any]) -> dict
             if not flips
             else f"$lambda x, n, p: sum(@windows(x.flip(a), n, p).softmax(1).flip(a) for a in [[], *[[a] for a in {flips}]])"
         ),
+        **(padding_config(channels, size) if channels > 1 else {}),
         "inferer": (
             "$lambda x, n, *a, **k: "
-            + resized.format("@looks(@shrink(x), n, float(torch.as_tensor(x.meta['padding']).ravel()[0]))", "x.shape[2:]")
+            + resized.format(
+                "@looks(@shrink(x), n, float(torch.as_tensor(x.meta['padding']).ravel()[0]))"
+                if channels == 1
+                else "@looks_padded(@shrink(x), n, torch.as_tensor(x.meta['padding']).ravel())",
+                "x.shape[2:]",
+            )
         ),
         "values": list(manifest["label_values"]),
         "label": (
@@ -205,11 +223,58 @@ def inference_json(manifest: Mapping[str, Any], network: dict[str, Any]) -> dict
     }
 
 
+def grouped_files_config() -> dict[str, Any]:
+    """Return `datalist` of images of several channels: 4-D files, or files that differ in `_0000`, `_0001` ... alone."""
+    return {
+        "case_of": "$lambda n: re.sub(r'_[0-9]{4}(?=\\.)', '', n)",
+        "names": "$sorted((n for n in os.listdir(@dataset_dir) if n[0] != '.'), key=lambda n: (@case_of(n), n))",
+        "datalist": (
+            "$[{'image': g if len(g) > 1 else g[0]} for g in "
+            "([os.path.join(@dataset_dir, n) for n in own] for _, own in itertools.groupby(@names, key=@case_of))]"
+        ),
+    }
+
+
+def channelwise_config(manifest: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """Return `normalise` and `clip` for images of several channels: each as an image of one, and the value of padding of each."""
+    own = normalization_config(dict(manifest))
+    counted = (
+        f"$lambda x: x if x.shape[0] == {channels} else (_ for _ in ()).throw("
+        f"ValueError('an image has %d channels, the network takes {channels}' % x.shape[0]))"
+    )
+    return {
+        **own,
+        "normalise_channel": own["normalise"],
+        "counted": counted,
+        "joined": (
+            "$lambda x, parts: monai.data.MetaTensor(torch.cat([@plain(p) for p in parts]), "
+            "meta={**x.meta, 'padding': torch.tensor([p.meta['padding'] for p in parts])})"
+        ),
+        "normalise": f"$lambda x: @joined(x, [@normalise_channel(@counted(x)[k : k + 1]) for k in range({channels})])",
+    }
+
+
+def padding_config(channels: int, size: Sequence[int]) -> dict[str, Any]:
+    """Return `looks_padded`: `looks` at an image that is brought to the size of a window, each channel with its own value."""
+    return {
+        "spare": f"$lambda x: [max(0, w - n) for w, n in zip({list(size)}, x.shape[2:])]",
+        "before_after": "$lambda spare: [v for n in reversed(spare) for v in (n // 2, n - n // 2)]",
+        "fill": (
+            "$lambda x, p: torch.cat([torch.nn.functional.pad(x[:, k : k + 1], @before_after(@spare(x)), value=float(p[k])) "
+            f"for k in range({channels})], dim=1)"
+        ),
+        "trim": "$lambda y, x: y[(..., *[slice(s // 2, s // 2 + n) for s, n in zip(@spare(x), x.shape[2:])])]",
+        "looks_padded": "$lambda x, n, p: @trim(@looks(@fill(x, p), n, 0.0), x)",
+    }
+
+
 def segmentation_metadata(manifest: dict[str, Any], found: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return `configs/metadata.json` as MONAI's bundle specification asks for it."""
     window = tuple(int(n) for n in found["crop"])
     classes = {"0": "background", **{str(n): found["structures"][str(v)] for n, v in enumerate(found["label_values"][1:], start=1)}}
     base = metadata_json({**manifest, "patch_size": [1, 1, 1]}, name=name, window=window, features=int(found["out_channels"]))
+    if names := found.get("channel_names"):
+        base["network_data_format"]["inputs"]["image"]["channel_def"] = {str(k): called for k, called in enumerate(names)}
     base["network_data_format"]["outputs"]["pred"] |= {
         "format": "segmentation",
         "spatial_shape": list(window),

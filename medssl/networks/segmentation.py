@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from medssl.encoders.resenc3d import LIBRARY as RESENC
 from medssl.encoders.resenc3d import STEM_CONVOLUTION, ResEnc3D, build_network
+from medssl.encoders.stem import adapt_stem
 from medssl.errors import RequestError, WeightsError
 from medssl.layers.pos_embed import resize_positions
 from medssl.networks.pyramid_segmentation import PyramidSegmenter
@@ -52,6 +53,10 @@ STEMS = (  # the last two are those of most networks of timm
     "conv1.weight",
     "patch_embed.proj.weight",
 )
+SWIN_INPUTS = (
+    "encoder1.layer.conv1.conv.weight",
+    "encoder1.layer.conv3.conv.weight",
+)  # a SwinUNETR's decoder sees the image as well
 UNUSED = "norm_cross_attn"  # in every MONAI ViT block since 1.4, on no path without cross attention; older files lack it
 
 Network: TypeAlias = nn.Module
@@ -366,6 +371,44 @@ def load_pretrained(
         resized=resized,
         fresh=len(own) - len(filled) - missing,
     )
+
+
+def adapt_inputs(
+    state: Mapping[str, Tensor], decoder_state: Mapping[str, Tensor] | None, channels: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, list[str]]:
+    """Spread weights of one input channel over several, wherever they meet the image: the stem, and the decoder of a SwinUNETR.
+
+    Args:
+        state: Encoder tensors of a network of volumes.
+        decoder_state: Decoder tensors, or None.
+        channels: Wanted.
+
+    Returns:
+        Both, and a sentence for each tensor that changed.
+
+    Raises:
+        WeightsError: The weights take several channels, and others than are wanted, or their input convolution is not known.
+    """
+    stem = next((key for key in STEMS if key in state and state[key].ndim == 5), None)
+    if stem is None:
+        raise WeightsError(
+            f"the weights have no input convolution of a known name, so they cannot be spread over {channels} channels; pretrain with "
+            f"in_channels {channels}"
+        )
+    if (found := state[stem].shape[1]) not in (1, channels):
+        raise WeightsError(
+            f"the weights take {found} input channels, the images have {channels}; only weights of one channel are spread over several: give "
+            f"images of {found} channels, or weights of 1 or {channels}"
+        )
+    notes: list[str] = []
+    given, decoder = dict(state), None if decoder_state is None else dict(decoder_state)
+    for tensors, said in ((given, decoder is None), (decoder or {}, True)):
+        for key in (stem, *SWIN_INPUTS):
+            if key in tensors:
+                changed, more = adapt_stem(tensors, key, channels)
+                tensors.update(changed)
+                notes += more if said or key == stem else []
+    return given, decoder, notes
 
 
 def set_head_prior(network: Network, frequencies: Sequence[float]) -> None:

@@ -42,7 +42,7 @@ from medssl.report.headline import (
 )
 from medssl.report.page_curves import label_curves, training_curves
 from medssl.report.page_pictures import pictures
-from medssl.weights import card_lines, forced_lines, write_atomic
+from medssl.weights import card_lines, stated_lines, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -404,7 +404,8 @@ def _caveats(found: Leftovers, lines: Sequence[Comparison], with_images: bool) -
         said.append(f"The pretraining run is not finished (status: {status}); what came after it used what there was.")
     if any(result.get("overlap") or result.get("leakage") for result in [*found.results, *found.evaluations]):
         said.append("Patients or images are in both pretraining and test data; the result was asked for all the same.")
-    said += forced_lines(one for result in [*found.results, *found.evaluations] for one in result.get("forced") or ())
+    every = [*found.results, *found.evaluations]
+    said += stated_lines({key: [one for result in every for one in result.get(key) or ()] for key in ("forced", "adapted")})
     said.append(
         "Runs, stores and weights are pseudonymised personal data unless their source was public or generated."
         + (" This page shows images of patients: keep it where those images may be." if with_images else "")

@@ -7,7 +7,7 @@ from typing import Any
 
 from medssl.report.elements import Section, decimal, plain, table, text, whole_page, written
 from medssl.report.headline import Estimate
-from medssl.weights import forced_lines
+from medssl.weights import stated_lines
 
 _STYLE = """
 table.numbers tbody th{min-width:200px}
@@ -139,8 +139,8 @@ def _set(result: Mapping[str, Any]) -> str:
         for name, task in result["tasks"].items()
     ]
     said = f"Leakage check: {result['leakage_check']}. Seed {result['seed']}. Weights {str(result['weights'])[:16]}."
-    forced = "".join(f'<p class="warn">{text(line)}</p>' for line in forced_lines(result.get("forced")))
-    return forced + table(["task", "kind", "train", "val", "test", "classes"], rows, caption=text(said).replace("_", " "))
+    stated = "".join(f'<p class="warn">{text(line)}</p>' for line in stated_lines(result))
+    return stated + table(["task", "kind", "train", "val", "test", "classes"], rows, caption=text(said).replace("_", " "))
 
 
 def _caveats(result: Mapping[str, Any]) -> str:

@@ -181,7 +181,7 @@ def label_curves(
     patients = _patients_of(folder)
     most = max((row["labels"] for row in summary["rows"]), default=0)  # what a stopped curve came to, for its controls too
     found = Found(rows=_curve_rows(summary, tier, task, patients, most, how), skipped=stopped)
-    found.forced = forced_differences(summary.get("shared", {}).get("forced"))
+    found.forced, found.adapted = (forced_differences(summary.get("shared", {}).get(key)) for key in ("forced", "adapted"))
     cells = read_cells(folder)
     if controls is not None:
         with or_skip(found, task, "controls"):

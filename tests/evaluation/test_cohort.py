@@ -89,7 +89,9 @@ def test_nnunet_raw__reads_channels_labels_and_an_own_split(tmp_path: Path) -> N
     assert [case.patient for case in Cohort.load(tmp_path).first(2)] == ["c2", "c1"]
     assert [case.patient for case in Cohort.load(tmp_path).split("test")] == ["c0"]
     (tmp_path / "dataset.json").write_text(json.dumps({**content, "channel_names": {"0": "T1", "1": "T2"}}))
-    with pytest.raises(RequestError, match="2 channels; one channel is read so far"):
+    with pytest.raises(
+        RequestError, match=r"imagesTr case 1 of 3 \(by name\): lacks <case>_0001\.nii\.gz; dataset\.json names 2 channels"
+    ):
         Cohort.load(tmp_path)
 
 

@@ -74,8 +74,8 @@ def in_file_axes(label: np.ndarray, affine: np.ndarray, files: Sequence[Path]) -
         kind = sniff(head)
         if kind in ("nifti", "nifti_gz", "nrrd", "metaimage"):
             header = read_volume_header(files[0], kind, head)
-            if header.affine is not None and len(header.shape) == 3:
-                x, y, z = (int(n) for n in header.shape)
+            if header.affine is not None and len(header.shape) >= 3:  # of a 4-D file each volume lies there
+                x, y, z = (int(n) for n in header.shape[:3])
                 turned, start = placed(label, affine, Grid(header.affine, (x, y, z)))
                 if start == (0, 0, 0) and turned.shape == (x, y, z):
                     return np.ascontiguousarray(turned), header.affine
