@@ -152,6 +152,7 @@ def test_what_admits_no_plan__is_said() -> None:
 
 def test_fingerprint__is_of_the_training_cases_of_the_cell_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Case v0 has thick slices, and is the last of three training cases: it enters the plan of 3 labels, not that of 1."""
+    monkeypatch.setattr(rules, "FIRST_WIDTH", 8)  # quicker
     folder = write_cohort(tmp_path / "cohort", train=3, val=1, test=2)
     image, label = tiny_volume(0)
     for kind, array in (("images", image), ("labels", label)):
