@@ -87,10 +87,17 @@ def tables(
             others = {row["model"] for row in own if row["task"] == task} - set(MODELS)
             models = [WEIGHTS, TWIN, *({BASELINE} & others), *CONTROLS, *sorted(others - {BASELINE})]
             parts.append({"task": task, "models": models, "lines": lines})
-        said = [f"{plan['task']}, {plan['labels']} labels: {plan['sentence']}" for plan in plans if plan["tier"] == tier]
+        said = [_planned(plan, plans) for plan in plans if plan["tier"] == tier]
         left_out = [dict(s) for s in skipped.get(tier, ())]
         found.append({"tier": tier, "title": title, "tables": parts, "skipped": left_out, "plans": said})
     return found
+
+
+def _planned(plan: Mapping[str, Any], plans: Sequence[Mapping[str, Any]]) -> str:
+    """Return a plan as words, with the number of its cells where others of as many labels have another plan, as folds may."""
+    alike = [other for other in plans if (other["task"], other["labels"]) == (plan["task"], plan["labels"])]
+    several = f", {plan['cells']} of {sum(other['cells'] for other in alike)} trainings" if len(alike) > 1 else ""
+    return f"{plan['task']}, {plan['labels']} labels{several}: {plan['sentence']}"
 
 
 def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from medssl import api
 from medssl.errors import RequestError
 from medssl.evaluation import self_configuring as rules
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import build_network
-from medssl.evaluation.label_curve import label_curve, markdown
+from medssl.evaluation.finetune import build_network, reader_of
+from medssl.evaluation.label_curve import deals, label_curve, markdown, presence
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.evaluation.self_configuring import ARM, Fingerprint, configure, crop_size, fingerprint, plan, said, topology
 from medssl.evaluation.volumes import Volume
@@ -187,6 +187,36 @@ def test_fingerprint__is_of_the_training_cases_of_the_cell_alone(tmp_path: Path,
     monkeypatch.setattr(rules, "SMALLEST_MAP", 2)
     with pytest.raises(RequestError, match=r"planned otherwise \(encoder.*choose another folder"):
         label_curve(cohort, start, tmp_path / "out", arms=arms, counts=[1, 3], seeds=[0], configure=configure)
+
+
+def test_folds__are_planned_by_their_own_training_cases(tmp_path: Path) -> None:
+    cohort = Cohort.load(write_cohort(tmp_path / "cohort", train=6, val=0, test=0), every=True)
+    seen: list[list[str]] = []
+
+    def recorded(cases: Any, *_: Any) -> rules.Plan:
+        seen.append([case.id for case in cases])
+        if len(seen) == 6:
+            raise RequestError("seen enough")
+        return rules.Plan(of((16, 16, 16), (1.0, 1.0, 1.0)), {})
+
+    arms: dict[str, Any] = {ARM: None}
+    with pytest.raises(RequestError, match="seen enough"):
+        label_curve(
+            cohort,
+            rules.starting_point(SETTINGS),
+            tmp_path / "out",
+            arms=arms,
+            counts=[2],
+            seeds=[0, 1],
+            folds=3,
+            configure=recorded,
+        )
+    present = presence(cohort, reader_of(SETTINGS))
+    dealt = deals(replace(cohort, structures={1: "structure_1", 2: "structure_2"}), 3, [0, 1], present)
+    assert seen == [[case.id for case in one.first(2)] for one in dealt.values()]
+    tested = [{case.id for case in one.split("test")} for one in dealt.values()]
+    assert not any(set(cases) & own for cases, own in zip(seen, tested))
+    assert not (tmp_path / "out").exists()
 
 
 def test_volumes_too_small__are_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -488,6 +488,17 @@ def test_self_configuring__stands_beside_weights_twin_and_controls(tmp_path: Pat
     assert sentence in (tmp_path / "again.html").read_text()
 
 
+def test_plans__are_counted_where_folds_differ() -> None:
+    plan_ = {"tier": "segmentation", "task": "organs", "labels": 2, "cells": 2, "sentence": "One."}
+    found = tables([], {}, [plan_, {**plan_, "cells": 1, "sentence": "Two."}, {**plan_, "labels": 3, "sentence": "Three."}])
+    said = next(tier["plans"] for tier in found if tier["tier"] == "segmentation")
+    assert said == [
+        "organs, 2 labels, 2 of 3 trainings: One.",
+        "organs, 2 labels, 1 of 3 trainings: Two.",
+        "organs, 3 labels: Three.",
+    ]
+
+
 def test_self_configuring__says_how_it_is_switched_on_and_where_it_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
