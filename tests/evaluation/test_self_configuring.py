@@ -230,3 +230,18 @@ def test_volumes_too_small__are_refused_before_anything_is_written(tmp_path: Pat
     with pytest.raises(RequestError, match="8 voxels that halving takes"):
         label_curve(cohort, start, tmp_path / "out", arms={ARM: None}, counts=[1], seeds=[0], configure=configure)
     assert not (tmp_path / "out").exists()
+
+
+def test_ct__is_trained_and_scored_in_the_window_of_its_structures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "FIRST_WIDTH", 8)  # quicker
+    folder = write_cohort(tmp_path / "cohort", train=2, val=0, test=1)
+    for number in range(3):
+        image, _ = tiny_volume(number)
+        write_nifti(folder / "images" / f"v{number}.nii.gz", (image - 1000).astype(np.int16))
+    cohort = Cohort.load(folder)
+    start = replace(rules.starting_point(SETTINGS), domain="ct", steps=1)
+    summary = label_curve(cohort, start, tmp_path / "out", arms={ARM: None}, counts=[2], seeds=[0], configure=configure)
+    low, high = summary["plans"][0]["settings"]["normalize"]["window"]
+    # structures have 500 and 800, less 1000, with noise of 20
+    assert -570 < low < -520 and -180 < high < -130
+    assert summary["rows"][0]["n_test"] == 1
