@@ -35,7 +35,8 @@ class Found:
     """What a tier brings: rows, what it skipped, and what only the owner may read.
 
     `again` says that something was skipped through an error that the user can correct: the tier is then not finished. `forced`
-    is how the images of a recipe of its own differ from those of the pretraining, where that recipe forces it.
+    is how the images of a recipe of its own differ from those of the pretraining, where that recipe forces it. `plans` are those of
+    networks that configure themselves, with the task and a sentence each.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -44,6 +45,7 @@ class Found:
     p_values: list[dict[str, Any]] = field(default_factory=list)
     again: bool = False
     forced: list[str] = field(default_factory=list)
+    plans: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -156,6 +158,7 @@ def join(done: Found, more: Found) -> None:
     done.private |= more.private
     done.again |= more.again
     done.forced += more.forced
+    done.plans += more.plans
 
 
 @contextmanager
