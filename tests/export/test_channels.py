@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from medssl import load_encoder
-from medssl._compat import torchvision_ops
 from medssl.errors import RequestError, WeightsError
 from medssl.export.write import export_weights
 from medssl.weights import load_part
@@ -18,7 +17,6 @@ from tests.export.conftest import make_segresnet, make_swin, make_vit, save_run
 
 def stock(to: str, channels: int, path: Path) -> Any:
     """Return MONAI's own network with the tensors of the export, and a call that returns its features."""
-    torchvision_ops.ensure()  # before MONAI imports it
     from monai.networks.nets import UNETR, SegResNet, SwinUNETR
 
     torch.manual_seed(9)
