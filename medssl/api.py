@@ -15,6 +15,7 @@ from medssl.archive.scanning.cluster import executor_of
 from medssl.cards.named import card_facts
 from medssl.cards.schema import find_card, load_card
 from medssl.domains.pixel_pass import PixelSummary, look_at_pixels
+from medssl.errors import RequestError
 from medssl.leakage import refuse_pretraining_images
 from medssl.pretraining import RunResult, cache, pretrain
 from medssl.probe_tasks import evaluate
@@ -145,6 +146,7 @@ def label_curve(
     counts: Sequence[int] | None,
     seeds: Sequence[int],
     twin: bool = True,
+    self_configuring: bool = False,
     on_cell: Any = None,
     on_step: StepProgress | None = None,
 ) -> dict[str, Any]:
@@ -157,14 +159,21 @@ def label_curve(
         counts: Numbers of labelled volumes; None takes the recipe's `labels`.
         seeds: Seeds.
         twin: Also train the scratch twin of every cell.
+        self_configuring: Of segmentation: in place of weights and twin the supervised baseline that plans network, voxel size and crop from the
+            training cases of each cell (`evaluation.self_configuring`). Give it a folder of its own; weights are not looked at.
         on_cell: Called with (cells done, cells in all, cell, result).
         on_step: Progress within a cell.
     """
     from medssl.evaluation import label_curve as curve
+    from medssl.evaluation import self_configuring as planned
     from medssl.evaluation.cohort import Cohort
     from medssl.evaluation.finetune import open_weights
 
     recipe = load_recipe(recipe, overrides, kind="finetune")
+    if self_configuring and recipe.task != "segmentation":
+        raise RequestError(
+            f"{planned.ARM} network: the recipe is of {recipe.task}; its rules are those of segmentation; leave it out"
+        )
     if isinstance(recipe, FinetuneBagsRecipe):
         from medssl.bag_tasks import bag_curve, refuse_weights
 
@@ -185,10 +194,12 @@ def label_curve(
         cohort = replace(cohort, card=card_facts(load_card(find_card(recipe.cohort.card))))
     arms: dict[str, Any] = {}
     leakage = curve.NO_WEIGHTS
-    if weights is not None and str(weights) != "scratch":
+    if self_configuring:
+        settings, arms[planned.ARM] = planned.starting_point(settings), None
+    elif weights is not None and str(weights) != "scratch":
         leakage = refuse_pretraining_images(weights, cohort, every=recipe.folds is not None)
         arms["pretrained"] = open_weights(weights, transfer=settings.transfer)
-    if twin or not arms:
+    if (twin and not self_configuring) or not arms:
         arms["scratch"] = None
     if counts is None and recipe.labels:
         counts = [recipe.labels]
@@ -201,6 +212,7 @@ def label_curve(
         seeds=seeds,
         folds=recipe.folds,
         leakage_check=leakage,
+        configure=planned.configure if self_configuring else None,
         on_cell=on_cell,
         on_step=on_step,
     )

@@ -421,6 +421,10 @@ class SegmentationSection(CurveSection):
     """Fine-tuning of a segmentation network, and of its decoder alone."""
 
     frozen: bool = Field(True, description="Also the weights with the encoder frozen throughout, so that the decoder alone learns")
+    self_configuring: bool = Field(
+        False,
+        description="Also a network from scratch that plans itself from its training cases; one more cell per number of labels, seed and fold",
+    )
 
 
 class CorruptionSection(Node):

@@ -218,6 +218,7 @@ def run_tier(tier: str, bench: Bench, out: Path) -> dict[str, Any]:
     content |= {
         "forced": done.forced,
         "adapted": done.adapted,
+        "plans": done.plans,
         "finished": not done.again,
         "seconds": time.perf_counter() - began,
         "when": now(),
@@ -234,7 +235,8 @@ def write_results(out: Path, found: Mapping[str, Mapping[str, Any]], shared: Map
 
     rows = [row for tier in TIERS if tier in found for row in found[tier]["rows"]]
     skipped = {tier: content["skipped"] for tier, content in found.items()}
-    tables = suite_rows.tables(rows, skipped)
+    plans = [{"tier": tier, **plan} for tier, content in found.items() for plan in content.get("plans", ())]
+    tables = suite_rows.tables(rows, skipped, plans)
     totals, pairs = suite_rows.overall(rows), suite_rows.pairs(rows)
     comparisons = _verdicts([row for tier in TIERS if tier in found for row in found[tier]["p_values"]])
     facts = facts_of_machine()
@@ -247,6 +249,7 @@ def write_results(out: Path, found: Mapping[str, Mapping[str, Any]], shared: Map
         "adapted": adapted,
         "rows": rows,
         "skipped": [{"tier": tier, **entry} for tier, entries in skipped.items() for entry in entries],
+        "plans": plans,
         "aggregate": totals,
         "pairs": pairs,
         "comparisons": comparisons,
@@ -278,7 +281,9 @@ def draw_page(folder: Path, out: Path) -> Path:
     skipped: dict[str, list[dict[str, str]]] = {}
     for entry in result["skipped"]:
         skipped.setdefault(entry["tier"], []).append(entry)
-    write_atomic(out, suite_page({**result, "tables": suite_rows.tables(result["rows"], skipped)}).encode())
+    write_atomic(
+        out, suite_page({**result, "tables": suite_rows.tables(result["rows"], skipped, result.get("plans", ()))}).encode()
+    )
     return out
 
 

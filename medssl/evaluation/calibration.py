@@ -69,29 +69,56 @@ def brier(rows: np.ndarray) -> float:
     return float((((probability - np.eye(probability.shape[1])[target]) ** 2).sum(axis=1)).mean())
 
 
+def equal_mass_bins(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """Return (N,) the bin, 0 to bins - 1, of each case: bins hold as equal numbers of cases as can be, lowest confidence first.
+
+    Equal confidences lie in one bin, whatever the order of the rows: the cases of one confidence take a run of ranks, and the middle of that run
+    says the bin, floor(bins * middle / N). Without ties every bin has N / bins cases, rounded up or down. A run longer than a bin makes
+    its bin larger and may leave neighbours empty. With fewer cases than bins every confidence is a bin of its own.
+
+    Args:
+        confidence: (N,).
+        bins: 1 or more.
+
+    Reference:
+        Nguyen and O'Connor 2015, "Posterior calibration and exploratory analysis for natural language processing models", adaptive binning;
+        Nixon et al. 2019, "Measuring Calibration in Deep Learning", adaptive calibration error. They say nothing of ties; the rule is ours.
+    """
+    _, place, counts = np.unique(confidence, return_inverse=True, return_counts=True)
+    twice_middle = 2 * np.cumsum(counts) - counts  # whole numbers, so that nothing is rounded
+    found: np.ndarray = (twice_middle * bins // (2 * len(confidence)))[place.reshape(-1)]
+    return found
+
+
 def expected_calibration_error(rows: np.ndarray, bins: int = BINS) -> float:
-    """Return how far confidence and accuracy are apart: mean over bins of equal width, weighted by the cases in each.
+    """Return how far confidence and accuracy are apart: mean over bins of equal numbers of cases, weighted by the cases in each.
+
+    With no more cases than bins each confidence is alone in its bin, and the number is the mean of |1 - p| of the cases called rightly and |p| of the
+    others: how unsure the network is, rather than how wrong it is about it.
 
     Args:
         rows: (N, 1 + K), class and probabilities.
-        bins: Bins of the confidence, which is the largest probability.
+        bins: Bins of the confidence, which is the largest probability; see `equal_mass_bins`.
 
     Reference:
-        Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", section 2; bins (0, 1/M], (1/M, 2/M] ...
+        Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", section 2, with the bins of Nguyen and O'Connor
+        2015. Confidence alone is looked at, not every class as Nixon et al. 2019 do.
     """
-    found = reliability(rows[:, 1:], rows[:, 0].astype(int), bins)
-    return float(sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in found) / len(rows))
+    confidence, right, place = _binned(rows[:, 1:], rows[:, 0], bins)
+    gaps = np.bincount(place, weights=right - confidence, minlength=bins)  # n of the bin times (accuracy - confidence)
+    return float(np.abs(gaps).sum() / len(rows))
 
 
 def reliability(probabilities: np.ndarray, targets: np.ndarray, bins: int = BINS) -> list[dict[str, Any]]:
-    """Return the bins of a reliability plot that hold a case: low, high, n, confidence and accuracy (means over the bin)."""
-    confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == targets
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    """Return the bins of a reliability plot that hold a case, those of `equal_mass_bins`, lowest confidence first.
+
+    Each has `low` and `high`, the smallest and largest confidence in it, `n`, and `confidence` and `accuracy`, means over the bin.
+    """
+    confidence, right, place = _binned(probabilities, targets, bins)
     return [
         {
-            "low": k / bins,
-            "high": (k + 1) / bins,
+            "low": float(confidence[place == k].min()),
+            "high": float(confidence[place == k].max()),
             "n": int((place == k).sum()),
             "confidence": float(confidence[place == k].mean()),
             "accuracy": float(right[place == k].mean()),
@@ -100,12 +127,20 @@ def reliability(probabilities: np.ndarray, targets: np.ndarray, bins: int = BINS
     ]
 
 
+def _binned(probabilities: np.ndarray, targets: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return confidence, whether the likeliest class is the true one (1 or 0), and bin of each case."""
+    confidence = probabilities.max(axis=1)
+    right = (probabilities.argmax(axis=1) == targets).astype(np.float64)
+    return confidence, right, equal_mass_bins(confidence, bins)
+
+
 def calibration_rows(
     probabilities: np.ndarray, targets: np.ndarray, groups: Sequence[str] | None, *, draws: int = 2000, seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
     """Return Brier score and calibration error with intervals by patient: value, lower and upper bound.
 
-    The calibration error of few cases is too high, the more bins and the fewer cases: hold it against the interval, not against 0.
+    The calibration error of few cases is too high, the more bins and the fewer cases: hold it against the interval, not against 0. At 15 cases
+    or fewer it is no longer one, see `expected_calibration_error`.
     """
     rows = np.concatenate([np.asarray(targets, dtype=np.float64)[:, None], probabilities], axis=1)
     measures = {"brier": brier, "ece": expected_calibration_error}

@@ -23,7 +23,7 @@ from medssl.evaluation import clinical_boxes
 from medssl.evaluation.agreement import bland_altman
 from medssl.evaluation.bootstrap import Statistic, bootstrap_interval
 from medssl.evaluation.box_summary import DRAWS
-from medssl.evaluation.calibration import calibration_rows, reliability
+from medssl.evaluation.calibration import BINS, calibration_rows, reliability
 from medssl.evaluation.cell_summary import Asked
 from medssl.evaluation.finetune_targets import SPECIFICITY
 from medssl.evaluation.folds import fold_numbers, mean_over_folds, pool_folds
@@ -319,8 +319,11 @@ def _operating_point(result: Result, draws: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _pooled_calibration(result: Result, draws: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return Brier score and calibration error over the cases of all folds, and the bins of their reliability plot."""
+def _calibration_of_cases(result: Result, draws: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return Brier score and calibration error over the cases of all folds, and the bins of their reliability plot.
+
+    Not those that the cell has written: an earlier medssl had bins of equal width.
+    """
     chances = np.array([case["probability"] for case in result["cases"]], dtype=np.float64)
     targets = np.array([int(case["target"]) for case in result["cases"]])
     found = calibration_rows(chances, targets, _patients(result["cases"]), draws=draws)
@@ -335,15 +338,10 @@ def _calibration(task: str, arms: Mapping[str, Result], draws: int) -> dict[str,
         return _why("the network states no probability of a finding for a case.")
     rows, bins = [], {}
     for arm, result in arms.items():
-        if result.get("folds"):
-            known, bins[arm] = _pooled_calibration(result, draws)
-        else:
-            known, bins[arm] = result["rows"], result.get("reliability") or []
-        for row in known:
-            if row["metric"] in ("brier", "ece"):
-                rows.append({"arm": arm, "metric": row["metric"], **{key: row[key] for key in ("value", "low", "high")}})
+        known, bins[arm] = _calibration_of_cases(result, draws)
+        rows += [{"arm": arm, **row} for row in known]
     temperature = {arm: _fitted(result, "temperature") for arm, result in arms.items()}
-    return {"rows": rows, "bins": bins, "temperature": temperature, "n": len(next(iter(arms.values()))["cases"])}
+    return {"rows": rows, "bins": bins, "most_bins": BINS, "temperature": temperature, "n": len(next(iter(arms.values()))["cases"])}
 
 
 def badness(task: str, case: Mapping[str, Any]) -> float | None:

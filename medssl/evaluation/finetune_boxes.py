@@ -37,7 +37,7 @@ from medssl.evaluation.features import encode, evaluation_mode
 from medssl.evaluation.learning_rates import factors_inside, hold_norms, parameter_groups, set_learning_rates
 from medssl.evaluation.outside import Look, outside, training_range
 from medssl.evaluation.settings import refuse_settings, settings_of
-from medssl.networks.detection import DetectorSettings, build_detector, detect, detector_faults, losses_of
+from medssl.networks.detection import DetectorSettings, build_detector, detect_mirrored, detector_faults, losses_of
 from medssl.seeding import derive_seed
 
 ENCODER = "feature_extractor.encoder"
@@ -63,6 +63,8 @@ class BoxSettings:
         patience: Validations without a better one after which training stops; the best state is then scored. Those of the frozen steps
             do not count, but may hold the best state. None scores the last one.
         overlap: Of windows, where a volume is larger than the training crop.
+        flips: Axes (0 is the first) along which test images are also shown mirrored; the boxes are fused, see
+            `networks.detection.fuse_boxes`. Mirrored anatomy is a wrong picture of what has a side.
         split: Of label maps: whether every connected part of a structure is an object (lesions), or the structure is one (organs).
         min_voxels: Of label maps: smaller parts are left out and counted.
         foreground: Of volumes: share of crops centred on an object.
@@ -85,6 +87,7 @@ class BoxSettings:
     val_every: int = 0
     patience: int | None = None
     overlap: float = 0.5
+    flips: tuple[int, ...] = ()
     split: bool = True
     min_voxels: int = 1
     foreground: float = 0.67
@@ -105,6 +108,7 @@ class BoxSettings:
             ("val_every", self.val_every >= 0, "0 or more"),
             ("patience", self.patience is None or (self.patience >= 1 and self.val_every > 0), "1 or more, with val_every above 0"),
             ("overlap", 0 <= self.overlap < 1, "0 to below 1"),
+            ("flips", min(self.flips, default=0) >= 0 and len(set(self.flips)) == len(self.flips), "axes from 0 on, none twice"),
             ("min_voxels", self.min_voxels >= 1, "1 or more"),
             ("foreground", 0 <= self.foreground <= 1, "0 to 1"),
             ("figures", self.figures >= 0, "0 or more"),
@@ -174,6 +178,10 @@ def start(
     train = training_rows(cases, labels, seed)
     if settings.patience is not None and not len(cases.where("val")):
         raise RequestError("patience needs validation cases, and no labelled case is marked val; mark some, or set patience: null")
+    if max(settings.flips, default=0) >= len(size):
+        raise RequestError(
+            f"flips: {list(settings.flips)}; these images have {len(size)} axes; name some of 0 to {len(size) - 1}, none twice"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "finetune", "head"))
         return train, build_detector(encoder, len(cases.classes), size, settings.network)
@@ -327,7 +335,8 @@ class _Learner:
         size = self.batches.size
         image = padded(case.image, [max(n, s) for n, s in zip(case.image.shape[2:], size)], case.padding)
         wanted = [-(-n // d) * d for n, d in zip(image.shape[2:], self.detector.size_divisible)]
-        found = detect(self.detector, padded(image, wanted, case.padding), window=size, overlap=self.settings.overlap)[0]
+        shown, settings = padded(image, wanted, case.padding), self.settings
+        found = detect_mirrored(self.detector, shown, settings.flips, window=size, overlap=settings.overlap)[0]
         scale, offset = np.tile(case.scale, 2), np.tile(case.offset, 2)
         boxes = found["boxes"].double().cpu().numpy() * scale + offset
         return ImageBoxes(

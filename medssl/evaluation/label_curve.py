@@ -7,6 +7,7 @@ folders: speed (a short budget for both arms) and quality (the plateau of scratc
     out/label_curve.json               what the cells have in common; a folder never mixes two settings
     out/cells/<arm>_n<labels>_s<seed>/ the folder of that run; its results.json comes last and says that it is done
     out/summary.json, out/table.md     rewritten after every cell
+    out/plans.json                     where each cell is configured by its training cases: fingerprint and settings of every cell
     out/private/cohort.key             random; the digest of the cohort is of no use to whoever does not have it
 """
 
@@ -25,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from medssl.errors import RequestError
+from medssl.evaluation import self_configuring
 from medssl.evaluation.bootstrap import bootstrap_interval, paired_bootstrap
-from medssl.evaluation.cohort import Cohort
+from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.finetune import (
     Pretrained,
     check_cases,
@@ -45,16 +47,19 @@ from medssl.evaluation.label_facts import label_sentences
 from medssl.evaluation.segmentation_checks import look_through, refuse_unlearnable
 from medssl.evaluation.segmentation_results import FinetuneResult
 from medssl.evaluation.segmentation_settings import FinetuneSettings
+from medssl.evaluation.self_configuring import Plan
 from medssl.evaluation.volumes import CaseReader
 from medssl.weights import private_folder, stated_lines, write_atomic, write_private
 
 log = logging.getLogger(__name__)
 
 NO_WEIGHTS = "no weights"
+PLANS = "plans.json"
 SCRATCH = "scratch"
 UNUSED_SETTINGS = ("device", "figures", "predictions", "dicom_seg", "log_every", "force")  # change no score
 VALIDATION_SETTINGS = ("val_every", "val_cases")  # change no score without `patience`
 BY_CASE = "by image"  # as `evaluation.scores` has it
+Configure = Callable[[Sequence[Case], CaseReader, FinetuneSettings], Plan]
 TRANSFER_SETTINGS = ("encoder_lr_scale", "layer_decay", "freeze_steps", "transfer")  # change no score of a scratch cell
 
 
@@ -84,6 +89,7 @@ def label_curve(
     seeds: Sequence[int],
     folds: int | None = None,
     leakage_check: str = NO_WEIGHTS,
+    configure: Configure | None = None,
     on_cell: Callable[[int, int, Cell, FinetuneResult], None] | None = None,
     on_step: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> dict[str, Any]:
@@ -99,6 +105,8 @@ def label_curve(
         folds: Deal all labelled patients into so many folds, each tested once; every seed deals anew. Structures that some patients lack are
             spread over them. None keeps the given splits.
         leakage_check: What was checked of the weights and the test cases, for the results; see `medssl.leakage`.
+        configure: Plans some of the settings of each cell from the training cases of that cell, and from nothing else
+            (`self_configuring.configure`); None gives all cells the same settings.
         on_cell: Called with (cells done, cells, cell, result) after each.
         on_step: Passed on to `finetune`.
 
@@ -107,7 +115,8 @@ def label_curve(
 
     Raises:
         RequestError: The folder holds cells of other settings, weights were chosen by labels, the fewest labels lack a structure,
-            images differ from those of the pretraining and nobody forced it, or the request is empty or unnamed.
+            images differ from those of the pretraining and nobody forced it, the training cases admit no plan, or the request is empty or
+            unnamed.
     """
     out = Path(out)
     plan(arms, [1] if counts is None else counts, seeds, folds)  # what is asked wrongly is said before anything is read
@@ -129,23 +138,31 @@ def label_curve(
     cases = next(iter(dealt.values())).first(max(counts))
     named = {arm: weights for arm, weights in arms.items() if weights is not None}
     refuse_too_few(dealt, min(counts), settings, reader)
+    plans: dict[str, Plan] = {}
+    if configure is not None:
+        plans = {cell.name: configure(dealt[cell.seed, cell.fold].first(cell.labels), reader, settings) for cell in cells}
+    own = {cell.name: replace(settings, **plans[cell.name].settings) if plans else settings for cell in cells}
     forced = {arm: unlike_pretraining(weights.manifest, settings, cases, reader) for arm, weights in named.items()}
     if any(
         read_cell(out / "cells" / cell.name) is None for cell in cells
     ):  # what a first cell would refuse, before anything is written
         cell, tested = cells[0], dealt[cells[0].seed, cells[0].fold]
-        structures = check_cases(tested, settings, max(counts), reader, one_fold=cell.fold is not None)
+        structures = check_cases(tested, own[cell.name], max(counts), reader, one_fold=cell.fold is not None)
         for weights in arms.values():
-            network_of(settings, structures, cell.seed, weights)
+            network_of(own[cell.name], structures, cell.seed, weights)
+    refuse_other_plans(out, cells, plans)
     private_folder(out)
     claim(out, cohort, settings, arms, folds, forced, leakage_check, uneven(cohort, present))
+    if plans:
+        facts = {cell.name: {"labels": cell.labels, **plans[cell.name].facts()} for cell in cells}
+        write_atomic(out / PLANS, json.dumps(facts, indent=1, allow_nan=False).encode())
     for number, cell in enumerate(cells, start=1):
         folder = out / "cells" / cell.name
         result = read_cell(folder)
         if result is None:
             result = finetune(
                 dealt[cell.seed, cell.fold],
-                settings,
+                own[cell.name],
                 folder,
                 labels=cell.labels,
                 seed=cell.seed,
@@ -160,6 +177,22 @@ def label_curve(
         if on_cell is not None:
             on_cell(number, len(cells), cell, result)
     return write_summary(out, cells)
+
+
+def refuse_other_plans(out: Path, cells: Sequence[Cell], plans: Mapping[str, Plan]) -> None:
+    """Refuse to go on beside cells that were computed with another plan than their training cases give now.
+
+    Raises:
+        RequestError: An earlier medssl had other rules.
+    """
+    for cell in cells if plans else ():
+        done = read_cell(out / "cells" / cell.name)
+        settings = json.loads(json.dumps(dict(plans[cell.name].settings)))
+        changed = [] if done is None else [name for name in settings if done.settings.get(name) != settings[name]]
+        if changed:
+            raise RequestError(
+                f"{out} holds cells that an earlier medssl has planned otherwise ({', '.join(changed)}); choose another folder, or remove this one"
+            )
 
 
 def refuse_too_few(
@@ -347,10 +380,33 @@ def write_summary(out: Path, cells: Sequence[Cell]) -> dict[str, Any]:
     summary["cells"] = {"planned": len(cells), "done": len(results)}
     if said := label_sentences(out):
         summary["label_facts"] = said
+    if (out / PLANS).is_file():
+        summary["plans"] = plans_of(json.loads((out / PLANS).read_text()))
     summary["shared"] = json.loads((out / "label_curve.json").read_text())
     write_atomic(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
     write_atomic(out / "table.md", (markdown(summary) + "\n").encode())
     return summary
+
+
+def plans_of(cells: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return each plan once per number of labels: `labels`, `cells` (how many have it), `fingerprints`, `settings` and `sentence`."""
+    found: dict[str, dict[str, Any]] = {}
+    for facts in cells.values():
+        labels, settings, seen = facts["labels"], facts["settings"], facts["fingerprint"]
+        key = json.dumps([labels, settings], sort_keys=True)
+        known = found.setdefault(
+            key,
+            {
+                "labels": labels,
+                "cells": 0,
+                "fingerprints": [],
+                "settings": settings,
+                "sentence": self_configuring.said(labels, settings),
+            },
+        )
+        known["cells"] += 1
+        known["fingerprints"] += [seen] if seen not in known["fingerprints"] else []
+    return sorted(found.values(), key=lambda entry: int(entry["labels"]))
 
 
 def summarise(results: Sequence[FinetuneResult]) -> dict[str, Any]:
@@ -494,6 +550,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
         ]
     for line in stated_lines(summary.get("shared", {})):
         lines += ["", line]
+    for entry in summary.get("plans", []):
+        lines += ["", f"{entry['sentence']} (cells: {entry['cells']})"]
     lines += ["", *(f"- labels: {sentence}" for sentence in summary.get("label_facts", []))] if summary.get("label_facts") else []
     if summary["differences"]:
         lines += ["", "| labels | difference | Dice points (95 % interval) | per seed |", "|---|---|---|---|"]

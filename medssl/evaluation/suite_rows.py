@@ -11,6 +11,8 @@ from medssl.evaluation.aggregate import pairs as pairs_of
 WEIGHTS, TWIN = "weights", "scratch"
 CONTROLS = ("random_init", "raw_pixels", "intensity_statistics")
 MODELS = (WEIGHTS, TWIN, *CONTROLS)
+BASELINE = "self-configuring"
+"""Stands in the table of its task alone; models are not aggregated with it, so that switching it on moves no other number."""
 LOWER = ("mae", "brier", "ece", "hd95_mm", "alignment", "uniformity", "reidentified", "leakage")
 """Metrics of which less is better."""
 TIERS = {
@@ -63,8 +65,10 @@ def skip(task: str, what: str, why: str) -> dict[str, str]:
     return {"task": task, "what": what, "why": why}
 
 
-def tables(rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str]]]) -> list[dict[str, Any]]:
-    """Return one entry per tier: its tables (one per task, models side by side, controls and scratch twin in each) and what was skipped.
+def tables(
+    rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str]]], plans: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Return one entry per tier: its tables (one per task, models side by side, controls and scratch twin in each), what was skipped, and plans.
 
     A frozen table has the fine-tuned score of the same task below it, where there is one: the scratch twin has no other.
     """
@@ -79,10 +83,20 @@ def tables(rows: Sequence[Row], skipped: Mapping[str, Sequence[Mapping[str, str]
                 about = {(r["tier"], r["setting"], r["metric"]) for r in twin}
                 again = [r for r in rows if r["task"] == task and (r["tier"], r["setting"], r["metric"]) in about]
                 lines += [{**line, "what": f"for comparison, fine-tuned: {line['what']}"} for line in _lines(again)]
-            models = [*MODELS, *sorted({row["model"] for row in own if row["task"] == task} - set(MODELS))]
+            others = {row["model"] for row in own if row["task"] == task} - set(MODELS)
+            models = [WEIGHTS, TWIN, *({BASELINE} & others), *CONTROLS, *sorted(others - {BASELINE})]
             parts.append({"task": task, "models": models, "lines": lines})
-        found.append({"tier": tier, "title": title, "tables": parts, "skipped": [dict(s) for s in skipped.get(tier, ())]})
+        said = [_planned(plan, plans) for plan in plans if plan["tier"] == tier]
+        left_out = [dict(s) for s in skipped.get(tier, ())]
+        found.append({"tier": tier, "title": title, "tables": parts, "skipped": left_out, "plans": said})
     return found
+
+
+def _planned(plan: Mapping[str, Any], plans: Sequence[Mapping[str, Any]]) -> str:
+    """Return a plan as words, with the number of its cells where others of as many labels have another plan, as folds may."""
+    alike = [other for other in plans if (other["task"], other["labels"]) == (plan["task"], plan["labels"])]
+    several = f", {plan['cells']} of {sum(other['cells'] for other in alike)} trainings" if len(alike) > 1 else ""
+    return f"{plan['task']}, {plan['labels']} labels{several}: {plan['sentence']}"
 
 
 def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -176,6 +190,7 @@ def markdown(
                 )
                 lines.append(f"| {line['what']} | {cells} | {line['n']} | {_plain(line['patients'], 0)} | {line['seeds']} |")
             lines.append("")
+        lines += [f"- {sentence}" for sentence in tier["plans"]]
         lines += [f"- skipped: {s['task'] + ', ' if s['task'] else ''}{s['what']}: {s['why']}" for s in tier["skipped"]]
         if not tier["tables"] and not tier["skipped"]:
             lines.append("- not run: the recipe leaves this tier out (key tiers)")

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from medssl.export.channels import with_channels
 from medssl.export.manifest import Weights, exported_manifest, require_library
+from medssl.export.slices import Adaptation
 from medssl.export.verify import ExportReport, compare, load_stock, random_image, read_pt, require_equal, source_encoder, write_pt
 from medssl.weights import load_part, save_part
 
@@ -16,7 +18,7 @@ DECODER = ("up_samples.", "up_layers.")
 HEAD = ("conv_final.",)  # depends on the classes of the task: never exported
 
 
-def write(folder: Path, weights: Weights) -> ExportReport:
+def write(folder: Path, weights: Weights, asked: Adaptation) -> ExportReport:
     """Write `segresnet.safetensors`, `.json` and `.pt`, reload them into a stock SegResNet and compare features.
 
     The comparison covers the outputs of all scales, and the decoder's output where it is exported.
@@ -24,14 +26,16 @@ def write(folder: Path, weights: Weights) -> ExportReport:
     Args:
         folder: Existing, empty.
         weights: Of encoder `segresnet3d`.
+        asked: Input channels.
 
     Raises:
         WeightsError: Another encoder, or the reloaded features differ.
     """
     require_library(weights.manifest, "monai.SegResNet", "segresnet")
+    weights, changes = with_channels(weights, asked.channels, "segresnet")
     args = weights.args
     source = source_encoder(weights)
-    facts = {"load_into": "SegResNet", "decoder": bool(weights.decoder)}
+    facts = {"load_into": "SegResNet", "decoder": bool(weights.decoder), "adaptations": changes}
     tensors = {**weights.state, **weights.decoder}
     # the names are the encoder's own, so that medssl takes the file as well
     path = save_part(folder, NAME, tensors, exported_manifest(weights.manifest, to="segresnet", **facts), part="encoder")
@@ -57,6 +61,7 @@ def write(folder: Path, weights: Weights) -> ExportReport:
         missing=missing,
         unexpected=(),
         max_feature_difference=compare(pairs, "segresnet"),
+        notes=tuple(changes),
     )
 
 

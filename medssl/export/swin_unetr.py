@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medssl.export.channels import with_channels
 from medssl.export.manifest import Weights, exported_manifest, require_library
+from medssl.export.slices import Adaptation
 from medssl.export.verify import ExportReport, compare, load_stock, random_image, read_pt, require_equal, source_encoder, write_pt
 from medssl.weights import load_part, save_part
 
@@ -20,7 +22,7 @@ HEAD = ("out.",)  # depends on the classes of the task: never exported
 RENAMED = {".mlp.linear1.": ".mlp.fc1.", ".mlp.linear2.": ".mlp.fc2."}
 
 
-def write(folder: Path, weights: Weights) -> ExportReport:
+def write(folder: Path, weights: Weights, asked: Adaptation) -> ExportReport:
     """Write the weights in both layouts, reload each into a stock SwinUNETR and compare features.
 
     `swin_unetr.safetensors`, `.json` and `.pt` have the names of the model; `swin_unetr_load_from.pt` is what `SwinUNETR.load_from` takes
@@ -30,14 +32,16 @@ def write(folder: Path, weights: Weights) -> ExportReport:
     Args:
         folder: Existing, empty.
         weights: Of encoder `swin3d`.
+        asked: Input channels.
 
     Raises:
         WeightsError: Another encoder, or the reloaded features differ.
     """
     require_library(weights.manifest, "monai.SwinUNETR", "swin-unetr")
+    weights, changes = with_channels(weights, asked.channels, "swin-unetr")
     args = weights.args
     source = source_encoder(weights)
-    facts = {"load_into": "SwinUNETR", "decoder": bool(weights.decoder)}
+    facts = {"load_into": "SwinUNETR", "decoder": bool(weights.decoder), "adaptations": changes}
     tensors = {**weights.state, **weights.decoder}
     # the names are the encoder's own, so that medssl takes the file as well
     path = save_part(folder, NAME, tensors, exported_manifest(weights.manifest, to="swin-unetr", **facts), part="encoder")
@@ -71,6 +75,7 @@ def write(folder: Path, weights: Weights) -> ExportReport:
         unexpected=(),
         max_feature_difference=compare(pairs, "swin-unetr"),
         notes=(
+            *changes,
             f"{old.name}: SwinUNETR.load_from(torch.load(...)); the other files: load_state_dict(..., strict=False)",
             f"SwinUNETR(feature_size={args['feature_size']}, in_channels={args['in_channels']}); neither layout adapts either",
         ),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from medssl.errors import WeightsError
+from medssl.export.channels import with_channels
 from medssl.export.manifest import Weights, exported_manifest, require_library
+from medssl.export.slices import Adaptation
 from medssl.export.verify import ExportReport, compare, load_stock, random_image, read_pt, require_equal, source_encoder, write_pt
 from medssl.layers.tokens import flatten_tokens
 from medssl.weights import load_part, save_part
@@ -17,7 +19,7 @@ PATCH, LAYERS, TAPS = 16, 12, (3, 6, 9)  # fixed inside monai/networks/nets/unet
 NAME = "unetr_vit"
 
 
-def write(folder: Path, weights: Weights) -> ExportReport:
+def write(folder: Path, weights: Weights, asked: Adaptation) -> ExportReport:
     """Write `unetr_vit.safetensors`, `.json` and `.pt`, reload them into a stock UNETR and compare features.
 
     The comparison covers the final tokens and the hidden states that UNETR's decoder taps.
@@ -25,11 +27,13 @@ def write(folder: Path, weights: Weights) -> ExportReport:
     Args:
         folder: Existing, empty.
         weights: Of encoder `vit3d`.
+        asked: Input channels.
 
     Raises:
         WeightsError: Another encoder, another patch size or depth than UNETR's, or the reloaded features differ.
     """
     require_library(weights.manifest, "monai.ViT", "unetr")
+    weights, changes = with_channels(weights, asked.channels, "unetr")
     args = weights.args
     patch = args["patch_size"]
     patch = [patch] * 3 if isinstance(patch, int) else list(patch)
@@ -39,7 +43,7 @@ def write(folder: Path, weights: Weights) -> ExportReport:
             f"{PATCH} and {LAYERS} layers; export to safetensors or monai-bundle instead"
         )
     source = source_encoder(weights)
-    manifest = exported_manifest(weights.manifest, to="unetr", load_into="UNETR.vit")
+    manifest = exported_manifest(weights.manifest, to="unetr", load_into="UNETR.vit", adaptations=changes)
     path = save_part(
         folder, NAME, weights.state, manifest, part="encoder"
     )  # its names are ViT's, so that medssl takes the file as well
@@ -62,6 +66,7 @@ def write(folder: Path, weights: Weights) -> ExportReport:
         missing=tuple(sorted(set(network.state_dict()) - set(matched))),
         unexpected=(),
         max_feature_difference=compare(pairs, "unetr"),
+        notes=tuple(changes),
     )
 
 

@@ -36,6 +36,7 @@ EXPORTS = (
     *("safetensors", "unetr", "segresnet", "swin-unetr", "monai-bundle", "nnunet", "timm", *TRUNKS),
     *("joint", "aggregator", "onnx", "hf"),
 )
+WITH_CHANNELS = ("unetr", "segresnet", "swin-unetr", "nnunet", "timm", *TRUNKS)
 WITH_DECODER = ("safetensors", "segresnet", "swin-unetr", "nnunet")
 
 
@@ -62,7 +63,7 @@ def export_weights(
         out: Folder to create; it must not exist, or be empty.
         decoder: Whether to add a pretrained decoder (`safetensors`, `segresnet`, `swin-unetr` and `nnunet` only). The default leaves it out.
         tag: `last` or `best`.
-        channels: Input channels of the export, for slice encoders and nnunet; None keeps them (torchvision: 3).
+        channels: Input channels of the export, for those of `WITH_CHANNELS`; None keeps them (torchvision: 3).
         dims: 2 or 3 spatial axes, for slice encoders to MONAI's ResNet, FlexibleUNet and RetinaNet; 3 inflates the kernels.
         inflation: `repeat` or `centre`, see `medssl.export.slices.inflate`.
         membership: JSON file of `medssl membership`; its AUC and interval go into the manifest, as `membership_inference`.
@@ -82,13 +83,15 @@ def export_weights(
         raise RequestError(f"export to {to} holds the encoder only; a decoder goes with {' or '.join(WITH_DECODER)}")
     asked = Adaptation(channels, dims, inflation)
     asked.check()
-    if asked != Adaptation() and to not in ("timm", "nnunet", *TRUNKS):
+    if asked.channels is not None and to not in WITH_CHANNELS:
         raise RequestError(
-            f"export to {to} takes weights as they are; channels, dims and inflation go with timm, {', '.join(TRUNKS)}, channels with nnunet"
+            f"export to {to} takes the channels that the weights have"
+            + (": a bundle prepares images as they were pretrained" if to == "monai-bundle" else "")
+            + f"; channels go with {', '.join(WITH_CHANNELS)}"
         )
-    if to == "nnunet" and asked != Adaptation(asked.channels):
+    if asked != Adaptation(asked.channels) and to not in TRUNKS:
         raise RequestError(
-            "export to nnunet: dims and inflation go with slice encoders, these weights have three axes; leave them out"
+            f"export to {to} keeps the axes of the weights; dims and inflation go with {', '.join(TRUNKS)}; leave them out"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"export: {out} exists and is not an empty folder; choose another one, or remove it first")
@@ -117,9 +120,9 @@ def _membership(path: Path, weights: Weights) -> dict[str, Any]:
 def _writer(to: str, name: str, asked: Adaptation) -> Callable[[Path, Weights], ExportReport]:
     writers: dict[str, Callable[[Path, Weights], ExportReport]] = {
         "safetensors": write_safetensors,
-        "unetr": unetr.write,
-        "segresnet": segresnet.write,
-        "swin-unetr": swin_unetr.write,
+        "unetr": lambda folder, weights: unetr.write(folder, weights, asked),
+        "segresnet": lambda folder, weights: segresnet.write(folder, weights, asked),
+        "swin-unetr": lambda folder, weights: swin_unetr.write(folder, weights, asked),
         "monai-bundle": lambda folder, weights: bundle_of(weights).write(folder, weights, name=name),
         "timm": lambda folder, weights: timm.write(folder, weights, asked),
         "nnunet": lambda folder, weights: nnunet.write(folder, weights, asked),

@@ -222,3 +222,74 @@ def detect(detector: Any, images: Tensor, *, window: Sequence[int] | None = None
         {"boxes": one["boxes"][k], "labels": one["labels"][k], "scores": one[detector.pred_score_key][k]}
         for one, k in zip(found, order)
     ]
+
+
+@torch.no_grad()
+def detect_mirrored(
+    detector: Any, images: Tensor, flips: Sequence[int], *, window: Sequence[int] | None = None, overlap: float = 0.5
+) -> list[dict[str, Tensor]]:
+    """Return what `detect` finds in images and in their mirror images, fused by `fuse_boxes`.
+
+    Args:
+        detector: In evaluation mode.
+        images: (B, C, *size).
+        flips: Axes (0 is the first spatial one), each of which gives one mirror image more; without any this is `detect`.
+        window: As in `detect`.
+        overlap: As in `detect`.
+    """
+    found = [detect(detector, images, window=window, overlap=overlap)]
+    for axis in flips:
+        mirrored = detect(detector, images.flip(2 + axis), window=window, overlap=overlap)
+        found.append([{**one, "boxes": mirror_boxes(one["boxes"], axis, images.shape[2 + axis])} for one in mirrored])
+    if len(found) == 1:
+        return found[0]
+    nms, most = detector.box_selector.nms_thresh, detector.box_selector.detections_per_img
+    return [fuse_boxes(views, nms, most) for views in zip(*found, strict=True)]
+
+
+def mirror_boxes(boxes: Tensor, axis: int, size: int) -> Tensor:
+    """Return boxes (N, 2 D), low corner then high corner, in the mirror image along an axis of so many pixels."""
+    dims = boxes.shape[1] // 2
+    mirrored = boxes.clone()
+    mirrored[:, axis], mirrored[:, dims + axis] = size - boxes[:, dims + axis], size - boxes[:, axis]
+    return mirrored
+
+
+def fuse_boxes(views: Sequence[dict[str, Tensor]], overlap: float, most: int) -> dict[str, Tensor]:
+    """Return the boxes of several looks at one image as one set, best first: weighted boxes fusion.
+
+    From the best score down, each box joins the fused box of its class that it overlaps most, if by more than `overlap`, or begins one. A
+    fused box is the mean of its members, weighted by score; its score is their mean, times the share of the looks that have a member in it
+    (at most 1): what one look of two finds counts half.
+
+    Args:
+        views: {boxes (N, 2 D), labels (N,), scores (N,)} of each look.
+        overlap: Intersection over union.
+        most: Boxes to return.
+
+    Reference:
+        Solovyev et al. 2021, "Weighted boxes fusion", Image and Vision Computing 107, section 3, equations 1 to 5.
+    """
+    from monai.data.box_utils import box_iou
+
+    boxes, labels, scores = (torch.cat([view[key] for view in views]) for key in ("boxes", "labels", "scores"))
+    order = torch.argsort(scores, descending=True, stable=True)
+    members: list[list[int]] = []
+    fused = boxes.new_zeros(len(boxes), boxes.shape[1])
+    kinds = labels.new_full((len(boxes),), -1)
+    for place in order.tolist():
+        same = torch.nonzero(kinds[: len(members)] == labels[place])[:, 0]
+        shared = box_iou(boxes[place][None], fused[same])[0] if len(same) else scores.new_zeros(0)
+        if len(same) and shared.max() > overlap:
+            row = int(same[shared.argmax()])
+            members[row].append(place)
+        else:
+            row = len(members)
+            members.append([place])
+            kinds[row] = labels[place]
+        own = members[row]
+        weights = scores[own].clamp(min=torch.finfo(scores.dtype).tiny)
+        fused[row] = (weights[:, None] * boxes[own]).sum(0) / weights.sum()
+    sure = torch.stack([scores[own].mean() * min(len(own), len(views)) / len(views) for own in members]) if members else scores[:0]
+    best = torch.argsort(sure, descending=True, stable=True)[:most]
+    return {"boxes": fused[best], "labels": kinds[best], "scores": sure[best]}

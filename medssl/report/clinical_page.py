@@ -345,10 +345,17 @@ def _calibration(facts: Facts) -> str:
     cells = [
         [text(_NAMES.get(row["metric"], row["metric"])), text(_arm(row["arm"])), written(_estimate(row))] for row in found["rows"]
     ]
+    most = found["most_bins"]
     fitted = [f"{_arm(arm)} {_temperature(t)}" for arm, t in found["temperature"].items()]
     caption = (
         f"Temperature and threshold were fitted on validation cases only (temperature: {', '.join(fitted)}); no test case had a part in it. "
-        "Both scores: lower is better. The calibration error of few cases is never 0, even for perfect probabilities."
+        f"Both scores: lower is better. The calibration error sorts cases by stated probability into {most} bins of as equal numbers of cases as can "
+        "be, equal probabilities in one bin. Of few cases it is never 0, even for perfect probabilities"
+        + (
+            f"; with {found['n']} cases, no more than bins, it says how unsure the network is and no more."
+            if found["n"] <= most
+            else "."
+        )
     )
     parts = [table(["", "network", "on test (95 % interval)"], cells, caption=text(caption))]
     bins = {_arm(arm): rows for arm, rows in found["bins"].items() if rows}
@@ -356,7 +363,8 @@ def _calibration(facts: Facts) -> str:
         colours = {arm: 1 if arm == "from scratch" else 0 for arm in bins}
         light, dark = (clinical_figures.reliability_png(bins, theme, colours) for theme in (figures.LIGHT, figures.DARK))
         said = (
-            f"Reliability, {found['n']} test cases: on the diagonal, what is stated is what happens. Large points hold many cases."
+            f"Reliability, {found['n']} test cases: on the diagonal, what is stated is what happens. Each point is one of up to {most} bins "
+            "of as equal numbers of cases as can be; a larger point holds many cases of one probability."
         )
         parts.append(image(light, "Share of cases called rightly over the stated probability", dark=dark, caption=said))
     return "".join(parts)

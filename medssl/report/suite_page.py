@@ -18,6 +18,7 @@ ul.skipped{color:var(--soft);font-size:14px;margin:4px 0 0;padding-left:20px}
 _MODELS = {
     "weights": "these weights",
     "scratch": "scratch twin",
+    "self-configuring": "self-configuring network",
     "random_init": "untrained encoder",
     "raw_pixels": "raw pixels",
     "intensity_statistics": "intensity statistics",
@@ -97,6 +98,7 @@ def _tier(tier: Mapping[str, Any]) -> str:
         parts.append(table(head, rows[:_SHOWN]))
         if len(rows) > _SHOWN:
             parts.append(f"<details><summary>{len(rows) - _SHOWN} further lines</summary>{table(head, rows[_SHOWN:])}</details>")
+    parts += [f"<p>{text(sentence)}</p>" for sentence in tier.get("plans", ())]
     items = "".join(f"<li>{_skipped(entry)}</li>" for entry in tier["skipped"])
     return "".join(parts) + (f'<ul class="skipped">{items}</ul>' if items else "")
 

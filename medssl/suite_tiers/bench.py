@@ -36,7 +36,7 @@ class Found:
 
     `again` says that something was skipped through an error that the user can correct: the tier is then not finished. `forced`
     is how the images of a recipe of its own differ from those of the pretraining, where that recipe forces it, `adapted` what was changed of
-    the weights for the channels of these images.
+    the weights for the channels of these images. `plans` are those of networks that configure themselves, with the task and a sentence each.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -46,6 +46,7 @@ class Found:
     again: bool = False
     forced: list[str] = field(default_factory=list)
     adapted: list[str] = field(default_factory=list)
+    plans: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -159,6 +160,7 @@ def join(done: Found, more: Found) -> None:
     done.again |= more.again
     done.forced += more.forced
     done.adapted += more.adapted
+    done.plans += more.plans
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from medssl.api import label_curve as run_curve
 from medssl.errors import ImageError, RequestError, TrainingStopped
 from medssl.evaluation.frozen import fit_probe, predicted
 from medssl.evaluation.scores import mean_auc, score_row
-from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, Row, row_of, skip
+from medssl.evaluation.self_configuring import starting_point
+from medssl.evaluation.suite_rows import BASELINE, CONTROLS, WEIGHTS, Row, row_of, skip
 from medssl.evaluation.target_cases import few_label_order
-from medssl.recipe import CurveSection, FinetuneTargetsRecipe, Recipe
+from medssl.recipe import CurveSection, FinetuneTargetsRecipe, Recipe, SegmentationSection
 from medssl.suite_tiers.bench import Bench, Found, join, mean_of, or_skip
 from medssl.suite_tiers.curve_rows import further, read_cells
 from medssl.suite_tiers.probes import fitted_tasks
@@ -47,7 +48,7 @@ def classification(bench: Bench, out: Path) -> Found:
 
 
 def segmentation(bench: Bench, out: Path) -> Found:
-    """Label curves of a segmentation network: the decoder on the frozen encoder, then all of it."""
+    """Label curves of a segmentation network: all of it, the decoder on the frozen encoder, and a network that configures itself."""
     section = bench.recipe.segmentation
     found = _named("segmentation", "label curves of Dice", section, bench, out, _drawn_by_pixels)
     if section is not None and section.recipe is not None and section.frozen:
@@ -55,7 +56,37 @@ def segmentation(bench: Bench, out: Path) -> Found:
         if getattr(recipe, "task", None) == "segmentation" and recipe.settings.get("encoder_lr_scale") != 0:
             still = recipe.model_copy(update={"settings": {**recipe.settings, "encoder_lr_scale": 0.0}})
             join(found, label_curves("segmentation", section, still, bench, out, "", how=FROZEN))
+    if section is not None and section.recipe is not None:
+        join(found, _self_configured(section, bench, out))
     return found
+
+
+def _self_configured(section: SegmentationSection, bench: Bench, out: Path) -> Found:
+    """Return the label curve of the supervised baseline on the cases of the others; models are not aggregated by it."""
+    task, folder = Path(str(section.recipe)).stem, out / "segmentation" / "curve_self_configuring"
+    if not section.self_configuring:
+        why = "not asked for, as it adds one training per number of labels, seed and fold; segmentation: {self_configuring: true} asks for it"
+        return Found(skipped=[skip(task, BASELINE, why)])
+    recipe = Recipe.load(str(section.recipe), section.overrides)
+    try:
+        if getattr(recipe, "task", None) == "segmentation":
+            starting_point(build.finetune_settings(recipe))
+    except RequestError as err:  # pictures stay pictures: nothing to try again
+        return Found(skipped=[skip(task, BASELINE, str(err))])
+
+    def run() -> dict[str, Any]:
+        counts = _counts_of(section, recipe)
+        own = recipe.model_copy(update={"out": str(folder)})
+        return run_curve(own, None, counts=counts, seeds=section.seeds, twin=False, self_configuring=True)
+
+    summary, found = _or_stopped(run, folder, task, BASELINE)
+    if summary is None:
+        return found
+    patients, cells = _patients_of(folder), read_cells(folder)
+    found.rows = [{**row, "main": False} for row in _curve_rows(summary, "segmentation", task, patients, most=0)]
+    found.plans = [{"task": task, **plan} for plan in summary.get("plans", ())]
+    join(found, further(bench, "segmentation", task, cells))
+    return _read_by(recipe, found)
 
 
 def detection(bench: Bench, out: Path) -> Found:
@@ -164,23 +195,19 @@ def label_curves(
     """
     folder = out / tier / (name or ("curve_frozen" if how else "curve"))
     task = name or Path(str(section.recipe)).stem
-    stopped: list[dict[str, str]] = []
-    try:
-        recipe = recipe.model_copy(update={"out": str(folder)})
-        labels = list(counts or _counts_of(section, recipe))
-        summary = run_curve(recipe, bench.weights, counts=labels, seeds=section.seeds, twin=not how)
-    except (RequestError, ImageError) as err:
-        return Found(skipped=[skip(task, f"fine-tuning{how}", f"{err}; the next run tries again")], again=True)
-    except TrainingStopped as err:
-        path = folder / "summary.json"
-        if not path.is_file():
-            return Found(skipped=[skip(task, f"fine-tuning{how}", str(err))])
-        summary = json.loads(path.read_text())
-        cells = summary["cells"]
-        stopped = [skip(task, f"fine-tuning{how}, {cells['planned'] - cells['done']} of {cells['planned']} cells", str(err))]
+    labels: list[int] = []
+
+    def run() -> dict[str, Any]:
+        own = recipe.model_copy(update={"out": str(folder)})
+        labels.extend(counts or _counts_of(section, own))
+        return run_curve(own, bench.weights, counts=labels, seeds=section.seeds, twin=not how)
+
+    summary, found = _or_stopped(run, folder, task, f"fine-tuning{how}")
+    if summary is None:
+        return found
     patients = _patients_of(folder)
     most = max((row["labels"] for row in summary["rows"]), default=0)  # what a stopped curve came to, for its controls too
-    found = Found(rows=_curve_rows(summary, tier, task, patients, most, how), skipped=stopped)
+    found.rows = _curve_rows(summary, tier, task, patients, most, how)
     found.forced, found.adapted = (forced_differences(summary.get("shared", {}).get(key)) for key in ("forced", "adapted"))
     cells = read_cells(folder)
     if controls is not None:
@@ -193,6 +220,27 @@ def label_curves(
     elif tier != "classification" and not how:
         found.skipped.append(skip(task, ", ".join(CONTROLS), "a control is not fine-tuned; its ridge stands beside"))
     join(found, further(bench, tier, task, cells, how))
+    return _read_by(recipe, found)
+
+
+def _or_stopped(run: Callable[[], dict[str, Any]], folder: Path, task: str, what: str) -> tuple[dict[str, Any] | None, Found]:
+    """Return the summary of a curve, of its finished cells where a training was stopped, None where there is none; and what was skipped."""
+    try:
+        return run(), Found()
+    except (RequestError, ImageError) as err:
+        return None, Found(skipped=[skip(task, what, f"{err}; the next run tries again")], again=True)
+    except TrainingStopped as err:
+        path = folder / "summary.json"
+        if not path.is_file():
+            return None, Found(skipped=[skip(task, what, str(err))])
+        summary: dict[str, Any] = json.loads(path.read_text())
+        cells = summary["cells"]
+        left = f"{what}, {cells['planned'] - cells['done']} of {cells['planned']} cells"
+        return summary, Found(skipped=[skip(task, left, str(err))])
+
+
+def _read_by(recipe: Any, found: Found) -> Found:
+    """Say in the rows of a curve which domain read its images."""
     read = getattr(recipe, "cohort", None) or getattr(recipe, "source", None)  # slides come as features, read by no domain
     for row in found.rows:
         row["modality"] = getattr(getattr(read, "domain", None), "name", "wsi")

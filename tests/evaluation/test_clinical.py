@@ -84,6 +84,9 @@ def test_classification__operating_point_and_calibration_are_those_of_the_cells(
     assert {(row["arm"], row["metric"]) for row in facts["calibration"]["rows"]} >= {("pretrained", "ece"), ("scratch", "brier")}
     assert facts["headlines"][0]["value"] > facts["headlines"][1]["value"]  # scratch is noisier
     assert facts["calibration"]["temperature"] == {"pretrained": 1.3, "scratch": 1.3}
+    assert [len(facts["calibration"]["bins"][arm]) for arm in ("pretrained", "scratch")] == [15, 15]
+    older = {**first, "reliability": [{"low": 0.6, "high": 2 / 3, "n": 80, "confidence": 0.6, "accuracy": 0.5}]}  # of equal width
+    assert clinical_facts([older], draws=20)["calibration"]["bins"]["pretrained"] == facts["calibration"]["bins"]["pretrained"]
     worst = facts["worst"]["rows"][0]
     assert worst["target"] != worst["called"] and len(worst["case"]) == 8
     groups = {row["group"]: row["sufficient"] for row in facts["subgroups"]["tables"]["sex"]}

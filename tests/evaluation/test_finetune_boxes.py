@@ -140,6 +140,8 @@ def test_settings__are_checked_together() -> None:
         ),
         ({"steps": "10", "lr": "fast"}, "steps: '10'; a whole number; lr: 'fast'; a number"),
         ({"batch": 1.5, "split": 1}, r"batch: 1\.5; a whole number; split: 1; true or false"),
+        ({"flips": [-1]}, r"flips: \(-1,\); axes from 0 on, none twice"),
+        ({"flips": [1, 1]}, r"flips: \(1, 1\); axes from 0 on, none twice"),
         ({"augment": 3, "patience": True}, "augment: 3; keys and values; patience: True; a whole number or null"),
     ],
 )
@@ -152,6 +154,18 @@ def test_settings_of_the_right_types__are_taken() -> None:
     found = settings_of(BoxSettings, {"lr": 1, "patience": None, "detector": {"anchor_shapes": [[1, 2.0]], "strides": [8]}})
     assert found.network.anchor_shapes == ([1, 2.0],) and found.lr == 1
     assert settings_of(BoxSettings, {"detector": {"strides": [8, 16], "candidates": 1}}).network.candidates == 1
+
+
+def test_flips__are_of_test_images_alone_and_must_be_axes_that_they_have() -> None:
+    squares = Squares(18)
+    plain, flipped = (run(squares, replace(QUICK, steps=20, flips=flips))[0] for flips in ((), (0, 1)))
+    assert [row["loss"] for row in plain.curve] == [row["loss"] for row in flipped.curve]
+    assert [case["real"] for case in plain.cases] == [case["real"] for case in flipped.cases]
+    assert any(case["found"] for case in flipped.cases) and [c["found"] for c in plain.cases] != [c["found"] for c in flipped.cases]
+    squares.asked = []
+    with pytest.raises(RequestError, match=r"flips: \[0, 2\]; these images have 2 axes; name some of 0 to 1"):
+        run(squares, replace(QUICK, flips=(0, 2)))
+    assert not squares.asked
 
 
 def test_padding__is_behind_the_end() -> None:

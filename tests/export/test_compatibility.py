@@ -19,7 +19,10 @@ from tests.export.conftest import save_parts
 @pytest.mark.filterwarnings("ignore:__array_wrap__")  # of MONAI's ATSS matcher on NumPy 2
 @pytest.mark.parametrize("dims", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_retinanet__takes_a_loss_step_from_the_exported_body(dims: int, joint_run: Path, tmp_path: Path) -> None:
-    torchvision_ops.ensure()
+    (
+        torchvision_ops.monai_detection(),
+        torchvision_ops.monai_retinanet(),
+    )  # other tests of this process may have imported MONAI first
     from monai.apps.detection.networks.retinanet_detector import RetinaNetDetector
     from monai.apps.detection.networks.retinanet_network import RetinaNet, resnet_fpn_feature_extractor
     from monai.apps.detection.utils.anchor_utils import AnchorGeneratorWithAnchorShape

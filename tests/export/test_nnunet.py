@@ -170,7 +170,7 @@ def test_channels__are_spread_or_summed_and_said(run: Path, tmp_path: Path) -> N
     assert any(note == "input channels 1: nnU-Net repeats a single one for images of several" for note in report.notes)
     with pytest.raises(WeightsError, match="2 input channels and 3 are wanted"):
         export_weights(wide, "nnunet", tmp_path / "three", channels=3)
-    with pytest.raises(RequestError, match="dims and inflation go with slice encoders"):
+    with pytest.raises(RequestError, match="export to nnunet keeps the axes of the weights; dims and inflation go with"):
         export_weights(run, "nnunet", tmp_path / "flat", dims=2)
     assert not (tmp_path / "three").exists() and not (tmp_path / "flat").exists()
 

@@ -290,9 +290,10 @@ def test_inflate__keeps_the_axes() -> None:
 
 
 @pytest.mark.parametrize(("to", "asked", "match"), [
-    ("joint", {"channels": 3}, "export to joint takes weights as they are; channels, dims and inflation go with timm, torchvision"),
+    ("joint", {"channels": 3}, "export to joint takes the channels that the weights have; channels go with unetr"),
     ("torchvision", {"channels": 1}, "torchvision has 2 spatial axes and 3 input channels; asked for: dims 2, channels 1"),
     ("torchvision", {"dims": 3}, "torchvision has 2 spatial axes"),
+    ("timm", {"dims": 3}, "export to timm keeps the axes of the weights; dims and inflation go with torchvision"),
     ("resnet", {"dims": 4}, "dims is 4; accepted: 2, 3"),
     ("resnet", {"channels": 0}, "channels is 0; accepted: 1 or more"),
     ("resnet", {"inflation": "center"}, 'inflation is "center"; accepted: repeat, centre'),

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from medssl.errors import RequestError
-from medssl.networks.detection import DetectorSettings, FocalPerObject, build_detector, detect, losses_of
+from medssl.networks.detection import (
+    DetectorSettings,
+    FocalPerObject,
+    build_detector,
+    detect,
+    detect_mirrored,
+    fuse_boxes,
+    losses_of,
+    mirror_boxes,
+)
 from tests.evaluation.toy_boxes import Toy
 
 
@@ -111,3 +120,48 @@ def test_settings_that_do_not_fit__are_refused() -> None:
         make(anchor_shapes=[(1, 1, 1)])
     with pytest.raises(RequestError, match="no class"):
         build_detector(Toy(), 0, (32, 32), DetectorSettings(strides=(4, 8)))
+
+
+def seen(*rows: tuple[list[float], int, float]) -> dict[str, Tensor]:
+    return {
+        "boxes": torch.tensor([box for box, _, _ in rows]).reshape(-1, 4),
+        "labels": torch.tensor([label for _, label, _ in rows], dtype=torch.int64),
+        "scores": torch.tensor([score for _, _, score in rows]),
+    }
+
+
+def test_fused_boxes__are_those_of_the_formula() -> None:
+    # one object in both looks, one in the second alone, one of another class in the same place
+    first = seen(([0.0, 0, 10, 10], 0, 0.9), ([0.0, 0, 10, 10], 1, 0.3))
+    second = seen(([2.0, 0, 12, 10], 0, 0.6), ([20.0, 20, 28, 30], 0, 0.8))
+    found = fuse_boxes([first, second], overlap=0.5, most=10)
+    edge = 0.6 * 2 / 1.5
+    assert torch.allclose(found["boxes"], torch.tensor([[edge, 0, 10 + edge, 10], [20, 20, 28, 30], [0, 0, 10, 10]]))
+    assert found["labels"].tolist() == [0, 0, 1]
+    assert torch.allclose(found["scores"], torch.tensor([0.75, 0.4, 0.15]))
+    assert fuse_boxes([first, second], overlap=0.5, most=1)["scores"].tolist() == pytest.approx([0.75])
+    again = fuse_boxes([second, first], overlap=0.5, most=10)
+    assert all(torch.allclose(again[key].float(), found[key].float()) for key in found)
+    three = seen(([0.0, 0, 10, 10], 0, 0.9), ([1.0, 0, 11, 10], 0, 0.6), ([0.0, 1, 10, 11], 0, 0.3))
+    assert fuse_boxes([three, seen()], overlap=0.5, most=10)["scores"].tolist() == pytest.approx(
+        [0.6]
+    )  # of two looks, not more than all
+    empty = fuse_boxes([seen(), seen()], overlap=0.5, most=10)
+    assert empty["boxes"].shape == (0, 4) and not len(empty["labels"]) and not len(empty["scores"])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_mirrored_looks__find_mirrored_boxes(dims: int) -> None:
+    detector = make(dims, score_threshold=0.0, detections=20).eval()
+    image = torch.randn(2, 1, *(32,) * dims)
+    plain = detect(detector, image)
+    for one, same in zip(plain, detect_mirrored(detector, image, ()), strict=True):
+        assert all(torch.equal(one[key], same[key]) for key in one)
+    axis = dims - 1
+    both, other = (detect_mirrored(detector, x, (axis,)) for x in (image, image.flip(2 + axis)))
+    for one, mirror in zip(both, other, strict=True):
+        assert len(one["scores"]) and torch.allclose(one["scores"], mirror["scores"], atol=1e-5)
+        assert torch.equal(one["labels"], mirror["labels"])
+        assert torch.allclose(one["boxes"], mirror_boxes(mirror["boxes"], axis, 32), atol=1e-3)
+    assert not torch.allclose(both[0]["boxes"], plain[0]["boxes"][: len(both[0]["boxes"])], atol=1e-3)
+    assert torch.equal(mirror_boxes(mirror_boxes(plain[0]["boxes"], axis, 32), axis, 32).round(), plain[0]["boxes"].round())

@@ -14,10 +14,11 @@ import torch
 
 from medssl import suite
 from medssl.errors import ImageError, LeakageError, RequestError, TrainingStopped
+from medssl.evaluation import self_configuring
 from medssl.evaluation.calibration import expected_calibration_error, threshold_at_specificity
 from medssl.evaluation.cohort import Case, Cohort
 from medssl.evaluation.label_curve import Cell, plan
-from medssl.evaluation.suite_rows import CONTROLS, WEIGHTS, tables
+from medssl.evaluation.suite_rows import BASELINE, CONTROLS, WEIGHTS, tables
 from medssl.evaluation.survival import SurvivalCases
 from medssl.evaluation.target_cases import Cases
 from medssl.finetune_cells import fill
@@ -324,7 +325,10 @@ def test_controls__stand_in_the_tables_of_segmentation_and_detection(tmp_path: P
         more = {row["setting"] for row in found["rows"] if row["model"] == "raw_pixels"}
         assert {"segmentation": "2 labels, structure_1", "detection": "2 labels, 1 false positives"}[name] in more
         assert rows["raw_pixels"]["value"] is not None and rows["raw_pixels"]["main"] and rows["raw_pixels"]["n"] == 2
-        assert {entry["what"] for entry in found["skipped"]} == {"random_init"}
+        assert {entry["what"] for entry in found["skipped"]} == {
+            "random_init",
+            *(["self-configuring"] if name == "segmentation" else []),
+        }
         models = next(tier for tier in tables(found["rows"], {}) if tier["tier"] == name)["tables"][0]["lines"]
         assert models and {"raw_pixels", "intensity_statistics"} <= {model for line in models for model in line["cells"]}
 
@@ -421,6 +425,98 @@ def test_frozen_encoder__is_a_curve_beside_the_other(tmp_path: Path, monkeypatch
     asked.clear()
     curves.segmentation(thirds(segmentation={**section, "frozen": False}), tmp_path)
     assert asked == [("curve", None, True)]
+
+
+def with_organs(folder: Path, *, crop: str = "[16, 16, 16]", domain: str = "mri", **section: Any) -> Bench:
+    """A bench whose segmentation is a cohort of three training cases."""
+    cohort = write_cohort(folder / "cohort", train=3, val=1, test=2)
+    (folder / "organs.yaml").write_text(
+        "kind: finetune\ntask: segmentation\nnetwork: segresnet\n"
+        f"settings: {{crop: {crop}, steps: 2, warmup_steps: 0, figures: 0}}\ncohort: {{path: {cohort}, domain: {domain}}}\n"
+    )
+    given = {
+        "recipe": str(folder / "organs.yaml"),
+        "counts": [2, 3],
+        "seeds": [0],
+        "frozen": False,
+        "self_configuring": True,
+        **section,
+    }
+    bench = thirds(segmentation=given)
+    bench.manifest |= {"encoder": TINY_ENCODER, "intensity": {"normalize": "zscore"}}  # type: ignore[operator]
+    return bench
+
+
+def given_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curves of weights and twin are given, that of the baseline is computed."""
+    real, row = curves.run_curve, {"seeds": [0], "n_test": 2, "dice": 0.9, "low": 0.8, "high": 1.0}
+    rows = [{**row, "arm": arm, "labels": labels} for labels in (2, 3) for arm in ("pretrained", "scratch")]
+
+    def run(*args: Any, **kw: Any) -> dict[str, Any]:
+        return real(*args, **kw) if kw.get("self_configuring") else {"rows": rows}
+
+    monkeypatch.setattr(curves, "run_curve", run)
+    monkeypatch.setattr(self_configuring, "FIRST_WIDTH", 8)  # quicker
+
+
+def test_self_configuring__stands_beside_weights_twin_and_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = with_organs(tmp_path)
+    given_curve(monkeypatch)
+    out = tmp_path / "suite"
+    tier = suite.run_tier("segmentation", bench, out)
+    assert {entry["what"] for entry in tier["skipped"]} == {"random_init"} | {f"Dice by {c}" for c in bench.recipe.subgroups}
+    rows = [row for row in tier["rows"] if row["model"] == BASELINE]
+    assert {row["setting"] for row in rows if row["metric"] == "dice"} >= {"2 labels", "3 labels", "3 labels, structure_1"}
+    assert all(row["n"] == 2 and row["modality"] == "mri" and not row["main"] for row in rows)
+    assert {(plan["labels"], plan["cells"], plan["settings"]["network"]) for plan in tier["plans"]} == {
+        (2, 1, "resenc_unet"),
+        (3, 1, "resenc_unet"),
+    }
+    cell = json.loads(
+        (out / "segmentation" / "curve_self_configuring" / "cells" / f"{BASELINE}_n2_s0" / "results.json").read_text()
+    )
+    assert (cell["settings"]["steps"], cell["labels"], cell["seed"], cell["loaded"]) == (2, 2, 0, None)
+    shared = {"forced": [], "encoder": "toy", "leakage_check": "none", "tasks": {}, "seed": 0, "weights": "w"}
+    result = suite.write_results(out, {"segmentation": tier}, shared)
+    assert [plan["tier"] for plan in result["plans"]] == ["segmentation"] * 2
+    assert BASELINE not in {row["model"] for row in result["aggregate"]}, "it moves no mean over models"
+    table = (out / "table.md").read_text()
+    assert "| score | weights | scratch | self-configuring | random_init |" in table
+    sentence = "The self-configuring network chose from its 3 training cases: voxels of 1 x 1 x 2 mm, crop 16 x 16 x 16"
+    assert f"- organs, 3 labels: {sentence}" in table and sentence in (out / "page.html").read_text()
+    suite.draw_page(out, tmp_path / "again.html")
+    assert sentence in (tmp_path / "again.html").read_text()
+
+
+def test_plans__are_counted_where_folds_differ() -> None:
+    plan_ = {"tier": "segmentation", "task": "organs", "labels": 2, "cells": 2, "sentence": "One."}
+    found = tables([], {}, [plan_, {**plan_, "cells": 1, "sentence": "Two."}, {**plan_, "labels": 3, "sentence": "Three."}])
+    said = next(tier["plans"] for tier in found if tier["tier"] == "segmentation")
+    assert said == [
+        "organs, 2 labels, 2 of 3 trainings: One.",
+        "organs, 2 labels, 1 of 3 trainings: Two.",
+        "organs, 3 labels: Three.",
+    ]
+
+
+def test_self_configuring__says_how_it_is_switched_on_and_where_it_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def run(*_: Any, **kw: Any) -> dict[str, Any]:
+        asked.append(bool(kw.get("self_configuring")))
+        return {"rows": []}
+
+    monkeypatch.setattr(curves, "run_curve", run)
+    monkeypatch.setattr(curves, "_drawn_by_pixels", lambda *_: ({"rows": []}, []))
+    bench = with_organs(tmp_path, self_configuring=False)
+    why = {entry["what"]: entry["why"] for entry in suite.run_tier("segmentation", bench, tmp_path / "off")["skipped"]}
+    assert "segmentation: {self_configuring: true} asks for it" in why[BASELINE] and asked == [False]
+    pictures = with_organs(tmp_path, crop="[16, 16]", domain="xray")
+    tier = suite.run_tier("segmentation", pictures, tmp_path / "pictures")
+    why = {entry["what"]: entry["why"] for entry in tier["skipped"]}
+    assert "crop [16, 16] is of pictures" in why[BASELINE] and tier["finished"] and asked == [False, False]
 
 
 def with_survival(n: int = 90, events: float = 0.7, **settings: Any) -> Bench:

@@ -82,6 +82,9 @@ def test_classification__says_on_what_the_threshold_was_fitted() -> None:
     said = words(clinical_page(clinical_facts([classification()], draws=50)))
     assert "fitted on validation cases only" in said and "specificity of 95 %" in said and "The finding is class 2" in said
     assert "Reliability" in said and "Structures" not in said
+    assert "15 bins of as equal numbers of cases as can be" in said and "no more than bins" not in said
+    few = words(clinical_page(clinical_facts([classification(n=12)], draws=50)))
+    assert "with 12 cases, no more than bins" in few
 
 
 def test_folds__are_said_to_be_several_networks() -> None:
