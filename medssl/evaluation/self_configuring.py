@@ -136,12 +136,13 @@ def fingerprint(volumes: Iterable[Volume], *, ct: bool = False) -> Fingerprint:
     return Fingerprint(tuple(spacings), tuple(shapes), (low, max(high, low + 1)))  # of one grey value, a window of one unit
 
 
-def plan(found: Fingerprint, budget: int) -> dict[str, Any]:
+def plan(found: Fingerprint, budget: int, channels: int = 1) -> dict[str, Any]:
     """Return the fields of `FinetuneSettings` that a fingerprint asks for.
 
     Args:
         found: Of training cases.
         budget: Most voxels of a crop.
+        channels: Of the volumes.
 
     Raises:
         RequestError: No axis of the crop can be halved: the volumes are too small, or the budget is.
@@ -157,7 +158,7 @@ def plan(found: Fingerprint, budget: int) -> dict[str, Any]:
         )
     stages = len(strides)
     arguments = {
-        "in_channels": 1,
+        "in_channels": channels,
         "features_per_stage": [min(FIRST_WIDTH * 2**k, MOST_WIDTH) for k in range(stages)],
         "n_blocks_per_stage": [BLOCKS[min(k, len(BLOCKS) - 1)] for k in range(stages)],
         "n_conv_per_stage_decoder": [1] * (stages - 1),
@@ -255,14 +256,15 @@ def configure(cases: Sequence[Case], reader: CaseReader, settings: FinetuneSetti
     Args:
         cases: The training cases of the run and no others.
         reader: Of images and label maps.
-        settings: Result of `starting_point`; domain and crop are used.
+        settings: Result of `starting_point` for the channels of the cases; domain, channels and crop are used. Percentiles over all cases are of
+            CT in one channel; several channels are normalised by image and channel.
 
     Raises:
         RequestError: See `fingerprint` and `plan`.
         ImageError: An image or label map cannot be used.
     """
-    found = fingerprint((reader(case) for case in cases), ct=settings.domain == "ct")
-    return Plan(found, plan(found, prod(settings.crop)))
+    found = fingerprint((reader(case) for case in cases), ct=settings.domain == "ct" and settings.in_channels == 1)
+    return Plan(found, plan(found, prod(settings.crop), settings.in_channels))
 
 
 def said(labels: int, settings: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from medssl.encoders.loading import load_into
 from medssl.encoders.resenc3d import ResEnc3D
 from medssl.encoders.swin3d import Swin3D
 from medssl.errors import GeometryError, ImageError, RequestError, WeightsError
+from medssl.evaluation import self_configuring
 from medssl.evaluation.clinical import clinical_facts
 from medssl.evaluation.cohort import Cohort
 from medssl.evaluation.finetune import Pretrained, build_network, finetune, for_channels, load, open_weights, predict, with_channels
@@ -185,7 +186,7 @@ def test_files_with_another_number_of_volumes__are_refused(tmp_path: Path) -> No
 
 def test_voxel__is_valid_where_it_is_in_all_channels(tmp_path: Path) -> None:
     cohort = Cohort.load(write_nnunet(tmp_path))
-    second = channels_of(0)[0][1].astype(np.float32)
+    second = channels_of(0)[0][1].astype(np.float32) + 0.5
     second[3, 4, 5] = np.nan
     save(tmp_path / "imagesTr" / "miller_0_0001.nii.gz", second)
     volume = CaseReader("mri")(cohort.cases[0])
@@ -333,12 +334,13 @@ def test_curve__from_weights_of_one_channel_learns_writes_and_says_so(cohort: Co
             assert found.shape == (20, 18, 16) and np.allclose(found.affine, AFFINE)
             number = int(case.id[-1]) - 1
             assert (np.asarray(found.dataobj) == channels_of(number)[1]).mean() > 0.98
-        figure = np.load(folder / "figures" / "segmentation.npz")["image"]
+        with np.load(folder / "figures" / "segmentation.npz") as kept:
+            figure = kept["image"]
         assert figure.ndim == 4 and figure.min() >= 0 and figure.max() <= 800  # the first channel alone
         assert result["training_range"]["knn_limit"] is not None
         for text in (folder / "results.json", folder / "network.json", out / "table.md"):
             assert "miller" not in text.read_text()
-        names = list(csv.reader((folder / "private" / "cases.csv").open()))[1][1]
+        names = list(csv.reader((folder / "private" / "cases.csv").read_text().splitlines()))[1][1]
         assert names.count("miller") == len(cohort.cases[0].image_files)
     page = report(out, tmp_path / "page.html").read_text()
     assert "Weights adapted to the channels of the images: " + said in page
@@ -409,3 +411,20 @@ def test_one_channel__has_no_trace_of_several(tmp_path: Path) -> None:
 def test_settings__of_a_scratch_run_take_the_channels_of_the_cohort() -> None:
     found = with_channels(FinetuneSettings(encoder=ENCODER), Cohort("x", (), channel_names=tuple("abcd")))
     assert found.in_channels == 4
+
+
+def test_network_that_configures_itself__takes_the_channels_of_the_cohort(tmp_path: Path) -> None:
+    cohort = Cohort.load(write_nnunet(tmp_path / "c"))
+    settings = self_configuring.starting_point(replace(SETTINGS, steps=1, warmup_steps=0, predictions=False, figures=0))
+    summary = label_curve(
+        cohort,
+        settings,
+        tmp_path / "out",
+        arms={self_configuring.ARM: None},
+        counts=[2],
+        seeds=[0],
+        configure=self_configuring.configure,
+    )
+    state, manifest = load_part(tmp_path / "out" / "cells" / f"{self_configuring.ARM}_n2_s0" / "network.safetensors")
+    assert summary["cells"]["done"] == 1 and manifest["channels"] == manifest["encoder"]["args"]["in_channels"] == 2
+    assert state["encoder.stem.convs.0.conv.weight"].shape[1] == 2

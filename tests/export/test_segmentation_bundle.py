@@ -20,6 +20,7 @@ from medssl.evaluation.finetune import finetune, open_weights
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.export.write import export_weights
 from medssl.weights import load_part, save_part
+from tests.evaluation.channel_cohort import write_decathlon, write_nnunet
 from tests.evaluation.tiny_cohort import TINY_ENCODER, tiny_volume
 from tests.export.test_monai_bundle import ALL_THREE, parsed, run_isolated
 
@@ -58,8 +59,8 @@ def oblique_cohort(folder: Path) -> Cohort:
     return Cohort.load(folder)
 
 
-def run_bundle(bundle: Path, image: Path, out: Path) -> None:
-    """Do with one image what the evaluator of a bundle does, by the bundle's own expressions."""
+def run_bundle(bundle: Path, image: Path | list[str], out: Path) -> None:
+    """Do with one image, or the files of its channels, what the evaluator of a bundle does, by the bundle's own expressions."""
     from monai.bundle import ConfigParser
 
     parser = ConfigParser()
@@ -67,7 +68,7 @@ def run_bundle(bundle: Path, image: Path, out: Path) -> None:
     parser.config["output_dir"] = str(out)  # type: ignore[index]
     network = parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(bundle / "models" / "model.pt", weights_only=True))
-    shown = parser.get_parsed_content("preprocessing")({"image": str(image)})["image"]
+    shown = parser.get_parsed_content("preprocessing")({"image": image if isinstance(image, list) else str(image)})["image"]
     with torch.no_grad():
         scores = parser.get_parsed_content("inferer")(shown[None], network)[0]
     parser.get_parsed_content("postprocessing")({"image": shown, "pred": scores})
@@ -92,6 +93,42 @@ def test_bundle__draws_what_medssl_draws_in_the_axes_of_the_file(variant: str, t
     assert channels["0"] == "background" and len(channels) == 3
     readme = (tmp_path / "bundle" / "docs" / "README.md").read_text()
     assert "Research only" in readme and "clipped after" not in readme
+
+
+@pytest.mark.parametrize("form", ["nnunet", "decathlon"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bundle_of_several_channels__draws_what_medssl_draws(form: str, variant: str, tmp_path: Path) -> None:
+    from monai.bundle import ConfigParser
+
+    cohort = Cohort.load({"nnunet": write_nnunet, "decathlon": write_decathlon}[form](tmp_path / "set", train=2, test=1))
+    encoder = {"name": "segresnet3d", "args": {"init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}}
+    settings = FinetuneSettings(**{**vars(SETTINGS), **VARIANTS[variant], "encoder": encoder})
+    finetune(cohort, settings, tmp_path / "tuned")
+    report = export_weights(tmp_path / "tuned" / "network.safetensors", "monai-bundle", tmp_path / "bundle")
+    assert report.max_feature_difference < 1e-5 and report.missing == ()
+    parser = ConfigParser()
+    parser.read_config(tmp_path / "bundle" / "configs" / "inference.json")
+    parser.config["dataset_dir"] = str(tmp_path / "set" / "imagesTr")  # type: ignore[index]
+    shown = parser.get_parsed_content("datalist")
+    assert len(shown) == 3 and all(isinstance(item["image"], list) == (form == "nnunet") for item in shown)
+    run_bundle(tmp_path / "bundle", shown[2]["image"], tmp_path / "out")
+    (written,), (file,) = (list(folder.iterdir()) for folder in (tmp_path / "out", tmp_path / "tuned" / "predictions"))
+    found, expected = nib.load(written), nib.load(file)  # type: ignore[attr-defined]
+    np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)
+    ours, theirs = np.asarray(expected.dataobj), np.asarray(found.dataobj)
+    assert ours.shape == theirs.shape and (ours == theirs).mean() > 0.999 and len(np.unique(ours)) > 1
+    inputs = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())["network_data_format"]["inputs"]["image"]
+    assert inputs["num_channels"] == 2 and inputs["channel_def"] == {"0": "T2", "1": "ADC"}
+    with pytest.raises(RuntimeError, match="applying transform") as caught:  # a file of one channel: MONAI wraps what stopped it
+        one = nib.Nifti1Image(np.zeros((8, 8, 8), np.int16), np.eye(4))
+        nib.save(one, tmp_path / "one.nii.gz")
+        run_bundle(tmp_path / "bundle", tmp_path / "one.nii.gz", tmp_path / "none")
+    causes = [str(caught.value)]
+    error: BaseException | None = caught.value
+    while error is not None:
+        causes.append(str(error))
+        error = error.__cause__
+    assert any("an image has 1 channels, the network takes 2" in cause for cause in causes)
 
 
 def test_other_exports_and_networks__are_refused_with_a_sentence(tmp_path: Path) -> None:
