@@ -119,9 +119,8 @@ def test_bundle_of_several_channels__draws_what_medssl_draws(form: str, variant:
     assert ours.shape == theirs.shape and (ours == theirs).mean() > 0.999 and len(np.unique(ours)) > 1
     inputs = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())["network_data_format"]["inputs"]["image"]
     assert inputs["num_channels"] == 2 and inputs["channel_def"] == {"0": "T2", "1": "ADC"}
-    with pytest.raises(RuntimeError, match="applying transform") as caught:  # a file of one channel: MONAI wraps what stopped it
-        one = nib.Nifti1Image(np.zeros((8, 8, 8), np.int16), np.eye(4))
-        nib.save(one, tmp_path / "one.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros((8, 8, 8), np.int16), np.eye(4)), tmp_path / "one.nii.gz")
+    with pytest.raises(RuntimeError, match="applying transform") as caught:  # MONAI wraps what stopped it
         run_bundle(tmp_path / "bundle", tmp_path / "one.nii.gz", tmp_path / "none")
     causes = [str(caught.value)]
     error: BaseException | None = caught.value
