@@ -711,5 +711,6 @@ def _manifest(run: _Run, weights: Pretrained | None, cards: list[dict[str, Any]]
         "forced": list(forced),
         "adapted": [] if weights is None else list(weights.adapted),
         "pretrained": None if weights is None else weights.manifest.get("weights_hash"),
+        "pretrained_licence": None if weights is None else weights.manifest.get("licence", "unknown"),
         "data_cards": cards,
     }

@@ -9,8 +9,17 @@ from medssl.export.manifest import UNKNOWN, domain_of, is_unknown, normalization
 
 
 def weights_licence_text(manifest: dict[str, Any], name: str) -> str:
-    """Return `LICENSE`: the licence that the run's recipe names for the weights."""
+    """Return `LICENSE`: the licence that the run's recipe names for the weights, or of a fine-tuned network that of its starting weights."""
     licence = manifest.get("licence") or UNKNOWN
+    if "pretrained_licence" in manifest:  # a fine-tuning names no licence of its own
+        began = manifest["pretrained_licence"]
+        known = {None: "trained from scratch", UNKNOWN: "fine-tuned from weights whose licence nobody stated"}
+        return (
+            f"Licence of the network of {name}: not stated by its owner.\n\n"
+            f"It was {known.get(began, f'fine-tuned from weights under {began} (https://spdx.org/licenses/)')}. Terms of the starting weights "
+            "and of the data sets (docs/data_license.txt) may restrict it. Without a licence nobody but the owner may pass it on: the owner may "
+            "state one in this file.\n"
+        )
     if licence == UNKNOWN:
         again = "Import them with `--licence`" if manifest.get("imported") else "Set `export.licence` in the recipe"
         return (

@@ -31,6 +31,7 @@ KEPT = (
     "image_size",
     "clip",
     "licence",
+    "pretrained_licence",
     "authors",
     "copyright",
     "data_cards",

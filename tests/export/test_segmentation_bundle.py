@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from medssl.cli import main as cli
+from medssl.encoders.segresnet3d import SegResNet3D
 from medssl.errors import WeightsError
 from medssl.evaluation.cohort import Cohort
-from medssl.evaluation.finetune import finetune, open_weights
+from medssl.evaluation.finetune import Pretrained, finetune, open_weights
 from medssl.evaluation.segmentation_settings import FinetuneSettings
 from medssl.export.write import export_weights
 from medssl.weights import load_part, save_part
@@ -153,6 +154,26 @@ def test_other_exports_and_networks__are_refused_with_a_sentence(tmp_path: Path)
         with pytest.raises(WeightsError, match=said):
             export_weights(tmp_path / "other" / "network.safetensors", "monai-bundle", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("licence", "said"),
+    [
+        ("Apache-2.0", "fine-tuned from weights under Apache-2.0 (https://spdx.org/licenses/)"),
+        (None, "fine-tuned from weights whose licence nobody stated"),
+        ("", "trained from scratch"),
+    ],
+)
+def test_licence__is_that_of_the_starting_weights(licence: str | None, said: str, tmp_path: Path) -> None:
+    encoder = SegResNet3D(**TINY_ENCODER["args"])
+    facts = encoder.part("encoder").manifest | {"intensity": {"normalize": SETTINGS.normalize}, "licence": licence}
+    state = {key: value for key, value in encoder.net.state_dict().items() if key.startswith(tuple(encoder.key_groups["encoder"]))}
+    weights = Pretrained(state, {key: value for key, value in facts.items() if value is not None}) if licence != "" else None
+    short = FinetuneSettings(**{**vars(SETTINGS), "steps": 1, "warmup_steps": 0, "predictions": False, "figures": 0})
+    finetune(oblique_cohort(tmp_path), short, tmp_path / "tuned", weights=weights)
+    export_weights(tmp_path / "tuned", "monai-bundle", tmp_path / "bundle")
+    text = (tmp_path / "bundle" / "LICENSE").read_text()
+    assert said in text and "not stated by its owner" in text and "export.licence" not in text
 
 
 def test_folder_of_a_fine_tuning__is_taken_where_it_holds_one_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
