@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from medssl.cli import show
-from medssl.errors import RequestError
 
 ENCODERS = ("swin3d", "vit3d", "resenc3d", "image2d")  # medssl.importing.layouts.READERS, which would import torch for --help
 
@@ -41,7 +40,7 @@ def import_(
     from medssl.importing.write import import_weights
     from medssl.recipe import apply_overrides
 
-    size = _numbers("--image-size", image_size)
+    size = show.numbers("--image-size", image_size)
     done = import_weights(
         file,
         encoder,
@@ -49,7 +48,7 @@ def import_(
         args=apply_overrides({}, args or []),
         channels=channels,
         image_size=None if size is None else [int(n) for n in size],
-        spacing_mm=_numbers("--spacing", spacing),
+        spacing_mm=show.numbers("--spacing", spacing),
         normalize=_normalize(normalize),
         domain=domain,
         licence=licence,
@@ -75,15 +74,6 @@ def _groups(what: str, keys: Sequence[str]) -> list[str]:
     return [f"{what}: " + ", ".join(f"{name} {count}" for name, count in counts.items())] if counts else []
 
 
-def _numbers(option: str, text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as err:
-        raise RequestError(f"{option} {text!r}: give numbers separated by commas, for instance {option} 96,96,96") from err
-
-
 def _normalize(text: str | None) -> Any:
     kind, _, window = (text or "").partition(":")
-    return {"window": _numbers("--normalize window", window)} if kind == "window" else text
+    return {"window": show.numbers("--normalize window", window)} if kind == "window" else text

@@ -108,6 +108,9 @@ def export(
     decoder: Annotated[bool, typer.Option("--decoder", help="Add a pretrained decoder, where the run has one.")] = False,
     dims: Annotated[int | None, typer.Option(help="2 or 3 spatial axes of MONAI's ResNet, FlexibleUNet, RetinaNet.")] = None,
     inflation: Annotated[str, typer.Option(help="How 2D kernels get a depth: repeat or centre.")] = "repeat",
+    image_size: Annotated[
+        str | None, typer.Option("--image-size", help="Of a ViT of volumes, for instance 128,128,96: its positions are resized.")
+    ] = None,
     membership: Annotated[
         Path | None, typer.Option("--membership", help="Result of `medssl membership`; its AUC goes into the manifest.")
     ] = None,
@@ -119,6 +122,8 @@ def export(
     from medssl.weights import card_lines, read_manifest
 
     how: dict[str, Any] = {"channels": channels, "dims": dims, "inflation": inflation}
+    size = show.numbers("--image-size", image_size)
+    how["image_size"] = None if size is None else [int(n) for n in size]
     done = export_weights(run, to, out, decoder=decoder, membership=membership, **how)
     cards = read_manifest(find_network(run)).get("data_cards") or []
     worst = done.max_feature_difference

@@ -12,6 +12,8 @@ from typing import Any
 
 import typer
 
+from medssl.errors import RequestError
+
 
 def say(text: str, quiet: bool = False) -> None:
     """Print a line to stderr, so that stdout stays for results."""
@@ -106,3 +108,17 @@ def _note(metrics: Mapping[str, float] | None) -> str:
     if not metrics:
         return ""
     return " ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "val_dice") if isinstance(metrics.get(name), int | float))
+
+
+def numbers(option: str, text: str | None) -> list[float] | None:
+    """Return the numbers of an option, 96,96,96; None where it is not given.
+
+    Raises:
+        RequestError: They are no numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as err:
+        raise RequestError(f"{option} {text!r}: give numbers separated by commas, for instance {option} 96,96,96") from err

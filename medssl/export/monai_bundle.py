@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from medssl.errors import WeightsError
+from medssl.export.adapt import adapted
 from medssl.export.bundle_text import readme_text, weights_licence_text
 from medssl.export.manifest import (
     Weights,
@@ -27,6 +28,7 @@ from medssl.export.manifest import (
     spacing_of,
     window_of,
 )
+from medssl.export.slices import Adaptation
 from medssl.export.verify import ExportReport, compare, load_stock, random_image, read_pt, require_equal, source_encoder, write_pt
 from medssl.layers.tokens import unflatten_tokens
 from medssl.weights import card_lines
@@ -74,13 +76,14 @@ FOREGROUND = {
 }
 
 
-def write(folder: Path, weights: Weights, *, name: str) -> ExportReport:
+def write(folder: Path, weights: Weights, *, name: str, asked: Adaptation | None = None) -> ExportReport:
     """Write the bundle, load its network from its own files and compare features.
 
     Args:
         folder: Existing, empty.
         weights: Of encoder `vit3d`, `segresnet3d` or `swin3d`; a decoder is never part of a bundle.
         name: Name of the bundle.
+        asked: Image size of a ViT.
 
     Raises:
         WeightsError: An encoder without a stock form, or the features of the reloaded network differ.
@@ -90,9 +93,10 @@ def write(folder: Path, weights: Weights, *, name: str) -> ExportReport:
             f"export to monai-bundle: the weights are of {weights.manifest['library']}; it takes {', '.join(LIBRARIES)}; "
             f"export to {', '.join(fitting(weights.manifest['library']))} instead"
         )
+    weights, changes = adapted(weights, asked or Adaptation(), "monai-bundle")
     source = source_encoder(weights)
     window = window_size(weights)
-    manifest = exported_manifest(weights.manifest, to="monai-bundle", load_into="network_def")
+    manifest = exported_manifest(weights.manifest, to="monai-bundle", load_into="network_def", adaptations=changes)
     metadata = metadata_json(manifest, name=name, window=window, features=source.embed_dim)
     texts = {
         "LICENSE": weights_licence_text(manifest, name),
@@ -127,6 +131,7 @@ def write(folder: Path, weights: Weights, *, name: str) -> ExportReport:
         missing=(),
         unexpected=(),
         max_feature_difference=compare(pairs, "monai-bundle"),
+        notes=tuple(changes),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from medssl.export.channels import with_channels
+from medssl.export.adapt import adapted
 from medssl.export.manifest import Weights, exported_manifest, require_library
 from medssl.export.slices import Adaptation
 from medssl.export.verify import ExportReport, compare, load_stock, random_image, read_pt, require_equal, source_encoder, write_pt
@@ -32,7 +32,7 @@ def write(folder: Path, weights: Weights, asked: Adaptation) -> ExportReport:
         WeightsError: Another encoder, or the reloaded features differ.
     """
     require_library(weights.manifest, "monai.SegResNet", "segresnet")
-    weights, changes = with_channels(weights, asked.channels, "segresnet")
+    weights, changes = adapted(weights, asked, "segresnet")
     args = weights.args
     source = source_encoder(weights)
     facts = {"load_into": "SegResNet", "decoder": bool(weights.decoder), "adaptations": changes}

@@ -22,22 +22,26 @@ PREFIX = "slice_encoder.net."
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What a user may ask of an export of a slice encoder.
+    """What a user may ask of an export beside its name.
 
     Args:
         channels: Input channels of the export; None keeps those of the weights, and takes 3 for torchvision.
         dims: 2 or 3 spatial axes; None takes 2, and 3 for `retinanet`.
         inflation: How a kernel gets its depth: `repeat`, each slice its share, or `centre`, zero but for the middle.
+        image_size: (X, Y, Z) of a ViT of volumes; None keeps it.
     """
 
     channels: int | None = None
     dims: int | None = None
     inflation: Inflation = "repeat"
+    image_size: tuple[int, ...] | None = None
 
     def check(self) -> None:
         """Raise RequestError at a value outside its range."""
         if self.channels is not None and self.channels < 1:
             raise RequestError(f"export: channels is {self.channels}; accepted: 1 or more")
+        if self.image_size is not None and min(self.image_size, default=0) < 1:
+            raise RequestError(f"export: image_size is {list(self.image_size)}; accepted: numbers of voxels, 1 or more")
         if self.dims not in (None, 2, 3):
             raise RequestError(f"export: dims is {self.dims}; accepted: 2, 3")
         if self.inflation not in ("repeat", "centre"):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medssl.export.channels import with_channels
+from medssl.export.adapt import adapted
 from medssl.export.manifest import Weights, exported_manifest, require_library
 from medssl.export.slices import Adaptation
 from medssl.export.verify import ExportReport, compare, load_stock, random_image, read_pt, require_equal, source_encoder, write_pt
@@ -38,7 +38,7 @@ def write(folder: Path, weights: Weights, asked: Adaptation) -> ExportReport:
         WeightsError: Another encoder, or the reloaded features differ.
     """
     require_library(weights.manifest, "monai.SwinUNETR", "swin-unetr")
-    weights, changes = with_channels(weights, asked.channels, "swin-unetr")
+    weights, changes = adapted(weights, asked, "swin-unetr")
     args = weights.args
     source = source_encoder(weights)
     facts = {"load_into": "SwinUNETR", "decoder": bool(weights.decoder), "adaptations": changes}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from medssl.errors import WeightsError
-from medssl.export.channels import with_channels
+from medssl.export.adapt import adapted
 from medssl.export.manifest import Weights, exported_manifest, require_library
 from medssl.export.slices import Adaptation
 from medssl.export.verify import ExportReport, compare, load_stock, random_image, read_pt, require_equal, source_encoder, write_pt
@@ -27,13 +27,13 @@ def write(folder: Path, weights: Weights, asked: Adaptation) -> ExportReport:
     Args:
         folder: Existing, empty.
         weights: Of encoder `vit3d`.
-        asked: Input channels.
+        asked: Input channels, and of a ViT the image size.
 
     Raises:
         WeightsError: Another encoder, another patch size or depth than UNETR's, or the reloaded features differ.
     """
     require_library(weights.manifest, "monai.ViT", "unetr")
-    weights, changes = with_channels(weights, asked.channels, "unetr")
+    weights, changes = adapted(weights, asked, "unetr")
     args = weights.args
     patch = args["patch_size"]
     patch = [patch] * 3 if isinstance(patch, int) else list(patch)

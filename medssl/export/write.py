@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ EXPORTS = (
     *("joint", "aggregator", "onnx", "hf"),
 )
 WITH_CHANNELS = ("unetr", "segresnet", "swin-unetr", "nnunet", "timm", *TRUNKS)
+WITH_IMAGE_SIZE = ("unetr", "monai-bundle")
 WITH_DECODER = ("safetensors", "segresnet", "swin-unetr", "nnunet")
 
 
@@ -50,6 +51,7 @@ def export_weights(
     channels: int | None = None,
     dims: int | None = None,
     inflation: Inflation = "repeat",
+    image_size: Sequence[int] | None = None,
     membership: Path | None = None,
 ) -> ExportReport:
     """Write an encoder in another form, load what was written into the stock network, and compare features.
@@ -66,6 +68,7 @@ def export_weights(
         channels: Input channels of the export, for those of `WITH_CHANNELS`; None keeps them (torchvision: 3).
         dims: 2 or 3 spatial axes, for slice encoders to MONAI's ResNet, FlexibleUNet and RetinaNet; 3 inflates the kernels.
         inflation: `repeat` or `centre`, see `medssl.export.slices.inflate`.
+        image_size: (X, Y, Z) of the images, for those of `WITH_IMAGE_SIZE` and weights of a ViT, whose positions are resized; None keeps it.
         membership: JSON file of `medssl membership`; its AUC and interval go into the manifest, as `membership_inference`.
 
     Returns:
@@ -81,7 +84,7 @@ def export_weights(
         raise RequestError(f'export: unknown form "{to}"{near(to, EXPORTS)}; known: {", ".join(EXPORTS)}')
     if decoder and to not in WITH_DECODER:
         raise RequestError(f"export to {to} holds the encoder only; a decoder goes with {' or '.join(WITH_DECODER)}")
-    asked = Adaptation(channels, dims, inflation)
+    asked = Adaptation(channels, dims, inflation, None if image_size is None else tuple(image_size))
     asked.check()
     if asked.channels is not None and to not in WITH_CHANNELS:
         raise RequestError(
@@ -89,7 +92,9 @@ def export_weights(
             + (": a bundle prepares images as they were pretrained" if to == "monai-bundle" else "")
             + f"; channels go with {', '.join(WITH_CHANNELS)}"
         )
-    if asked != Adaptation(asked.channels) and to not in TRUNKS:
+    if asked.image_size is not None and to not in WITH_IMAGE_SIZE:
+        raise RequestError(f"export to {to} keeps the image size of the weights; image_size goes with {', '.join(WITH_IMAGE_SIZE)}")
+    if asked != Adaptation(asked.channels, image_size=asked.image_size) and to not in TRUNKS:
         raise RequestError(
             f"export to {to} keeps the axes of the weights; dims and inflation go with {', '.join(TRUNKS)}; leave them out"
         )
@@ -123,7 +128,7 @@ def _writer(to: str, name: str, asked: Adaptation) -> Callable[[Path, Weights], 
         "unetr": lambda folder, weights: unetr.write(folder, weights, asked),
         "segresnet": lambda folder, weights: segresnet.write(folder, weights, asked),
         "swin-unetr": lambda folder, weights: swin_unetr.write(folder, weights, asked),
-        "monai-bundle": lambda folder, weights: bundle_of(weights).write(folder, weights, name=name),
+        "monai-bundle": lambda folder, weights: write_bundle(folder, weights, name, asked),
         "timm": lambda folder, weights: timm.write(folder, weights, asked),
         "nnunet": lambda folder, weights: nnunet.write(folder, weights, asked),
         "joint": joint.write_joint,
@@ -136,9 +141,15 @@ def _writer(to: str, name: str, asked: Adaptation) -> Callable[[Path, Weights], 
     return writers[to]
 
 
-def bundle_of(weights: Weights) -> Any:
-    """Return the module that writes the bundle of an encoder, or of a fine-tuned network."""
-    return segmentation_bundle if weights.manifest["part"] == segmentation_bundle.PART else monai_bundle
+def write_bundle(folder: Path, weights: Weights, name: str, asked: Adaptation) -> ExportReport:
+    """Write the bundle of an encoder, or of a fine-tuned network, which is not adapted."""
+    if weights.manifest["part"] != segmentation_bundle.PART:
+        return monai_bundle.write(folder, weights, name=name, asked=asked)
+    if asked.image_size is not None:
+        raise RequestError(
+            "export to monai-bundle: a fine-tuned network keeps the crop that it was trained on; leave image_size out"
+        )
+    return segmentation_bundle.write(folder, weights, name=name)
 
 
 def write_safetensors(folder: Path, weights: Weights) -> ExportReport:
