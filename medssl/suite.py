@@ -214,7 +214,8 @@ def run_tier(tier: str, bench: Bench, out: Path) -> dict[str, Any]:
         write_private(out / "private" / f"{tier}.json", json.dumps(done.private, indent=1).encode())
     if not done.rows and not done.skipped:
         done.skipped.append(skip("", "the tier", "no task of the recipe is of its kind"))
-    content: dict[str, Any] = {"tier": tier, "rows": done.rows, "skipped": done.skipped, "p_values": done.p_values}
+    skipped = list({tuple(entry.items()): entry for entry in done.skipped}.values())  # several curves of one cohort lack the same
+    content: dict[str, Any] = {"tier": tier, "rows": done.rows, "skipped": skipped, "p_values": done.p_values}
     content |= {
         "forced": done.forced,
         "adapted": done.adapted,

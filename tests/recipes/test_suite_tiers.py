@@ -465,6 +465,7 @@ def test_self_configuring__stands_beside_weights_twin_and_controls(tmp_path: Pat
     out = tmp_path / "suite"
     tier = suite.run_tier("segmentation", bench, out)
     assert {entry["what"] for entry in tier["skipped"]} == {"random_init"} | {f"Dice by {c}" for c in bench.recipe.subgroups}
+    assert len(tier["skipped"]) == 1 + len(bench.recipe.subgroups), "once, though several curves lack it"
     rows = [row for row in tier["rows"] if row["model"] == BASELINE]
     assert {row["setting"] for row in rows if row["metric"] == "dice"} >= {"2 labels", "3 labels", "3 labels, structure_1"}
     assert all(row["n"] == 2 and row["modality"] == "mri" and not row["main"] for row in rows)
